@@ -1,0 +1,361 @@
+"""Delivers intervention masks to the layers: `intervene` and `context=` to one pair of hooks on the base model.
+
+    intervene(model, ...)  --> a request, on this thread        |  pre-hook: rows of the model's input are matched,
+    model(..., context=x)  --> a request, for this call         |  a frame holds the masks   --> layers read the frame
+
+State lives in a box on a thread-local: attributes on layers would mix threads, context variables break compiled graphs,
+and attributes set directly on a thread-local give wrong results under torch.compile.
+
+Shapes: S samples that have a context, N rows of the model's input, n rows of a layer's input, K concepts.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..contexts import ConceptSet, Context, ContextBatch, quoted
+from .request import AdapterContext, Request, check_names, check_one_adapter_per_mask, normalise
+from .rows import called_by_generate, input_rows, match_layer_rows, refuse_sequence_first
+
+if TYPE_CHECKING:
+    from .layer import CausalContextLayer
+
+
+@dataclass
+class Frame:
+    """What the layers read during one forward of a base model."""
+
+    owner: Conditioning
+    model: nn.Module
+    outer: Frame | None
+    request: Request | None = None
+    num_rows: int = 0
+    ragged: bool = False  # rows inside the model need not be whole multiples per sample
+    device: torch.device | None = None
+    masks: dict[str, Tensor] = field(default_factory=dict)
+
+
+class _Box:
+    request: Request | None = None
+    frame: Frame | None = None
+
+
+class _ThreadState(threading.local):
+    def __init__(self) -> None:
+        self.box = _Box()
+
+
+_STATE = _ThreadState()
+
+
+class Conditioning:
+    """The pair of hooks on one base model, and the adapters that its layers carry."""
+
+    def __init__(self, layer: CausalContextLayer) -> None:
+        # Any of them: PEFT activates and deactivates adapters on all layers alike. Weak, so that it tells when the
+        # adapter was taken off by others (diffusers' unload_lora).
+        self._layer = weakref.ref(layer)
+        self.concepts: dict[str, ConceptSet] = {}
+        self._handles: list[RemovableHandle] = []
+        self._takes_context = True
+
+    def install(self, model: nn.Module) -> None:
+        """Put the hooks on a base model, once."""
+        if not self._handles:
+            for hook in list(model._forward_pre_hooks.values()):
+                if isinstance(previous := getattr(hook, "__self__", None), Conditioning):
+                    previous.remove()
+            # A model with an argument of that name keeps it; there, only intervene() sets contexts.
+            self._takes_context = "context" not in inspect.signature(model.forward).parameters
+            self._handles = [
+                model.register_forward_pre_hook(self._enter_forward, with_kwargs=True, prepend=True),
+                model.register_forward_hook(self._leave_forward, always_call=True),
+            ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_layer": self._layer()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state | {"_layer": weakref.ref(state["_layer"])}
+
+    @property
+    def layer(self) -> CausalContextLayer:
+        """One of the adapted layers."""
+        layer = self._layer()
+        assert layer is not None, "the adapter was removed"
+        return layer
+
+    def remove(self) -> None:
+        """Take the hooks off again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def active_adapters(self) -> dict[str, ConceptSet]:
+        """Active adapters of this method and their concepts."""
+        return {name: self.concepts[name] for name in self.layer.active_adapters if name in self.concepts}
+
+    def request(self) -> Request | None:
+        """The innermost request for this model on this thread."""
+        request = _STATE.box.request
+        while request is not None and request.owner is not self:
+            request = request.outer
+        return request
+
+    def mask_for(self, layer: CausalContextLayer, adapter_name: str, x: Tensor, num_rows: int) -> Tensor | None:
+        """The mask (1, K) or (n, K) for a layer's input of n rows; None when no context is set at inference.
+
+        Raises:
+            ValueError: without a context in training mode, or when rows cannot be matched.
+            RuntimeError: in a recomputation that does not know its context.
+        """
+        concepts = layer.concepts[adapter_name]
+        frame = _STATE.box.frame
+        if frame is not None and frame.owner is self:
+            mask = frame.masks.get(adapter_name)
+            if mask is None and frame.request is not None:
+                mask = self._resolve(frame, frame.request, adapter_name, concepts)
+        else:
+            mask = self._mask_outside_forward(adapter_name, concepts, x, num_rows)
+        if mask is None:
+            if layer.training:
+                raise ValueError(
+                    f"No context is set for adapter {adapter_name!r} in training mode. Train inside `with "
+                    "intervene(model, contexts):` or pass context= to the model; the observational context is (). "
+                    "For inference call model.eval()."
+                )
+            return None
+        return match_layer_rows(mask.to(x.device), num_rows, layer.name, frame is not None and frame.ragged)
+
+    def _mask_outside_forward(self, adapter_name: str, concepts: ConceptSet, x: Tensor, num_rows: int) -> Tensor | None:
+        # An encoder that generate() calls, or vae.decode(): a part of the model runs without the model's forward.
+        if _in_backward():
+            raise _unknown_recomputation()
+        request = self.request()
+        context = request.find(adapter_name, concepts) if request is not None else None
+        return None if context is None else context.to(x.device).rows(num_rows, lambda: False)
+
+    def _resolve(self, frame: Frame, request: Request, adapter_name: str, concepts: ConceptSet) -> Tensor | None:
+        context = request.find(adapter_name, concepts)
+        if context is None:
+            return None
+        assert frame.device is not None
+        frame.masks[adapter_name] = mask = context.to(frame.device).rows(frame.num_rows, called_by_generate)
+        if mask.shape[0] > 1:
+            refuse_sequence_first(frame.model)
+        return mask
+
+    def _enter_forward(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not torch.compiler.is_compiling() and self._layer() is None:
+            self.remove()
+            return None
+        box = _STATE.box
+        # First of all, so that the other hook finds its frame whatever is raised below.
+        box.frame = frame = Frame(self, model, box.frame)
+        passes_context = self._takes_context and "context" in kwargs
+        context = kwargs["context"] if passes_context else None
+        if passes_context:
+            kwargs = {name: value for name, value in kwargs.items() if name != "context"}
+        if context is not None:
+            frame.request = self.make_request(context)
+        else:
+            frame.request = self.request()
+            if frame.request is not None and torch.is_grad_enabled() and _in_backward():
+                raise _unknown_recomputation()
+        if frame.request is not None:
+            self._check_still_valid(frame.request)
+            frame.device, frame.num_rows, frame.ragged = input_rows(model, args, kwargs)
+            for name in frame.request.adapters:
+                if name in self.concepts:
+                    self._resolve(frame, frame.request, name, self.concepts[name])
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                _carry_frames_into_recomputation(model)
+        return (args, kwargs) if passes_context else None
+
+    def _leave_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        frame = _STATE.box.frame
+        if frame is not None and frame.owner is self:
+            _STATE.box.frame = frame.outer
+
+    def _check_still_valid(self, request: Request) -> None:
+        # Adapters may have been activated or merged since the context was set.
+        if request.checked_for is not None and request.checked_for != tuple(self.layer.active_adapters):
+            check_names(request.contexts, self.active_adapters())
+        if self.layer.merged:
+            self.layer.check_merged_context({name: context.mask for name, context in request.adapters.items()})
+
+    def make_request(
+        self,
+        context: ContextBatch,
+        adapter_name: str | None = None,
+        images_per_prompt: int = 1,
+        guidance_copies: int = 1,
+    ) -> Request:
+        """Check a context and encode it for the adapters it concerns.
+
+        Raises:
+            ValueError: for unknown concepts or adapters, a shared concept without `adapter_name`, wrong masks, or a
+                context that differs from the one merged into the weights.
+        """
+        for name, value in (("images_per_prompt", images_per_prompt), ("guidance_copies", guidance_copies)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+        addressed = self.active_adapters()
+        if adapter_name is not None:
+            if adapter_name not in self.concepts:
+                raise ValueError(f"Unknown adapter {adapter_name!r}. This model has: {quoted(self.concepts)}.")
+            addressed = {adapter_name: self.concepts[adapter_name]}
+        contexts, mask = normalise(context)
+        if mask is not None:
+            check_one_adapter_per_mask(mask, addressed)
+        else:
+            check_names(contexts, addressed)
+
+        def encode(concepts: ConceptSet) -> AdapterContext:
+            if mask is not None:
+                checked = concepts.check_mask(mask)
+                return AdapterContext(checked, checked.shape[0] == 1, images_per_prompt, guidance_copies, True)
+            own = [Context({n: s for n, s in c.strengths.items() if n in concepts}) for c in contexts]
+            uniform = len(set(own)) == 1
+            return AdapterContext(concepts.mask(own), uniform, images_per_prompt, guidance_copies, False)
+
+        outer = self.request()
+        adapters = {name: encode(concepts) for name, concepts in addressed.items()}
+        self.layer.check_merged_context({name: context.mask for name, context in adapters.items()})
+        if adapter_name is None:
+            return Request(self, adapters, _STATE.box.request, encode, contexts, tuple(self.layer.active_adapters))
+        if outer is None:
+            return Request(self, adapters, _STATE.box.request, None)
+        return Request(self, outer.adapters | adapters, _STATE.box.request, outer.encode)
+
+
+class intervene:  # noqa: N801 (reads like torch.no_grad)
+    """Set the context of a model's adapters, on this thread, for the body of a `with` statement.
+
+    Args:
+        model: a model with a causal context adapter (a PeftModel, or any model an adapter was injected into).
+        context: one context for the batch (a `Context`, a name, ``"a+b"``, a mapping name -> strength, a tuple of
+            names), a list with one per sample, or a float mask (S, K) with the columns in the order of the adapter's
+            concepts. ``()`` is the observational context.
+        adapter_name: the adapter meant, when several active ones share a concept; the others keep their context.
+        images_per_prompt: images per prompt that a pipeline makes of each sample (interleaved).
+        guidance_copies: copies of the batch that a pipeline stacks in one call for classifier-free guidance (tiled);
+            calls without them are served too.
+
+    Nested uses replace each other; one object serves one thread. Rows of `generate` (beams, returned sequences) are
+    matched without being told.
+
+    Raises:
+        TypeError: for values that are not contexts.
+        ValueError: for a model without the adapter, unknown names, a wrong mask, or a concept that two adapters share.
+
+    Example:
+        >>> with intervene(model, [("thick",), (), {"slant": -0.5}]):   # doctest: +SKIP
+        ...     model(x)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        context: ContextBatch,
+        *,
+        adapter_name: str | None = None,
+        images_per_prompt: int = 1,
+        guidance_copies: int = 1,
+    ) -> None:
+        self._conditioning = find_conditioning(model)
+        self._make_request = partial(
+            self._conditioning.make_request, context, adapter_name, images_per_prompt, guidance_copies
+        )
+        self._make_request()  # errors show here, before any work
+        self._saved: list[tuple[Request | None, Frame | None]] = []
+
+    def __enter__(self) -> None:
+        box = _STATE.box
+        request = self._make_request()
+        self._saved.append((box.request, box.frame))
+        # No frame: one that is left from an interrupted forward must not serve parts of a model that run on their own.
+        box.request, box.frame = request, None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _STATE.box.request, _STATE.box.frame = self._saved.pop()
+
+
+def find_conditioning(model: nn.Module) -> Conditioning:
+    """The conditioning of the adapted layers inside a model.
+
+    Raises:
+        TypeError: for something that is not a module.
+        ValueError: for a model without a causal context adapter, or with several adapted models inside.
+    """
+    from .layer import CausalContextLayer
+
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"intervene() takes a model (nn.Module), not {type(model).__name__}. Pass for example pipe.unet."
+        )
+    found = {id(m.conditioning): m.conditioning for m in model.modules() if isinstance(m, CausalContextLayer)}
+    if len(found) > 1:
+        raise ValueError(
+            f"{type(model).__name__} holds {len(found)} models with adapters of their own. Pass one of them to "
+            "intervene(), and nest its uses for several."
+        )
+    if found:
+        return next(iter(found.values()))
+    raise ValueError(
+        f"{type(model).__name__} has no causal context adapter, so a context would change nothing. Attach one with "
+        "get_peft_model(model, CausalContextConfig(...)) or load one with PeftModel.from_pretrained."
+    )
+
+
+def _in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _unknown_recomputation() -> RuntimeError:
+    return RuntimeError(
+        "A layer is computed again inside backward (gradient checkpointing), where it cannot be known which context "
+        "the forward had. Use the model's own gradient_checkpointing_enable() or enable_gradient_checkpointing(), "
+        "which are supported, or checkpoint the whole model with context= as one of its arguments."
+    )
+
+
+class _CheckpointWithFrame:
+    """A model's checkpointing function that gives the recomputation the frame of its forward."""
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.checkpoint(partial(_run_in_frame, _STATE.box.frame, function), *args, **kwargs)
+
+
+def _run_in_frame(frame: Frame | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    box = _STATE.box
+    outer, box.frame = box.frame, frame
+    try:
+        return function(*args, **kwargs)
+    finally:
+        box.frame = outer
+
+
+def _carry_frames_into_recomputation(model: nn.Module) -> None:
+    for module in model.modules():
+        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+        if checkpoint is not None and not isinstance(checkpoint, _CheckpointWithFrame):
+            module._gradient_checkpointing_func = _CheckpointWithFrame(checkpoint)  # type: ignore[assignment]

@@ -1,0 +1,121 @@
+"""Reads learnt influence between concepts out of an adapter. It is not a causal graph.
+
+Shapes: L layers, K concepts, W width per concept, R = K W.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import OutputLayer, RepresentationLayer
+from .layer import CausalContextLayer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class CausalEffects:
+    """Sizes of the paths from concept j's coordinates (column) to concept i's output (row), per layer.
+
+    `observational` (L, K, K): in the empty context. `interventional` (L, K, K): column j under an intervention on j
+    alone. Both are float32 on the CPU; the number is the Frobenius norm of Up_i M_ij Down_j, times the adapter's scale.
+    """
+
+    concepts: tuple[str, ...]
+    layers: tuple[str, ...]
+    observational: Tensor
+    interventional: Tensor
+
+    def mean(self) -> tuple[Tensor, Tensor]:
+        """Observational and interventional effects averaged over layers, (K, K) each."""
+        return self.observational.mean(0), self.interventional.mean(0)
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Draw the two averaged matrices as heat maps; with a path, save the picture too.
+
+        Raises:
+            ImportError: without matplotlib.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("Plots need matplotlib: pip install 'hf-causal-context[plot]'.") from error
+
+        size = 2.2 + 0.45 * len(self.concepts)
+        figure = Figure(figsize=(2 * size, size), layout="constrained")
+        titles = ("no intervention", "under do(column)")
+        means = self.mean()
+        top = max(float(values.max()) for values in means) or 1.0
+        axes = figure.subplots(1, 2)
+        images = [ax.imshow(values, vmin=0, vmax=top, cmap="viridis") for ax, values in zip(axes, means, strict=True)]
+        for ax, title, values in zip(axes, titles, means, strict=True):
+            ticks = range(len(self.concepts))
+            ax.set_xticks(ticks, self.concepts, rotation=45, ha="right")
+            ax.set_yticks(ticks, self.concepts)
+            ax.set(title=title, xlabel="cause", ylabel="effect")
+            if len(self.concepts) <= 12:
+                for i in ticks:
+                    for j in ticks:
+                        colour = "white" if values[i, j] < 0.6 * top else "black"
+                        ax.text(j, i, f"{values[i, j]:.2g}", ha="center", va="center", color=colour, fontsize=8)
+        figure.colorbar(images[0], ax=list(axes), label="size of the path, mean over layers", shrink=0.8)
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+
+def causal_effects(model: nn.Module, adapter_name: str = "default") -> CausalEffects:
+    """Measure how strongly each concept's coordinates act on each concept's output, layer by layer.
+
+    The size of the whole path, ||Up_i M_ij(m) Down_j||, does not depend on how it is split between the three factors,
+    as the entries of a mixing matrix would.
+
+    Raises:
+        ValueError: for an unknown adapter, or a mechanism that is not linear.
+
+    Example:
+        >>> causal_effects(model).plot("effects.png")   # doctest: +SKIP
+    """
+    names, observational, interventional = [], [], []
+    concepts: tuple[str, ...] = ()
+    for name, layer in model.named_modules():
+        if not isinstance(layer, CausalContextLayer) or adapter_name not in layer.causal_context_down:
+            continue
+        if adapter_name in layer.causal_context_expressive:
+            raise ValueError(
+                f"Adapter {adapter_name!r} is not linear (expressive_depth > 0), so effects have no one size."
+            )
+        concepts = layer.concepts[adapter_name].names
+        names.append(name.removeprefix("base_model.model."))
+        nothing, *each = torch.cat([torch.zeros(1, len(concepts)), torch.eye(len(concepts))])[:, None]
+        observational.append(_path_sizes(layer, adapter_name, nothing))
+        columns = [_path_sizes(layer, adapter_name, mask)[:, j] for j, mask in enumerate(each)]
+        interventional.append(torch.stack(columns, dim=1))
+    if not names:
+        raise ValueError(f"The model has no causal context adapter {adapter_name!r}.")
+    return CausalEffects(concepts, tuple(names), torch.stack(observational), torch.stack(interventional))
+
+
+@torch.no_grad()
+def _path_sizes(layer: CausalContextLayer, adapter_name: str, mask: Tensor) -> Tensor:
+    """(K, K) Frobenius norms of Up_i M_ij Down_j, from Gram matrices of R x R instead of products of D x D."""
+    K = mask.shape[1]
+    down = cast(RepresentationLayer, layer.causal_context_down[adapter_name]).weight.double().flatten(1)
+    up = cast(OutputLayer, layer.causal_context_up[adapter_name]).weight.double()
+    mixing = _blocks(layer.causal(adapter_name).matrix(mask).double(), K)  # (i, j, W, W)
+    up_gram = torch.stack([_blocks(up.T @ up, K)[k, k] for k in range(K)])
+    down_gram = torch.stack([_blocks(down @ down.T, K)[k, k] for k in range(K)])
+    squares = torch.einsum("iab,ijbc,jcd,ijad->ij", up_gram, mixing, down_gram, mixing)
+    return (squares.clamp(min=0).sqrt() * layer.scaling[adapter_name]).float().cpu()
+
+
+def _blocks(matrix_RR: Tensor, num_concepts: int) -> Tensor:
+    """(R, R) -> (K, K, W, W): block (i, j) holds the rows of concept i and the columns of concept j."""
+    width = matrix_RR.shape[0] // num_concepts
+    return matrix_RR.view(num_concepts, width, num_concepts, width).transpose(1, 2)

@@ -1,0 +1,359 @@
+"""The adapter on one module: y = base(x) + (alpha / W) Up(c(m)) with z = Down(x).
+
+Shapes: n rows, T tokens or pixels (spatial dimensions of convolutions), K concepts, W width, R = K W.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..contexts import ConceptSet
+from ..functional import linear
+from ..layers import (
+    CausalLayer,
+    ExpressiveLayer,
+    IndependentLayer,
+    OutputLayer,
+    ReducedLayer,
+    RepresentationLayer,
+    StructuralLayer,
+)
+from .conditioning import Conditioning
+from .config import CausalContextConfig
+
+
+class CausalContextLayer(BaseTunerLayer):
+    """What the adapted forms of Linear, Conv1D (GPT-2) and convolutions share."""
+
+    adapter_layer_names = (
+        "causal_context_down",
+        "causal_context_expressive",
+        "causal_context_causal",
+        "causal_context_up",
+    )
+    other_param_names = ("r", "scaling", "concepts", "merged_masks")
+
+    base_layer: nn.Module
+    training: bool  # of nn.Module, which the concrete classes inherit
+
+    def __init__(self, base_layer: nn.Module, conditioning: Conditioning | None) -> None:
+        self.base_layer = base_layer
+        self.causal_context_down = nn.ModuleDict()
+        self.causal_context_expressive = nn.ModuleDict()
+        self.causal_context_causal = nn.ModuleDict()
+        self.causal_context_up = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.concepts: dict[str, ConceptSet] = {}
+        self.merged_masks: dict[str, Tensor] = {}
+        self._default_scaling: dict[str, float] = {}
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self.conditioning = conditioning or Conditioning(self)
+        self.name = ""  # path in the base model, for error messages and to tell vision towers and experts
+        self.in_features, self.out_features, self._kernel_size = _geometry(self.get_base_layer())
+
+    def update_layer(self, adapter_name: str, config: CausalContextConfig, current_key: str) -> None:
+        """Add an adapter to this layer."""
+        self.name = current_key
+        concepts = ConceptSet(config.concepts)
+        pattern = get_pattern_key(list(config.rank_pattern), current_key)
+        width = config.rank_pattern.get(pattern, config.concept_rank)
+        rank = len(concepts) * width
+        self.concepts[adapter_name] = self.conditioning.concepts[adapter_name] = concepts
+        self.r[adapter_name] = rank
+        self._default_scaling[adapter_name] = 1.0 if config.alpha is None else config.alpha / width
+        self.scaling[adapter_name] = self._default_scaling[adapter_name]
+        self.causal_context_down[adapter_name] = RepresentationLayer(self.in_features, rank, self._kernel_size)
+        if config.expressive_depth:
+            self.causal_context_expressive[adapter_name] = ExpressiveLayer(
+                len(concepts), width, config.expressive_depth, config.init_weights
+            )
+        self.causal_context_causal[adapter_name] = _causal_layer(config, len(concepts), width)
+        self.causal_context_up[adapter_name] = OutputLayer(rank, self.out_features, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The base module's output, plus what the active adapters add."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(*args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        x = args[0] if args else next(iter(kwargs.values()))  # some models call Linear(input=x)
+        dtype = result.dtype
+        for name in self.active_adapters:
+            if name in self.causal_context_down:
+                result = self._add_adapter_output(result, x, name)
+        return result.to(dtype)
+
+    def _add_adapter_output(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
+        batched = x.ndim > len(self._kernel_size) + 1
+        mask = self.conditioning.mask_for(self, adapter_name, x, x.shape[0] if batched else 1)
+        causal = self.causal(adapter_name)
+        if mask is None:  # observational, at inference
+            if isinstance(causal, IndependentLayer) or causal.anchored:
+                return result
+            mask = x.new_zeros(1, len(self.concepts[adapter_name]))
+        down = cast(RepresentationLayer, self.causal_context_down[adapter_name]).weight
+        up = cast(OutputLayer, self.causal_context_up[adapter_name]).weight
+        x = self._cast_input_dtype(x, down.dtype)
+        z = self._down(x if batched else x[None], down)
+        if adapter_name in self.causal_context_expressive:
+            z = self.causal_context_expressive[adapter_name](z)
+        c = causal(z, mask)
+        scaling = self.scaling[adapter_name]
+        output = self._up(c if scaling == 1 else c * scaling, up)
+        return result + (output if batched else output[0])
+
+    def _down(self, x: Tensor, weight: Tensor) -> Tensor:
+        """(n, T, in) -> (n, T, R), or for convolutions (n, in, *T) -> (n, *T, R)."""
+        raise NotImplementedError
+
+    def _up(self, c: Tensor, weight: Tensor) -> Tensor:
+        """The inverse arrangement: (n, T, R) -> (n, T, out), or (n, *T, R) -> (n, out, *T)."""
+        raise NotImplementedError
+
+    def causal(self, adapter_name: str) -> CausalLayer:
+        """The causal layer of an adapter."""
+        return cast(CausalLayer, self.causal_context_causal[adapter_name])
+
+    def merge_refusal(self, adapter_name: str) -> str | None:
+        """Why an adapter cannot become a change of this layer's weight; None if it can."""
+        if adapter_name in self.causal_context_expressive:
+            return "its mechanism is not linear (expressive_depth > 0)"
+        return None
+
+    def lora_weights(self, adapter_name: str, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """lora_A (R, in, *kernel) and lora_B (out, R), with the scale in B, for the context of a mask (1, K); float32.
+
+        Raises:
+            ValueError: for a mechanism that is not linear.
+        """
+        refusal = self.merge_refusal(adapter_name)
+        if refusal:
+            raise ValueError(f"Adapter {adapter_name!r} cannot be baked or merged: {refusal}.")
+        with torch.no_grad():
+            down = cast(RepresentationLayer, self.causal_context_down[adapter_name]).weight.float()
+            up = cast(OutputLayer, self.causal_context_up[adapter_name]).weight.float()
+            mixing = self.causal(adapter_name).matrix(mask.to(down)).float()
+            return (mixing @ down.flatten(1)).view_as(down), up * self.scaling[adapter_name]
+
+    def get_delta_weight(self, adapter_name: str, mask: Tensor | None = None) -> Tensor:
+        """The change of the base weight for one context, in the base weight's shape and dtype.
+
+        Args:
+            mask: (1, K); None takes the active context (see `merge`).
+        """
+        a, b = self.lora_weights(adapter_name, self._merge_mask(adapter_name) if mask is None else mask)
+        return self._as_base_weight((b @ a.flatten(1)).view(-1, *a.shape[1:]))
+
+    def _as_base_weight(self, delta: Tensor) -> Tensor:
+        return delta
+
+    def _merge_mask(self, adapter_name: str) -> Tensor:
+        request = self.conditioning.request()
+        context = request.find(adapter_name, self.concepts[adapter_name]) if request is not None else None
+        if context is None:
+            if self.training:
+                raise ValueError(
+                    f"No context is set for merging adapter {adapter_name!r} in training mode. Merge inside `with "
+                    "intervene(model, context):`."
+                )
+            return torch.zeros(1, len(self.concepts[adapter_name]))
+        if not context.uniform and not bool((context.mask == context.mask[:1]).all()):
+            raise ValueError(
+                f"Only one context can be merged into a weight; {context.mask.shape[0]} different ones are set. Merge "
+                "inside `with intervene(model, context):` with a single context."
+            )
+        return context.mask[:1]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the active context's change to the base weight; the context is kept for `unmerge`.
+
+        The context is that of the enclosing `intervene`; without one it is the observational context.
+
+        Raises:
+            ValueError: for a mechanism, module or weight that cannot be merged, several contexts, or (with
+                `safe_merge`) a result that is not finite.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.causal_context_down:
+                continue
+            weight = self._mergeable_weight(name)
+            mask = self._merge_mask(name)
+            merged = weight.data + self.get_delta_weight(name, mask).to(weight)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
+                )  # PEFT's words
+            weight.data = merged
+            self.merged_masks[name] = mask.detach().clone()
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take the merged changes out of the base weight again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name in self.causal_context_down:
+                weight = self._mergeable_weight(name)
+                weight.data = weight.data - self.get_delta_weight(name, self.merged_masks.pop(name)).to(weight)
+
+    def _mergeable_weight(self, adapter_name: str) -> nn.Parameter:
+        weight = self.get_base_layer().weight
+        refusal = self.merge_refusal(adapter_name)
+        if not isinstance(weight, nn.Parameter) or type(weight.data) is not Tensor or not weight.is_floating_point():
+            refusal = f"its base weight is quantised or sharded ({type(weight.data).__name__}, {weight.dtype})"
+        if refusal:
+            raise ValueError(
+                f"Adapter {adapter_name!r} cannot be merged into a {type(self.get_base_layer()).__name__}: {refusal}. "
+                "Keep it as an adapter."
+            )
+        return cast(nn.Parameter, weight)
+
+    def check_merged_context(self, masks: dict[str, Tensor]) -> None:
+        """Refuse a context that differs from the one in the weights.
+
+        Raises:
+            ValueError: while an adapter is merged for another context.
+        """
+        for name, mask in masks.items():
+            merged = self.merged_masks.get(name)
+            if merged is not None and not bool((mask == merged.to(mask)).all()):
+                context = self.concepts[name].contexts(merged)[0]
+                raise ValueError(
+                    f"Adapter {name!r} is merged for the context {str(context)!r}; another one would change nothing. "
+                    "Call unmerge_adapter() first."
+                )
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Scale an adapter's output relative to its default (as diffusers does for LoRA)."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self._default_scaling[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of the active adapters."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scale of the active adapters; None restores the default."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = self.scaling[name] / scale if scale else self._default_scaling[name]
+
+    def __repr__(self) -> str:
+        return "causal_context." + super().__repr__()
+
+
+class _LinearForm(CausalContextLayer):
+    def _down(self, x: Tensor, weight: Tensor) -> Tensor:
+        return linear(x, weight)
+
+    def _up(self, c: Tensor, weight: Tensor) -> Tensor:
+        return linear(c, weight)
+
+
+class Linear(nn.Module, _LinearForm):
+    """On nn.Linear."""
+
+    def __init__(self, base_layer: nn.Module, conditioning: Conditioning | None) -> None:
+        super().__init__()
+        CausalContextLayer.__init__(self, base_layer, conditioning)
+
+    forward = CausalContextLayer.forward
+
+
+class TransposedLinear(nn.Module, _LinearForm):
+    """On transformers' Conv1D (GPT-2), which stores its weight as (in, out)."""
+
+    def __init__(self, base_layer: nn.Module, conditioning: Conditioning | None) -> None:
+        super().__init__()
+        CausalContextLayer.__init__(self, base_layer, conditioning)
+
+    forward = CausalContextLayer.forward
+
+    def _as_base_weight(self, delta: Tensor) -> Tensor:
+        return delta.T
+
+
+class ConvNd(nn.Module, CausalContextLayer):
+    """On Conv1d, Conv2d and Conv3d, whatever kernel, stride, padding and dilation.
+
+    Down is a convolution like the base's over all input channels, Up is a 1x1 convolution. On a grouped convolution the
+    adapter therefore mixes groups; it works, but cannot be merged.
+    """
+
+    def __init__(self, base_layer: nn.Module, conditioning: Conditioning | None) -> None:
+        super().__init__()
+        CausalContextLayer.__init__(self, base_layer, conditioning)
+        self._convolve = getattr(nn.functional, f"conv{len(self._kernel_size)}d")
+
+    forward = CausalContextLayer.forward
+
+    def _down(self, x: Tensor, weight: Tensor) -> Tensor:
+        base = cast(nn.Conv2d, self.get_base_layer())
+        padding: Any = base.padding
+        if base.padding_mode != "zeros":
+            x = nn.functional.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
+            padding = 0
+        return self._convolve(x, weight, None, base.stride, padding, base.dilation).movedim(1, -1)
+
+    def _up(self, c: Tensor, weight: Tensor) -> Tensor:
+        return self._convolve(c.movedim(-1, 1), weight[(..., *(None,) * len(self._kernel_size))])
+
+    def merge_refusal(self, adapter_name: str) -> str | None:
+        groups = cast(nn.Conv2d, self.get_base_layer()).groups
+        if groups > 1:
+            return f"the convolution has {groups} groups, and the adapter connects all channels"
+        return super().merge_refusal(adapter_name)
+
+
+def adapted_class(module: nn.Module) -> type[Linear] | type[TransposedLinear] | type[ConvNd] | None:
+    """The form of the adapter for a module, None if there is none."""
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return None  # nn.MultiheadAttention uses its weight without calling it
+    if isinstance(module, nn.Linear):
+        return Linear
+    if isinstance(module, Conv1D):
+        return TransposedLinear
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return ConvNd
+    return None
+
+
+def _geometry(base: nn.Module) -> tuple[int, int, tuple[int, ...]]:
+    if isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return base.in_channels, base.out_channels, tuple(base.kernel_size)
+    if isinstance(base, Conv1D):
+        return *cast(tuple[int, int], tuple(base.weight.shape)), ()
+    assert isinstance(base, nn.Linear)
+    return base.in_features, base.out_features, ()
+
+
+def _causal_layer(config: CausalContextConfig, num_concepts: int, width: int) -> CausalLayer:
+    if config.mechanism == "independent":
+        return IndependentLayer(num_concepts, width)
+    layer_cls = ReducedLayer if config.mechanism == "reduced" else StructuralLayer
+    return layer_cls(
+        num_concepts,
+        width,
+        config.graph(),
+        perfect_interventions=config.perfect_interventions,
+        anchored=config.anchored,
+        identity=config.init_weights,
+    )

@@ -1,0 +1,158 @@
+"""Injects the adapter into a base model, as PEFT's tuners do."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.error import NoMatchingPeftModuleError
+from torch import Tensor, nn
+
+from ..contexts import ContextBatch
+from ..layers import StructuralLayer
+from .conditioning import intervene
+from .config import CausalContextConfig
+from .layer import CausalContextLayer, adapted_class
+from .registration import PREFIX
+from .targets import default_target_modules, describe_candidates
+
+
+class CausalContextModel(BaseTuner):
+    """The tuner behind `get_peft_model(model, CausalContextConfig(...))`.
+
+    Args:
+        model: any torch model with Linear layers, GPT-2's Conv1D or convolutions.
+        config: the adapter's configuration.
+        adapter_name: its name.
+        low_cpu_mem_usage: create the weights on the meta device, to be loaded.
+
+    Raises:
+        ValueError: when no module matches `target_modules`, or one matches that cannot be adapted.
+    """
+
+    prefix: str = PREFIX
+    tuner_layer_cls = CausalContextLayer
+
+    def generate(self, *args: Any, context: ContextBatch | None = None, **kwargs: Any) -> Any:
+        """The base model's `generate`, under a context."""
+        if context is None:
+            return self.model.generate(*args, **kwargs)
+        with intervene(self.model, context):
+            return self.model.generate(*args, **kwargs)
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        assert isinstance(peft_config, CausalContextConfig)
+        if peft_config.target_modules is None:
+            peft_config.target_modules = default_target_modules(self.model, model_config)
+        return peft_config
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Wrap the target modules and hook the base model; see `BaseTuner.inject_adapter`."""
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except NoMatchingPeftModuleError as error:
+            raise NoMatchingPeftModuleError(f"{error} {describe_candidates(model)}") from None
+        layer = next(_layers(model), None)
+        if layer is not None:
+            layer.conditioning.install(model)
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        assert isinstance(peft_config, CausalContextConfig)
+        # Before anything is wrapped: a module that matches but cannot be adapted must not leave a half-wrapped model.
+        if peft_config.target_modules == "all-linear":
+            return
+        wrapped = {key for key, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+        for key, module in model.named_modules():
+            inside = any(parent in wrapped for parent in _parents(key))
+            if not key or inside or not self._check_target_module_exists(peft_config, key):
+                continue
+            if adapted_class(module) is None:
+                raise ValueError(
+                    f"Target module {key!r} of type {type(module).__name__} is not supported. Supported: Linear (not "
+                    "inside nn.MultiheadAttention), Conv1D of GPT-2, Conv1d, Conv2d and Conv3d. Exclude it with "
+                    f"exclude_modules. {describe_candidates(model)}"
+                )
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        assert isinstance(peft_config, CausalContextConfig)
+        if isinstance(target, CausalContextLayer):
+            target.update_layer(adapter_name, peft_config, current_key)
+            return
+        layer_cls = adapted_class(target)
+        assert layer_cls is not None
+        existing = next((layer.conditioning for layer in _layers(self.model)), None)
+        layer = layer_cls(target, existing)
+        layer.update_layer(adapter_name, peft_config, current_key)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        layer.train(target.training)  # else attaching to a model in eval mode would make it half a model in training
+        self._replace_module(parent, target_name, layer, target)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        layer = next(_layers(self.model), None)
+        if layer is not None:  # all layers share it
+            layer.conditioning.concepts.pop(adapter_name, None)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        layer = next(_layers(self.model), None)
+        if merge and layer is not None:
+            self._warn_about_empty_merge(layer)
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        if layer is not None:
+            layer.conditioning.remove()
+        return model
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        layer = next(_layers(self.model), None)
+        if layer is not None:
+            self._warn_about_empty_merge(layer)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _warn_about_empty_merge(self, layer: CausalContextLayer) -> None:
+        if layer.conditioning.request() is None and not layer.training:
+            warnings.warn(
+                "Merging without a context merges the observational one, which for 'independent' and anchored "
+                "mechanisms is the base model itself. Merge inside `with intervene(model, context):` for another.",
+                stacklevel=3,
+            )
+
+
+def acyclicity_penalty(model: nn.Module, adapter_name: str = "default") -> Tensor:
+    """Sum over layers of the penalty on cycles among learnt direct effects; add it to the loss (scalar, >= 0).
+
+    Raises:
+        ValueError: for an adapter without the mechanism "structural".
+    """
+    penalties = [
+        causal.acyclicity_penalty()
+        for layer in _layers(model)
+        if adapter_name in layer.causal_context_causal
+        and isinstance(causal := layer.causal(adapter_name), StructuralLayer)
+    ]
+    if not penalties:
+        raise ValueError(f"Adapter {adapter_name!r} has no layer with mechanism='structural', so there are no cycles.")
+    return torch.stack(penalties).sum()
+
+
+def _layers(model: nn.Module) -> Iterator[CausalContextLayer]:
+    return (module for module in model.modules() if isinstance(module, CausalContextLayer))
+
+
+def _parents(key: str) -> Iterator[str]:
+    while "." in key:
+        key = key.rpartition(".")[0]
+        yield key

@@ -1,0 +1,137 @@
+"""Which row of a batch has which context: from samples to a model's rows, and from those to a layer's rows.
+
+What cannot be known is an error, never a guess. Shapes: S samples, N rows of the model's input, n rows of a layer's
+input, K concepts.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Where the rows of a model's input are counted, first match first; otherwise the first tensor is taken.
+_INPUT_NAMES = ("sample", "hidden_states", "input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values")
+_VISION = re.compile("vision|visual|image")
+# Architectures of transformers that transpose to (time, rows, features) before their layers.
+_SEQUENCE_FIRST = ("longformer", "led", "xlnet")
+
+
+def match_samples(
+    mask: Tensor,
+    num_rows: int,
+    images_per_prompt: int,
+    guidance_copies: int,
+    expanded_by_generate: Callable[[], bool],
+) -> Tensor:
+    """Turn a mask (S, K) into one for the N rows of the model's input: (1, K) or (N, K).
+
+    Raises:
+        ValueError: when it cannot be known which row belongs to which sample.
+    """
+    samples = mask.shape[0]
+    if samples in (1, num_rows):
+        return mask
+    images = samples * images_per_prompt
+    if num_rows in (images, images * guidance_copies):
+        # Pipelines interleave the images of a prompt and tile the guidance copies.
+        return mask.repeat_interleave(images_per_prompt, 0).repeat(num_rows // images, 1)
+    if num_rows % samples == 0 and expanded_by_generate():
+        return mask.repeat_interleave(num_rows // samples, 0)  # beams and returned sequences are interleaved
+    raise ValueError(
+        f"{samples} contexts were given, but the model's input has {num_rows} rows, and {samples} contexts x "
+        f"{images_per_prompt} images_per_prompt x {guidance_copies} guidance_copies is another number. Pass one "
+        "context, one per row, or say how a pipeline multiplies samples: intervene(model, contexts, "
+        "images_per_prompt=n, guidance_copies=2)."
+    )
+
+
+def match_layer_rows(mask: Tensor, num_rows: int, layer_name: str, ragged: bool) -> Tensor:
+    """Turn a mask for the model's rows, (1, K) or (N, K), into one for the n rows of a layer: (1, K) or (n, K).
+
+    Args:
+        layer_name: its path in the model; experts see the tokens routed to them, vision towers see images.
+        ragged: samples differ in length or in their number of images.
+
+    Raises:
+        ValueError: when n is no multiple of N, or rows need not be whole multiples per sample.
+    """
+    model_rows = mask.shape[0]
+    if model_rows == 1:
+        return mask
+    known = model_rows == num_rows and not (ragged and _VISION.search(layer_name))
+    if known:
+        return mask
+    if num_rows % model_rows or ragged or "expert" in layer_name:
+        raise ValueError(
+            f"Layer {layer_name!r} sees {num_rows} rows while the model's input has {model_rows} with different "
+            "contexts, so it cannot be known which context belongs to which row (the layer's rows do not depend on the "
+            "batch, or samples are ragged: of different lengths, or with different numbers of images). Use one context "
+            "for the whole batch, or leave the layer out with exclude_modules."
+        )
+    # Inside the models of diffusers and transformers flattening (frames, pixels, windows, tokens) is sample-major.
+    return mask.repeat_interleave(num_rows // model_rows, 0)
+
+
+def refuse_sequence_first(model: nn.Module) -> None:
+    """Raise ValueError for an architecture whose layers see time steps before samples, under different contexts."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type in _SEQUENCE_FIRST:
+        raise ValueError(
+            f"Layers of {type(model).__name__} see time steps before samples, so different contexts in one batch "
+            "cannot be told apart. Use one context for the whole batch."
+        )
+
+
+def input_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.device, int, bool]:
+    """Device and number of rows of a model's input, and whether its samples are ragged inside the model.
+
+    Raises:
+        ValueError: for a call without tensors.
+    """
+    named = [kwargs[name] for name in _INPUT_NAMES if kwargs.get(name) is not None]
+    for value in (*args, *named, *kwargs.values()):
+        if isinstance(value, Tensor) and value.ndim > 0:
+            return value.device, value.shape[0], _has_ragged_images(model, kwargs, value.shape[0])
+        if isinstance(value, list | tuple) and value and all(isinstance(item, Tensor) for item in value):
+            return value[0].device, len(value), True  # one tensor of its own length per sample
+    raise ValueError(
+        "The model was called without a tensor, so its rows cannot be matched to contexts. Pass the inputs as tensors."
+    )
+
+
+def _has_ragged_images(model: nn.Module, kwargs: dict[str, Any], num_rows: int) -> bool:
+    """Whether some samples of a vision-language model have another number of images or patches than others."""
+    grid, images, ids = (kwargs.get(name) for name in ("image_grid_thw", "pixel_values", "input_ids"))
+    if isinstance(grid, Tensor):  # all patches of all images in one row
+        return grid.shape[0] != num_rows or bool((grid != grid[:1]).any())
+    if not isinstance(images, Tensor) or not isinstance(ids, Tensor):
+        return False
+    config = getattr(model, "config", None)
+    token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    if images.shape[0] != num_rows or token is None:
+        return images.shape[0] != num_rows
+    per_sample = (ids == token).sum(-1)
+    return bool((per_sample != per_sample[:1]).any())
+
+
+def called_by_generate() -> bool:
+    """Whether transformers' generate() is running, which repeats every sample in place.
+
+    Looks up the call stack, since nothing in the model's inputs tells; only asked when the rows do not match.
+    """
+    from transformers.generation import utils
+
+    # Its self type hides the method from type checkers.
+    code = inspect.unwrap(vars(utils.GenerationMixin)["generate"]).__code__
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is code:
+            return True
+        frame = frame.f_back
+    return False

@@ -1,0 +1,300 @@
+"""Names <-> masks: the vocabulary of concepts and the contexts that intervene on them.
+
+Shapes: B rows (samples), K concepts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+RESERVED_CHARACTERS = "+=,"
+
+
+class Context:
+    """A data regime: the concepts intervened on, each with a strength. Immutable; the empty one is observational.
+
+    Arguments are names (strength 1), mappings name -> strength, or other contexts; they are composed. Strength 0 is no
+    intervention, so such concepts are left out.
+
+    Raises:
+        TypeError: for anything else than names, mappings and contexts.
+        ValueError: for a strength that is not finite, or one concept with two strengths.
+
+    Example:
+        >>> Context("thick") | Context({"slant": 0.5})
+        Context('slant=0.5+thick')
+        >>> Context("thick") | Context("slant") == Context("slant", "thick")
+        True
+    """
+
+    __slots__ = ("_strengths",)
+    _strengths: dict[str, float]
+
+    def __init__(self, *parts: str | Mapping[str, float] | Context) -> None:
+        strengths: dict[str, float] = {}
+        for part in parts:
+            for name, strength in _strength_items(part):
+                if strengths.setdefault(name, strength) != strength:
+                    raise ValueError(
+                        f"Concept {name!r} has two strengths in one context: {strengths[name]:g} and {strength:g}. "
+                        "Give it one."
+                    )
+        # Sorted, so that composing commutes down to the printed form.
+        object.__setattr__(self, "_strengths", {name: s for name, s in sorted(strengths.items()) if s != 0})
+
+    @classmethod
+    def parse(cls, text: str) -> Context:
+        """Read ``"thick+slant"``, ``"thick=1,slant=0.5"`` or ``""`` (observational).
+
+        Raises:
+            ValueError: for an empty name or a strength that is not a number.
+
+        Example:
+            >>> Context.parse("thick=0.5,slant").strengths
+            {'slant': 1.0, 'thick': 0.5}
+        """
+        if not text.strip():
+            return cls()
+        parts = []
+        for item in _split_concepts(text):
+            name, equals, number = (piece.strip() for piece in item.partition("="))
+            if not name:
+                raise ValueError(f"Empty concept name in context {text!r}. Write 'name', or 'name=strength'.")
+            try:
+                parts.append({name: float(number) if equals else 1.0})
+            except ValueError:
+                raise ValueError(
+                    f"Strength {number!r} of concept {name!r} in context {text!r} is not a number. "
+                    "Write for example 'thick=0.5'."
+                ) from None
+        return cls(*parts)
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        """Name -> strength of every target, in alphabetical order (a copy)."""
+        return dict(self._strengths)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The concepts this context acts on, in alphabetical order."""
+        return tuple(self._strengths)
+
+    def __or__(self, other: Context) -> Context:
+        if not isinstance(other, Context):
+            return NotImplemented
+        return Context(self, other)
+
+    def __bool__(self) -> bool:
+        return bool(self._strengths)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Context) and self._strengths == other._strengths
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._strengths.items()))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"A Context is immutable; build a new one instead of setting {name!r}.")
+
+    def __reduce__(self) -> tuple[type[Context], tuple[dict[str, float]]]:
+        return Context, (self._strengths,)
+
+    def __str__(self) -> str:
+        return "+".join(name if s == 1 else f"{name}={s!r}" for name, s in self._strengths.items())
+
+    def __repr__(self) -> str:
+        return f"Context({str(self)!r})" if self else "Context()"
+
+
+# One context: a Context, "thick+slant", {"thick": 0.5} or ("thick", "slant").
+ContextLike: TypeAlias = Context | str | Mapping[str, float] | tuple[str, ...] | frozenset[str]
+# A context for the whole batch, a list with one context per sample, or a mask (B, K).
+ContextBatch: TypeAlias = ContextLike | Sequence[ContextLike] | Tensor
+
+
+def as_context(value: object) -> Context:
+    """Turn a name, ``"a+b"``, a mapping name -> strength, or a tuple or set of names into a `Context`.
+
+    Raises:
+        TypeError: for any other type.
+    """
+    match value:
+        case Context():
+            return value
+        case str():
+            return Context.parse(value)
+        case Mapping():
+            return Context(value)
+        case tuple() | list() | set() | frozenset():
+            return Context(*value)
+        case _:
+            raise TypeError(
+                f"{value!r} of type {type(value).__name__} is not a context. Allowed: a Context, a name such as "
+                "'thick' or 'thick+slant', a mapping to strengths, or a tuple of names; for a batch a list of them, "
+                "or a float tensor (rows, number of concepts)."
+            )
+
+
+def as_contexts(value: object) -> tuple[Context, ...] | None:
+    """Turn a list (or a tuple that does not hold names) into one `Context` per sample; None for a single context.
+
+    Raises:
+        TypeError: for elements that are not contexts.
+        ValueError: for an empty list.
+    """
+    per_sample = isinstance(value, list) or (
+        isinstance(value, tuple) and len(value) > 0 and not all(isinstance(item, str) for item in value)
+    )
+    if not per_sample:
+        return None
+    assert isinstance(value, list | tuple)
+    if not value:
+        raise ValueError(
+            "An empty list of contexts: a list holds one context per sample. The observational context is ()."
+        )
+    return tuple(as_context(item) for item in value)
+
+
+@dataclass(frozen=True)
+class ConceptSet:
+    """The concepts of one adapter, in their fixed order.
+
+    Raises:
+        TypeError: for a name that is not a string.
+        ValueError: for no names, duplicates, or names that are empty, padded, unprintable or contain "+", "=" or ",".
+
+    Example:
+        >>> ConceptSet(("thick", "slant")).mask([Context("slant"), Context({"thick": 0.5})])
+        tensor([[0.0000, 1.0000],
+                [0.5000, 0.0000]])
+    """
+
+    names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.names, str) or not isinstance(self.names, Iterable):
+            raise TypeError(f"concepts={self.names!r} must be a sequence of names, such as ('thick', 'slant').")
+        object.__setattr__(self, "names", tuple(self.names))
+        if not self.names:
+            raise ValueError("No concepts given. Name at least one, for example concepts=('thick', 'slant').")
+        for name in self.names:
+            _check_name(name)
+        duplicates = [name for name, count in Counter(self.names).items() if count > 1]
+        if duplicates:
+            raise ValueError(f"Duplicate concepts: {quoted(duplicates)}. Every concept needs a name of its own.")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def index(self, name: str, where: str = "") -> int:
+        """Position of a concept.
+
+        Raises:
+            ValueError: for an unknown name; `where` says in what it occurred.
+        """
+        try:
+            return self.names.index(name)
+        except ValueError:
+            raise ValueError(
+                f"Unknown concept {name!r}{f' in {where}' if where else ''}. Known concepts: {quoted(self.names)}. "
+                "Correct the name, or add it to concepts= of the adapter's config."
+            ) from None
+
+    def mask(self, contexts: Sequence[Context]) -> Tensor:
+        """Intervention mask (B, K), float32 on the CPU: 0 not intervened, 1 intervened, other values are strengths.
+
+        Raises:
+            ValueError: for a concept that is not in this set.
+        """
+        rows = [[0.0] * len(self) for _ in contexts]
+        for row, context in zip(rows, contexts, strict=True):
+            for name, strength in context.strengths.items():
+                row[self.index(name, f"context {str(context)!r}")] = strength
+        return torch.tensor(rows, dtype=torch.float32)
+
+    def contexts(self, mask: Tensor) -> tuple[Context, ...]:
+        """The context of every row of a mask (B, K); the inverse of `mask`."""
+        return tuple(Context(dict(zip(self.names, row, strict=True))) for row in mask.tolist())
+
+    def check_mask(self, mask: Tensor) -> Tensor:
+        """Return a mask (B, K) as it is, and (K,) as (1, K).
+
+        Raises:
+            TypeError: for a dtype that is not floating point.
+            ValueError: for another shape, the meta device, or values that are not finite.
+        """
+        if not mask.is_floating_point():
+            raise TypeError(f"The intervention mask has dtype {mask.dtype}; it must be floating point. Call .float().")
+        if mask.ndim not in (1, 2) or mask.shape[-1] != len(self) or mask.shape[0] == 0:
+            raise ValueError(
+                f"The intervention mask has shape {tuple(mask.shape)}; it must be (rows, {len(self)}), one column for "
+                f"each of the concepts {quoted(self.names)}."
+            )
+        if mask.device.type == "meta":
+            raise ValueError("The intervention mask lies on the device 'meta'. Move it to the device of the model.")
+        # A value check waits for the device and cannot be part of a compiled graph.
+        if not torch.compiler.is_compiling() and not bool(torch.isfinite(mask).all()):
+            raise ValueError("The intervention mask contains NaN or infinite values. Strengths must be finite numbers.")
+        return mask if mask.ndim == 2 else mask[None]
+
+
+def _strength_items(part: object) -> Iterator[tuple[str, float]]:
+    if isinstance(part, Context):
+        yield from part.strengths.items()
+    elif isinstance(part, str):
+        _check_name(part)
+        yield part, 1.0
+    elif isinstance(part, Mapping):
+        for name, strength in part.items():
+            _check_name(name)
+            if isinstance(strength, Real) and math.isfinite(strength):
+                yield name, float(strength)
+            else:
+                raise ValueError(f"Strength {strength!r} of concept {name!r} must be a finite number, such as 0.5.")
+    else:
+        raise TypeError(
+            f"{part!r} of type {type(part).__name__} cannot be part of a context. Allowed: names and mappings name -> "
+            "strength. Different contexts for the samples of a batch go into a list: [('thick',), {'slant': 0.5}]."
+        )
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"Concept name {name!r} is of type {type(name).__name__}; it must be a string.")
+    if not name or name != name.strip():
+        raise ValueError(f"Concept name {name!r} must not be empty or begin or end with white space.")
+    if not name.isprintable() or any(character in RESERVED_CHARACTERS for character in name):
+        raise ValueError(
+            f"Concept name {name!r} must not contain '+', '=', ',' or control characters: they separate concepts in "
+            "contexts such as 'thick=0.5+slant'. Rename it."
+        )
+
+
+def _split_concepts(text: str) -> Iterator[str]:
+    # "1e+5" keeps its sign: a "+" that follows an exponent does not separate concepts.
+    start = 0
+    for position, character in enumerate(text):
+        exponent = character == "+" and "=" in text[start:position] and text[position - 1] in "eE="
+        if character in "+," and not exponent:
+            yield text[start:position]
+            start = position + 1
+    yield text[start:]
+
+
+def quoted(names: Iterable[str]) -> str:
+    """Names as error messages list them."""
+    return ", ".join(repr(name) for name in names)

@@ -1,0 +1,100 @@
+"""The equations of the causal layers, as pure functions of features, intervention mask and weights.
+
+Markham et al., "Intervening to Learn and Compose Causally Disentangled Representations" (CLeaR 2026), carried over to
+adapters: the coordinates z come from a frozen model's features, and the map U_obs of the observational context is the
+identity without loss of generality, because the representation layer before it absorbs any other.
+
+Shapes: B rows, T tokens or pixels (any number of dimensions, none included), K concepts, W width per concept,
+R = K W features, concept by concept. The intervention mask m (B, K) broadcasts over T and W; B = 1 serves any batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def per_feature(mask: Tensor, features_BTR: Tensor) -> Tensor:
+    """Repeat a mask (B, K) over the W features of each concept: (B, 1..., R), in the dtype of the features."""
+    width = features_BTR.shape[-1] // mask.shape[-1]
+    mask_BR = mask.to(features_BTR.dtype).repeat_interleave(width, dim=-1)
+    return mask_BR.view(mask_BR.shape[0], *(1,) * (features_BTR.ndim - 2), mask_BR.shape[-1])
+
+
+def linear(features: Tensor, weight: Tensor) -> Tensor:
+    """features W^T over the last dimension, as one product of matrices: (..., in), (out, in) -> (..., out).
+
+    For strided features torch.matmul chooses between one product and a batch of them by `requires_grad`, which rounds
+    differently: a loaded adapter would not reproduce the trained one bit for bit.
+    """
+    rows = torch.nn.functional.linear(features.reshape(-1, features.shape[-1]), weight)
+    return rows.view(*features.shape[:-1], weight.shape[0])
+
+
+def block_linear(features_BTR: Tensor, blocks_KWW: Tensor) -> Tensor:
+    """Apply one W x W map per concept, (B, T, R) -> (B, T, R); concepts never mix."""
+    # K small products cost more to launch than one R x R product, whose zeros are few at the sizes of an adapter.
+    return linear(features_BTR, torch.block_diag(*blocks_KWW))
+
+
+def expressive(features_BTR: Tensor, blocks_DKWW: Tensor) -> Tensor:
+    """Per-concept residual layers x <- x + gelu(V_d x), for the D maps V_d of shape (K, W, W)."""
+    for blocks_KWW in blocks_DKWW:
+        features_BTR = features_BTR + torch.nn.functional.gelu(block_linear(features_BTR, blocks_KWW))
+    return features_BTR
+
+
+def independent(z_BTR: Tensor, mask: Tensor) -> Tensor:
+    """c_k = m_k z_k: every concept on its own; zero in the empty context, additive in the targets."""
+    return per_feature(mask, z_BTR) * z_BTR
+
+
+def intervened(z_BTR: Tensor, mask: Tensor, shift_KWW: Tensor) -> Tensor:
+    """e_k = z_k + m_k (U_ivn_k - U_obs_k) z_k with U_obs = 1 and `shift` = U_ivn - U_obs: linear in the strength."""
+    return z_BTR + per_feature(mask, z_BTR) * block_linear(z_BTR, shift_KWW)
+
+
+def reduced(
+    e_BTR: Tensor, mask: Tensor, observational_RR: Tensor, interventional_RR: Tensor, *, perfect_interventions: bool
+) -> Tensor:
+    """Total effects of the paper's causal layer.
+
+    c_i = e_i + (1 - q_i) sum_j (1 - q_j) Bobs_ij e_j + g_i sum_j q_j Bivn_ij e_j with the cut q = clamp(m, 0, 1).
+    g_i = 1 - q_i for perfect interventions (an intervened concept listens to nobody), else g_i = 1 as published.
+
+    Both matrices must have zero diagonal blocks.
+    """
+    cut = per_feature(mask.clamp(0, 1), e_BTR)
+    open_ = 1 - cut
+    from_observed = linear(e_BTR * open_, observational_RR)
+    from_intervened = linear(e_BTR * cut, interventional_RR)
+    if perfect_interventions:
+        return torch.addcmul(e_BTR, open_, from_observed + from_intervened)
+    return torch.addcmul(e_BTR, open_, from_observed) + from_intervened
+
+
+def structural(
+    e_BTR: Tensor, mask: Tensor, coefficients_RR: Tensor, *, steps: int, perfect_interventions: bool
+) -> Tensor:
+    """Solve c = e + (1 - q) (A c) by substitution: direct effects A, the rows of intervened concepts cut.
+
+    Imperfect (soft) interventions cut nothing: they only shift e. `steps` substitutions are exact when no directed path
+    of A is longer; K - 1 are enough for any acyclic A.
+    """
+    open_ = 1 - per_feature(mask.clamp(0, 1), e_BTR)
+    c_BTR = e_BTR
+    for _ in range(steps):
+        effects = linear(c_BTR, coefficients_RR)
+        c_BTR = torch.addcmul(e_BTR, open_, effects) if perfect_interventions else e_BTR + effects
+    return c_BTR
+
+
+def acyclicity_penalty(coefficients_RR: Tensor, num_concepts: int) -> Tensor:
+    """trace(exp(S)) - K with S_ij = ||A_ij||_F^2: zero exactly when A has no directed cycle.
+
+    Zheng et al., "DAGs with NO TEARS" (NeurIPS 2018). Shapes: coefficients (R, R) -> scalar. Differentiable.
+    """
+    width = coefficients_RR.shape[0] // num_concepts
+    strength_KK = coefficients_RR.unflatten(1, (num_concepts, width)).unflatten(0, (num_concepts, width))
+    strength_KK = strength_KK.square().sum(dim=(1, 3))
+    return torch.linalg.matrix_exp(strength_KK).diagonal().sum() - num_concepts

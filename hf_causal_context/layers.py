@@ -1,0 +1,245 @@
+"""The adapter's layers as parameters and initialisation; the equations are in `functional`.
+
+Every class keeps its parameters directly on itself and registers no buffers: PEFT reads the adapter's name from the
+last two parts of a parameter's name, and would save buffers.
+
+Shapes: B rows, T tokens or pixels, K concepts, W width per concept, R = K W.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from graphlib import CycleError, TopologicalSorter
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+
+from . import functional as F
+from .contexts import ConceptSet
+
+Mechanism: TypeAlias = Literal["independent", "reduced", "structural"]
+MECHANISMS: tuple[Mechanism, ...] = get_args(Mechanism)
+
+
+class ConceptGraph:
+    """Which concepts may act directly on which: all pairs, a user's edges, or whatever respects a user's order.
+
+    Args:
+        concepts: the concepts, in the order of the features.
+        edges: pairs (cause, effect), or None.
+        order: all concepts, causes before effects, or None.
+
+    Raises:
+        ValueError: for unknown concepts, an edge from a concept to itself, a cycle, an incomplete order, or both given.
+    """
+
+    def __init__(
+        self,
+        concepts: ConceptSet,
+        edges: Sequence[tuple[str, ...]] | None = None,
+        order: Sequence[str] | None = None,
+    ) -> None:
+        K = len(concepts)
+        if edges is not None and order is not None:
+            raise ValueError("Give concept_graph or concept_order, not both: the graph's edges already imply an order.")
+        if order is not None:
+            if sorted(order) != sorted(concepts):
+                raise ValueError(
+                    f"concept_order={tuple(order)} must name every concept once: {tuple(concepts)}, causes first."
+                )
+            edges = [(cause, effect) for i, cause in enumerate(order) for effect in order[i + 1 :]]
+        if edges is None:
+            self.direct = ~torch.eye(K, dtype=torch.bool)
+            self.total = self.direct
+            self.longest_path = K - 1
+            return
+        parents: dict[int, set[int]] = {k: set() for k in range(K)}
+        for edge in edges:
+            if len(edge) != 2:
+                raise ValueError(f"Edge {edge!r} of concept_graph must be a pair (cause, effect).")
+            cause, effect = (concepts.index(name, f"edge {tuple(edge)!r} of concept_graph") for name in edge)
+            parents[effect].add(cause)
+        try:
+            sequence = tuple(TopologicalSorter(parents).static_order())
+        except CycleError as error:
+            cycle = " -> ".join(concepts.names[k] for k in error.args[1])
+            raise ValueError(f"concept_graph has a cycle: {cycle}. Effects must not cause their causes.") from None
+        ancestors: dict[int, set[int]] = {}
+        depth: dict[int, int] = {}
+        for k in sequence:
+            ancestors[k] = parents[k].union(*(ancestors[p] for p in parents[k]))
+            depth[k] = 1 + max((depth[p] for p in parents[k]), default=-1)
+        self.direct = _adjacency(parents)
+        self.total = _adjacency(ancestors)
+        self.longest_path = max(depth.values())
+
+
+def _adjacency(causes: dict[int, set[int]]) -> Tensor:
+    """(K, K) bool: row = effect, column = cause."""
+    return torch.tensor([[j in causes[i] for j in range(len(causes))] for i in range(len(causes))])
+
+
+class RepresentationLayer(nn.Module):
+    """Linear map from base features to the K x W exogenous coordinates, for Linear layers and convolutions.
+
+    Weight (R, in_features, *kernel); no bias, so that the adapter can become a plain LoRA.
+    """
+
+    def __init__(self, in_features: int, out_features: int, kernel_size: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, *kernel_size))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as LoRA's A
+
+
+class OutputLayer(nn.Module):
+    """Linear map from the K x W concepts back to the features of the wrapped module; weight (out_features, R).
+
+    Zero-initialised: a fresh adapter leaves the base model as it is. `identity=False` draws random weights, for tests.
+    """
+
+    def __init__(self, in_features: int, out_features: int, identity: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features))
+        if not identity:
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+
+class ExpressiveLayer(nn.Module):
+    """`depth` residual per-concept maps z <- z + gelu(V_d z); they start as the identity. Weight (depth, K, W, W)."""
+
+    def __init__(self, num_concepts: int, width: int, depth: int, identity: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(depth, num_concepts, width, width))
+        if not identity:
+            nn.init.normal_(self.weight, std=1 / math.sqrt(width))
+
+    def forward(self, z_BTR: Tensor) -> Tensor:
+        """(B, T, R) -> (B, T, R)."""
+        return F.expressive(z_BTR, self.weight)
+
+
+class CausalLayer(nn.Module):
+    """Mixes concepts under an intervention mask: the interface of the three mechanisms.
+
+    `anchored` subtracts the observational output, c(m) - c(0), so that the empty context is exactly zero.
+    """
+
+    def __init__(self, num_concepts: int, width: int, anchored: bool = False) -> None:
+        super().__init__()
+        self.num_concepts = num_concepts
+        self.width = width
+        self.anchored = anchored
+
+    def concepts(self, z_BTR: Tensor, mask: Tensor) -> Tensor:
+        """Concepts c(m) before anchoring, (B, T, R), for exogenous coordinates (B, T, R) and a mask (B or 1, K)."""
+        raise NotImplementedError
+
+    def forward(self, z_BTR: Tensor, mask: Tensor) -> Tensor:
+        """What the adapter adds, before its output layer: c(m), or c(m) - c(0) when anchored; (B, T, R)."""
+        c_BTR = self.concepts(z_BTR, mask)
+        if not self.anchored:
+            return c_BTR
+        anchor = self.concepts(z_BTR, torch.zeros_like(mask[:1]))
+        # The product makes rows of the empty context exactly zero, whatever the two calls rounded.
+        return (c_BTR - anchor) * F.per_feature((mask != 0).any(-1, keepdim=True).expand_as(mask), z_BTR)
+
+    def matrix(self, mask: Tensor) -> Tensor:
+        """The (R, R) matrix M(m) with forward(z, m) = M(m) z, for the one context of a mask (1, K)."""
+        weight = next(self.parameters(), mask)
+        identity = torch.eye(self.num_concepts * self.width, dtype=weight.dtype, device=weight.device)
+        return self(identity[None], mask.to(weight.device))[0].T
+
+
+class IndependentLayer(CausalLayer):
+    """c_k = m_k z_k. No parameters: the representation and output layers absorb a map of the concept's own."""
+
+    def concepts(self, z_BTR: Tensor, mask: Tensor) -> Tensor:
+        return F.independent(z_BTR, mask)
+
+    def forward(self, z_BTR: Tensor, mask: Tensor) -> Tensor:
+        return self.concepts(z_BTR, mask)  # anchored already
+
+
+class _MixingLayer(CausalLayer):
+    """What `reduced` and `structural` share: the shift of an intervention and the mask of allowed effects."""
+
+    def __init__(self, num_concepts: int, width: int, allowed: Tensor, anchored: bool, identity: bool) -> None:
+        super().__init__(num_concepts, width, anchored)
+        # U_ivn - U_obs = 1: without mixing, c(m) = (1 + m) z, and anchored c(m) = m z: it starts as `independent`.
+        self.shift = nn.Parameter(torch.eye(width).repeat(num_concepts, 1, 1))
+        self._allowed = allowed.repeat_interleave(width, 0).repeat_interleave(width, 1).float()
+        self._identity = identity
+
+    def _mixing_parameter(self) -> nn.Parameter:
+        features = self.num_concepts * self.width
+        weight = torch.zeros(features, features)
+        if not self._identity:
+            nn.init.normal_(weight, std=1 / math.sqrt(features))
+        return nn.Parameter(weight)
+
+    def _allowed_effects(self, weight_RR: Tensor) -> Tensor:
+        if self._allowed.device != weight_RR.device or self._allowed.dtype != weight_RR.dtype:
+            self._allowed = self._allowed.to(weight_RR)
+        return weight_RR * self._allowed
+
+
+class ReducedLayer(_MixingLayer):
+    """The paper's reduced form: total effects, one matrix for observed and one for intervened causes."""
+
+    def __init__(
+        self,
+        num_concepts: int,
+        width: int,
+        graph: ConceptGraph,
+        *,
+        perfect_interventions: bool = True,
+        anchored: bool = False,
+        identity: bool = True,
+    ) -> None:
+        super().__init__(num_concepts, width, graph.total, anchored, identity)
+        self.perfect_interventions = perfect_interventions
+        self.observational = self._mixing_parameter()
+        self.interventional = self._mixing_parameter()
+
+    def concepts(self, z_BTR: Tensor, mask: Tensor) -> Tensor:
+        return F.reduced(
+            F.intervened(z_BTR, mask, self.shift),
+            mask,
+            self._allowed_effects(self.observational),
+            self._allowed_effects(self.interventional),
+            perfect_interventions=self.perfect_interventions,
+        )
+
+
+class StructuralLayer(_MixingLayer):
+    """One matrix of direct effects; an intervention cuts the rows of its targets, and every combination follows."""
+
+    def __init__(
+        self,
+        num_concepts: int,
+        width: int,
+        graph: ConceptGraph,
+        *,
+        perfect_interventions: bool = True,
+        anchored: bool = False,
+        identity: bool = True,
+    ) -> None:
+        super().__init__(num_concepts, width, graph.direct, anchored, identity)
+        self.perfect_interventions = perfect_interventions
+        self.steps = graph.longest_path
+        self.coefficients = self._mixing_parameter()
+
+    def concepts(self, z_BTR: Tensor, mask: Tensor) -> Tensor:
+        return F.structural(
+            F.intervened(z_BTR, mask, self.shift),
+            mask,
+            self._allowed_effects(self.coefficients),
+            steps=self.steps,
+            perfect_interventions=self.perfect_interventions,
+        )
+
+    def acyclicity_penalty(self) -> Tensor:
+        """Scalar, zero when the learnt direct effects have no cycle; add it to the loss when no graph is given."""
+        return F.acyclicity_penalty(self._allowed_effects(self.coefficients), self.num_concepts)

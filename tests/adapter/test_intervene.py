@@ -1,0 +1,470 @@
+"""How contexts reach the layers."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import nn
+from transformers import LongformerConfig, LongformerModel
+
+from hf_causal_context import Context, intervene
+from hf_causal_context.adapter.conditioning import _STATE
+
+from ..architectures import ARCHITECTURES, IMAGE_TOKEN
+from .small import CONCEPTS, MIXED, VARIANTS, Mlp, adapted, config, gpt2, inputs
+
+
+@pytest.fixture(params=VARIANTS)
+def model(request):
+    return adapted(**VARIANTS[request.param])
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind():
+    yield
+    assert _STATE.box.request is None
+    assert _STATE.box.frame is None
+
+
+def test_a_mixed_batch_equals_separate_runs(model):
+    x = inputs()
+    with intervene(model, MIXED):
+        together = model(x)
+    apart = []
+    for i, context in enumerate(MIXED):
+        with intervene(model, context):
+            apart.append(model(x[i : i + 1]))
+    torch.testing.assert_close(together, torch.cat(apart), rtol=1e-5, atol=1e-6)
+    assert (together[0] - together[3]).abs().max() > 1e-3
+
+
+def test_every_way_to_say_it_gives_the_same(model):
+    x = inputs()
+    mask = torch.tensor([[1, 0, 0], [0, 0, 0], [0, -0.5, 2], [1, 1, 0]])
+    contexts = [Context("thick"), Context(), Context({"slant": -0.5, "size": 2.0}), Context("thick") | Context("slant")]
+    expected = model(x, context=MIXED)
+    for same in (mask, contexts, tuple(contexts)):
+        assert torch.equal(model(x, context=same), expected)
+        with intervene(model, same):
+            assert torch.equal(model(x), expected)
+    one = model(x, context="thick+slant")
+    for same in (
+        {"thick": 1.0, "slant": 1.0},
+        ("slant", "thick"),
+        torch.tensor([1.0, 1, 0]),
+        torch.tensor([[1.0, 1, 0]]),
+    ):
+        assert torch.equal(model(x, context=same), one)
+
+
+def test_without_a_context_inference_is_observational(model):
+    x = inputs()
+    assert torch.equal(model(x), model(x, context=()))
+    assert torch.equal(model(x, context=None), model(x))
+
+
+def test_training_without_a_context_is_an_error(model):
+    model.train()
+    with pytest.raises(ValueError, match="No context is set for adapter 'default' in training mode"):
+        model(inputs())
+    model(inputs(), context=())
+    with model.disable_adapter():
+        model(inputs())
+
+
+@pytest.mark.parametrize("variant", ["independent", "reduced, anchored", "structural, anchored, ordered"])
+def test_the_empty_context_is_bit_identical_to_the_base(variant):
+    model, x = adapted(**VARIANTS[variant]), inputs()
+    base = Mlp()(x)
+    assert torch.equal(model(x), base)
+    assert torch.equal(model(x, context=()), base)
+    mixed = model(x, context=MIXED)
+    assert torch.equal(mixed[1], base[1])
+    assert not torch.equal(mixed[0], base[0])
+
+
+def test_nested_uses_replace_each_other_and_end():
+    model, x = adapted(), inputs()
+    thick, slant = model(x, context="thick"), model(x, context="slant")
+    with intervene(model, "thick"):
+        with intervene(model, "slant"):
+            assert torch.equal(model(x), slant)
+        assert torch.equal(model(x), thick)
+        assert torch.equal(model(x, context="slant"), slant)
+        assert torch.equal(model(x), thick)
+    assert torch.equal(model(x), model(x, context=()))
+
+
+def test_one_object_can_be_entered_again():
+    model, x = adapted(), inputs()
+    thick = intervene(model, "thick")
+    with thick, thick:
+        inside = model(x)
+    with thick:
+        assert torch.equal(model(x), inside)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_exceptions_leave_nothing_behind(error):
+    model, x = adapted(), inputs()
+
+    def fail(*_):
+        raise error
+
+    handle = model.get_base_model().second.base_layer.register_forward_pre_hook(fail)
+    with pytest.raises(error), intervene(model, "thick"):
+        model(x)
+    handle.remove()
+    assert torch.equal(model(x), model(x, context=()))
+
+
+def test_an_interrupted_forward_does_not_serve_the_next_context():
+    model, x = adapted(), inputs()
+    first = model.get_base_model().first
+    with intervene(model, "slant"):
+        expected = first(x)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.get_base_model().second.base_layer.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(x, context="thick")
+    handle.remove()
+    with intervene(model, "slant"):
+        assert torch.equal(first(x), expected)
+    _STATE.box.frame = None  # of the forward that was interrupted outside intervene()
+
+
+def test_threads_do_not_mix():
+    model, x = adapted(), inputs()
+    expected = {name: model(x, context=name) for name in CONCEPTS}
+    wrong, barrier = [], threading.Barrier(len(CONCEPTS))
+
+    def run(name):
+        with intervene(model, name):
+            barrier.wait()
+            wrong.extend(name for _ in range(200) if not torch.equal(model(x), expected[name]))
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in CONCEPTS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_two_models_do_not_mix():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.outer = adapted(concepts=("thick",))
+            self.inner = adapted(concepts=("slant",))
+
+    pair, x = Pair(), inputs()
+    expected = pair.inner(x, context="slant")
+    pair.outer.get_base_model().first.register_forward_hook(
+        lambda *_: torch.testing.assert_close(pair.inner(x), expected)
+    )
+    with intervene(pair.inner, "slant"), intervene(pair.outer, "thick"):
+        pair.outer(x)
+        with pytest.raises(ValueError, match="Unknown concept 'thick'"):
+            pair.inner(x, context="thick")
+    with pytest.raises(ValueError, match="Pair holds 2 models with adapters of their own"):
+        intervene(pair, "thick")
+
+
+def test_deepcopy_and_pickle_give_models_of_their_own():
+    model, x = adapted(), inputs()
+    expected = model(x, context=MIXED)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied(x, context=MIXED), expected)
+        with intervene(model, "thick"):
+            assert torch.equal(copied(x), copied(x, context=()))
+        with intervene(copied, MIXED):
+            assert torch.equal(copied(x), expected)
+
+
+def test_guidance_copies_are_tiled_and_images_interleaved():
+    model = adapted()
+    contexts, x = [("thick",), ("slant",)], inputs(2)
+    a, b = model(x[:1], context="thick"), model(x[1:], context="slant")
+    with intervene(model, contexts, guidance_copies=2):
+        torch.testing.assert_close(model(torch.cat([x, x])), torch.cat([a, b, a, b]))
+        torch.testing.assert_close(model(x), torch.cat([a, b]))  # a call without guidance in between
+    with intervene(model, contexts, images_per_prompt=2, guidance_copies=2):
+        torch.testing.assert_close(model(x.repeat_interleave(2, 0).repeat(2, 1)), torch.cat([a, a, b, b] * 2))
+    with (
+        intervene(model, contexts),
+        pytest.raises(ValueError, match="2 contexts were given, but the model's input has 4 rows.*guidance_copies"),
+    ):
+        model(torch.cat([x, x]))
+    with intervene(model, [("thick",), ("thick",)]):
+        torch.testing.assert_close(model(torch.cat([x[:1]] * 4)), torch.cat([a] * 4))
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 3, "top_k": 1},
+    ],
+)
+def test_generate_matches_rows_of_beams_and_returned_sequences(kwargs):
+    model = adapted(gpt2())
+    contexts = [("thick",), {"slant": 3.0}, ()]
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    kwargs = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(ids)} | kwargs
+    with intervene(model, contexts):
+        together = model.generate(input_ids=ids, **kwargs)
+    apart = []
+    for i, context in enumerate(contexts):
+        with intervene(model, context):
+            apart.append(model.generate(input_ids=ids[i : i + 1], **kwargs | {"attention_mask": torch.ones(1, 3)}))
+    assert torch.equal(together, torch.cat(apart))
+    with intervene(model, contexts), pytest.raises(ValueError, match="3 contexts were given.*6 rows"):
+        model(ids.repeat_interleave(2, 0))  # nobody but generate() may be trusted to interleave
+
+
+def test_generate_takes_a_context():
+    model = adapted(gpt2(), task_type="CAUSAL_LM")
+    ids = torch.tensor([[1, 2, 3]])
+    with intervene(model, {"slant": 3.0}):
+        expected = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
+    assert torch.equal(
+        model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, context={"slant": 3.0}), expected
+    )
+    assert not torch.equal(model.generate(input_ids=ids, max_new_tokens=6, do_sample=False), expected)
+
+
+class Flattened(nn.Module):
+    """A layer that sees rows x frames, or rows that do not depend on the batch."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = rows
+        self.layer = nn.Linear(10, 4)
+
+    def forward(self, x):
+        return self.layer(self.rows(x))
+
+
+def test_rows_inside_a_model_are_sample_major():
+    model = adapted(Flattened(lambda x: x.repeat_interleave(5, 0)), target_modules=["layer"])
+    x = inputs()
+    together = model(x, context=MIXED)
+    apart = [model(x[i : i + 1], context=c) for i, c in enumerate(MIXED)]
+    torch.testing.assert_close(together, torch.cat(apart))
+
+
+def test_rows_that_cannot_be_matched_are_an_error():
+    model = adapted(Flattened(lambda x: x[:1]), target_modules=["layer"])
+    with pytest.raises(ValueError, match="Layer 'layer' sees 1 rows while the model's input has 4 with diff"):
+        model(inputs(), context=MIXED)
+    assert model(inputs(), context="thick").shape == (1, 4)
+    assert model(inputs(), context=[("thick",)] * 4).shape == (1, 4)
+
+
+def test_ragged_samples_are_an_error_even_where_the_numbers_fit():
+    class Ragged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(10, 4)
+
+        def forward(self, samples):
+            return self.layer(torch.cat(samples))
+
+    model = adapted(Ragged(), target_modules=["layer"])
+    samples = [inputs(1), inputs(3)]
+    with pytest.raises(ValueError, match="samples are ragged"):
+        model(samples, context=["thick", "slant"])
+    assert model(samples, context="thick").shape == (4, 4)
+
+
+def test_tokens_routed_to_experts_are_an_error():
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(10, 4)])
+
+        def forward(self, x):
+            return self.experts[0](x.flatten(0, 1)[1:5])
+
+    model, x = adapted(Routed(), target_modules=["experts.0"]), torch.randn(2, 3, 10)
+    with pytest.raises(ValueError, match="Layer 'experts.0' sees 4 rows while the model's input has 2"):
+        model(x, context=["thick", "slant"])
+    model(x, context="thick")
+
+
+def test_sequence_first_architectures_take_one_context():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LongformerModel(LongformerConfig(**sizes, vocab_size=20, attention_window=4, max_position_embeddings=20))
+    model = adapted(model, target_modules=["query", "value"])
+    ids = torch.randint(3, 20, (2, 8))
+    with pytest.raises(ValueError, match="Layers of LongformerModel see time steps before samples"):
+        model(ids, context=["thick", "slant"])
+    assert not torch.equal(model(ids, context="thick")[0], model(ids, context="slant")[0])
+
+
+def test_images_that_belong_to_one_sample_only_are_an_error():
+    architecture = ARCHITECTURES["llava"]
+    values = architecture.inputs(2)
+    language, vision = (
+        adapted(architecture.build(), target_modules=rf".*{part}.*q_proj") for part in ("language", "vision")
+    )
+    for model in (language, vision):
+        model(**values, context=["thick", "slant"])
+    ids = values["input_ids"]
+    ids[0, : 2 * int((ids[0] == IMAGE_TOKEN).sum())] = IMAGE_TOKEN  # both images in the first sample
+    ids[1] = 1
+    language(**values, context=["thick", "slant"])
+    with pytest.raises(ValueError, match="with different numbers of images"):
+        vision(**values, context=["thick", "slant"])
+    vision(**values, context="thick")
+
+
+def test_parts_of_a_model_can_run_on_their_own():
+    model, x = adapted(), inputs()
+    layer = model.get_base_model().first
+    with intervene(model, MIXED):
+        together = layer(x)
+        with pytest.raises(ValueError, match="4 contexts were given"):
+            layer(inputs(8))
+    apart = []
+    for i, context in enumerate(MIXED):
+        with intervene(model, context):
+            apart.append(layer(x[i : i + 1]))
+    torch.testing.assert_close(together, torch.cat(apart))
+
+
+def test_a_model_with_an_argument_called_context_keeps_it():
+    class Takes(Mlp):
+        def forward(self, x, context):
+            return super().forward(x) + context
+
+    model = adapted(Takes(), target_modules=["first"])
+    assert torch.equal(model(inputs(), context=1.0), model(inputs(), context=0.0) + 1)
+
+
+@pytest.mark.parametrize(
+    ("context", "error", "message"),
+    [
+        (
+            "colour",
+            ValueError,
+            r"Unknown concept 'colour' in context 'colour'. Known concepts: 'thick', 'slant', 'size'",
+        ),
+        (["thick", "colour+size"], ValueError, r"Unknown concept 'colour' in context 'colour\+size'"),
+        ([], ValueError, "empty list of contexts"),
+        (3, TypeError, "3 of type int is not a context"),
+        ([3], TypeError, "3 of type int is not a context"),
+        (torch.zeros(4, 2), ValueError, r"shape \(4, 2\); it must be \(rows, 3\)"),
+        (torch.zeros(4, 3).long(), TypeError, "must be floating point"),
+        (torch.full((4, 3), float("nan")), ValueError, "NaN or infinite"),
+        (torch.zeros(4, 3, device="meta"), ValueError, "device 'meta'"),
+        (torch.zeros(3, 3), ValueError, "3 contexts were given, but the model's input has 4 rows"),
+    ],
+)
+def test_wrong_contexts(context, error, message):
+    model = adapted()
+    with pytest.raises(error, match=message):
+        model(inputs(), context=context)
+    with pytest.raises(error, match=message), intervene(model, context):
+        model(inputs())
+
+
+def test_none_is_not_a_context():
+    with pytest.raises(TypeError, match=r"context=None is not a context. The observational context is \(\)"):
+        intervene(adapted(), None)
+
+
+def test_a_mask_on_another_device_than_the_input():
+    model = adapted().to("meta")
+    with pytest.raises(ValueError, match="The intervention mask lies on cpu, the model's input on meta. Move it"):
+        model(inputs().to("meta"), context=torch.zeros(4, 3))
+    assert model(inputs().to("meta"), context=MIXED).device.type == "meta"
+
+
+@pytest.mark.parametrize("kwargs", [{"images_per_prompt": 0}, {"guidance_copies": 1.5}, {"guidance_copies": True}])
+def test_wrong_factors(kwargs):
+    with pytest.raises(ValueError, match="must be a whole number of at least 1"):
+        intervene(adapted(), "thick", **kwargs)
+
+
+def test_a_model_without_the_adapter():
+    with pytest.raises(ValueError, match="Mlp has no causal context adapter, so a context would change nothing"):
+        intervene(Mlp(), "thick")
+    with pytest.raises(TypeError, match="takes a model"):
+        intervene("unet", "thick")
+
+
+def test_a_call_without_tensors():
+    class NoInput(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self):
+            return self.layer(torch.ones(2, 3))
+
+    model = adapted(NoInput(), target_modules=["layer"])
+    assert model().shape == (2, 3)
+    with pytest.raises(ValueError, match="called without a tensor"):
+        model(context="thick")
+
+
+class TestSeveralAdapters:
+    @pytest.fixture
+    def model(self):
+        model = adapted(concepts=("thick", "slant"), mechanism="reduced")
+        model.add_adapter("other", config(concepts=("size", "slant"), target_modules=["second"]))
+        return model.eval()
+
+    def test_two_active_at_once_with_their_own_concepts(self, model):
+        x = inputs()
+        first = model(x, context="thick")
+        model.base_model.set_adapter(["default", "other"])
+        both = model(x, context=["thick", "thick+size", "size", ()])
+        torch.testing.assert_close(both[0], first[0])
+        assert (both[1] - first[1]).abs().max() > 1e-3
+        with intervene(model, "thick"), intervene(model, "size", adapter_name="other"):
+            torch.testing.assert_close(model(x)[1], both[1])
+        with intervene(model, "thick+size"), intervene(model, (), adapter_name="default"):
+            torch.testing.assert_close(model(x)[2], both[2])
+
+    def test_a_shared_name_needs_the_adapter(self, model):
+        model.base_model.set_adapter(["default", "other"])
+        with pytest.raises(ValueError, match="Concept 'slant' belongs to several active adapters: 'default', 'other'"):
+            intervene(model, "slant")
+        with pytest.raises(ValueError, match="A mask of shape .* does not say for which of the active adapters"):
+            intervene(model, torch.zeros(1, 2))
+        with pytest.raises(ValueError, match="Unknown adapter 'third'. This model has: 'default', 'other'"):
+            intervene(model, "slant", adapter_name="third")
+        with intervene(model, "slant", adapter_name="other"):
+            model(inputs())
+
+    def test_inactive_adapters_have_no_say(self, model):
+        with pytest.raises(ValueError, match="Unknown concept 'size'.*activate the adapter that has it"):
+            intervene(model, "size")
+
+    def test_a_context_is_checked_again_when_other_adapters_become_active(self, model):
+        with intervene(model, "thick"):
+            model.set_adapter("other")
+            with pytest.raises(ValueError, match="Unknown concept 'thick'.* .of adapter 'other'"):
+                model(inputs())
+        with intervene(model, "size"):
+            model.add_adapter("third", config(concepts=("size",), target_modules=["first"]))
+            model.set_adapter("third")
+            assert not torch.equal(model.eval()(inputs()), Mlp()(inputs()))
+
+    def test_delete(self, model):
+        x = inputs()
+        expected = model(x, context="thick")
+        model.delete_adapter("other")
+        assert torch.equal(model(x, context="thick"), expected)
+        with pytest.raises(ValueError, match="Unknown adapter 'other'. This model has: 'default'"):
+            intervene(model, "size", adapter_name="other")
