@@ -1,0 +1,22 @@
+"""Interventional data on the `datasets` library: reading, checks and sampling."""
+
+from .attributes import SELECTION_WARNING, contexts_from_attributes, from_attributes
+from .checks import ContextCount, DataReport, check_data
+from .folders import load_folders
+from .interventional import InterventionalData, from_dataset, load_dataset_contexts
+from .sampling import ContextSampler, stream_batches
+
+__all__ = [
+    "SELECTION_WARNING",
+    "ContextCount",
+    "ContextSampler",
+    "DataReport",
+    "InterventionalData",
+    "check_data",
+    "contexts_from_attributes",
+    "from_attributes",
+    "from_dataset",
+    "load_dataset_contexts",
+    "load_folders",
+    "stream_batches",
+]

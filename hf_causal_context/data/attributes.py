@@ -1,0 +1,148 @@
+"""Contexts from attribute columns, by rules such as ``Smiling == 1 and Eyeglasses == 0``."""
+
+from __future__ import annotations
+
+import ast
+import operator
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+from datasets import Dataset
+
+from ..contexts import ConceptSet, Context, ContextLike, quoted
+from .columns import Rows, known_features, require_columns, with_text_column
+from .interventional import InterventionalData, from_dataset
+
+SELECTION_WARNING = (
+    "Contexts are made by selecting rows, and selecting is not intervening. An intervention do(x) would leave all "
+    "other causes as they are; selected rows also differ in every attribute that goes along with x. The adapter may "
+    "learn those too, and compositions may inherit them. Balance the correlated attributes by stricter rules, or "
+    "prefer sets that were made by changing one thing."
+)
+
+Row: TypeAlias = Mapping[str, Any]
+Predicate: TypeAlias = Callable[[Row], Any]
+
+_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+
+
+def contexts_from_attributes(dataset: Rows, rules: Mapping[str, str]) -> Rows:
+    """Add the column "context": the concepts whose rules a row fulfils; none is observational.
+
+    Rules hold column names, numbers, text in quotes, the comparisons ``== != < <= > >=``, ``and``, ``or``, ``not`` and
+    parentheses. Warns that selecting rows is not intervening.
+
+    Raises:
+        ValueError: for a rule that cannot be read, an unknown column, a dataset that has a context column already, a
+            comparison that is not defined, or (not for streams) a rule that no row fulfils.
+    """
+    concepts = ConceptSet(tuple(rules))
+    dataset, features = known_features(dataset)
+    if "context" in features:
+        raise ValueError("The dataset has a column 'context' already. Use it, or remove or rename it first.")
+    parsed = {concept: _parse_rule(concept, rules[concept]) for concept in concepts}
+    columns = sorted({column for _, names in parsed.values() for column in names})
+    for concept, (_, names) in parsed.items():
+        require_columns(features, dict.fromkeys(sorted(names), f"rule of {concept!r}"))
+    unfulfilled = set(concepts)
+
+    def context(*values: Any) -> str:
+        row = dict(zip(columns, values, strict=True))
+        targets = [concept for concept, (holds, _) in parsed.items() if _apply(concept, holds, row)]
+        unfulfilled.difference_update(targets)
+        return str(Context(*targets))
+
+    rows = with_text_column(dataset, "context", columns, context)
+    if isinstance(rows, Dataset) and unfulfilled:
+        concept = min(unfulfilled)
+        raise ValueError(
+            f"No row fulfils the rule of {concept!r}: {rules[concept]!r}. Compare it with the values of the columns "
+            f"{quoted(sorted(parsed[concept][1]))}, for example 1 against '1'."
+        )
+    warnings.warn(SELECTION_WARNING, UserWarning, stacklevel=2)
+    return rows
+
+
+def from_attributes(
+    dataset: Rows,
+    rules: Mapping[str, str],
+    *,
+    image_column: str = "image",
+    caption_column: str | None = None,
+    held_out_contexts: Iterable[ContextLike] = (),
+    training_contexts: Iterable[ContextLike] | None = None,
+) -> InterventionalData:
+    """`contexts_from_attributes`, then `from_dataset`; the concepts are those of the rules, in their order.
+
+    Raises:
+        ValueError: what both raise.
+    """
+    data = from_dataset(
+        contexts_from_attributes(dataset, rules),
+        concepts=tuple(rules),
+        image_column=image_column,
+        caption_column=caption_column,
+        held_out_contexts=held_out_contexts,
+        training_contexts=training_contexts,
+    )
+    return replace(data, warnings=(SELECTION_WARNING, *data.warnings))
+
+
+def _parse_rule(concept: str, text: str) -> tuple[Predicate, set[str]]:
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+        predicate = _condition(tree.body)
+    except (SyntaxError, ValueError) as error:
+        reason = "it is not a condition" if isinstance(error, SyntaxError) else str(error)
+        raise ValueError(
+            f"The rule of {concept!r} cannot be read: {text!r}: {reason}. Allowed are comparisons of columns with "
+            "numbers or quoted text, joined by and, or, not, such as Smiling == 1 and Eyeglasses == 0. Rename columns "
+            "that are not plain names."
+        ) from None
+    return predicate, {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
+def _apply(concept: str, predicate: Predicate, row: Row) -> bool:
+    try:
+        return bool(predicate(row))
+    except TypeError as error:
+        raise ValueError(f"The rule of {concept!r} cannot be applied to {dict(row)!r}: {error}.") from None
+
+
+def _condition(node: ast.expr) -> Predicate:
+    match node:
+        case ast.BoolOp(op=joined, values=nodes):
+            conditions = [_condition(part) for part in nodes]
+            join = all if isinstance(joined, ast.And) else any
+            return lambda row: join(condition(row) for condition in conditions)
+        case ast.UnaryOp(op=ast.Not(), operand=inner):
+            negated = _condition(inner)
+            return lambda row: not negated(row)
+        case ast.Compare(left=left, ops=ops, comparators=others) if all(type(op) in _COMPARISONS for op in ops):
+            values = [_value(part) for part in (left, *others)]
+            compare = [_COMPARISONS[type(op)] for op in ops]
+            return lambda row: all(
+                holds(before(row), after(row))
+                for holds, before, after in zip(compare, values[:-1], values[1:], strict=True)
+            )
+    raise ValueError(f"{ast.unparse(node)!r} is not a comparison")
+
+
+def _value(node: ast.expr) -> Predicate:
+    match node:
+        case ast.Name(id=column):
+            return lambda row: row[column]
+        case ast.Constant(value=bool() | int() | float() | str() as literal):
+            return lambda row: literal
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
+            return lambda row: -number
+    raise ValueError(f"{ast.unparse(node)!r} is neither a column nor a number nor quoted text")

@@ -1,0 +1,227 @@
+"""Checks of interventional data before training: what is there, what is missing, what would spoil the result."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+from datasets import Image, IterableDataset
+from tqdm.auto import tqdm
+
+from ..contexts import Context, quoted
+from .columns import BATCH_ROWS, Rows, known_features
+from .interventional import InterventionalData
+
+TINY = 50
+LOPSIDED = 10
+STREAM_ROWS = 200
+EXAMPLES = 5
+
+TRAIN = "train"
+HELD_OUT = "held out"
+
+
+@dataclass(frozen=True)
+class ContextCount:
+    """How many rows a context has, and whether they are trained on ("train") or not ("held out")."""
+
+    context: str
+    role: str
+    count: int
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What `check_data` found."""
+
+    rows: tuple[ContextCount, ...]
+    errors: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def table(self) -> str:
+        """Contexts and counts, then errors and warnings, as text."""
+        cells = [("context", "role", "rows")]
+        cells += [(row.context or "(observational)", row.role, str(row.count)) for row in self.rows]
+        context, role, count = (max(len(row[column]) for row in cells) for column in range(3))
+        lines = [f"{name:<{context}}  {part:<{role}}  {number:>{count}}" for name, part, number in cells]
+        lines.insert(1, "-" * len(lines[0]))
+        lines += [f"ERROR    {message}" for message in self.errors]
+        lines += [f"WARNING  {message}" for message in self.warnings]
+        return "\n".join(lines)
+
+    def raise_for_errors(self) -> None:
+        """Raise what was found to be wrong, if anything.
+
+        Raises:
+            ValueError: with all errors.
+        """
+        if self.errors:
+            raise ValueError("The data cannot be trained on:\n" + "\n".join(f"- {message}" for message in self.errors))
+
+
+def check_data(data: InterventionalData, *, decode: bool = True) -> DataReport:
+    """Count the rows per context, read and compare all pictures, and say what is wrong and how to mend it.
+
+    `decode=False` reads and compares the files but does not open them as pictures. Of streaming data the first
+    `STREAM_ROWS` rows of each context are checked.
+    """
+    seen = _Seen()
+    train = _read(data, data.rows, data.contexts, TRAIN, decode, seen)
+    held_out = Counter[str]()
+    for context, rows in data.held_out.items():
+        held_out[context] = _read(data, rows, (context,), HELD_OUT, decode, seen).total()
+    errors = [*_structure_errors(data, train), *_file_errors(seen.unreadable), *_leak_errors(seen)]
+    warnings = [*data.warnings, *_size_warnings(data, train), *_duplicate_warnings(seen)]
+    if data.streaming:
+        warnings.append(f"Streaming: only the first {STREAM_ROWS} rows of each context were checked.")
+    table = [ContextCount(context, TRAIN, train[context]) for context in sorted({*data.contexts, *train})]
+    table += [ContextCount(context, HELD_OUT, count) for context, count in sorted(held_out.items())]
+    return DataReport(tuple(table), tuple(errors), tuple(warnings))
+
+
+class _Seen:
+    """What reading the files showed."""
+
+    def __init__(self) -> None:
+        self.unreadable: list[str] = []
+        # Digest of a picture -> the first row with it; every later one adds a pair.
+        self.first: dict[bytes, tuple[str, str, str]] = {}
+        self.pairs: list[tuple[tuple[str, str, str], tuple[str, str, str]]] = []
+
+    def picture(self, digest: bytes, role: str, context: str, name: str) -> None:
+        place = (role, context, name)
+        first = self.first.setdefault(digest, place)
+        if first[:2] != place[:2]:
+            self.pairs.append((first, place))
+
+
+def _read(
+    data: InterventionalData, rows: Rows, contexts: Sequence[str], role: str, decode: bool, seen: _Seen
+) -> Counter[str]:
+    _, features = known_features(rows)
+    feature = features[data.image_column]
+    opener = Image() if isinstance(feature, Image) and decode else None
+    counts = Counter[str]()
+    for number, context, value in _payloads(rows, data.image_column, contexts, role):
+        counts[context] += 1
+        path = value.get("path") if isinstance(value, dict) else None
+        name = str(path or f"row {number} of {repr(context) if context else 'the observational context'} ({role})")
+        # Decoders raise whatever they like, and a damaged file must not hide the others.
+        try:
+            content = _content(value)
+            if opener is not None:
+                opener.decode_example({"bytes": content, "path": None})
+        except Exception as error:
+            seen.unreadable.append(f"{name} ({type(error).__name__})")
+        else:
+            seen.picture(hashlib.blake2b(content, digest_size=16).digest(), role, context, name)
+    return counts
+
+
+def _payloads(rows: Rows, column: str, contexts: Sequence[str], role: str) -> Iterator[tuple[int, str, Any]]:
+    if isinstance(rows, IterableDataset):
+        yield from _first_of_stream(rows.decode(False), column, contexts)
+        return
+    columns = rows.with_format(None).select_columns([column, "context"])
+    if isinstance(columns.features[column], Image):
+        columns = columns.cast_column(column, Image(decode=False))
+    # Shown only where the wait is felt.
+    with tqdm(total=len(rows), desc=f"Checking ({role})", unit="row", delay=3) as progress:
+        number = 0
+        for batch in columns.iter(BATCH_ROWS):
+            assert isinstance(batch, dict)
+            for context, value in zip(batch["context"], batch[column], strict=True):
+                yield number, context, value
+                number += 1
+                progress.update()
+
+
+def _first_of_stream(rows: IterableDataset, column: str, contexts: Sequence[str]) -> Iterator[tuple[int, str, Any]]:
+    left = dict.fromkeys(contexts, STREAM_ROWS)
+    for number, row in enumerate(rows):
+        context = row["context"]
+        if left.get(context, 0) > 0:
+            left[context] -= 1
+            yield number, context, row[column]
+        if not any(left.values()):
+            return
+
+
+def _content(value: Any) -> bytes:
+    if isinstance(value, dict) and "bytes" in value:
+        if value["bytes"] is not None:
+            return value["bytes"]
+        with fsspec.open(value["path"], "rb") as file:
+            return file.read()  # type: ignore[union-attr]
+    if value is None:
+        raise ValueError("no value")
+    return value if isinstance(value, bytes) else repr(value).encode()
+
+
+def _structure_errors(data: InterventionalData, train: Counter[str]) -> Iterator[str]:
+    if not train[""]:
+        yield (
+            "There is no observational set, and every intervention is learnt against it. Add pictures in which nothing "
+            "was intervened on: the folder 'obs', or rows with the context 'obs' or ''."
+        )
+    single = {targets[0] for context in train if len(targets := Context.parse(context).targets) == 1}
+    if missing := [name for name in data.concepts if name not in single]:
+        yield (
+            f"No set for {quoted(missing)} alone. Every concept needs one in which only it was intervened on, else it "
+            "is not identifiable. Add the set, or remove the concept from concepts=."
+        )
+    if both := sorted(set(data.held_out) & set(train)):
+        yield f"Held-out contexts are among the training rows: {quoted(both)}. Remove these rows from one of the two."
+
+
+def _file_errors(unreadable: list[str]) -> Iterator[str]:
+    if unreadable:
+        yield f"{len(unreadable)} pictures cannot be read: {_examples(unreadable)}. Replace or remove them."
+
+
+def _leak_errors(seen: _Seen) -> Iterator[str]:
+    leaks = [pair for pair in seen.pairs if {pair[0][0], pair[1][0]} == {TRAIN, HELD_OUT}]
+    if leaks:
+        yield (
+            f"{len(leaks)} held-out pictures are also trained on: {_examples(_same(leaks))}. Remove them from one of "
+            "the two, else the evaluation measures memory."
+        )
+
+
+def _size_warnings(data: InterventionalData, train: Counter[str]) -> Iterator[str]:
+    counts = data.counts or {}
+    sizes = {context or "(observational)": counts.get(context, train[context]) for context in data.contexts}
+    if tiny := [f"{context} ({count})" for context, count in sizes.items() if 0 < count < TINY]:
+        yield f"Fewer than {TINY} rows in {', '.join(tiny)}. The adapter may learn these by heart; add rows."
+    filled = {context: count for context, count in sizes.items() if count}
+    if filled and max(filled.values()) > LOPSIDED * min(filled.values()):
+        small, large = min(filled, key=filled.__getitem__), max(filled, key=filled.__getitem__)
+        yield (
+            f"Lopsided sets: {large} has {filled[large]} rows, {small} only {filled[small]}. Sampling balances the "
+            f"contexts, so rows of {small} repeat {filled[large] / filled[small]:.0f} times as often; add rows."
+        )
+
+
+def _duplicate_warnings(seen: _Seen) -> Iterator[str]:
+    twice = [pair for pair in seen.pairs if pair[0][0] == pair[1][0]]
+    if twice:
+        yield (
+            f"{len(twice)} pictures are in two contexts: {_examples(_same(twice))}. What was intervened on is then "
+            "ambiguous; keep each in one."
+        )
+
+
+def _same(pairs: Sequence[tuple[tuple[str, str, str], tuple[str, str, str]]]) -> list[str]:
+    return [
+        f"{first[2]} ({first[1] or 'observational'}) = {second[2]} ({second[1] or 'observational'})"
+        for first, second in pairs
+    ]
+
+
+def _examples(items: Sequence[str]) -> str:
+    more = f" and {len(items) - EXAMPLES} more" if len(items) > EXAMPLES else ""
+    return ", ".join(items[:EXAMPLES]) + more

@@ -1,0 +1,152 @@
+"""Folders of pictures, one per context: ``root/obs``, ``root/thick``, ``root/thick+slant``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from datasets import Dataset, Features, Image, Value
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+from ..contexts import ConceptSet, ContextLike, quoted
+from .interventional import InterventionalData, context_text, from_dataset
+
+METADATA = "metadata.jsonl"
+
+
+def load_folders(
+    root: str | Path,
+    *,
+    concepts: Sequence[str] | ConceptSet | None = None,
+    observational_name: str = "obs",
+    held_out_contexts: Iterable[ContextLike] = (),
+    training_contexts: Iterable[ContextLike] | None = None,
+    streaming: bool = False,
+) -> InterventionalData:
+    """Read one folder per context, named as `Context.parse` reads them; `observational_name` is the observational one.
+
+    Captions are optional: a ``metadata.jsonl`` in each folder, with ``file_name`` and ``text`` on every line. Pictures
+    are opened when they are used. What is trained on and what is held out: see `from_dataset`.
+
+    Raises:
+        FileNotFoundError: for a missing root, or a picture that the metadata names and that does not exist.
+        ValueError: for no folders, folders without pictures, two folders of one context, bad metadata, captions in some
+            folders only, and what `from_dataset` raises.
+    """
+    folders = _context_folders(Path(root), observational_name)
+    pictures = {context: _pictures(folder) for context, folder in folders.items()}
+    captions = {
+        context: _captions(folder, pictures[context])
+        for context, folder in folders.items()
+        if (folder / METADATA).exists()
+    }
+    if captions and (without := [folder for context, folder in folders.items() if context not in captions]):
+        raise ValueError(
+            f"{_listed(without)} has no {METADATA}, while other folders have. Caption every folder, or none."
+        )
+
+    columns = {
+        "image": [str(picture) for paths in pictures.values() for picture in paths],
+        "context": [context for context, paths in pictures.items() for _ in paths],
+    }
+    features = {"image": Image(), "context": Value("string")}
+    if captions:
+        columns["caption"] = [text for texts in captions.values() for text in texts]
+        features["caption"] = Value("string")
+    data = from_dataset(
+        Dataset.from_dict(columns, features=Features(features)),
+        concepts=concepts,
+        caption_column="caption" if captions else None,
+        observational_name=observational_name,
+        held_out_contexts=held_out_contexts,
+        training_contexts=training_contexts,
+    )
+    if not streaming:
+        return data
+    assert isinstance(data.rows, Dataset)
+    held_out = {context: rows.to_iterable_dataset() for context, rows in data.held_out.items()}  # type: ignore[union-attr]
+    return replace(data, rows=data.rows.to_iterable_dataset(), held_out=held_out)
+
+
+def _context_folders(root: Path, observational_name: str) -> dict[str, Path]:
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"{str(root)!r} is not a folder. Give the folder that holds one folder of pictures per context, such as "
+            f"'{observational_name}', 'thick' and 'thick+slant'."
+        )
+    folders: dict[str, Path] = {}
+    for folder in sorted(root.iterdir()):
+        if not folder.is_dir() or folder.name.startswith("."):
+            continue
+        try:
+            context = context_text(folder.name, observational_name)
+        except ValueError as error:
+            raise ValueError(f"Folder {str(folder)!r}: {error} Rename the folder.") from error
+        if context in folders:
+            raise ValueError(
+                f"The folders {folders[context].name!r} and {folder.name!r} in {str(root)!r} are the same context. "
+                "Put their pictures into one."
+            )
+        folders[context] = folder
+    if not folders:
+        raise ValueError(
+            f"{str(root)!r} has no folders. It must hold one folder of pictures per context, such as "
+            f"'{observational_name}', 'thick' and 'thick+slant'."
+        )
+    return folders
+
+
+def _pictures(folder: Path) -> list[Path]:
+    pictures = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in ImageFolder.EXTENSIONS
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    if not pictures:
+        raise ValueError(
+            f"The folder {str(folder)!r} has no pictures. Allowed are the formats of Pillow, such as .png and .jpg. "
+            "Add pictures, or remove the folder."
+        )
+    return pictures
+
+
+def _captions(folder: Path, pictures: list[Path]) -> list[str]:
+    captions: dict[Path, str] = {}
+    known = set(pictures)
+    for number, line in enumerate((folder / METADATA).read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"Line {number} of {str(folder / METADATA)!r}"
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where} is not JSON ({error}). Write one object per line.") from None
+        name, text = (entry.get("file_name"), entry.get("text")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise ValueError(f'{where} must be {{"file_name": "...", "text": "..."}}; received {line.strip()!r}.')
+        relative = os.path.normpath(name)
+        # Judged by name, not resolved: pictures that are links, as in the cache of the Hub, are the user's own.
+        if os.path.isabs(relative) or relative.split(os.sep)[0] == os.pardir:
+            raise ValueError(f"{where}: file_name {name!r} leaves the folder. Only pictures inside it can be named.")
+        path = folder / relative
+        if path not in known:
+            raise FileNotFoundError(f"{where}: there is no picture {name!r} in the folder. Correct file_name.")
+        if path in captions:
+            raise ValueError(f"{where}: {name!r} has a second caption. Keep one line per picture.")
+        captions[path] = text
+    if missing := [path for path in pictures if path not in captions]:
+        raise ValueError(
+            f"{str(folder / METADATA)!r} has no caption for {_listed(missing)}. Add a line for each, or remove the "
+            "pictures."
+        )
+    return [captions[path] for path in pictures]
+
+
+def _listed(paths: Sequence[Path], limit: int = 5) -> str:
+    more = f" and {len(paths) - limit} more" if len(paths) > limit else ""
+    return quoted(path.name for path in paths[:limit]) + more

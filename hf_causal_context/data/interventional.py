@@ -1,0 +1,287 @@
+"""Interventional data: an observational set and one set per concept, in the columns of one dataset."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
+
+from ..contexts import ConceptSet, Context, ContextLike, as_context, quoted
+from .columns import (
+    STREAM_BATCH_ROWS,
+    Rows,
+    known_features,
+    of_contexts,
+    require_columns,
+    with_text_column,
+)
+
+
+@dataclass
+class InterventionalData:
+    """Rows to train on and rows to evaluate on, each with the context it was drawn from.
+
+    `rows` have the columns `image_column`, "context" (the printed form of a `Context`, "" is observational), "caption"
+    if there are captions, and whatever else the dataset had. `contexts` are those of `rows`, sorted. `held_out` maps
+    contexts to rows that are never trained on. `counts` are the rows per training context, None where a stream does
+    not tell.
+    """
+
+    rows: Rows
+    concepts: ConceptSet
+    contexts: tuple[str, ...]
+    held_out: dict[str, Rows]
+    counts: dict[str, int] | None
+    image_column: str = "image"
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def streaming(self) -> bool:
+        """Whether the rows are read one after the other instead of by number."""
+        return isinstance(self.rows, IterableDataset)
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether the rows have the column "caption"."""
+        return "caption" in (self.rows.column_names or ())
+
+
+def from_dataset(
+    dataset: Rows,
+    *,
+    concepts: Sequence[str] | ConceptSet | None = None,
+    context_column: str = "context",
+    image_column: str = "image",
+    caption_column: str | None = None,
+    observational_name: str = "obs",
+    held_out_contexts: Iterable[ContextLike] = (),
+    training_contexts: Iterable[ContextLike] | None = None,
+) -> InterventionalData:
+    """Read a dataset, map-style or streaming, with a context column.
+
+    A context is text such as ``"thick+slant"``, a list of names, a mapping name -> strength (None is not intervened) or
+    a class label with such a name; `observational_name` and ``""`` are observational. `concepts` default to those
+    that are the only target of a context, in alphabetical order. Trained on are `training_contexts`, by default the
+    observational one and all with one target; the others, which include all in `held_out_contexts`, are held out.
+
+    A stream is not searched for its contexts: it needs `concepts`, yields the training contexts and those named as held
+    out, and skips other rows.
+
+    Raises:
+        TypeError: for a dataset dictionary, or a context of another type.
+        ValueError: for missing columns, unknown concepts, named contexts without rows, a context both trained on and
+            held out, or no rows to train on.
+    """
+    dataset, features = known_features(dataset)
+    columns = {context_column: "context_column=", image_column: "image_column="}
+    require_columns(features, columns | ({caption_column: "caption_column="} if caption_column else {}))
+    if len({context_column, image_column, caption_column}) < 3:
+        raise ValueError("context_column=, image_column= and caption_column= must be three different columns.")
+    known = None if concepts is None else _concept_set(concepts)
+    if known is not None and observational_name in known:
+        raise ValueError(
+            f"The concept {observational_name!r} has the name of the observational context. Rename the concept, or "
+            "choose another observational_name=."
+        )
+    named_training = None if training_contexts is None else _named(training_contexts, observational_name)
+    named_held_out = _named(held_out_contexts, observational_name)
+
+    read = _context_reader(features[context_column], observational_name, known)
+    undecoded = dataset.decode(False) if isinstance(dataset, IterableDataset) else dataset
+    rows = with_text_column(undecoded, "context", [context_column], read)
+    rows = _with_captions(rows, features, caption_column)
+    if context_column != "context":
+        rows = rows.remove_columns(context_column)
+
+    if isinstance(rows, IterableDataset):
+        _, plain = known_features(rows)
+        restored = Features(
+            {**plain, **{column: features[column] for column in plain if column not in ("context", "caption")}}
+        )
+        return _stream_data(rows, restored, known, named_training, named_held_out, image_column)
+    return _table_data(rows, known, named_training, named_held_out, image_column)
+
+
+def load_dataset_contexts(
+    name_or_path: str,
+    *,
+    config_name: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    concepts: Sequence[str] | ConceptSet | None = None,
+    context_column: str = "context",
+    image_column: str = "image",
+    caption_column: str | None = None,
+    observational_name: str = "obs",
+    held_out_contexts: Iterable[ContextLike] = (),
+    training_contexts: Iterable[ContextLike] | None = None,
+) -> InterventionalData:
+    """Read a dataset of the Hub, a folder of data files, or what `save_to_disk` wrote; see `from_dataset`.
+
+    Raises:
+        FileNotFoundError, ValueError: what `datasets` raises for unknown names and splits.
+        TypeError, ValueError: what `from_dataset` raises.
+    """
+    path = Path(name_or_path)
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        saved = load_from_disk(name_or_path)
+        dataset = saved if isinstance(saved, Dataset) else saved[split]
+        dataset = dataset.to_iterable_dataset() if streaming else dataset
+    else:
+        dataset = load_dataset(name_or_path, config_name, split=split, streaming=streaming)
+    return from_dataset(
+        cast(Rows, dataset),
+        concepts=concepts,
+        context_column=context_column,
+        image_column=image_column,
+        caption_column=caption_column,
+        observational_name=observational_name,
+        held_out_contexts=held_out_contexts,
+        training_contexts=training_contexts,
+    )
+
+
+def _concept_set(concepts: Sequence[str] | ConceptSet) -> ConceptSet:
+    return concepts if isinstance(concepts, ConceptSet) else ConceptSet(cast(tuple[str, ...], concepts))
+
+
+def context_text(value: object, observational_name: str) -> str:
+    """The printed form of a context as a dataset writes it: text, a list of names, or a mapping to strengths.
+
+    Raises:
+        TypeError: for another type.
+        ValueError: for None, or names and strengths that are not valid.
+    """
+    if value is None:
+        raise ValueError(f"The context is missing (None). Observational rows say {observational_name!r} or ''.")
+    if isinstance(value, dict):
+        value = {name: strength for name, strength in value.items() if strength is not None}
+    elif value == observational_name or value == [observational_name]:
+        return ""
+    return str(as_context(value))
+
+
+def _named(contexts: Iterable[ContextLike], observational_name: str) -> set[str]:
+    if isinstance(contexts, str):
+        raise TypeError(f"{contexts!r} must be a list of contexts, such as ['thick+slant'].")
+    return {context_text(context, observational_name) for context in contexts}
+
+
+def _context_reader(feature: object, observational_name: str, known: ConceptSet | None) -> Callable[[Any], str]:
+    texts: dict[object, str] = {}
+
+    def read(value: object) -> str:
+        if isinstance(feature, ClassLabel) and isinstance(value, int):
+            value = feature.names[value]
+        if isinstance(value, str) and value in texts:
+            return texts[value]
+        text = context_text(value, observational_name)
+        if known is not None:
+            for target in Context.parse(text).targets:
+                known.index(target, where=f"context {text!r}")
+        if isinstance(value, str):
+            texts[value] = text
+        return text
+
+    return read
+
+
+def _with_captions(rows: Rows, features: Features, caption_column: str | None) -> Rows:
+    if caption_column is not None:
+        feature = features[caption_column]
+        if not isinstance(feature, Value) or "string" not in feature.dtype:
+            raise ValueError(
+                f"The caption column {caption_column!r} holds {feature}; it must hold one text per row. Map it first."
+            )
+    if caption_column == "caption":
+        return rows
+    if "caption" in features:
+        rows = rows.remove_columns("caption")
+    return rows if caption_column is None else rows.rename_column(caption_column, "caption")
+
+
+def _single_concepts(contexts: Iterable[str]) -> ConceptSet:
+    targets = {Context.parse(context).targets for context in contexts}
+    singles = sorted(names[0] for names in targets if len(names) == 1)
+    if not singles:
+        raise ValueError(
+            f"No context has exactly one target, so the concepts are unknown. Contexts found: {quoted(contexts)}. "
+            "Add a set for every single concept, or name them with concepts=."
+        )
+    return ConceptSet(tuple(singles))
+
+
+def _table_data(
+    rows: Dataset, known: ConceptSet | None, training: set[str] | None, held_out: set[str], image_column: str
+) -> InterventionalData:
+    row_contexts = np.array(rows["context"][:], dtype=object)
+    counts = Counter(row_contexts.tolist())
+    for argument, named in (("held_out_contexts", held_out), ("training_contexts", training or set())):
+        if missing := sorted(named - set(counts)):
+            raise ValueError(
+                f"{argument}= names {quoted(missing)}, which has no rows. Contexts found: {quoted(sorted(counts))} "
+                "('' is observational). Correct the name, or add the rows."
+            )
+    concepts = known or _single_concepts(sorted(counts))
+    trained, kept_out = _partition(set(counts), concepts, training, held_out)
+    return InterventionalData(
+        rows=rows.select(np.flatnonzero(np.isin(row_contexts, trained))) if kept_out else rows,
+        concepts=concepts,
+        contexts=trained,
+        held_out={context: rows.select(np.flatnonzero(row_contexts == context)) for context in kept_out},
+        counts={context: counts[context] for context in trained},
+        image_column=image_column,
+    )
+
+
+def _stream_data(
+    rows: IterableDataset,
+    features: Features,
+    concepts: ConceptSet | None,
+    training: set[str] | None,
+    held_out: set[str],
+    image_column: str,
+) -> InterventionalData:
+    if concepts is None:
+        raise ValueError(
+            "A streaming dataset needs concepts=: finding them would mean to read all of it. Name them in order."
+        )
+    found = held_out | ({"", *concepts} if training is None else training)
+    trained, kept_out = _partition(found, concepts, training, held_out)
+    # map() forgets the features, so that filters pass rows as they are; declared last, pictures are decoded last.
+    plain = rows.map(batched=True, batch_size=STREAM_BATCH_ROWS)
+    return InterventionalData(
+        rows=of_contexts(plain, trained).cast(features),
+        concepts=concepts,
+        contexts=trained,
+        held_out={context: of_contexts(plain, (context,)).cast(features) for context in kept_out},
+        counts=None,
+        image_column=image_column,
+        warnings=(
+            f"Streaming: only rows of the contexts {quoted(trained)} are trained on; other rows are skipped. "
+            "Name further contexts in training_contexts= or held_out_contexts=.",
+        ),
+    )
+
+
+def _partition(
+    found: set[str], concepts: ConceptSet, training: set[str] | None, held_out: set[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    for context in sorted(found):
+        for target in Context.parse(context).targets:
+            concepts.index(target, where=f"context {context!r}")
+    if training is None:
+        training = {context for context in found if len(Context.parse(context).targets) < 2} - held_out
+    if both := sorted(training & held_out):
+        raise ValueError(f"{quoted(both)} cannot be both trained on and held out. Remove it from one of the lists.")
+    if not training:
+        raise ValueError(
+            f"No rows to train on. Contexts found, all held out: {quoted(sorted(found))}. Add the observational set "
+            "and one set per concept."
+        )
+    return tuple(sorted(training)), tuple(sorted(found - training))

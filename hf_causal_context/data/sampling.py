@@ -1,0 +1,189 @@
+"""Which row is trained on when: contexts mixed within every batch, the same after a restart.
+
+The g-th sample ever drawn is a slot, and its row is a function of (seed, g) alone. Contexts are interleaved by stride
+scheduling: the k-th draw of a context with share w falls due at time (k + 1/2) / w, and slots are numbered in the order
+of these times. With equal shares this is a round-robin, so C slots in a row hold all C contexts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from datasets import IterableDataset
+from numpy.typing import NDArray
+from torch.utils.data import Sampler
+
+from ..contexts import Context, quoted
+from .columns import known_features, of_contexts
+from .interventional import InterventionalData
+
+IndexArray = NDArray[np.int64]
+
+SHUFFLE_BUFFER = 1000
+INPUT_SHARDS = 10
+
+
+class ContextSampler(Sampler[list[int]]):
+    """Batch sampler over a dataset given the context of each of its rows; balanced, deterministic and resumable.
+
+    Micro-batch i of process `rank` is slots (i world_size + rank) batch_size onwards. Yields lists of `batch_size` row
+    numbers for the micro-batches `start` to `num_batches` - 1. Within a context every row is drawn once before any is
+    drawn again. `weights` maps contexts to their relative share of the slots; those not named have weight 1.
+
+    Raises:
+        ValueError: for no rows, numbers out of range, or weights that are unknown, negative, not finite or all zero.
+    """
+
+    def __init__(
+        self,
+        contexts: Iterable[str],
+        batch_size: int,
+        seed: int,
+        num_batches: int,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        _check_numbers(batch_size, seed, start, rank, world_size)
+        if num_batches < start:
+            raise ValueError(f"num_batches={num_batches} must be at least start={start}: it counts skipped ones too.")
+        number_of: dict[str, int] = {}
+        codes = np.fromiter((number_of.setdefault(context, len(number_of)) for context in contexts), dtype=np.int32)
+        if not number_of:
+            raise ValueError("No rows to sample from: contexts= is empty. Give the context of every row.")
+        names = sorted(number_of)
+        by_context = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
+        self._rows = [by_context[number_of[name]] for name in names]
+        self._shares = _shares(names, weights)
+        self._shuffled: dict[int, tuple[int, IndexArray]] = {}
+        self.contexts = tuple(names)
+        self.batch_size, self.seed, self.num_batches, self.start = batch_size, seed, num_batches, start
+        self.rank, self.world_size = rank, world_size
+
+    def slots(self, batch: int) -> range:
+        """The slots of micro-batch number `batch` of this process."""
+        first = (batch * self.world_size + self.rank) * self.batch_size
+        return range(first, first + self.batch_size)
+
+    def __len__(self) -> int:
+        return self.num_batches - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in range(self.start, self.num_batches):
+            yield self._draw(self.slots(batch))
+
+    def _draw(self, slots: range) -> list[int]:
+        chosen, draws = schedule(self._shares, slots.start, slots.stop)
+        return [self._row(context, draw) for context, draw in zip(chosen.tolist(), draws.tolist(), strict=True)]
+
+    def _row(self, context: int, draw: int) -> int:
+        rows = self._rows[context]
+        epoch, position = divmod(draw, len(rows))
+        # A cache, not a state: the permutation depends on (seed, context, epoch) only.
+        if self._shuffled.get(context, (-1,))[0] != epoch:
+            shuffled = np.random.default_rng((self.seed, context, epoch)).permutation(rows)
+            self._shuffled[context] = (epoch, shuffled)
+        return int(self._shuffled[context][1][position])
+
+
+def stream_batches(
+    data: InterventionalData,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    weights: Mapping[str, float] | None = None,
+) -> Iterator[list[dict[str, Any]]]:
+    """Endless micro-batches of streaming data, from number `start` on: lists of `batch_size` rows.
+
+    Slots are those of `ContextSampler`. Each context is a stream of its own, shuffled anew in every epoch; one source
+    with a context column is therefore read once per context. Skipped rows are read, but not decoded. Iterate in the
+    main process or in one worker: `datasets` divides a stream among several.
+
+    Raises:
+        ValueError: for numbers out of range, bad weights, or a context without rows.
+        TypeError: for data that is not streaming.
+    """
+    _check_numbers(batch_size, seed, start, rank, world_size)
+    if not isinstance(data.rows, IterableDataset):
+        raise TypeError("The data is not streaming. Use ContextSampler, or load it with streaming=True.")
+    shares = _shares(data.contexts, weights)
+    return _stream_batches(data.rows, data.contexts, shares, batch_size, seed, start, rank, world_size)
+
+
+def _stream_batches(
+    rows: IterableDataset,
+    contexts: Sequence[str],
+    shares: NDArray[np.float64],
+    batch_size: int,
+    seed: int,
+    start: int,
+    rank: int,
+    world_size: int,
+) -> Iterator[list[dict[str, Any]]]:
+    _, features = known_features(rows)
+    streams = [_endless(rows.decode(False), context, seed) for context in contexts]
+    for batch in itertools.count():
+        chosen, _ = schedule(shares, batch * batch_size, (batch + 1) * batch_size)
+        examples = [next(streams[context]) for context in chosen.tolist()]
+        if batch % world_size == rank and batch // world_size >= start:
+            yield [features.decode_example(example) for example in examples]
+
+
+def _endless(rows: IterableDataset, context: str, seed: int) -> Iterator[dict[str, Any]]:
+    # More input shards than there are would only cost threads.
+    stream = of_contexts(rows, (context,)).shuffle(
+        seed=seed, buffer_size=SHUFFLE_BUFFER, max_buffer_input_shards=min(INPUT_SHARDS, rows.num_shards)
+    )
+    for epoch in itertools.count():
+        stream.set_epoch(epoch)
+        empty = True
+        for example in stream:
+            empty = False
+            yield example
+        if empty:
+            raise ValueError(f"The stream has no rows of the context {context!r}. Add them, or remove the context.")
+
+
+def schedule(shares: NDArray[np.float64], first: int, last: int) -> tuple[IndexArray, IndexArray]:
+    """Context and draw number within the context of the slots `first` to `last` - 1; shares (C,) sum to 1."""
+    # Up to time t about t draws have fallen due, at most one half more or fewer per context.
+    margin = len(shares) / 2 + 1
+    # Draw 0 is due at 1 / (2 share).
+    begin = np.maximum(np.ceil((first - margin) * shares - 0.5), 0).astype(np.int64)
+    end = np.maximum(np.ceil((last + margin) * shares - 0.5), 0).astype(np.int64)
+    contexts = np.repeat(np.arange(len(shares)), end - begin)
+    draws = np.concatenate([np.arange(low, high) for low, high in zip(begin, end, strict=True)])
+    order = np.lexsort((contexts, (draws + 0.5) / shares[contexts]))
+    order = order[first - begin.sum() : last - begin.sum()]
+    return contexts[order], draws[order]
+
+
+def _shares(contexts: Sequence[str], weights: Mapping[str, float] | None) -> NDArray[np.float64]:
+    given = {str(Context.parse(context)): weight for context, weight in (weights or {}).items()}
+    if unknown := sorted(set(given) - set(contexts)):
+        raise ValueError(
+            f"weights= names {quoted(unknown)}, which has no rows. Contexts of the rows: {quoted(contexts)} ('' is "
+            "observational)."
+        )
+    values = np.array([given.get(context, 1.0) for context in contexts], dtype=np.float64)
+    if not np.isfinite(values).all() or (values < 0).any() or not values.any():
+        raise ValueError(
+            f"weights={dict(weights or {})!r} must be finite numbers, none negative and not all zero: each is the "
+            "relative share of a context."
+        )
+    return values / values.sum()
+
+
+def _check_numbers(batch_size: int, seed: int, start: int, rank: int, world_size: int) -> None:
+    if batch_size < 1 or seed < 0 or start < 0:
+        raise ValueError(
+            f"batch_size={batch_size} must be at least 1, seed={seed} and start={start} must not be negative."
+        )
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank={rank} must be 0 to world_size - 1, and world_size={world_size} at least 1.")

@@ -1,0 +1,1 @@
+"""Worlds whose causal truth is known: any context can be sampled, unseen combinations included."""
