@@ -1,0 +1,1 @@
+"""Does it compose? Measures on samples."""
