@@ -1,0 +1,92 @@
+"""The card of an adapter: what it is, how to use it, what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+_BODY = """---
+{metadata}
+---
+
+# {title}
+
+A causal context adapter for {base_text}, trained on interventional data with
+[hf_causal_context](https://pypi.org/project/hf-causal-context/): an observational set and one set per concept. Its
+concepts compose, in combinations never seen in training.
+
+Concepts: {concepts}.
+
+{picture}## Use
+
+```python
+from diffusers import DiffusionPipeline
+from peft import PeftModel
+
+from hf_causal_context import intervene  # before PEFT reads the adapter
+
+{setup}
+PeftModel.from_pretrained(pipe.{denoiser}, {repo!r})  # attaches the adapter in place
+with intervene(pipe.{denoiser}, {example!r}):
+    {call}
+```
+
+{results}## Limits
+
+Trained are strengths 0 and 1; others interpolate and extrapolate. An adapter knows the concepts it was trained on, on
+the base it was trained for.
+
+Method: Markham, Hirsch, Chang, Solus, Aragam, "Intervening to Learn and Compose Causally Disentangled Representations",
+CLeaR 2026, [arXiv 2507.04754](https://arxiv.org/abs/2507.04754).
+"""
+
+
+def write_card(
+    folder: Path,
+    *,
+    concepts: Sequence[str],
+    base: str,
+    denoiser: str,
+    takes_prompt: bool,
+    setup: str | None = None,
+    picture: str | None = None,
+    results: str = "",
+) -> None:
+    """Write README.md, the card that the Hub shows, over PEFT's generic one.
+
+    Args:
+        folder: the adapter's.
+        concepts: its concepts.
+        base: Hub id or folder of its base.
+        denoiser: name of the denoiser in the pipeline, "unet" or "transformer".
+        takes_prompt: whether the pipeline takes text.
+        setup: Python code that defines `pipe`; by default it loads `base`.
+        picture: path of a sample grid inside the folder.
+        results: Markdown with what was measured.
+    """
+    local = Path(base).exists()
+    metadata = ModelCardData(
+        library_name="peft",
+        base_model=None if local else base,
+        base_model_relation=None if local else "adapter",
+        tags=["causal-context", "hf_causal_context", "diffusers"],
+    )
+    example = "+".join(concepts[:2])
+    text = _BODY.format(
+        metadata=metadata.to_yaml(),
+        title=folder.resolve().name,
+        base_text=f"`{base}`" if not local else "a local diffusers pipeline",
+        concepts=", ".join(f"`{concept}`" for concept in concepts),
+        picture=f"![Samples in each context]({picture})\n\n" if picture else "",
+        setup=setup or f"pipe = DiffusionPipeline.from_pretrained({base!r})",
+        denoiser=denoiser,
+        repo=folder.name,
+        example=example,
+        call=f"pipe({'a prompt'!r}).images[0]" if takes_prompt else "pipe().images[0]",
+        results=f"## Measured\n\n{results.strip()}\n\n" if results else "",
+    )
+    unfinished = folder / ".README.md.unfinished"
+    ModelCard(text).save(unfinished)
+    unfinished.replace(folder / "README.md")

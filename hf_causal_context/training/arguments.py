@@ -1,0 +1,135 @@
+"""The settings of a training run, under the argument names of diffusers' training scripts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..layers import MECHANISMS
+
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+
+
+def _argument(default: Any, meaning: str, **metadata: Any) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": meaning, **metadata})
+    return field(default=default, metadata={"help": meaning, **metadata})
+
+
+@dataclass
+class DataArguments:
+    """Where the interventional data is and how it is read."""
+
+    train_data_dir: str | None = _argument(None, "Folder with one sub-folder of pictures per context: obs/, thick/ ...")
+    dataset_name: str | None = _argument(None, "Instead: a dataset on the Hub or on disk with a context column.")
+    dataset_config_name: str | None = _argument(None, "Its configuration.")
+    image_column: str = _argument("image", "Column of the pictures.")
+    caption_column: str | None = _argument(None, "Column of the captions, for bases that take text.")
+    class_column: str | None = _argument(None, "Column of the classes, for class-conditional bases.")
+    context_column: str = _argument("context", "Column of the contexts.")
+    attribute_rules: list[str] = _argument(
+        [], "Contexts from attribute columns instead: 'smiling: Smiling == 1 and Eyeglasses == 0' ..."
+    )
+    observational_name: str = _argument("obs", "What the observational context is called in folders and columns.")
+    concepts: list[str] | None = _argument(None, "The concepts; by default those the data holds.")
+    held_out_contexts: list[str] = _argument([], "Contexts that are not trained on, such as thick+slant.")
+    context_weights: list[str] = _argument([], "Shares of contexts in batches, such as obs=2 (others 1).")
+    streaming: bool = _argument(False, "Read the data as a stream: for data larger than memory.")
+
+
+@dataclass
+class TrainingArguments(DataArguments):
+    """Settings of one run; `hf-causal-context train --help` prints them with their meaning.
+
+    Raises:
+        ValueError: for a number out of range, or options that contradict each other.
+    """
+
+    pretrained_model_name_or_path: str = _argument("", "Base: a diffusers pipeline, as a folder or a Hub id.")
+    output_dir: str = _argument("", "Folder for the adapter, its checkpoints and sample grids.")
+    revision: str | None = _argument(None, "Revision of the base on the Hub.")
+    variant: str | None = _argument(None, "Variant of the base's files, such as fp16.")
+
+    instance_prompt: str = _argument("", "Caption of pictures that have none, for bases that take text.")
+    resolution: int | None = _argument(None, "Side of the pictures in pixels; by default the base's.")
+    dataloader_num_workers: int = _argument(0, "Processes that decode pictures.")
+
+    mechanism: str = _argument("independent", "How concepts act: " + ", ".join(MECHANISMS) + ".")
+    concept_rank: int = _argument(4, "Width of each concept; the adapter's rank is concepts x width.")
+    target_modules: list[str] | None = _argument(None, "Modules to adapt; by default the base's attention.")
+    anchored: bool = _argument(False, "Keep the empty context exactly the base (always so for 'independent').")
+
+    train_batch_size: int = _argument(16, "Pictures per step and process.")
+    gradient_accumulation_steps: int = _argument(1, "Batches per optimiser step.")
+    max_train_steps: int | None = _argument(None, "Optimiser steps; overrides num_train_epochs.")
+    num_train_epochs: int = _argument(100, "Passes over the data.")
+    learning_rate: float = _argument(1e-4, "Peak learning rate.")
+    lr_scheduler: str = _argument("constant", "A schedule of diffusers: " + ", ".join(LR_SCHEDULERS) + ".")
+    lr_warmup_steps: int = _argument(0, "Optimiser steps of warm-up.")
+    adam_beta1: float = _argument(0.9, "AdamW.")
+    adam_beta2: float = _argument(0.999, "AdamW.")
+    adam_weight_decay: float = _argument(1e-2, "AdamW.")
+    adam_epsilon: float = _argument(1e-8, "AdamW.")
+    max_grad_norm: float = _argument(1.0, "Gradients are clipped to this norm.")
+    snr_gamma: float | None = _argument(None, "Min-SNR weighting of the loss (5.0 is usual); diffusion bases only.")
+    use_ema: bool = _argument(False, "Average the adapter's weights over steps; the average is what is saved.")
+    ema_decay: float = _argument(0.999, "Largest decay of that average.")
+    mixed_precision: str = _argument("no", "no, fp16 or bf16.", choices=["no", "fp16", "bf16"])
+    gradient_checkpointing: bool = _argument(False, "Save memory by computing activations again.")
+    seed: int = _argument(0, "Of the adapter's initial weights, the order of the data and the noise.")
+
+    validation_contexts: list[str] | None = _argument(
+        None, "Rows of the sample grids; by default obs, every single concept, held-out contexts (or some pairs)."
+    )
+    validation_steps: int | None = _argument(None, "Optimiser steps between grids; by default only at the end.")
+    num_validation_images: int = _argument(8, "Pictures per row of a grid; 0 for no grids.")
+    validation_prompt: str = _argument("", "Prompt of the grids, for bases that take text.")
+    num_inference_steps: int = _argument(25, "Denoising steps of the grids.")
+    checkpointing_steps: int = _argument(500, "Optimiser steps between checkpoints.")
+    checkpoints_total_limit: int | None = _argument(None, "How many checkpoints are kept.")
+    resume_from_checkpoint: str | None = _argument(None, "A checkpoint's folder, or latest.")
+    report_to: str | None = _argument(None, "Tracker: tensorboard, wandb, trackio ...")
+    logging_dir: str = _argument("logs", "Folder of the tracker inside output_dir.")
+
+    def __post_init__(self) -> None:
+        for name, minimum in _MINIMA.items():
+            value = getattr(self, name)
+            if value is not None and not value >= minimum:
+                raise ValueError(f"--{name}={value} must be at least {minimum}.")
+        for name in ("pretrained_model_name_or_path", "output_dir"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name} is missing. Give the base pipeline and the folder for the results.")
+        if self.mechanism not in MECHANISMS:
+            raise ValueError(f"--mechanism={self.mechanism} is unknown. Allowed: {', '.join(MECHANISMS)}.")
+        if self.lr_scheduler not in LR_SCHEDULERS:
+            raise ValueError(f"--lr_scheduler={self.lr_scheduler} is unknown. Allowed: {', '.join(LR_SCHEDULERS)}.")
+        if not self.learning_rate > 0:
+            raise ValueError(f"--learning_rate={self.learning_rate} must be positive.")
+
+    def save(self, folder: Path) -> None:
+        """Write training_arguments.json."""
+        (folder / "training_arguments.json").write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+
+_MINIMA: dict[str, float] = {
+    "resolution": 1,
+    "dataloader_num_workers": 0,
+    "concept_rank": 1,
+    "train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "max_train_steps": 1,
+    "num_train_epochs": 1,
+    "lr_warmup_steps": 0,
+    "max_grad_norm": 0,
+    "snr_gamma": 0,
+    "ema_decay": 0,
+    "seed": 0,
+    "validation_steps": 1,
+    "num_validation_images": 0,
+    "num_inference_steps": 1,
+    "checkpointing_steps": 1,
+    "checkpoints_total_limit": 1,
+}

@@ -1,0 +1,218 @@
+"""The main job: a pretrained diffusion pipeline and interventional data -> an adapter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from datasets import load_dataset
+from peft import PeftModel, get_peft_model
+from PIL import Image
+
+from ..adapter.config import CausalContextConfig
+from ..contexts import Context
+from ..data import InterventionalData, check_data, from_attributes, load_dataset_contexts, load_folders
+from ..hub import write_card
+from ..layers import Mechanism
+from .arguments import DataArguments, TrainingArguments
+from .bases import load_base
+from .batches import DenoiserBatches
+from .checkpoints import not_written
+from .families import Base
+from .generation import generate, picture_grid
+from .objectives import denoising_objective
+from .trainer import fit, make_accelerator
+
+_SHOWN_PAIRS = 6
+_DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def train(arguments: TrainingArguments, base: Base | None = None, data: InterventionalData | None = None) -> Path:
+    """Fine-tune an adapter on a frozen base and return the folder that holds it.
+
+    Args:
+        arguments: the settings; `hf-causal-context train` makes them from its command line.
+        base: a base that is loaded already, instead of the one that `arguments` name.
+        data: data that is loaded already, instead of what `arguments` name.
+
+    Raises:
+        ValueError: for data that cannot be trained on, or arguments that do not fit the base.
+        TrainingDivergedError, TrainingInterrupted, CheckpointError, FileNotFoundError: see `fit`.
+    """
+    accelerator = make_accelerator(arguments)
+    data = data if data is not None else load_data(arguments)
+    if accelerator.is_main_process:
+        report = check_data(data)
+        print(report.table(), flush=True)
+        report.raise_for_errors()
+    base = base or load_base(
+        arguments.pretrained_model_name_or_path,
+        revision=arguments.revision,
+        variant=arguments.variant,
+        torch_dtype=_DTYPES[arguments.mixed_precision],  # of the frozen weights; the adapter's are float32
+    )
+    base.pipe.to(accelerator.device)
+    set_seed(arguments.seed)  # the adapter's initial weights
+    model = attach_adapter(base, data, arguments)
+    if arguments.gradient_checkpointing:
+        base.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+    num_steps = arguments.max_train_steps or arguments.num_train_epochs * _steps_per_epoch(
+        data, arguments, accelerator.num_processes
+    )
+    objective = denoising_objective(base, arguments.snr_gamma)
+    with accelerator.main_process_first():  # it fills the cache of latents that the others read
+        batches = DenoiserBatches(
+            base,
+            data,
+            arguments,
+            num_steps * arguments.gradient_accumulation_steps,
+            accelerator.device,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+    validation = validation_contexts(data, arguments)
+
+    def validate(step: int) -> None:
+        rows = generate(
+            base,
+            validation,
+            seeds=range(arguments.num_validation_images),
+            prompt=arguments.validation_prompt if base.takes_captions else None,
+            class_label=0 if base.takes_classes else None,
+            num_inference_steps=arguments.num_inference_steps,
+            resolution=arguments.resolution,
+        )
+        grid = picture_grid(rows, [str(context) or arguments.observational_name for context in validation])
+        path = Path(arguments.output_dir, _grid_name(step))
+        path.parent.mkdir(exist_ok=True)
+        unfinished = path.with_suffix(".unfinished.png")
+        try:
+            grid.save(unfinished)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            raise not_written(path, Path(arguments.output_dir), error) from error
+        unfinished.replace(path)
+        for tracker in accelerator.trackers:
+            _log_grid(tracker, grid, step)
+
+    wanted = validate if arguments.num_validation_images else None
+    folder = fit(accelerator, model, objective, batches, arguments, num_steps, wanted)
+    if accelerator.is_main_process:
+        write_card(
+            folder,
+            concepts=data.concepts.names,
+            base=arguments.pretrained_model_name_or_path,
+            denoiser=base.denoiser_name,
+            takes_prompt=base.takes_captions,
+            picture=_grid_name(num_steps) if wanted else None,
+        )
+    return folder
+
+
+def load_data(arguments: DataArguments) -> InterventionalData:
+    """The data that the arguments name.
+
+    Raises:
+        ValueError: for none or two of them, and what the loaders in `data` raise.
+    """
+    if (arguments.train_data_dir is None) == (arguments.dataset_name is None):
+        raise ValueError(
+            "Give the data as either --train_data_dir (a folder with one sub-folder of pictures per context) or "
+            f"--dataset_name (a dataset with a column of contexts); received {arguments.train_data_dir!r} and "
+            f"{arguments.dataset_name!r}."
+        )
+    shared: dict[str, Any] = {"held_out_contexts": arguments.held_out_contexts}
+    if arguments.train_data_dir is not None:
+        return load_folders(
+            arguments.train_data_dir,
+            concepts=arguments.concepts,
+            observational_name=arguments.observational_name,
+            streaming=arguments.streaming,
+            **shared,
+        )
+    assert arguments.dataset_name is not None
+    columns: dict[str, Any] = {"image_column": arguments.image_column, "caption_column": arguments.caption_column}
+    if arguments.attribute_rules:
+        dataset = load_dataset(
+            arguments.dataset_name, arguments.dataset_config_name, split="train", streaming=arguments.streaming
+        )
+        return from_attributes(cast(Any, dataset), _parse_rules(arguments.attribute_rules), **columns, **shared)
+    return load_dataset_contexts(
+        arguments.dataset_name,
+        config_name=arguments.dataset_config_name,
+        streaming=arguments.streaming,
+        concepts=arguments.concepts,
+        context_column=arguments.context_column,
+        observational_name=arguments.observational_name,
+        **columns,
+        **shared,
+    )
+
+
+def attach_adapter(base: Base, data: InterventionalData, arguments: TrainingArguments) -> PeftModel:
+    """Inject a fresh adapter into the base's denoiser, in place."""
+    config = CausalContextConfig(
+        concepts=data.concepts.names,
+        concept_rank=arguments.concept_rank,
+        mechanism=cast(Mechanism, arguments.mechanism),
+        anchored=arguments.anchored,
+        target_modules=arguments.target_modules,
+    )
+    model = cast(PeftModel, get_peft_model(cast(Any, base.denoiser), config))
+    config.base_model_name_or_path = arguments.pretrained_model_name_or_path  # PEFT looks at the denoiser only
+    return model
+
+
+def validation_contexts(data: InterventionalData, arguments: TrainingArguments) -> list[Context]:
+    """Rows of a sample grid: the observational context, the single concepts, unseen combinations.
+
+    Raises:
+        ValueError: for contexts with unknown concepts.
+    """
+    if arguments.validation_contexts is not None:
+        names = ["" if name == arguments.observational_name else name for name in arguments.validation_contexts]
+        chosen = [Context.parse(name) for name in names]
+        data.concepts.mask(chosen)  # refuses unknown names
+        return chosen
+    singles = [Context(name) for name in data.concepts]
+    unseen: Sequence[Context] = [Context.parse(context) for context in data.held_out]
+    if not unseen:
+        unseen = [a | b for a, b in combinations(singles, 2)][:_SHOWN_PAIRS]
+    return [Context(), *singles, *unseen]
+
+
+def _parse_rules(items: list[str]) -> dict[str, str]:
+    rules = {}
+    for item in items:
+        concept, colon, rule = item.partition(":")
+        if not colon:
+            raise ValueError(
+                f"--attribute_rules {item!r} must be a concept, a colon and a rule, such as "
+                "'smiling: Smiling == 1 and Eyeglasses == 0'."
+            )
+        rules[concept.strip()] = rule.strip()
+    return rules
+
+
+def _steps_per_epoch(data: InterventionalData, arguments: TrainingArguments, num_processes: int) -> int:
+    if data.counts is None:
+        raise ValueError("A stream has no known length, so it has no epochs. Give --max_train_steps.")
+    samples = arguments.train_batch_size * arguments.gradient_accumulation_steps * num_processes
+    return max(1, math.ceil(sum(data.counts.values()) / samples))
+
+
+def _grid_name(step: int) -> str:
+    return f"samples/step-{step:06d}.png"
+
+
+def _log_grid(tracker: Any, grid: Image.Image, step: int) -> None:
+    if tracker.name == "tensorboard":
+        tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, dataformats="NHWC")
+    elif hasattr(tracker, "log_images"):
+        tracker.log_images({"samples": [grid]}, step=step)

@@ -1,0 +1,81 @@
+"""Saved tiny pipelines, and training runs on them."""
+
+import multiprocessing
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from .run_tiny import Faults, main
+from .tiny_pipelines import PIPELINES
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory):
+    """A function: name of a tiny pipeline -> the folder it is saved in."""
+    folders = {}
+
+    def save(name):
+        if name not in folders:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                pipe = PIPELINES[name]()
+            folders[name] = str(tmp_path_factory.mktemp(name))
+            pipe.save_pretrained(folders[name])
+        return folders[name]
+
+    return save
+
+
+@pytest.fixture
+def on_cpu(tmp_path, monkeypatch):
+    """Runs in this process compute on the CPU, know nothing of earlier ones, and have a cache of their own."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@dataclass
+class Run:
+    """A training run in another process."""
+
+    process: multiprocessing.process.BaseProcess
+    outcome: Path
+
+    def wait(self):
+        """What it said at its end: the output folder, or the type and message of its error; None if it was killed."""
+        self.process.join(220)
+        assert self.process.exitcode is not None, "the run hangs"
+        return self.outcome.read_text() if self.outcome.exists() else None
+
+
+@pytest.fixture
+def start(tmp_path_factory, monkeypatch):
+    """A function that starts a training run in another process: settings, faults, place -> Run."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.training.run_tiny"])
+    cache, runs = tmp_path_factory.mktemp("cache"), []
+
+    def begin(settings, faults=None, place=None):
+        outcome = tmp_path_factory.mktemp("run") / "outcome"
+        arguments = (str(outcome), str(cache), settings, faults or Faults(), place)
+        run = Run(context.Process(target=main, args=arguments), outcome)
+        run.process.start()
+        runs.append(run)
+        return run
+
+    yield begin
+    for run in runs:
+        run.process.kill()
+        run.process.join()

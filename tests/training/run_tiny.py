@@ -1,0 +1,116 @@
+"""One training run in a process of its own, with faults on request; started by the `start` fixture.
+
+The processes come from a fork server, which imports the libraries once for all of them.
+"""
+
+import faulthandler
+import io
+import itertools
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import accelerate.checkpointing
+import datasets
+import diffusers
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from hf_causal_context.training import finetune
+from hf_causal_context.training.arguments import TrainingArguments
+from hf_causal_context.training.families import FAMILIES
+
+LOADED = (diffusers.DDPMPipeline, diffusers.UNet2DModel, FAMILIES)  # diffusers imports a class when it is first used
+
+
+@dataclass
+class Faults:
+    """What happens to a run; steps are optimiser steps, micro-batches are counted from the start of the process."""
+
+    signal_after_step: tuple[int, int] | None = None  # (step, number of the signal), before a checkpoint is saved
+    signal_in_microbatch: tuple[int, int] | None = None
+    kill_while_saving: int | None = None  # the step whose optimiser is written half
+    ready_file: str | None = None  # written after step 1; every step then takes a while
+
+
+@dataclass
+class Place:
+    """Of one of several processes."""
+
+    rank: int
+    world_size: int
+    rendezvous: str
+
+
+def main(outcome: str, cache: str, settings: dict, faults: Faults, place: Place | None) -> None:
+    faulthandler.dump_traceback_later(200, exit=True)  # a hang shows where
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of data loaders, as on Linux; the fork server sets its own
+    os.setpgrp()
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    datasets.config.HF_DATASETS_CACHE = cache
+    if place is not None:
+        _join(place)
+    _install(faults)
+    try:
+        message = str(finetune.train(TrainingArguments(**settings)))
+    except BaseException as error:
+        message = f"{type(error).__name__}: {error}"
+    Path(outcome).write_text(message)
+    if place is not None:
+        dist.destroy_process_group()
+
+
+def _join(place: Place) -> None:
+    ranks = {"RANK": place.rank, "LOCAL_RANK": place.rank, "WORLD_SIZE": place.world_size}
+    os.environ |= {name: str(value) for name, value in ranks.items()} | {"GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # Accelerate asks for them; the file is what is used
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{place.rendezvous}",
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timedelta(seconds=60),
+    )
+
+
+def _install(faults: Faults) -> None:
+    def raise_signal(number: int) -> None:
+        os.kill(os.getpid(), number)
+
+    log, make_objective, save = Accelerator.log, finetune.denoising_objective, accelerate.checkpointing.save
+
+    def log_with_faults(self, values, step):
+        log(self, values, step=step)
+        if faults.signal_after_step and step == faults.signal_after_step[0]:
+            raise_signal(faults.signal_after_step[1])
+        if faults.ready_file:
+            Path(faults.ready_file).touch()
+            time.sleep(0.05)
+
+    def objective_with_faults(*args):
+        objective, numbers = make_objective(*args), itertools.count(1)
+
+        def call(model, batch):
+            if faults.signal_in_microbatch and next(numbers) == faults.signal_in_microbatch[0]:
+                raise_signal(faults.signal_in_microbatch[1])
+            return objective(model, batch)
+
+        return call
+
+    def save_half(state, path, **kwargs):
+        if Path(path).name != "optimizer.bin" or f"checkpoint-{faults.kill_while_saving}." not in str(path):
+            return save(state, path, **kwargs)
+        whole = io.BytesIO()
+        torch.save(state, whole)
+        Path(path).write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Accelerator.log = log_with_faults
+    finetune.denoising_objective = objective_with_faults
+    accelerate.checkpointing.save = save_half

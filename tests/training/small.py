@@ -1,0 +1,53 @@
+"""Small folders of pictures, and the settings of short runs on tiny pipelines."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+CONTEXTS = ("obs", "slant", "thick")
+
+
+def write_folders(root, contexts=CONTEXTS, pictures=4, size=16, captions=False):
+    """One folder for each context, with pictures that all differ."""
+    root = Path(root)
+    generator = np.random.default_rng(0)
+    for context in contexts:
+        (root / context).mkdir(parents=True)
+        for i in range(pictures):
+            pixels = generator.integers(0, 256, (size, size, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / context / f"{i}.png")
+        if captions:
+            lines = [json.dumps({"file_name": f"{i}.png", "text": f"a {context} {i % 2}"}) for i in range(pictures)]
+            (root / context / "metadata.jsonl").write_text("\n".join(lines))
+    return root
+
+
+def settings(base, data, output_dir, **changes):
+    """Keyword arguments of TrainingArguments for a short run without grids."""
+    given = {
+        "pretrained_model_name_or_path": str(base),
+        "train_data_dir": str(data),
+        "output_dir": str(output_dir),
+        "train_batch_size": 3,
+        "max_train_steps": 2,
+        "learning_rate": 1e-2,
+        "num_validation_images": 0,
+    }
+    return given | changes
+
+
+def adapter_weights(folder):
+    return load_file(Path(folder, "adapter_model.safetensors"))
+
+
+def assert_close_to_largest(actual, expected, tolerance=1e-5):
+    """Tensors by name agree within `tolerance` times the largest number of all."""
+    assert actual.keys() == expected.keys()
+    largest = max(tensor.abs().max() for tensor in expected.values())
+    assert largest > 0
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, rtol=0, atol=float(tolerance * largest), msg=name)

@@ -1,0 +1,161 @@
+"""Pictures in several contexts, and grids of them."""
+
+import numpy
+import pytest
+import torch
+from peft import get_peft_model
+
+from hf_causal_context import CausalContextConfig, intervene
+from hf_causal_context.training.bases import load_base
+from hf_causal_context.training.generation import generate, picture_grid
+
+from .tiny_pipelines import PIPELINES
+
+CONTEXTS = [(), ("thick",), {"thick": 1.0, "slant": -0.5}]
+SEEDS = [3, 1, 2]
+CLOSE = {"rtol": 1e-3, "atol": 1e-3}
+ALL = pytest.mark.parametrize("name", PIPELINES)
+
+
+@pytest.fixture
+def adapted(pipeline_folder):
+    def load(name):
+        base = load_base(pipeline_folder(name))
+        config = CausalContextConfig(
+            concepts=("thick", "slant"), target_modules=["to_q", "to_v", "to_out.0"], init_weights=False, alpha=8.0
+        )
+        get_peft_model(base.denoiser, config)
+        return base
+
+    return load
+
+
+def options(base, **changes):
+    given = {"seeds": SEEDS, "num_inference_steps": 2}
+    if base.takes_classes:
+        given["class_label"] = 3
+    if base.takes_captions:
+        given |= {"prompt": "a cat", "resolution": 16}
+    if base.takes_guidance:
+        given["guidance_scale"] = 2.0
+    return given | changes
+
+
+@ALL
+def test_seeds_give_the_same_pictures_however_they_are_batched(name, adapted):
+    base = adapted(name)
+    base.denoiser.train()
+    mixed = generate(base, CONTEXTS, **options(base, batch_size=5))
+    assert base.denoiser.training
+    assert [row.shape for row in mixed] == [(3, base.image_channels, 16, 16)] * 3
+    assert all(row.min() >= 0 and row.max() <= 1 for row in mixed)
+    for row, context in zip(mixed, CONTEXTS, strict=True):
+        (alone,) = generate(base.pipe, [context], **options(base, seeds=SEEDS[:2], batch_size=1))
+        torch.testing.assert_close(row[:2], alone, **CLOSE)
+    assert (mixed[0] - mixed[1]).abs().max() > 1e-2
+    assert (mixed[1] - mixed[2]).abs().max() > 1e-2
+    assert (mixed[0][0] - mixed[0][1]).abs().max() > 1e-2
+
+
+def test_pictures_are_those_of_the_pipeline(adapted):
+    base = adapted("stable_diffusion")
+    base.denoiser.eval()
+    (ours,) = generate(base, ["thick"], **options(base, seeds=[7]))
+    with intervene(base.denoiser, "thick"):
+        theirs = base.pipe(
+            "a cat",
+            generator=torch.Generator().manual_seed(7),
+            num_inference_steps=2,
+            guidance_scale=2.0,
+            output_type="pt",
+        ).images
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_class_labels_matter_and_leave_nothing_behind(adapted):
+    base = adapted("ddpm_classes")
+    hooks = len(base.denoiser._forward_pre_hooks)
+    (one,), (other,) = (generate(base, [()], **options(base, class_label=label)) for label in (1, 4))
+    assert (one - other).abs().max() > 1e-3
+    assert len(base.denoiser._forward_pre_hooks) == hooks
+
+
+def test_the_mode_and_the_progress_bar_come_back_after_an_error(adapted, monkeypatch, capfd):
+    base = adapted("ddpm")
+    base.denoiser.train()
+    base.pipe.set_progress_bar_config(leave=True)
+    capfd.readouterr()
+    generate(base, [()], **options(base))
+    assert "it/s" not in capfd.readouterr().err
+    monkeypatch.setattr(base.pipe.scheduler, "step", None)
+    with pytest.raises(TypeError, match="callable"):
+        generate(base, [()], **options(base))
+    assert base.denoiser.training
+    assert base.pipe._progress_bar_config == {"leave": True}
+
+
+def test_a_base_without_an_adapter_knows_the_observational_context_only(pipeline_folder):
+    base = load_base(pipeline_folder("ddpm"))
+    (pictures,) = generate(base, [()], **options(base))
+    assert pictures.shape == (3, 1, 16, 16)
+    with pytest.raises(ValueError, match="has no causal context adapter"):
+        generate(base, [(), "thick"], **options(base))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("ddpm", {"prompt": "a cat"}, "prompt='a cat' was given, but DDPMPipeline takes no captions"),
+        ("ddpm", {"class_label": 1}, "class_label=1 was given, but this base has no classes"),
+        ("ddpm", {"guidance_scale": 2.0}, "guidance_scale=2.0 was given, but DDPMPipeline has no guidance"),
+        ("ddpm", {"resolution": 32}, "resolution=32 was given, but DDPMPipeline generates 16 pixels only"),
+        ("flux", {"resolution": 18}, "resolution=18 was given, but FluxPipeline needs a multiple of 4"),
+        ("ddpm_classes", {"class_label": None}, "class_label=None, but this base is conditioned on classes 0 to 4"),
+        ("ddpm_classes", {"class_label": 5}, "class_label=5, but this base is conditioned on classes 0 to 4"),
+        ("ddpm", {"seeds": []}, "Nothing to generate: 1 contexts, 0 seeds, batch_size=8"),
+        ("ddpm", {"batch_size": 0}, "batch_size=0. Give at least one of each"),
+    ],
+)
+def test_arguments_that_do_not_fit(name, changes, message, pipeline_folder):
+    base = load_base(pipeline_folder(name))
+    with pytest.raises(ValueError, match=message):
+        generate(base, [()], **options(base, **changes))
+
+
+def test_one_context_is_no_sequence_and_names_are_checked(adapted):
+    base = adapted("ddpm")
+    with pytest.raises(TypeError, match="contexts='thick' is a single context. Pass a list of contexts"):
+        generate(base, "thick", **options(base))
+    with pytest.raises(ValueError, match="Unknown concept 'large'"):
+        generate(base, [("thick", "large")], **options(base))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grid_enlarges_pictures_and_keeps_their_values(channels):
+    rows = [torch.rand(3, channels, 16, 16), torch.rand(2, channels, 16, 16)]
+    grid = picture_grid(rows, ["observational", "thick+slant=-0.5"])
+    left = grid.width - 3 * 68
+    assert grid.height == 2 * 68 + 4
+    pixels = torch.from_numpy(numpy.array(grid))
+    shown = pixels[72:136:4, left + 68 : left + 132 : 4]  # the second picture of the second row
+    expected = (rows[1][1] * 255).round().int().expand(3, -1, -1).permute(1, 2, 0)
+    assert torch.equal(shown.int(), expected)
+    for i in range(2):  # both labels are written, and stay in their column
+        assert (pixels[i * 68 + 4 : i * 68 + 68, : left - 4] < 128).any()
+    assert (pixels[:, left - 4 : left] == 255).all()
+    assert picture_grid(rows, ["a", "b"], scale=2).height == 2 * 36 + 4
+
+
+@pytest.mark.parametrize(
+    ("shapes", "labels"),
+    [
+        ([(2, 1, 8, 8)], []),
+        ([(2, 2, 8, 8)], ["a"]),
+        ([(1, 8, 8)], ["a"]),
+        ([(2, 1, 8, 8), (2, 1, 9, 8)], ["a", "b"]),
+        ([], []),
+    ],
+)
+def test_rows_that_make_no_grid(shapes, labels):
+    with pytest.raises(ValueError, match="make no grid. Give one label for each row"):
+        picture_grid([torch.zeros(shape) for shape in shapes], labels)

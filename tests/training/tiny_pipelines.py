@@ -1,0 +1,207 @@
+"""Tiny pipelines of every supported family, with random weights; pictures of 16 pixels, latents of 8."""
+
+from __future__ import annotations
+
+import string
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from torch import nn
+
+PIXELS: dict[str, Any] = {
+    "sample_size": 16,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "block_out_channels": (16, 16),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": 8,
+}
+TEXT_UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "block_out_channels": (16, 16),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "attention_head_dim": 8,
+}
+TRANSFORMER: dict[str, Any] = {"num_attention_heads": 2, "num_layers": 1, "in_channels": 4, "sample_size": 8}
+LETTERS = [chr(code) for code in range(33, 127)]
+
+
+def _random(module: nn.Module) -> Any:
+    # Some output and modulation layers start at zero, which would hide every layer before them.
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return module.eval()
+
+
+def _vae(**kwargs):
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4}
+    return _random(diffusers.AutoencoderKL(**blocks, **sizes, **kwargs))
+
+
+def _clip_tokenizer():
+    words = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+    return transformers.CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=16)
+
+
+def _clip(projected=False):
+    size = 2 * len(LETTERS)
+    config = transformers.CLIPTextConfig(
+        vocab_size=size + 2,
+        bos_token_id=size,
+        eos_token_id=size + 1,
+        max_position_embeddings=16,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=16,
+    )
+    kind = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+    return _random(kind(config))
+
+
+def _t5_tokenizer():
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((c, -2.0) for c in string.ascii_letters)]
+    return transformers.T5TokenizerFast(vocab=pieces, extra_ids=0)
+
+
+def _t5():
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    return _random(transformers.T5EncoderModel(transformers.T5Config(**sizes)))
+
+
+def ddpm(**kwargs):
+    return diffusers.DDPMPipeline(
+        _random(diffusers.UNet2DModel(**PIXELS, in_channels=1, out_channels=1, **kwargs)), diffusers.DDPMScheduler()
+    )
+
+
+def ddpm_classes():
+    return ddpm(num_class_embeds=5)
+
+
+def ddim():
+    unet = _random(diffusers.UNet2DModel(**PIXELS))
+    return diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler(prediction_type="sample"))
+
+
+def stable_diffusion():
+    unet = _random(diffusers.UNet2DConditionModel(**TEXT_UNET, cross_attention_dim=16))
+    scheduler = diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1, prediction_type="v_prediction")
+    return diffusers.StableDiffusionPipeline(
+        _vae(), _clip(), _clip_tokenizer(), unet, scheduler, None, None, requires_safety_checker=False
+    )
+
+
+def stable_diffusion_xl(**vae):
+    unet = diffusers.UNet2DConditionModel(
+        **TEXT_UNET,
+        cross_attention_dim=32,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16,
+    )
+    return diffusers.StableDiffusionXLPipeline(
+        _vae(**vae),
+        _clip(),
+        _clip(projected=True),
+        _clip_tokenizer(),
+        _clip_tokenizer(),
+        _random(unet),
+        diffusers.EulerDiscreteScheduler(),
+    )
+
+
+def stable_diffusion_3():
+    transformer = diffusers.SD3Transformer2DModel(
+        **TRANSFORMER,
+        out_channels=4,
+        attention_head_dim=8,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=32,
+        pos_embed_max_size=8,
+    )
+    clips = [_clip(projected=True), _clip_tokenizer(), _clip(projected=True), _clip_tokenizer()]
+    return diffusers.StableDiffusion3Pipeline(
+        _random(transformer),
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        _vae(shift_factor=0.1),
+        *clips,
+        _t5(),
+        _t5_tokenizer(),
+    )
+
+
+def flux():
+    transformer = diffusers.FluxTransformer2DModel(
+        num_attention_heads=2,
+        num_layers=1,
+        num_single_layers=1,
+        in_channels=16,
+        attention_head_dim=8,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        axes_dims_rope=(2, 2, 4),
+        guidance_embeds=True,
+    )
+    return diffusers.FluxPipeline(
+        diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        _vae(shift_factor=0.1),
+        _clip(),
+        _clip_tokenizer(),
+        _t5(),
+        _t5_tokenizer(),
+        _random(transformer),
+    )
+
+
+def pixart_sigma(**kwargs):
+    transformer = diffusers.PixArtTransformer2DModel(
+        **{**TRANSFORMER, "sample_size": 8, "use_additional_conditions": False, **kwargs},
+        out_channels=8,
+        attention_head_dim=12,
+        cross_attention_dim=24,
+        caption_channels=32,
+    )
+    scheduler = diffusers.DPMSolverMultistepScheduler()
+    return diffusers.PixArtSigmaPipeline(_t5_tokenizer(), _t5(), _vae(), _random(transformer), scheduler)
+
+
+def pixart_alpha():
+    # The pipeline knows the further conditions of its largest model by this size of the latents.
+    parts = pixart_sigma(sample_size=128, use_additional_conditions=True).components
+    return diffusers.PixArtAlphaPipeline(**parts)
+
+
+def dit():
+    transformer = diffusers.DiTTransformer2DModel(
+        **TRANSFORMER, out_channels=8, attention_head_dim=8, num_embeds_ada_norm=1000
+    )
+    return diffusers.DiTPipeline(_random(transformer), _vae(), diffusers.DDIMScheduler())
+
+
+PIPELINES = {
+    build.__name__: build
+    for build in (
+        ddpm,
+        ddpm_classes,
+        ddim,
+        stable_diffusion,
+        stable_diffusion_xl,
+        stable_diffusion_3,
+        flux,
+        pixart_alpha,
+        pixart_sigma,
+        dit,
+    )
+}
