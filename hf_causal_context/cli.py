@@ -1,0 +1,101 @@
+"""The command `hf-causal-context`: a thin layer over the Python functions."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; errors of use are printed without a traceback."""
+    commands: dict[str, tuple[str, Callable[[list[str]], None]]] = {
+        "quickstart": ("train, compose and score an adapter on handwritten digits, in minutes on a CPU", _quickstart),
+        "train": ("fine-tune an adapter on a diffusers pipeline", _train),
+        "generate": ("make pictures in chosen contexts", _generate),
+        "check-data": ("count contexts and find what would spoil a training", _check_data),
+    }
+    parser = argparse.ArgumentParser(
+        prog="hf-causal-context",
+        description="LoRA for causal concepts.",
+        epilog="\n".join(f"  {name:<12} {text}" for name, (text, _) in commands.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=commands, help="see below; each has a --help of its own")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    try:
+        commands[chosen.command][1](chosen.arguments)
+    except KeyboardInterrupt as error:
+        print(f"\n{error or 'Interrupted.'}", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _train(arguments: list[str]) -> None:
+    from transformers import HfArgumentParser
+
+    from .training.arguments import TrainingArguments
+    from .training.finetune import train
+
+    parser = HfArgumentParser(cast(Any, TrainingArguments), prog="hf-causal-context train")
+    (parsed,) = parser.parse_args_into_dataclasses(arguments)
+    print(f"The adapter is in {train(parsed)}.")
+
+
+def _check_data(arguments: list[str]) -> None:
+    from transformers import HfArgumentParser
+
+    from .data import check_data
+    from .training.arguments import DataArguments
+    from .training.finetune import load_data
+
+    parser = HfArgumentParser(cast(Any, DataArguments), prog="hf-causal-context check-data")
+    (parsed,) = parser.parse_args_into_dataclasses(arguments)
+    report = check_data(load_data(parsed))
+    print(report.table())
+    report.raise_for_errors()
+
+
+def _generate(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="hf-causal-context generate")
+    parser.add_argument("--adapter", required=True, help="folder or Hub id of the adapter")
+    parser.add_argument("--pretrained_model_name_or_path", help="its base; by default the one it names")
+    parser.add_argument(
+        "--contexts", nargs="+", required=True, help='such as obs thick thick+slant "thick=0.5,slant=-1"'
+    )
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(8)), help="one picture per context and seed")
+    parser.add_argument("--prompt", help="for bases that take text")
+    parser.add_argument("--class_label", type=int, help="for class-conditional bases")
+    parser.add_argument("--num_inference_steps", type=int, default=25)
+    parser.add_argument("--guidance_scale", type=float)
+    parser.add_argument("--resolution", type=int)
+    parser.add_argument("--observational_name", default="obs", help="what the empty context is called")
+    parser.add_argument("--grid", action="store_true", help="one grid.png instead of one file per picture")
+    parsed = parser.parse_args(arguments)
+
+    from .generate import generate_files
+
+    for path in generate_files(**vars(parsed)):
+        print(path)
+
+
+def _quickstart(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="hf-causal-context quickstart")
+    parser.add_argument("--output_dir", type=Path, default=Path("digits-context"))
+    parser.add_argument("--seed", type=int, default=0)
+    parsed = parser.parse_args(arguments)
+
+    from .quickstart import quickstart
+
+    quickstart(parsed.output_dir, parsed.seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Pictures of chosen contexts as files: what `hf-causal-context generate` does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig, PeftModel
+
+from .adapter.config import CausalContextConfig
+from .contexts import ConceptSet, Context
+from .training.bases import load_base
+from .training.generation import generate, picture_grid, to_image
+
+
+def generate_files(
+    adapter: str,
+    contexts: Sequence[str],
+    output_dir: Path,
+    *,
+    seeds: Sequence[int],
+    num_inference_steps: int,
+    pretrained_model_name_or_path: str | None = None,
+    prompt: str | None = None,
+    class_label: int | None = None,
+    guidance_scale: float | None = None,
+    resolution: int | None = None,
+    observational_name: str = "obs",
+    grid: bool = False,
+) -> list[Path]:
+    """Write one PNG per context and seed (``thick+slant-seed3.png``), or one grid, and return the paths.
+
+    Raises:
+        ValueError: for another kind of adapter, an unknown base, unknown concepts, or what `generate` refuses.
+        OSError: for an adapter or base that cannot be read, or pictures that cannot be written.
+    """
+    config = PeftConfig.from_pretrained(adapter)
+    if not isinstance(config, CausalContextConfig):
+        raise ValueError(f"{adapter} is a {config.peft_type} adapter; only causal context adapters have contexts.")
+    base_name = pretrained_model_name_or_path or config.base_model_name_or_path
+    if base_name is None:
+        raise ValueError(f"{adapter} does not name its base. Give --pretrained_model_name_or_path.")
+    parsed = [Context() if name == observational_name else Context.parse(name) for name in contexts]
+    ConceptSet(config.concepts).mask(parsed)  # refuses unknown names before anything is loaded
+    base = load_base(base_name)
+    base.pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    PeftModel.from_pretrained(cast(Any, base.denoiser), adapter)
+    rows = generate(
+        base,
+        parsed,
+        seeds=seeds,
+        prompt=prompt,
+        class_label=class_label,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        resolution=resolution,
+    )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    labels = [str(context) or observational_name for context in parsed]
+    if grid:
+        path = output_dir / "grid.png"
+        picture_grid(rows, labels).save(path)
+        return [path]
+    paths = []
+    for label, row in zip(labels, rows, strict=True):
+        for seed, picture in zip(seeds, row, strict=True):
+            # Concept names may hold what a file name may not.
+            name = "".join(c if c.isalnum() or c in "+=.-_" else "_" for c in label)
+            paths.append(output_dir / f"{name}-seed{seed}.png")
+            to_image(picture).save(paths[-1])
+    return paths

@@ -1,0 +1,100 @@
+"""The command line: every command with real models, and what it says when it is used wrongly."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from PIL import Image
+
+from hf_causal_context import CausalContextConfig
+from hf_causal_context.cli import main
+from hf_causal_context.training.bases import load_base
+
+from .training.conftest import pipeline_folder  # noqa: F401 (a fixture)
+
+
+@pytest.fixture
+def base(pipeline_folder):  # noqa: F811
+    return str(pipeline_folder("ddpm"))
+
+
+@pytest.fixture
+def pictures(tmp_path, base):
+    unet = load_base(base).denoiser
+    mode = "L" if unet.config.in_channels == 1 else "RGB"
+    generator = torch.Generator().manual_seed(0)
+    for name in ("obs", "thick", "slant", "slant+thick"):
+        folder = tmp_path / "pictures" / name
+        folder.mkdir(parents=True)
+        for i in range(4):
+            values = torch.randint(256, (16, 16, 3), dtype=torch.uint8, generator=generator).numpy()
+            Image.fromarray(values).convert(mode).save(folder / f"{i}.png")
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def adapter(tmp_path, base):
+    config = CausalContextConfig(concepts=("thick", "slant"), init_weights=False)
+    model = get_peft_model(load_base(base).denoiser, config)
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(tmp_path / "adapter")
+    return str(tmp_path / "adapter")
+
+
+def test_check_data_counts_contexts(pictures, capsys):
+    assert main(["check-data", "--train_data_dir", str(pictures)]) == 0
+    output = capsys.readouterr().out
+    assert "(observational)" in output
+    assert "slant+thick" in output
+    assert "held out" in output
+
+
+def test_check_data_says_what_is_wrong(pictures, capsys):
+    for path in (pictures / "obs").iterdir():
+        path.unlink()
+    (pictures / "obs").rmdir()
+    assert main(["check-data", "--train_data_dir", str(pictures)]) == 1
+    assert "observational" in capsys.readouterr().err
+    assert main(["check-data"]) == 1
+    assert "Give the data as either --train_data_dir" in capsys.readouterr().err
+
+
+def test_train_then_generate(pictures, base, tmp_path, capsys):
+    command = ["train", "--pretrained_model_name_or_path", base, "--train_data_dir", str(pictures)]
+    options = ["--max_train_steps", "2", "--train_batch_size", "3", "--num_validation_images", "1"]
+    options += ["--num_inference_steps", "2", "--learning_rate", "0.01"]
+    assert main([*command, "--output_dir", str(tmp_path / "out"), *options]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "causal-context" in card
+    assert "samples/step-000002.png" in card
+    made = tmp_path / "made"
+    assert main(
+        ["generate", "--adapter", str(tmp_path / "out"), "--contexts", "obs", "thick=0.5,slant", "--seeds", "1", "2",
+         "--num_inference_steps", "2", "--output_dir", str(made)]
+    ) == 0  # fmt: skip
+    names = {"obs-seed1.png", "obs-seed2.png", "slant+thick=0.5-seed1.png", "slant+thick=0.5-seed2.png"}
+    assert {path.name for path in made.iterdir()} == names
+    assert set(capsys.readouterr().out.split()) >= {str(made / name) for name in names}
+    # a second run does not mix with the first one's checkpoints
+    assert main([*command, "--output_dir", str(tmp_path / "out"), *options]) == 1
+    assert "--resume_from_checkpoint latest" in capsys.readouterr().err
+
+
+def test_generate_a_grid_that_depends_on_the_context(adapter, tmp_path):
+    options = ["--num_inference_steps", "2", "--output_dir", str(tmp_path / "made")]
+    assert main(["generate", "--adapter", adapter, "--contexts", "obs", "thick", "--grid", *options]) == 0
+    assert Image.open(tmp_path / "made" / "grid.png").width > 64
+    assert main(["generate", "--adapter", adapter, "--contexts", "obs", "thick", "--seeds", "0", *options]) == 0
+    one, other = (Image.open(tmp_path / "made" / f"{name}-seed0.png").tobytes() for name in ("obs", "thick"))
+    assert one != other
+
+
+def test_wrong_use_is_an_error_without_a_traceback(adapter, tmp_path, capsys):
+    made = ["--output_dir", str(tmp_path / "made")]
+    assert main(["generate", "--adapter", adapter, "--contexts", "colour", *made]) == 1
+    assert "Unknown concept 'colour'" in capsys.readouterr().err
+    assert main(["generate", "--adapter", adapter, "--contexts", "thick", "--prompt", "a digit", *made]) == 1
+    assert "takes no captions" in capsys.readouterr().err
+    assert main(["train", "--output_dir", str(tmp_path / "out")]) == 1
+    assert "--pretrained_model_name_or_path is missing" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["no-such-command"])
