@@ -1,0 +1,113 @@
+"""Train the small diffusion model of handwritten digits that the package ships as the quickstart's frozen base.
+
+    python examples/pretrain_digits.py --output_dir digit-base    # about an hour on two CPU cores
+
+It sees the observational context of the digit world only. At the end a classifier of ten digits and of broken ones
+(quarters of different digits) says how many samples it takes for a digit, beside the same figure for real pictures.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel
+from sklearn.svm import SVC
+from tqdm import tqdm
+
+from hf_causal_context.data.worlds.digits import RESOLUTION, sample_digits
+
+
+def build() -> DDIMPipeline:
+    unet = UNet2DModel(
+        sample_size=RESOLUTION,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(16, 48, 96),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=16,
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    )
+    schedule: dict[str, Any] = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+    return DDIMPipeline(unet, DDIMScheduler(**schedule, timestep_spacing="trailing", clip_sample=True))
+
+
+def broken(pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Quarters of four different digits put together: what a classifier of digits should not recognise."""
+    half = RESOLUTION // 2
+    out = pictures.copy()
+    for rows in (slice(half), slice(half, None)):
+        for columns in (slice(half), slice(half, None)):
+            out[:, rows, columns] = rng.permutation(pictures)[:, rows, columns]
+    return out
+
+
+def train_classifier(seed: int) -> SVC:
+    """Ten digits, and an eleventh class of broken ones."""
+    real, classes, _ = sample_digits(6000, seed=seed)
+    wrong = broken(real[:3000], np.random.default_rng(seed))
+    inputs = np.concatenate([real, wrong]).reshape(-1, RESOLUTION**2) / 255
+    return SVC(C=10).fit(inputs, np.concatenate([classes, np.full(len(wrong), 10)]))
+
+
+def recognised(classifier: SVC, pictures: np.ndarray) -> float:
+    return float((classifier.predict(pictures.reshape(len(pictures), -1) / 255) != 10).mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--max_train_steps", type=int, default=5000)
+    parser.add_argument("--train_batch_size", type=int, default=96)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.manual_seed(arguments.seed)
+    pipe: Any = build()
+    unet, scheduler = pipe.unet.train(), pipe.scheduler
+    pictures = torch.from_numpy(sample_digits(40_000, seed=arguments.seed)[0])[:, None]
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=arguments.learning_rate, weight_decay=0.01)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 200, arguments.max_train_steps)
+    ema = EMAModel(unet.parameters(), decay=0.998, use_ema_warmup=True, power=0.8)
+    bar = tqdm(range(arguments.max_train_steps))
+    for step in bar:
+        clean = pictures[torch.randint(len(pictures), (arguments.train_batch_size,))] / 127.5 - 1
+        noise, t = torch.randn_like(clean), torch.randint(1000, (len(clean),))
+        prediction = unet(scheduler.add_noise(clean, noise, t), t).sample
+        loss = (prediction - scheduler.get_velocity(clean, noise, t)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        ema.step(unet.parameters())
+        bar.set_postfix(loss=f"{loss.item():.4f}")
+        if step % 500 == 499:  # so that an interrupted run leaves a base
+            ema.store(unet.parameters())
+            ema.copy_to(unet.parameters())
+            pipe.unet.half().save_pretrained(arguments.output_dir / "unet")
+            unet.float()
+            ema.restore(unet.parameters())
+    ema.copy_to(unet.parameters())
+    pipe.unet.eval().half()  # 6 MB -> 3 MB
+    pipe.save_pretrained(arguments.output_dir)
+    pipe.unet.float()
+    samples = pipe(512, num_inference_steps=25, generator=torch.Generator().manual_seed(1), output_type="np").images
+    classifier = train_classifier(arguments.seed)
+    unseen = sample_digits(1000, seed=arguments.seed + 1, split="test")[0]
+    sets = {
+        "samples": np.rint(255 * samples[..., 0]).astype(np.uint8),
+        "real pictures of unseen glyphs": unseen,
+        "broken pictures of unseen glyphs": broken(unseen, np.random.default_rng(1)),
+    }
+    for name, pictures in sets.items():
+        print(f"recognised of {name}: {recognised(classifier, pictures):.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""The main job on handwritten digits, in minutes on a CPU: train, compose, score, save, reload.
+
+The base is a small pretrained diffusion model that ships with the package (`examples/pretrain_digits.py` made it), the
+data is the digit world, where the truth of every combination is known.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import combinations
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from peft import PeftModel
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from .contexts import Context
+from .data import InterventionalData, from_dataset
+from .data.worlds.digits import CONCEPTS, read_attributes, sample_digits
+from .evaluation.metrics import sliced_wasserstein
+from .hub import write_card
+from .training.arguments import TrainingArguments
+from .training.bases import load_base
+from .training.families import Base
+from .training.finetune import train
+from .training.generation import generate, picture_grid
+
+BASE = Path(str(files("hf_causal_context") / "models" / "digit_base"))
+PEERS = Path(str(files("hf_causal_context") / "models" / "digit_peers.json"))
+SINGLES = tuple(Context(name) for name in CONCEPTS)
+PAIRS = tuple(a | b for a, b in combinations(SINGLES, 2))
+CONTEXTS = (Context(), *SINGLES, *PAIRS)
+
+ROWS_PER_CONTEXT = 1500
+NUM_SAMPLES = 128
+NUM_INFERENCE_STEPS = 15
+# Every Linear and convolution of the blocks: strokes are the convolutions' work, and the base has little attention.
+_CONVOLUTIONS = ("conv_in", "conv1", "conv2", "conv_shortcut", "conv_out")
+TARGET_MODULES = (*_CONVOLUTIONS, "time_emb_proj", "to_q", "to_k", "to_v", "to_out.0")
+
+
+def training_arguments(output_dir: Path, seed: int) -> TrainingArguments:
+    """The quickstart's settings."""
+    return TrainingArguments(
+        pretrained_model_name_or_path=str(BASE),
+        output_dir=str(output_dir),
+        target_modules=list(TARGET_MODULES),
+        concept_rank=4,
+        train_batch_size=40,
+        max_train_steps=300,
+        learning_rate=3e-3,
+        lr_scheduler="cosine",
+        lr_warmup_steps=10,
+        use_ema=True,
+        ema_decay=0.98,
+        checkpointing_steps=100,
+        checkpoints_total_limit=1,
+        num_validation_images=0,
+        seed=seed,
+    )
+
+
+def digit_data(rows_per_context: int = ROWS_PER_CONTEXT, seed: int = 0) -> InterventionalData:
+    """The observational and the four single-concept sets of the digit world, as a `datasets` table."""
+    pictures: list[Image.Image] = []
+    contexts: list[str] = []
+    for number, context in enumerate((Context(), *SINGLES)):
+        drawn, _, _ = sample_digits(rows_per_context, context, seed=100 * seed + number)
+        pictures += [Image.fromarray(picture) for picture in drawn]
+        contexts += [str(context)] * rows_per_context
+    features = Features({"image": ImageFeature(), "context": Value("string")})
+    table = Dataset.from_dict({"image": pictures, "context": contexts}, features=features)
+    return from_dataset(table, concepts=CONCEPTS)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Sliced Wasserstein distances to the world's own pictures of unseen glyphs, per context; lower is better."""
+
+    contexts: tuple[str, ...]
+    distance: tuple[float, ...]
+
+
+def reference_pictures(context: Context, num: int) -> np.ndarray[Any, Any]:
+    """The truth of a context: pictures (num, 32, 32), uint8, of glyphs that training never saw."""
+    return sample_digits(num, context, seed=9000, split="test")[0]
+
+
+def score(samples: Mapping[Context, Tensor]) -> Scores:
+    """Distance of samples (N, 1, 32, 32) in [0, 1] from the truth of their contexts."""
+    distances = []
+    for context, pictures in samples.items():
+        reference = torch.from_numpy(reference_pictures(context, 4 * NUM_SAMPLES))[:, None] / 255
+        distances.append(sliced_wasserstein(pictures, reference))
+    return Scores(tuple(str(context) for context in samples), tuple(distances))
+
+
+def sample(base: Base, contexts: Sequence[Context], num: int) -> dict[Context, Tensor]:
+    """Pictures (num, 1, 32, 32) in [0, 1] of every context, from the same noise."""
+    options: dict[str, Any] = {"num_inference_steps": NUM_INFERENCE_STEPS, "batch_size": 64}
+    return {context: generate(base, [context], seeds=range(num), **options)[0] for context in contexts}
+
+
+def quickstart(output_dir: Path, seed: int = 0) -> None:
+    """Train on single interventions, score the pairs that were never trained, save, reload.
+
+    Raises:
+        FileExistsError: if the folder holds a training already.
+    """
+    start = time.perf_counter()
+    print("Base: a small diffusion model of handwritten digits. Concepts:", ", ".join(CONCEPTS), flush=True)
+    base = load_base(str(BASE))
+    train(training_arguments(output_dir, seed), base, digit_data(seed=seed))
+    trained = time.perf_counter()
+    print(f"\nTrained in {trained - start:.0f} s. Sampling {len(CONTEXTS)} contexts ...", flush=True)
+    samples = sample(base, CONTEXTS, NUM_SAMPLES)
+    table = results_table(samples)
+    print("\n" + table, flush=True)
+    draw(samples).save(output_dir / "grid.png")
+    write_card(
+        output_dir,
+        concepts=CONCEPTS,
+        base=str(BASE),
+        denoiser=base.denoiser_name,
+        takes_prompt=False,
+        setup="from hf_causal_context.quickstart import BASE\n\npipe = DiffusionPipeline.from_pretrained(BASE)",
+        picture="grid.png",
+        results=table,
+    )
+    again = load_base(str(BASE))
+    PeftModel.from_pretrained(cast(Any, again.denoiser), str(output_dir))
+    identical = torch.equal(sample(again, PAIRS[:1], NUM_SAMPLES)[PAIRS[0]], samples[PAIRS[0]])
+    print(f"Reloaded with PeftModel.from_pretrained: {'identical' if identical else 'DIFFERENT'} pictures.")
+    print(f"Adapter, card and pictures are in {output_dir}/ (look at grid.png). {time.perf_counter() - start:.0f} s.")
+
+
+def results_table(samples: Mapping[Context, Tensor]) -> str:
+    """Markdown: distances beside the floor, the base and the stacked LoRAs; then attributes read from the pictures."""
+    ours = score(samples)
+    floor = score({c: torch.from_numpy(sample_digits(NUM_SAMPLES, c, seed=77)[0])[:, None] / 255 for c in samples})
+    base = score(dict.fromkeys(samples, samples[Context()]))  # the empty context is the base
+    peers = json.loads(PEERS.read_text())
+    lines = [
+        "Sliced Wasserstein distance to real pictures of unseen glyphs (lower is better):",
+        "",
+        "| context | trained | real against real | base | stacked LoRAs | this adapter |",
+        "|---|---|---|---|---|---|",
+    ]
+    for i, context in enumerate(samples):
+        name = str(context)
+        stacked = f"{peers['stacked_loras'][name]:.4f}" if name in peers["stacked_loras"] else ""
+        trained = "yes" if len(context.targets) < 2 else "never"
+        cells = (name or "(observational)", trained, f"{floor.distance[i]:.4f}", f"{base.distance[i]:.4f}", stacked)
+        lines.append("| " + " | ".join(cells) + f" | {ours.distance[i]:.4f} |")
+    pairs = [i for i, context in enumerate(samples) if len(context.targets) == 2]
+    names = [str(context) for context in samples]
+    means = (
+        np.mean([floor.distance[i] for i in pairs]),
+        np.mean([base.distance[i] for i in pairs]),
+        np.mean([peers["stacked_loras"][names[i]] for i in pairs]),
+        np.mean([ours.distance[i] for i in pairs]),
+    )
+    lines.append("| **mean of the pairs** | never | " + " | ".join(f"{mean:.4f}" for mean in means) + " |")
+    lines += [
+        "",
+        f"Stacked LoRAs: measured beforehand by `{peers['command']}`.",
+        "",
+        "Attributes read from the pictures, real / this adapter:",
+        "",
+        "| context | thickness (px) | darkness (0-1) | slant | size (px) |",
+        "|---|---|---|---|---|",
+    ]
+    for context, pictures in samples.items():
+        real = np.nanmean(read_attributes(reference_pictures(context, 4 * NUM_SAMPLES)), axis=0)
+        read = np.nanmean(read_attributes((255 * pictures[:, 0]).round().byte().numpy()), axis=0)
+        pairs_of_numbers = " | ".join(f"{a:.2f} / {b:.2f}" for a, b in zip(real, read, strict=True))
+        lines.append(f"| {str(context) or '(observational)'} | {pairs_of_numbers} |")
+    return "\n".join(lines)
+
+
+def draw(samples: Mapping[Context, Tensor], columns: int = 8) -> Image.Image:
+    """A grid of contexts: the world's own pictures on the left, the adapter's samples on the right."""
+    labels = [f"do({', '.join(context.targets)})" if context else "observational" for context in samples]
+    real = [torch.from_numpy(sample_digits(columns, context, seed=5)[0])[:, None] / 255 for context in samples]
+    left = picture_grid(real, labels)
+    right = picture_grid([pictures[:columns] for pictures in samples.values()], [" "] * len(samples))
+    heading = 26
+    both = Image.new("RGB", (left.width + right.width, left.height + heading), "white")
+    both.paste(left, (0, heading))
+    both.paste(right, (left.width, heading))
+    font = ImageFont.load_default(size=16)
+    titles = ((left.width - columns * 68, "real pictures"), (left.width + 20, "samples; pairs were never trained"))
+    for x, title in titles:
+        ImageDraw.Draw(both).text((x, 5), title, fill="black", font=font)
+    return both

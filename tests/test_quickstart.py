@@ -1,0 +1,46 @@
+"""The quickstart in small: the real base, the real steps, fewer of them."""
+
+import dataclasses
+import json
+
+import torch
+
+from hf_causal_context import quickstart
+from hf_causal_context.training.bases import load_base
+
+
+def test_the_shipped_base_is_small_and_the_peers_are_complete():
+    size = sum(path.stat().st_size for path in quickstart.BASE.parent.rglob("*") if path.is_file())
+    assert size < 6e6
+    assert load_base(str(quickstart.BASE)).prediction == "v_prediction"
+    peers = json.loads(quickstart.PEERS.read_text())["stacked_loras"]
+    assert peers.keys() == {str(context) for context in quickstart.CONTEXTS if context}
+
+
+def test_train_score_save_reload(tmp_path, monkeypatch, capsys):
+    small = dataclasses.replace(
+        quickstart.training_arguments(tmp_path, 0),
+        max_train_steps=2,
+        train_batch_size=5,
+        target_modules=["to_q", "to_v"],
+    )
+    monkeypatch.setattr(quickstart, "training_arguments", lambda folder, seed: small)
+    monkeypatch.setattr(quickstart, "NUM_SAMPLES", 8)
+    monkeypatch.setattr(quickstart, "ROWS_PER_CONTEXT", 50)
+    monkeypatch.setattr(quickstart, "NUM_INFERENCE_STEPS", 2)
+    quickstart.quickstart(tmp_path)
+    output = capsys.readouterr().out
+    assert "identical pictures" in output
+    assert "| darkness+thickness | never |" in output
+    assert "mean of the pairs" in (tmp_path / "README.md").read_text()
+    for name in ("grid.png", "adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / name).exists()
+
+
+def test_scores_tell_the_truth_of_a_context_from_another():
+    contexts = quickstart.CONTEXTS[:3]
+    truth = {c: torch.from_numpy(quickstart.reference_pictures(c, 192))[:, None] / 255 for c in contexts}
+    right = quickstart.score(truth).distance
+    wrong = quickstart.score(dict.fromkeys(contexts, truth[contexts[0]])).distance
+    assert right[0] == wrong[0]
+    assert all(r < 0.6 * w for r, w in zip(right[1:], wrong[1:], strict=True))
