@@ -1,0 +1,50 @@
+"""Every example runs as it stands, with fewer steps."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(monkeypatch, name, *arguments):
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+@pytest.mark.parametrize("name", ["own_folder.py", "text_to_image.py"])
+def test_training_examples(monkeypatch, tmp_path, name):
+    run(monkeypatch, name, "--output_dir", tmp_path, "--max_train_steps", 2)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "adapter" / "samples" / "step-000002.png").exists()
+
+
+def test_resume(monkeypatch, tmp_path, capsys):
+    run(monkeypatch, "resume.py", "--output_dir", tmp_path, "--max_train_steps", 12)
+    output = capsys.readouterr().out
+    assert "--resume_from_checkpoint latest" in output
+    assert "identical weights: True" in output
+
+
+def test_two_processes_equal_one(monkeypatch, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
+    command += [str(EXAMPLES / "two_processes.py"), "--output_dir", str(tmp_path / "two"), "--max_train_steps", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(command, check=True, timeout=240, env=environment)
+    from hf_causal_context import quickstart
+
+    whole = quickstart.training_arguments(tmp_path / "one", 0)
+    whole.train_batch_size, whole.max_train_steps = 20, 2
+    monkeypatch.setattr(quickstart, "training_arguments", lambda folder, seed: whole)
+    from hf_causal_context.training.finetune import train
+
+    train(whole, data=quickstart.digit_data(rows_per_context=60))
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5)
