@@ -3,7 +3,7 @@
     python examples/own_folder.py --output_dir my-adapter
 
     pictures/obs/*.png  pictures/thickness/*.png  pictures/slant/*.png    trained
-    pictures/slant+thickness/*.png                                        held out: shown beside samples, never trained
+    pictures/slant+thickness/*.png     held out: a row of the sample grids, never trained
 
 Here the pictures are drawn first (digits), so that the example runs as it stands. The same on the command line:
 

@@ -3,7 +3,7 @@
     python examples/resume.py --output_dir resumed
 
 The interrupted run saves a checkpoint and says how to go on; so does one that gets SIGTERM, as on preempted machines.
-After SIGKILL or a power cut the latest `checkpoint-N` serves the same way.
+After SIGKILL the latest `checkpoint-N` serves the same way.
 """
 
 import argparse

@@ -27,6 +27,10 @@ def generate_files(
     class_label: int | None = None,
     guidance_scale: float | None = None,
     resolution: int | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    dtype: str = "float32",
+    batch_size: int = 8,
     observational_name: str = "obs",
     grid: bool = False,
 ) -> list[Path]:
@@ -44,7 +48,8 @@ def generate_files(
         raise ValueError(f"{adapter} does not name its base. Give --pretrained_model_name_or_path.")
     parsed = [Context() if name == observational_name else Context.parse(name) for name in contexts]
     ConceptSet(config.concepts).mask(parsed)  # refuses unknown names before anything is loaded
-    base = load_base(base_name)
+    torch_dtype = None if dtype == "float32" else getattr(torch, dtype)
+    base = load_base(base_name, revision=revision, variant=variant, torch_dtype=torch_dtype)
     base.pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     PeftModel.from_pretrained(cast(Any, base.denoiser), adapter)
     rows = generate(
@@ -56,6 +61,7 @@ def generate_files(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         resolution=resolution,
+        batch_size=batch_size,
     )
     output_dir.mkdir(parents=True, exist_ok=True)
     labels = [str(context) or observational_name for context in parsed]

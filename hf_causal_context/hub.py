@@ -26,7 +26,6 @@ from diffusers import DiffusionPipeline
 from peft import PeftModel
 
 from hf_causal_context import intervene  # before PEFT reads the adapter
-
 {setup}
 PeftModel.from_pretrained(pipe.{denoiser}, {repo!r})  # attaches the adapter in place
 with intervene(pipe.{denoiser}, {example!r}):
@@ -49,7 +48,7 @@ def write_card(
     concepts: Sequence[str],
     base: str,
     denoiser: str,
-    takes_prompt: bool,
+    call: str,
     setup: str | None = None,
     picture: str | None = None,
     results: str = "",
@@ -61,7 +60,7 @@ def write_card(
         concepts: its concepts.
         base: Hub id or folder of its base.
         denoiser: name of the denoiser in the pipeline, "unet" or "transformer".
-        takes_prompt: whether the pipeline takes text.
+        call: Python code that calls `pipe` for a picture.
         setup: Python code that defines `pipe`; by default it loads `base`.
         picture: path of a sample grid inside the folder.
         results: Markdown with what was measured.
@@ -80,11 +79,11 @@ def write_card(
         base_text=f"`{base}`" if not local else "a local diffusers pipeline",
         concepts=", ".join(f"`{concept}`" for concept in concepts),
         picture=f"![Samples in each context]({picture})\n\n" if picture else "",
-        setup=setup or f"pipe = DiffusionPipeline.from_pretrained({base!r})",
+        setup=setup or f"\npipe = DiffusionPipeline.from_pretrained({base!r})",
         denoiser=denoiser,
         repo=folder.name,
         example=example,
-        call=f"pipe({'a prompt'!r}).images[0]" if takes_prompt else "pipe().images[0]",
+        call=call,
         results=f"## Measured\n\n{results.strip()}\n\n" if results else "",
     )
     unfinished = folder / ".README.md.unfinished"

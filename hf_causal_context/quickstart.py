@@ -65,6 +65,7 @@ def training_arguments(output_dir: Path, seed: int) -> TrainingArguments:
         checkpointing_steps=100,
         checkpoints_total_limit=1,
         num_validation_images=0,
+        resume_from_checkpoint="latest",  # so that the same command goes on after an interruption
         seed=seed,
     )
 
@@ -114,7 +115,8 @@ def quickstart(output_dir: Path, seed: int = 0) -> None:
     """Train on single interventions, score the pairs that were never trained, save, reload.
 
     Raises:
-        FileExistsError: if the folder holds a training already.
+        TrainingInterrupted, CheckpointError: see `train`; the same call goes on from the last checkpoint.
+        RuntimeError: if the reloaded adapter gives other pictures.
     """
     start = time.perf_counter()
     print("Base: a small diffusion model of handwritten digits. Concepts:", ", ".join(CONCEPTS), flush=True)
@@ -131,7 +133,7 @@ def quickstart(output_dir: Path, seed: int = 0) -> None:
         concepts=CONCEPTS,
         base=str(BASE),
         denoiser=base.denoiser_name,
-        takes_prompt=False,
+        call=base.example_call,
         setup="from hf_causal_context.quickstart import BASE\n\npipe = DiffusionPipeline.from_pretrained(BASE)",
         picture="grid.png",
         results=table,
@@ -139,7 +141,9 @@ def quickstart(output_dir: Path, seed: int = 0) -> None:
     again = load_base(str(BASE))
     PeftModel.from_pretrained(cast(Any, again.denoiser), str(output_dir))
     identical = torch.equal(sample(again, PAIRS[:1], NUM_SAMPLES)[PAIRS[0]], samples[PAIRS[0]])
-    print(f"Reloaded with PeftModel.from_pretrained: {'identical' if identical else 'DIFFERENT'} pictures.")
+    if not identical:
+        raise RuntimeError(f"The adapter reloaded from {output_dir} gives other pictures than the trained one.")
+    print("Reloaded with PeftModel.from_pretrained: identical pictures.")
     print(f"Adapter, card and pictures are in {output_dir}/ (look at grid.png). {time.perf_counter() - start:.0f} s.")
 
 

@@ -3,7 +3,7 @@
 from .attributes import SELECTION_WARNING, contexts_from_attributes, from_attributes
 from .checks import ContextCount, DataReport, check_data
 from .folders import load_folders
-from .interventional import InterventionalData, from_dataset, load_dataset_contexts
+from .interventional import InterventionalData, from_dataset, load_dataset_contexts, open_dataset
 from .sampling import ContextSampler, stream_batches
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "from_dataset",
     "load_dataset_contexts",
     "load_folders",
+    "open_dataset",
     "stream_batches",
 ]

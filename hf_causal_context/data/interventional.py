@@ -107,6 +107,24 @@ def from_dataset(
     return _table_data(rows, known, named_training, named_held_out, image_column)
 
 
+def open_dataset(
+    name_or_path: str, *, config_name: str | None = None, split: str = "train", streaming: bool = False
+) -> Rows:
+    """One split of a dataset of the Hub, of a folder of data files, or of what `save_to_disk` wrote.
+
+    Raises:
+        FileNotFoundError, ValueError: what `datasets` raises for unknown names and splits.
+    """
+    path = Path(name_or_path)
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        saved = load_from_disk(name_or_path)
+        dataset = saved if isinstance(saved, Dataset) else saved[split]
+        dataset = dataset.to_iterable_dataset() if streaming else dataset
+    else:
+        dataset = load_dataset(name_or_path, config_name, split=split, streaming=streaming)
+    return cast(Rows, dataset)
+
+
 def load_dataset_contexts(
     name_or_path: str,
     *,
@@ -127,15 +145,9 @@ def load_dataset_contexts(
         FileNotFoundError, ValueError: what `datasets` raises for unknown names and splits.
         TypeError, ValueError: what `from_dataset` raises.
     """
-    path = Path(name_or_path)
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        saved = load_from_disk(name_or_path)
-        dataset = saved if isinstance(saved, Dataset) else saved[split]
-        dataset = dataset.to_iterable_dataset() if streaming else dataset
-    else:
-        dataset = load_dataset(name_or_path, config_name, split=split, streaming=streaming)
+    dataset = open_dataset(name_or_path, config_name=config_name, split=split, streaming=streaming)
     return from_dataset(
-        cast(Rows, dataset),
+        dataset,
         concepts=concepts,
         context_column=context_column,
         image_column=image_column,

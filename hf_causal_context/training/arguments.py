@@ -13,6 +13,9 @@ from ..layers import MECHANISMS
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
+ARGUMENTS = "training_arguments.json"
+
+
 def _argument(default: Any, meaning: str, **metadata: Any) -> Any:
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": meaning, **metadata})
@@ -35,7 +38,10 @@ class DataArguments:
     )
     observational_name: str = _argument("obs", "What the observational context is called in folders and columns.")
     concepts: list[str] | None = _argument(None, "The concepts; by default those the data holds.")
-    held_out_contexts: list[str] = _argument([], "Contexts that are not trained on, such as thick+slant.")
+    held_out_contexts: list[str] = _argument([], "Contexts that are not trained on, besides all combinations.")
+    training_contexts: list[str] | None = _argument(
+        None, "Contexts that are trained on, combinations too; by default obs and the single concepts."
+    )
     context_weights: list[str] = _argument([], "Shares of contexts in batches, such as obs=2 (others 1).")
     streaming: bool = _argument(False, "Read the data as a stream: for data larger than memory.")
 
@@ -55,7 +61,7 @@ class TrainingArguments(DataArguments):
 
     instance_prompt: str = _argument("", "Caption of pictures that have none, for bases that take text.")
     resolution: int | None = _argument(None, "Side of the pictures in pixels; by default the base's.")
-    dataloader_num_workers: int = _argument(0, "Processes that decode pictures.")
+    dataloader_num_workers: int = _argument(0, "Processes that decode pictures (not of streams).")
 
     mechanism: str = _argument("independent", "How concepts act: " + ", ".join(MECHANISMS) + ".")
     concept_rank: int = _argument(4, "Width of each concept; the adapter's rank is concepts x width.")
@@ -77,7 +83,7 @@ class TrainingArguments(DataArguments):
     snr_gamma: float | None = _argument(None, "Min-SNR weighting of the loss (5.0 is usual); diffusion bases only.")
     use_ema: bool = _argument(False, "Average the adapter's weights over steps; the average is what is saved.")
     ema_decay: float = _argument(0.999, "Largest decay of that average.")
-    mixed_precision: str = _argument("no", "no, fp16 or bf16.", choices=["no", "fp16", "bf16"])
+    mixed_precision: str | None = _argument(None, "no, fp16 or bf16; by default what accelerate was told.")
     gradient_checkpointing: bool = _argument(False, "Save memory by computing activations again.")
     seed: int = _argument(0, "Of the adapter's initial weights, the order of the data and the noise.")
 
@@ -106,12 +112,15 @@ class TrainingArguments(DataArguments):
             raise ValueError(f"--mechanism={self.mechanism} is unknown. Allowed: {', '.join(MECHANISMS)}.")
         if self.lr_scheduler not in LR_SCHEDULERS:
             raise ValueError(f"--lr_scheduler={self.lr_scheduler} is unknown. Allowed: {', '.join(LR_SCHEDULERS)}.")
-        if not self.learning_rate > 0:
-            raise ValueError(f"--learning_rate={self.learning_rate} must be positive.")
+        if self.mixed_precision not in (None, "no", "fp16", "bf16"):
+            raise ValueError(f"--mixed_precision={self.mixed_precision} is unknown. Allowed: no, fp16, bf16.")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name}={getattr(self, name)} must be positive.")
 
     def save(self, folder: Path) -> None:
         """Write training_arguments.json."""
-        (folder / "training_arguments.json").write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        (folder / ARGUMENTS).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
 
 _MINIMA: dict[str, float] = {
@@ -123,7 +132,6 @@ _MINIMA: dict[str, float] = {
     "max_train_steps": 1,
     "num_train_epochs": 1,
     "lr_warmup_steps": 0,
-    "max_grad_norm": 0,
     "snr_gamma": 0,
     "ema_decay": 0,
     "seed": 0,

@@ -97,6 +97,7 @@ class DenoiserBatches:
                 collate_fn=_stack,
                 num_workers=self._arguments.dataloader_num_workers,
                 worker_init_fn=ignore_interruptions,
+                generator=torch.Generator(),  # else it draws from the random state that a checkpoint restored
                 pin_memory=self._device.type == "cuda",
             )
         for number, columns in enumerate(loaded, start):
@@ -186,6 +187,12 @@ class DenoiserBatches:
     def _check_conditions(self) -> None:
         base, column = self._base, self._arguments.class_column
         name = type(base.pipe).__name__
+        feature = (self._data.rows.features or {}).get(self._data.image_column)
+        if feature is not None and not isinstance(feature, ImageFeature):
+            raise ValueError(
+                f"The column {self._data.image_column!r} holds {feature}, not pictures. Name another "
+                "--image_column, or cast it: dataset.cast_column(name, datasets.Image())."
+            )
         columns = self._data.rows.column_names or []
         if base.takes_classes and (column is None or column not in columns):
             raise ValueError(

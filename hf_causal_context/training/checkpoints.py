@@ -6,14 +6,30 @@ and the random states. A checkpoint is written under another name and renamed wh
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 import shutil
 from pathlib import Path
+from typing import cast
 
 from accelerate import Accelerator
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 
+from ..adapter.config import CausalContextConfig
+from .arguments import ARGUMENTS, TrainingArguments
+
 _NAME = re.compile(r"checkpoint-(\d+)")
+# What a resumed run may change: its length, how it is watched, where its files are, and the rate of learning.
+_MAY_CHANGE = frozenset(
+    {
+        *("max_train_steps", "num_train_epochs", "learning_rate", "max_grad_norm"),
+        *("validation_contexts", "validation_steps", "num_validation_images", "validation_prompt"),
+        *("num_inference_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
+        *("report_to", "logging_dir", "output_dir", "dataloader_num_workers"),
+        *("pretrained_model_name_or_path", "train_data_dir", "dataset_name"),
+    }
+)
 
 
 class CheckpointError(OSError):
@@ -70,15 +86,51 @@ def find_checkpoint(output_dir: Path, wanted: str) -> tuple[int, Path] | None:
     return int(match[1]), path
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, limit: int | None) -> Path:
-    """Write `checkpoint-<step>` and remove the oldest ones beyond `limit`.
+def check_same_run(folder: Path, arguments: TrainingArguments, model: PeftModel) -> None:
+    """Refuse to go on from a checkpoint with settings that would make another run of it.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    stored = json.loads((folder / ARGUMENTS).read_text())
+    given = dataclasses.asdict(arguments)
+    old = load_peft_config(folder)
+    new = cast(CausalContextConfig, model.peft_config["default"])
+    differing = [
+        f"--{name}: {stored[name]!r} then, {given[name]!r} now"
+        for name in sorted(given.keys() & stored.keys() - _MAY_CHANGE)
+        if stored[name] != given[name]
+    ]
+    differing += [
+        f"{name}: {getattr(old, name)!r} then, {getattr(new, name)!r} now"
+        for name in ("concepts", "target_modules")
+        if getattr(old, name) != getattr(new, name) and f"--{name}" not in " ".join(differing)
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder} belongs to a run with other settings ({'; '.join(differing)}). Resume with the same ones, or "
+            "start anew in another --output_dir."
+        )
+
+
+def load_peft_config(folder: Path) -> CausalContextConfig:
+    """The adapter's configuration in a folder."""
+    return cast(CausalContextConfig, CausalContextConfig.from_pretrained(str(folder)))
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint; renamed first, so that a kill in between leaves none that is half removed."""
+    shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.removed")))
+
+
+def save_checkpoint(accelerator: Accelerator, arguments: TrainingArguments, step: int) -> Path:
+    """Write `checkpoint-<step>` and remove the oldest ones beyond `checkpoints_total_limit`.
 
     Raises:
         CheckpointError: when it cannot be written, on a full disk for example.
     """
+    output_dir, limit = Path(arguments.output_dir), arguments.checkpoints_total_limit
     folder = output_dir / f"checkpoint-{step}"
-    if folder.exists():
-        return folder
     unfinished = output_dir / f".{folder.name}.unfinished"
     try:
         unfinished.mkdir(exist_ok=True)
@@ -86,6 +138,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, limit
         accelerator.save_state(str(unfinished))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            arguments.save(unfinished)
             unfinished.rename(folder)
     except Exception as error:  # torch and safetensors each have an error of their own for a full disk
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -93,8 +146,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, limit
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and limit is not None:
         for old in list(checkpoint_steps(output_dir).values())[:-limit]:
-            # Renamed first, so that a kill in between leaves no checkpoint that is half removed.
-            shutil.rmtree(old.rename(output_dir / f".{old.name}.removed"))
+            remove_checkpoint(old)
     return folder
 
 

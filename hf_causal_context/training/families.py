@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
@@ -69,6 +70,12 @@ class Base:
         return self.num_classes is not None
 
     @property
+    def example_call(self) -> str:
+        """Python code that calls the pipeline."""
+        arguments = {None: "", "prompt": '"a prompt"', "class_labels": "class_labels=[0]"}
+        return f"pipe({arguments[self.condition_argument]}).images[0]"
+
+    @property
     def size_multiple(self) -> int:
         """Height and width of pictures must be multiples of it."""
         return self._vae_scale * self._config.patch_size
@@ -95,6 +102,12 @@ class Base:
         scheduler = FlowMatchEulerDiscreteScheduler if self.prediction == "flow" else DDPMScheduler
         # The declared result is a pair too, for an argument that is not passed.
         return cast(Any, scheduler).from_config(self.pipe.scheduler.config)
+
+    def move_encoders(self, device: torch.device | str) -> None:
+        """Move all but the denoiser: what nobody needs while cached latents and captions are trained on."""
+        for component in self.pipe.components.values():
+            if isinstance(component, nn.Module) and component is not self.denoiser:
+                component.to(device)
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
@@ -185,6 +198,10 @@ class DiT(Base):
     def __init__(self, pipe: DiffusionPipeline) -> None:
         super().__init__(pipe)
         self.num_classes = self._config.num_embeds_ada_norm
+        # Dropped labels teach the base guidance. It knows that, and they would come from the random state of a process.
+        for module in self.denoiser.modules():
+            if isinstance(module, LabelEmbedding):
+                module.dropout_prob = 0.0
 
 
 class StableDiffusion(Base):

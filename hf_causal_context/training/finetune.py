@@ -11,13 +11,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from datasets import load_dataset
 from peft import PeftModel, get_peft_model
 from PIL import Image
 
 from ..adapter.config import CausalContextConfig
 from ..contexts import Context
-from ..data import InterventionalData, check_data, from_attributes, load_dataset_contexts, load_folders
+from ..data import InterventionalData, check_data, from_attributes, load_dataset_contexts, load_folders, open_dataset
 from ..hub import write_card
 from ..layers import Mechanism
 from .arguments import DataArguments, TrainingArguments
@@ -25,7 +24,7 @@ from .bases import load_base
 from .batches import DenoiserBatches
 from .checkpoints import not_written
 from .families import Base
-from .generation import generate, picture_grid
+from .generation import check_conditions, generate, picture_grid
 from .objectives import denoising_objective
 from .trainer import fit, make_accelerator
 
@@ -55,8 +54,9 @@ def train(arguments: TrainingArguments, base: Base | None = None, data: Interven
         arguments.pretrained_model_name_or_path,
         revision=arguments.revision,
         variant=arguments.variant,
-        torch_dtype=_DTYPES[arguments.mixed_precision],  # of the frozen weights; the adapter's are float32
+        torch_dtype=_DTYPES[accelerator.mixed_precision],  # of the frozen weights; the adapter's are float32
     )
+    check_conditions(base, None, 0 if base.takes_classes else None, None, arguments.resolution)
     base.pipe.to(accelerator.device)
     set_seed(arguments.seed)  # the adapter's initial weights
     model = attach_adapter(base, data, arguments)
@@ -77,8 +77,11 @@ def train(arguments: TrainingArguments, base: Base | None = None, data: Interven
             accelerator.num_processes,
         )
     validation = validation_contexts(data, arguments)
+    resting = accelerator.device if data.streaming else torch.device("cpu")
+    base.move_encoders(resting)
 
     def validate(step: int) -> None:
+        base.move_encoders(accelerator.device)
         rows = generate(
             base,
             validation,
@@ -88,6 +91,7 @@ def train(arguments: TrainingArguments, base: Base | None = None, data: Interven
             num_inference_steps=arguments.num_inference_steps,
             resolution=arguments.resolution,
         )
+        base.move_encoders(resting)
         grid = picture_grid(rows, [str(context) or arguments.observational_name for context in validation])
         path = Path(arguments.output_dir, _grid_name(step))
         path.parent.mkdir(exist_ok=True)
@@ -109,7 +113,7 @@ def train(arguments: TrainingArguments, base: Base | None = None, data: Interven
             concepts=data.concepts.names,
             base=arguments.pretrained_model_name_or_path,
             denoiser=base.denoiser_name,
-            takes_prompt=base.takes_captions,
+            call=base.example_call,
             picture=_grid_name(num_steps) if wanted else None,
         )
     return folder
@@ -127,7 +131,15 @@ def load_data(arguments: DataArguments) -> InterventionalData:
             f"--dataset_name (a dataset with a column of contexts); received {arguments.train_data_dir!r} and "
             f"{arguments.dataset_name!r}."
         )
-    shared: dict[str, Any] = {"held_out_contexts": arguments.held_out_contexts}
+    shared: dict[str, Any] = {
+        "held_out_contexts": arguments.held_out_contexts,
+        "training_contexts": arguments.training_contexts,
+    }
+    if arguments.attribute_rules and (arguments.train_data_dir is not None or arguments.concepts is not None):
+        raise ValueError(
+            "--attribute_rules make contexts and concepts from the columns of a dataset: they go with --dataset_name, "
+            "and without --train_data_dir and --concepts."
+        )
     if arguments.train_data_dir is not None:
         return load_folders(
             arguments.train_data_dir,
@@ -139,10 +151,10 @@ def load_data(arguments: DataArguments) -> InterventionalData:
     assert arguments.dataset_name is not None
     columns: dict[str, Any] = {"image_column": arguments.image_column, "caption_column": arguments.caption_column}
     if arguments.attribute_rules:
-        dataset = load_dataset(
-            arguments.dataset_name, arguments.dataset_config_name, split="train", streaming=arguments.streaming
+        dataset = open_dataset(
+            arguments.dataset_name, config_name=arguments.dataset_config_name, streaming=arguments.streaming
         )
-        return from_attributes(cast(Any, dataset), _parse_rules(arguments.attribute_rules), **columns, **shared)
+        return from_attributes(dataset, _parse_rules(arguments.attribute_rules), **columns, **shared)
     return load_dataset_contexts(
         arguments.dataset_name,
         config_name=arguments.dataset_config_name,

@@ -53,7 +53,7 @@ def generate(
             targets without an adapter.
     """
     base = base if isinstance(base, Base) else as_base(base)
-    _check_conditions(base, prompt, class_label, guidance_scale, resolution)
+    check_conditions(base, prompt, class_label, guidance_scale, resolution)
     if isinstance(contexts, str | Mapping | Context):
         raise TypeError(f"contexts={contexts!r} is a single context. Pass a list of contexts, such as [(), 'thick'].")
     if not contexts or not seeds or batch_size < 1:
@@ -132,9 +132,14 @@ def to_image(picture: Tensor) -> Image.Image:
     return Image.fromarray(levels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
 
 
-def _check_conditions(
+def check_conditions(
     base: Base, prompt: str | None, class_label: int | None, guidance_scale: float | None, resolution: int | None
 ) -> None:
+    """Refuse what a pipeline cannot be called with.
+
+    Raises:
+        ValueError: with what the base takes.
+    """
     name = type(base.pipe).__name__
     if prompt is not None and not base.takes_captions:
         raise ValueError(f"prompt={prompt!r} was given, but {name} takes no captions. Leave it out.")

@@ -8,12 +8,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from peft import PeftModel
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from .arguments import TrainingArguments
 from .checkpoints import (
+    check_same_run,
     check_space,
     checkpoint_steps,
     clean_up,
@@ -29,6 +31,7 @@ from .checkpoints import (
     last_checkpoint,
     not_written,
     register_adapter_hooks,
+    remove_checkpoint,
     save_checkpoint,
 )
 from .interruption import noted_interruptions
@@ -44,18 +47,30 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 def make_accelerator(arguments: TrainingArguments) -> Accelerator:
-    """Accelerate's view of the processes and devices of this run."""
+    """Accelerate's view of the processes and devices of this run.
+
+    Raises:
+        ValueError: for a tracker that is not installed.
+    """
     # Under torchrun without an accelerator, Accelerate runs every process on its own unless told to use the CPU.
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=several and not torch.accelerator.is_available(),
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         mixed_precision=arguments.mixed_precision,
         log_with=arguments.report_to,
+        # The others wait while the main process checks pictures, fills caches and draws grids.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
         project_config=ProjectConfiguration(
             arguments.output_dir, str(Path(arguments.output_dir, arguments.logging_dir))
         ),
     )
+    if arguments.report_to and not accelerator.log_with:
+        raise ValueError(
+            f"--report_to={arguments.report_to}: this tracker is not installed, so nothing would be logged. Install it "
+            "(pip install ...), or leave the argument out."
+        )
+    return accelerator
 
 
 def fit(
@@ -89,6 +104,8 @@ def fit(
     parameters = [p for p in model.parameters() if p.requires_grad]
     resumed = arguments.resume_from_checkpoint
     found = find_checkpoint(output_dir, resumed) if resumed else None
+    if found is not None:
+        check_same_run(found[1], arguments, model)
     if accelerator.is_main_process:
         clean_up(output_dir)
         if not resumed and checkpoint_steps(output_dir):
@@ -127,7 +144,12 @@ def fit(
         accelerator.load_state(str(folder))
         if ema is not None:
             ema.to(accelerator.device)
+        set_learning_rate(schedule, arguments.learning_rate)
         accelerator.print(f"Resumed from {folder}.")
+        if accelerator.is_main_process:  # what came after it belongs to a run that is given up
+            for step, later in checkpoint_steps(output_dir).items():
+                if step > first:
+                    remove_checkpoint(later)
     if arguments.report_to:
         settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in asdict(arguments).items()}
         accelerator.init_trackers("hf_causal_context", settings)
@@ -136,8 +158,8 @@ def fit(
         rate = schedule.get_last_lr()[0]
         return TrainingDivergedError(
             f"{problem} at step {step + 1} (learning rate {rate:.3g}). Nothing was saved after it. "
-            f"{last_checkpoint(output_dir)} Lower --learning_rate or --max_grad_norm, check the data with "
-            "hf-causal-context check-data, or resume from the checkpoint."
+            f"{last_checkpoint(output_dir)} Resume from it, or start anew, with a lower --learning_rate or "
+            "--max_grad_norm; the same settings would end here again."
         )
 
     def validated(step: int) -> None:
@@ -167,14 +189,15 @@ def fit(
             if not math.isfinite(value):
                 raise stopped(f"The loss became {value}", step)
             norm = cast(Tensor, accelerator.clip_grad_norm_(parameters, arguments.max_grad_norm)).item()
-            if not math.isfinite(norm) and arguments.mixed_precision != "fp16":  # whose scaler skips the step
+            if not math.isfinite(norm) and accelerator.mixed_precision != "fp16":  # whose scaler skips the step
                 raise stopped(f"The gradient's norm became {norm}", step)
             optimizer.step()
-            schedule.step()
+            if not accelerator.optimizer_step_was_skipped:  # by the scaler of fp16
+                schedule.step()
+                if ema is not None:
+                    ema.step(parameters)
             optimizer.zero_grad()
             done = step + 1
-            if ema is not None:
-                ema.step(parameters)
             rate = schedule.get_last_lr()[0]
             bar.update()
             bar.set_postfix(loss=f"{value:.4f}", lr=f"{rate:.2g}")
@@ -183,7 +206,7 @@ def fit(
                 accelerator.set_trigger()
             interrupted = accelerator.check_trigger()
             if interrupted or done % arguments.checkpointing_steps == 0 or done == num_steps:
-                save_checkpoint(accelerator, output_dir, done, arguments.checkpoints_total_limit)
+                save_checkpoint(accelerator, arguments, done)
             if interrupted and done < num_steps:
                 accelerator.end_training()
                 raise TrainingInterrupted(
@@ -196,10 +219,9 @@ def fit(
     # 4. The result: what is saved is what the model goes on with
     if ema is not None:
         ema.copy_to(parameters)
-    validated(num_steps)
     if accelerator.is_main_process:
-        with averaged(ema, parameters):
-            save_adapter(accelerator.unwrap_model(wrapped), output_dir)
+        save_adapter(accelerator.unwrap_model(wrapped), output_dir)
+    validated(num_steps)
     accelerator.end_training()
     return output_dir
 
@@ -216,6 +238,13 @@ def averaged(ema: EMAModel | None, parameters: list[nn.Parameter]) -> Iterator[N
         yield
     finally:
         ema.restore(parameters)
+
+
+def set_learning_rate(schedule: Any, peak: float) -> None:
+    """Give a restored schedule the peak rate of this run; nothing changes when it is the same."""
+    schedule.base_lrs = [peak] * len(schedule.base_lrs)
+    for group, factor in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
+        group["initial_lr"], group["lr"] = peak, peak * factor(schedule.last_epoch)
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

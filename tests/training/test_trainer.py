@@ -262,7 +262,11 @@ class TestErrorsBeforeTraining:
             ({"held_out_contexts": ["size"]}, "names 'size', which has no rows"),
             ({"snr_gamma": -1.0}, "--snr_gamma=-1.0 must be at least 0"),
             ({"lr_scheduler": "cosin"}, "--lr_scheduler=cosin is unknown. Allowed: constant, .*cosine"),
-            ({"mixed_precision": "bf8"}, "bf8"),
+            ({"mixed_precision": "bf8"}, "--mixed_precision=bf8 is unknown. Allowed: no, fp16, bf16"),
+            ({"max_grad_norm": 0.0}, "--max_grad_norm=0.0 must be positive"),
+            ({"resolution": 32}, "resolution=32 was given, but DDPMPipeline generates 16 pixels only"),
+            ({"report_to": "clearml"}, "--report_to=clearml: this tracker is not installed"),
+            ({"attribute_rules": ["a: b == 1"]}, "--attribute_rules make contexts and concepts from the columns"),
         ],
     )
     def test_settings(self, changes, message, run, tmp_path):
@@ -278,6 +282,12 @@ class TestErrorsBeforeTraining:
             ValueError, match="A stream has no known length, so it has no epochs. Give --max_train_steps"
         ):
             run(rows=from_dataset(stream, concepts=["slant", "thick"]), max_train_steps=None)
+
+    def test_a_column_that_holds_no_pictures(self, run, data):
+        files = sorted(data.rglob("*.png"))
+        columns = {"image": [str(path) for path in files], "context": [path.parent.name for path in files]}
+        with pytest.raises(ValueError, match="The column 'image' holds .*, not pictures. Name another --image_column"):
+            run(rows=from_dataset(Dataset.from_dict(columns)))
 
     def test_a_base_with_classes_needs_their_column(self, run):
         for changes in ({}, {"class_column": "digit"}):

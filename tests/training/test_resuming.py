@@ -1,0 +1,95 @@
+"""What a resumed run may change, and what it may not."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from datasets import Image as ImageFeature
+
+from hf_causal_context.data import from_dataset
+from hf_causal_context.training.arguments import TrainingArguments
+from hf_causal_context.training.checkpoints import checkpoint_steps
+from hf_causal_context.training.finetune import train
+
+from .small import adapter_weights, settings, write_folders
+
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
+
+@pytest.fixture
+def given(pipeline_folder, tmp_path):
+    data = write_folders(tmp_path / "data")
+    changes = {"max_train_steps": 2, "checkpointing_steps": 1, "lr_scheduler": "cosine"}
+    given = settings(pipeline_folder("ddpm"), data, tmp_path / "out", **changes)
+    train(TrainingArguments(**given))
+    return given | {"resume_from_checkpoint": "latest"}
+
+
+def learning_rates(folder):
+    (group,) = torch.load(folder / "optimizer.bin", weights_only=True)["param_groups"]
+    return group["initial_lr"], group["lr"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"seed": 1},
+            "checkpoint-2 belongs to a run with other settings .--seed: 0 then, 1 now.. Resume with the same",
+        ),
+        ({"gradient_accumulation_steps": 2}, "--gradient_accumulation_steps: 1 then, 2 now"),
+        ({"use_ema": True}, "--use_ema: False then, True now"),
+        ({"concepts": ["thick", "slant"]}, "--concepts: None then, .'thick', 'slant'. now"),
+        ({"concept_rank": 2}, "--concept_rank: 4 then, 2 now"),
+    ],
+)
+def test_other_settings_are_another_run(given, changes, message, tmp_path):
+    before = (tmp_path / "out" / "training_arguments.json").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        train(TrainingArguments(**given | changes))
+    assert (tmp_path / "out" / "training_arguments.json").read_bytes() == before
+
+
+def test_concepts_that_the_data_names_otherwise_are_another_run(given, tmp_path):
+    (tmp_path / "data" / "slant").rename(tmp_path / "data" / "tall")
+    with pytest.raises(ValueError, match="concepts: .'slant', 'thick'. then, .'tall', 'thick'. now"):
+        train(TrainingArguments(**given))
+
+
+def test_length_and_learning_rate_may_change(given, tmp_path):
+    train(TrainingArguments(**given | {"max_train_steps": 4, "learning_rate": 1e-3, "lr_scheduler": "cosine"}))
+    peak, rate = learning_rates(tmp_path / "out" / "checkpoint-3")
+    assert peak == 1e-3
+    assert rate == pytest.approx(1e-3 * 0.1464, rel=1e-3)  # cosine, three quarters of the way
+    stored = json.loads((tmp_path / "out" / "training_arguments.json").read_text())
+    assert stored["learning_rate"] == 1e-3
+
+
+def test_what_came_after_the_checkpoint_is_given_up(given, tmp_path):
+    train(TrainingArguments(**given | {"max_train_steps": 4}))
+    out = tmp_path / "out"
+    assert list(checkpoint_steps(out)) == [1, 2, 3, 4]
+    again = {"max_train_steps": 2, "resume_from_checkpoint": "checkpoint-1"}
+    train(TrainingArguments(**given | again))
+    assert list(checkpoint_steps(out)) == [1, 2]
+    assert not list(out.glob(".*"))
+
+
+def test_a_base_with_label_dropout_resumes_bit_for_bit(pipeline_folder, tmp_path):
+    root = write_folders(tmp_path / "data")
+    files = sorted(root.rglob("*.png"))
+    columns = {"image": [str(path) for path in files], "context": [path.parent.name for path in files]}
+    columns["digit"] = [i % 5 for i in range(len(files))]
+    rows = from_dataset(Dataset.from_dict(columns).cast_column("image", ImageFeature()))
+    changes = {"class_column": "digit", "checkpointing_steps": 3, "max_train_steps": 6}
+    given = settings(pipeline_folder("dit"), root, tmp_path / "whole", **changes)
+    whole = adapter_weights(train(TrainingArguments(**given), data=rows))
+    parts = given | {"output_dir": str(tmp_path / "parts"), "resume_from_checkpoint": "latest"}
+    train(TrainingArguments(**parts | {"max_train_steps": 3}), data=rows)
+    resumed = adapter_weights(train(TrainingArguments(**parts), data=rows))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    joined = given | {"output_dir": str(tmp_path / "joined"), "train_batch_size": 1, "gradient_accumulation_steps": 3}
+    split = adapter_weights(train(TrainingArguments(**joined), data=rows))
+    for name in whole:
+        torch.testing.assert_close(split[name], whole[name], rtol=1e-3, atol=1e-5)
