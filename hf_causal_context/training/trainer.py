@@ -98,6 +98,8 @@ def fit(
         TrainingInterrupted: on Ctrl-C or SIGTERM, after saving a checkpoint.
         CheckpointError: when a checkpoint cannot be written.
         FileNotFoundError: for a checkpoint to resume from that does not exist.
+        FileExistsError: for checkpoints of another run in `output_dir`.
+        ValueError: for a checkpoint of a run with other settings.
     """
     output_dir = Path(arguments.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)

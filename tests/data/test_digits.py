@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from hf_causal_context.data.worlds.digits import CONCEPTS, read_attributes, sample_digits, sample_latents
+from hf_causal_context.data.worlds.digits import CONCEPTS, LATENTS, read_attributes, sample_digits
 
 THICKNESS, DARKNESS, SLANT, SIZE = range(4)
 
 
 def latents(context, num=4000, seed=0):
-    return sample_latents(num, context, np.random.default_rng(seed))
+    return LATENTS.sample(num, context, np.random.default_rng(seed))
 
 
 def correlation(values, i, j):
@@ -73,5 +73,5 @@ def test_an_empty_picture_has_no_attributes():
 
 
 def test_unknown_concepts_are_an_error():
-    with pytest.raises(ValueError, match="The digit world has no concepts .'colour'.. It has: thickness"):
+    with pytest.raises(ValueError, match="This world has no concepts 'colour'. It has: 'thickness', 'darkness'"):
         sample_digits(1, "colour")

@@ -15,41 +15,24 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ...contexts import ContextLike, as_context
+from ...contexts import ContextLike
+from .linear_gaussian import LinearGaussianModel
 
 CONCEPTS = ("thickness", "darkness", "slant", "size")
 RESOLUTION = 32
 
-# Mechanisms in standard units, in causal order: (coefficient of thickness, deviation of the noise).
-_MECHANISMS = {"thickness": (0.0, 1.0), "darkness": (0.8, 0.6), "slant": (0.0, 1.0), "size": (0.0, 1.0)}
-# What an intervention of strength 1 draws instead: (mean, deviation). Strengths scale the mean.
-_INTERVENTIONS = {"thickness": (1.5, 0.5), "darkness": (-1.5, 0.5), "slant": (1.5, 0.5), "size": (-1.5, 0.5)}
+# In standard units. Strengths scale the mean of an intervention: thick, light, slanted, small.
+LATENTS = LinearGaussianModel(
+    CONCEPTS,
+    effects={("thickness", "darkness"): 0.8},
+    deviations=(1.0, 0.6, 1.0, 1.0),
+    interventions={"thickness": (1.5, 0.5), "darkness": (-1.5, 0.5), "slant": (1.5, 0.5), "size": (-1.5, 0.5)},
+)
 
 _GLYPH_PIXELS = 96  # side of the enlarged glyphs, of which a picture shows the middle at a third of the size
 _GLYPH_MARGIN = 12
 
 Split = Literal["train", "test"]
-
-
-def sample_latents(num: int, context: ContextLike, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Draw `num` rows of (thickness, darkness, slant, size) in standard units, (num, 4), under a context.
-
-    Raises:
-        ValueError: for a concept this world does not have.
-    """
-    strengths = as_context(context).strengths
-    if unknown := sorted(set(strengths).difference(CONCEPTS)):
-        raise ValueError(f"The digit world has no concepts {unknown}. It has: {', '.join(CONCEPTS)}.")
-    values: dict[str, NDArray[np.float64]] = {}
-    for name, (from_thickness, deviation) in _MECHANISMS.items():
-        noise = rng.standard_normal(num)
-        if name in strengths:
-            mean, spread = _INTERVENTIONS[name]
-            values[name] = strengths[name] * mean + spread * noise
-        else:
-            cause = from_thickness * values["thickness"] if from_thickness else 0.0
-            values[name] = cause + deviation * noise
-    return np.stack([values[name] for name in CONCEPTS], axis=1)
 
 
 def sample_digits(
@@ -73,7 +56,7 @@ def sample_digits(
     rng = np.random.default_rng(seed)
     distances, classes = _glyphs(split)
     chosen = rng.integers(len(classes), size=num)
-    latents = sample_latents(num, context, rng)
+    latents = LATENTS.sample(num, context, rng)
     pictures = np.stack([_draw(distances[i], row) for i, row in zip(chosen, latents, strict=True)])
     return pictures, classes[chosen], latents
 
