@@ -62,7 +62,7 @@ def recognised(classifier: SVC, pictures: np.ndarray) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--max_train_steps", type=int, default=5000)
+    parser.add_argument("--max_train_steps", type=int, default=4000)
     parser.add_argument("--train_batch_size", type=int, default=96)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
