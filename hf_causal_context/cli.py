@@ -38,28 +38,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: list[str]) -> None:
-    from transformers import HfArgumentParser
-
     from .training.arguments import TrainingArguments
     from .training.finetune import train
 
-    parser = HfArgumentParser(cast(Any, TrainingArguments), prog="hf-causal-context train")
-    (parsed,) = parser.parse_args_into_dataclasses(arguments)
-    print(f"The adapter is in {train(parsed)}.")
+    print(f"The adapter is in {train(_parse(TrainingArguments, 'train', arguments))}.")
 
 
 def _check_data(arguments: list[str]) -> None:
-    from transformers import HfArgumentParser
-
     from .data import check_data
     from .training.arguments import DataArguments
     from .training.finetune import load_data
 
-    parser = HfArgumentParser(cast(Any, DataArguments), prog="hf-causal-context check-data")
-    (parsed,) = parser.parse_args_into_dataclasses(arguments)
-    report = check_data(load_data(parsed))
+    report = check_data(load_data(_parse(DataArguments, "check-data", arguments)))
     print(report.table())
     report.raise_for_errors()
+
+
+def _parse(settings: type, command: str, arguments: list[str]) -> Any:
+    from transformers import HfArgumentParser
+
+    usage = f"hf-causal-context {command} [--option value ...]"
+    parser = HfArgumentParser(cast(Any, settings), usage=usage, allow_abbrev=False)
+    parsed, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if unknown:
+        raise ValueError(f"Unknown arguments: {' '.join(unknown)}. hf-causal-context {command} --help lists them.")
+    return parsed
 
 
 def _generate(arguments: list[str]) -> None:

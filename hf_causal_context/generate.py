@@ -12,6 +12,7 @@ from peft import PeftConfig, PeftModel
 from .adapter.config import CausalContextConfig
 from .contexts import ConceptSet, Context
 from .training.bases import load_base
+from .training.checkpoints import checkpoint_steps
 from .training.generation import generate, picture_grid, to_image
 
 
@@ -40,12 +41,22 @@ def generate_files(
         ValueError: for another kind of adapter, an unknown base, unknown concepts, or what `generate` refuses.
         OSError: for an adapter or base that cannot be read, or pictures that cannot be written.
     """
+    if Path(adapter).is_dir() and not Path(adapter, "adapter_config.json").exists():
+        checkpoints = ", ".join(str(path) for path in checkpoint_steps(Path(adapter)).values())
+        raise FileNotFoundError(
+            f"{adapter} holds no adapter (adapter_config.json). "
+            + (f"Its training is not finished: resume it, or use a checkpoint: {checkpoints}." if checkpoints else "")
+        )
     config = PeftConfig.from_pretrained(adapter)
     if not isinstance(config, CausalContextConfig):
         raise ValueError(f"{adapter} is a {config.peft_type} adapter; only causal context adapters have contexts.")
     base_name = pretrained_model_name_or_path or config.base_model_name_or_path
     if base_name is None:
         raise ValueError(f"{adapter} does not name its base. Give --pretrained_model_name_or_path.")
+    if pretrained_model_name_or_path is None and Path(base_name).is_absolute() and not Path(base_name).exists():
+        raise FileNotFoundError(
+            f"{adapter} was trained on the base {base_name}, which is not here. Give --pretrained_model_name_or_path."
+        )
     parsed = [Context() if name == observational_name else Context.parse(name) for name in contexts]
     ConceptSet(config.concepts).mask(parsed)  # refuses unknown names before anything is loaded
     torch_dtype = None if dtype == "float32" else getattr(torch, dtype)

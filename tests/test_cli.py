@@ -79,6 +79,29 @@ def test_train_then_generate(pictures, base, tmp_path, capsys):
     assert "--resume_from_checkpoint latest" in capsys.readouterr().err
 
 
+def test_a_base_is_found_from_anywhere_or_asked_for(pictures, base, tmp_path, monkeypatch, capsys):
+    (tmp_path / "base").symlink_to(base)
+    monkeypatch.chdir(tmp_path)
+    command = [
+        "train",
+        "--pretrained_model_name_or_path",
+        "base",
+        "--train_data_dir",
+        "pictures",
+        "--output_dir",
+        "out",
+    ]
+    assert main([*command, "--max_train_steps", "1", "--num_validation_images", "0"]) == 0
+    monkeypatch.chdir("/")
+    generate = ["generate", "--adapter", str(tmp_path / "out"), "--contexts", "obs", "--num_inference_steps", "1"]
+    generate += ["--seeds", "0", "--output_dir", str(tmp_path / "made")]
+    assert main(generate) == 0
+    config = tmp_path / "out" / "adapter_config.json"
+    config.write_text(config.read_text().replace(base, "/nowhere"))
+    assert main(generate) == 1
+    assert "was trained on the base /nowhere, which is not here. Give --pretrained" in capsys.readouterr().err
+
+
 def test_generate_a_grid_that_depends_on_the_context(adapter, tmp_path):
     options = ["--num_inference_steps", "2", "--output_dir", str(tmp_path / "made")]
     assert main(["generate", "--adapter", adapter, "--contexts", "obs", "thick", "--grid", *options]) == 0
@@ -95,6 +118,14 @@ def test_wrong_use_is_an_error_without_a_traceback(adapter, tmp_path, capsys):
     assert main(["generate", "--adapter", adapter, "--contexts", "thick", "--prompt", "a digit", *made]) == 1
     assert "takes no captions" in capsys.readouterr().err
     assert main(["train", "--output_dir", str(tmp_path / "out")]) == 1
-    assert "--pretrained_model_name_or_path is missing" in capsys.readouterr().err
+    assert "Missing: --pretrained_model_name_or_path. Give the base" in capsys.readouterr().err
+    assert (
+        main(["train", "--max_train_step", "3", "--foo", "--output_dir", "a", "--pretrained-model-name-or-path", "b"])
+        == 1
+    )
+    assert "Unknown arguments: --max_train_step 3 --foo. hf-causal-context train --help" in capsys.readouterr().err
+    (tmp_path / "half" / "checkpoint-7").mkdir(parents=True)
+    assert main(["generate", "--adapter", str(tmp_path / "half"), "--contexts", "thick", *made]) == 1
+    assert "training is not finished: resume it, or use a checkpoint" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["no-such-command"])

@@ -54,8 +54,8 @@ class TrainingArguments(DataArguments):
         ValueError: for a number out of range, or options that contradict each other.
     """
 
-    pretrained_model_name_or_path: str = _argument("", "Base: a diffusers pipeline, as a folder or a Hub id.")
-    output_dir: str = _argument("", "Folder for the adapter, its checkpoints and sample grids.")
+    pretrained_model_name_or_path: str = _argument("", "Required. Base: a diffusers pipeline, as a folder or a Hub id.")
+    output_dir: str = _argument("", "Required. Folder for the adapter, its checkpoints and sample grids.")
     revision: str | None = _argument(None, "Revision of the base on the Hub.")
     variant: str | None = _argument(None, "Variant of the base's files, such as fp16.")
 
@@ -105,9 +105,9 @@ class TrainingArguments(DataArguments):
             value = getattr(self, name)
             if value is not None and not value >= minimum:
                 raise ValueError(f"--{name}={value} must be at least {minimum}.")
-        for name in ("pretrained_model_name_or_path", "output_dir"):
-            if not getattr(self, name):
-                raise ValueError(f"--{name} is missing. Give the base pipeline and the folder for the results.")
+        required = ("pretrained_model_name_or_path", "output_dir")
+        if missing := ", ".join(f"--{name}" for name in required if not getattr(self, name)):
+            raise ValueError(f"Missing: {missing}. Give the base pipeline and the folder for the results.")
         if self.mechanism not in MECHANISMS:
             raise ValueError(f"--mechanism={self.mechanism} is unknown. Allowed: {', '.join(MECHANISMS)}.")
         if self.lr_scheduler not in LR_SCHEDULERS:

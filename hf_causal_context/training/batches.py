@@ -201,6 +201,9 @@ class DenoiserBatches:
             )
         if column is not None and not base.takes_classes:
             raise ValueError(f"--class_column={column} was given, but this {name} takes no classes. Leave it out.")
+        for argument in ("instance_prompt", "validation_prompt"):
+            if (text := getattr(self._arguments, argument)) and not base.takes_captions:
+                raise ValueError(f"--{argument}={text!r} was given, but {name} takes no captions. Leave it out.")
         if self._data.has_captions and not base.takes_captions:
             raise ValueError(f"The data has captions, but {name} takes none. Leave --caption_column or them out.")
 

@@ -111,7 +111,7 @@ def train(arguments: TrainingArguments, base: Base | None = None, data: Interven
         write_card(
             folder,
             concepts=data.concepts.names,
-            base=arguments.pretrained_model_name_or_path,
+            base=base_name(arguments),
             denoiser=base.denoiser_name,
             call=base.example_call,
             picture=_grid_name(num_steps) if wanted else None,
@@ -177,8 +177,14 @@ def attach_adapter(base: Base, data: InterventionalData, arguments: TrainingArgu
         target_modules=arguments.target_modules,
     )
     model = cast(PeftModel, get_peft_model(cast(Any, base.denoiser), config))
-    config.base_model_name_or_path = arguments.pretrained_model_name_or_path  # PEFT looks at the denoiser only
+    config.base_model_name_or_path = base_name(arguments)  # PEFT looks at the denoiser only
     return model
+
+
+def base_name(arguments: TrainingArguments) -> str:
+    """What an adapter calls its base: a Hub id, or a folder wherever the adapter is used from."""
+    folder = Path(arguments.pretrained_model_name_or_path)
+    return str(folder.resolve()) if folder.exists() else arguments.pretrained_model_name_or_path
 
 
 def validation_contexts(data: InterventionalData, arguments: TrainingArguments) -> list[Context]:

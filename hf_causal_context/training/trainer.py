@@ -50,7 +50,7 @@ def make_accelerator(arguments: TrainingArguments) -> Accelerator:
     """Accelerate's view of the processes and devices of this run.
 
     Raises:
-        ValueError: for a tracker that is not installed.
+        ValueError: for a tracker that is not installed, or fp16 without a GPU.
     """
     # Under torchrun without an accelerator, Accelerate runs every process on its own unless told to use the CPU.
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -70,6 +70,8 @@ def make_accelerator(arguments: TrainingArguments) -> Accelerator:
             f"--report_to={arguments.report_to}: this tracker is not installed, so nothing would be logged. Install it "
             "(pip install ...), or leave the argument out."
         )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("--mixed_precision=fp16 needs a GPU. On the CPU use bf16 or no.")
     return accelerator
 
 
@@ -102,12 +104,14 @@ def fit(
         ValueError: for a checkpoint of a run with other settings.
     """
     output_dir = Path(arguments.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
     resumed = arguments.resume_from_checkpoint
     found = find_checkpoint(output_dir, resumed) if resumed else None
     if found is not None:
         check_same_run(found[1], arguments, model)
+    elif resumed:
+        accelerator.print(f"There is no checkpoint in {output_dir} yet: the run starts from the beginning.")
+    output_dir.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         clean_up(output_dir)
         if not resumed and checkpoint_steps(output_dir):

@@ -263,6 +263,11 @@ class TestErrorsBeforeTraining:
             ({"snr_gamma": -1.0}, "--snr_gamma=-1.0 must be at least 0"),
             ({"lr_scheduler": "cosin"}, "--lr_scheduler=cosin is unknown. Allowed: constant, .*cosine"),
             ({"mixed_precision": "bf8"}, "--mixed_precision=bf8 is unknown. Allowed: no, fp16, bf16"),
+            ({"mixed_precision": "fp16"}, "--mixed_precision=fp16 needs a GPU. On the CPU use bf16 or no"),
+            (
+                {"instance_prompt": "a digit"},
+                "--instance_prompt='a digit' was given, but DDPMPipeline takes no captions",
+            ),
             ({"max_grad_norm": 0.0}, "--max_grad_norm=0.0 must be positive"),
             ({"resolution": 32}, "resolution=32 was given, but DDPMPipeline generates 16 pixels only"),
             ({"report_to": "clearml"}, "--report_to=clearml: this tracker is not installed"),
