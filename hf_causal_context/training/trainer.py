@@ -215,9 +215,10 @@ def fit(
                 save_checkpoint(accelerator, arguments, done)
             if interrupted and done < num_steps:
                 accelerator.end_training()
+                how = "again" if resumed == "latest" else "with --resume_from_checkpoint latest"
                 raise TrainingInterrupted(
                     f"Stopped after step {done} of {num_steps}. {last_checkpoint(output_dir)} Go on by running the "
-                    "same command with --resume_from_checkpoint latest."
+                    f"same command {how}."
                 )
             if arguments.validation_steps and done % arguments.validation_steps == 0 and done < num_steps:
                 validated(done)
