@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
@@ -83,26 +83,20 @@ def digit_data(rows_per_context: int = ROWS_PER_CONTEXT, seed: int = 0) -> Inter
     return from_dataset(table, concepts=CONCEPTS)
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Sliced Wasserstein distances to the world's own pictures of unseen glyphs, per context; lower is better."""
-
-    contexts: tuple[str, ...]
-    distance: tuple[float, ...]
-
-
+@cache
 def reference_pictures(context: Context, num: int) -> np.ndarray[Any, Any]:
     """The truth of a context: pictures (num, 32, 32), uint8, of glyphs that training never saw."""
     return sample_digits(num, context, seed=9000, split="test")[0]
 
 
-def score(samples: Mapping[Context, Tensor]) -> Scores:
-    """Distance of samples (N, 1, 32, 32) in [0, 1] from the truth of their contexts."""
-    distances = []
-    for context, pictures in samples.items():
-        reference = torch.from_numpy(reference_pictures(context, 4 * NUM_SAMPLES))[:, None] / 255
-        distances.append(sliced_wasserstein(pictures, reference))
-    return Scores(tuple(str(context) for context in samples), tuple(distances))
+def score(samples: Mapping[Context, Tensor]) -> dict[Context, float]:
+    """Sliced Wasserstein distance of samples (N, 1, 32, 32) in [0, 1] from the truth of their contexts."""
+    return {
+        context: sliced_wasserstein(
+            pictures, torch.from_numpy(reference_pictures(context, 4 * NUM_SAMPLES))[:, None] / 255
+        )
+        for context, pictures in samples.items()
+    }
 
 
 def sample(base: Base, contexts: Sequence[Context], num: int) -> dict[Context, Tensor]:
@@ -149,30 +143,24 @@ def quickstart(output_dir: Path, seed: int = 0) -> None:
 
 def results_table(samples: Mapping[Context, Tensor]) -> str:
     """Markdown: distances beside the floor, the base and the stacked LoRAs; then attributes read from the pictures."""
-    ours = score(samples)
-    floor = score({c: torch.from_numpy(sample_digits(NUM_SAMPLES, c, seed=77)[0])[:, None] / 255 for c in samples})
-    base = score(dict.fromkeys(samples, samples[Context()]))  # the empty context is the base
     peers = json.loads(PEERS.read_text())
+    columns = (
+        score({c: torch.from_numpy(sample_digits(NUM_SAMPLES, c, seed=77)[0])[:, None] / 255 for c in samples}),
+        score(dict.fromkeys(samples, samples[Context()])),  # the empty context is the base
+        {Context.parse(name): distance for name, distance in peers["stacked_loras"].items()},
+        score(samples),
+    )
     lines = [
         "Sliced Wasserstein distance to real pictures of unseen glyphs (lower is better):",
         "",
         "| context | trained | real against real | base | stacked LoRAs | this adapter |",
         "|---|---|---|---|---|---|",
     ]
-    for i, context in enumerate(samples):
-        name = str(context)
-        stacked = f"{peers['stacked_loras'][name]:.4f}" if name in peers["stacked_loras"] else ""
+    for context in samples:
         trained = "yes" if len(context.targets) < 2 else "never"
-        cells = (name or "(observational)", trained, f"{floor.distance[i]:.4f}", f"{base.distance[i]:.4f}", stacked)
-        lines.append("| " + " | ".join(cells) + f" | {ours.distance[i]:.4f} |")
-    pairs = [i for i, context in enumerate(samples) if len(context.targets) == 2]
-    names = [str(context) for context in samples]
-    means = (
-        np.mean([floor.distance[i] for i in pairs]),
-        np.mean([base.distance[i] for i in pairs]),
-        np.mean([peers["stacked_loras"][names[i]] for i in pairs]),
-        np.mean([ours.distance[i] for i in pairs]),
-    )
+        distances = [f"{column[context]:.4f}" if context in column else "" for column in columns]
+        lines.append(f"| {str(context) or '(observational)'} | {trained} | {' | '.join(distances)} |")
+    means = [np.mean([column[pair] for pair in PAIRS]) for column in columns]
     lines.append("| **mean of the pairs** | never | " + " | ".join(f"{mean:.4f}" for mean in means) + " |")
     lines += [
         "",

@@ -40,7 +40,7 @@ def test_train_score_save_reload(tmp_path, monkeypatch, capsys):
 def test_scores_tell_the_truth_of_a_context_from_another():
     contexts = quickstart.CONTEXTS[:3]
     truth = {c: torch.from_numpy(quickstart.reference_pictures(c, 192))[:, None] / 255 for c in contexts}
-    right = quickstart.score(truth).distance
-    wrong = quickstart.score(dict.fromkeys(contexts, truth[contexts[0]])).distance
+    right = list(quickstart.score(truth).values())
+    wrong = list(quickstart.score(dict.fromkeys(contexts, truth[contexts[0]])).values())
     assert right[0] == wrong[0]
     assert all(r < 0.6 * w for r, w in zip(right[1:], wrong[1:], strict=True))

@@ -72,7 +72,7 @@ def main() -> None:
         samples[context] = torch.cat([pipe(len(g), generator=g, **options).images for g in batches])
     scores = score(samples)
     command = "python examples/benchmarks/digit_peers.py --output hf_causal_context/models/digit_peers.json"
-    distances = {name: round(value, 5) for name, value in zip(scores.contexts, scores.distance, strict=True)}
+    distances = {str(context): round(distance, 5) for context, distance in scores.items()}
     arguments.output.write_text(json.dumps({"command": command, "stacked_loras": distances}, indent=2) + "\n")
     print(arguments.output.read_text())
 

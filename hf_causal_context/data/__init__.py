@@ -4,7 +4,7 @@ from .attributes import SELECTION_WARNING, contexts_from_attributes, from_attrib
 from .checks import ContextCount, DataReport, check_data
 from .folders import load_folders
 from .interventional import InterventionalData, from_dataset, load_dataset_contexts, open_dataset
-from .sampling import ContextSampler, stream_batches
+from .sampling import ContextSampler, slots_of, stream_batches
 
 __all__ = [
     "SELECTION_WARNING",
@@ -19,5 +19,6 @@ __all__ = [
     "load_dataset_contexts",
     "load_folders",
     "open_dataset",
+    "slots_of",
     "stream_batches",
 ]

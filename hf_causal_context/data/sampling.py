@@ -66,8 +66,7 @@ class ContextSampler(Sampler[list[int]]):
 
     def slots(self, batch: int) -> range:
         """The slots of micro-batch number `batch` of this process."""
-        first = (batch * self.world_size + self.rank) * self.batch_size
-        return range(first, first + self.batch_size)
+        return slots_of(batch, self.batch_size, self.rank, self.world_size)
 
     def __len__(self) -> int:
         return self.num_batches - self.start
@@ -88,6 +87,12 @@ class ContextSampler(Sampler[list[int]]):
             shuffled = np.random.default_rng((self.seed, context, epoch)).permutation(rows)
             self._shuffled[context] = (epoch, shuffled)
         return int(self._shuffled[context][1][position])
+
+
+def slots_of(batch: int, batch_size: int, rank: int = 0, world_size: int = 1) -> range:
+    """The slots of a process's micro-batch number `batch`."""
+    first = (batch * world_size + rank) * batch_size
+    return range(first, first + batch_size)
 
 
 def stream_batches(

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..contexts import Context, quoted
-from ..data import ContextSampler, InterventionalData, stream_batches
+from ..data import ContextSampler, InterventionalData, slots_of, stream_batches
 from .arguments import TrainingArguments
 from .draws import Draws
 from .families import Base
@@ -87,8 +87,7 @@ class DenoiserBatches:
                 seed,
                 self._num_batches,
                 start,
-                self._rank,
-                self._world_size,
+                *process,
                 self._weights,
             )
             loaded = DataLoader(
@@ -101,8 +100,7 @@ class DenoiserBatches:
                 pin_memory=self._device.type == "cuda",
             )
         for number, columns in enumerate(loaded, start):
-            first = (number * self._world_size + self._rank) * size
-            yield self._to_batch(columns, Draws(seed, range(first, first + size)))
+            yield self._to_batch(columns, Draws(seed, slots_of(number, size, *process)))
 
     def _to_batch(self, columns: dict[str, Any], draws: Draws) -> Batch:
         clean = columns["clean"].to(self._device, non_blocking=True)

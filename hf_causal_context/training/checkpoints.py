@@ -11,7 +11,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import cast
 
 from accelerate import Accelerator
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
@@ -94,28 +93,24 @@ def check_same_run(folder: Path, arguments: TrainingArguments, model: PeftModel)
     """
     stored = json.loads((folder / ARGUMENTS).read_text())
     given = dataclasses.asdict(arguments)
-    old = load_peft_config(folder)
-    new = cast(CausalContextConfig, model.peft_config["default"])
-    differing = [
-        f"--{name}: {stored[name]!r} then, {given[name]!r} now"
+    differing = {
+        f"--{name}": (stored[name], given[name])
         for name in sorted(given.keys() & stored.keys() - _MAY_CHANGE)
         if stored[name] != given[name]
-    ]
-    differing += [
-        f"{name}: {getattr(old, name)!r} then, {getattr(new, name)!r} now"
-        for name in ("concepts", "target_modules")
-        if getattr(old, name) != getattr(new, name) and f"--{name}" not in " ".join(differing)
-    ]
+    }
+    # What the arguments leave to the data and the base.
+    old = CausalContextConfig.from_pretrained(str(folder))
+    new = model.peft_config["default"]
+    for name in ("concepts", "target_modules"):
+        then, now = getattr(old, name), getattr(new, name)
+        if then != now and f"--{name}" not in differing:
+            differing[name] = (then, now)
     if differing:
+        listed = "; ".join(f"{name}: {then!r} then, {now!r} now" for name, (then, now) in differing.items())
         raise ValueError(
-            f"{folder} belongs to a run with other settings ({'; '.join(differing)}). Resume with the same ones, or "
+            f"{folder} belongs to a run with other settings ({listed}). Resume with the same ones, or "
             "start anew in another --output_dir."
         )
-
-
-def load_peft_config(folder: Path) -> CausalContextConfig:
-    """The adapter's configuration in a folder."""
-    return cast(CausalContextConfig, CausalContextConfig.from_pretrained(str(folder)))
 
 
 def remove_checkpoint(folder: Path) -> None:
