@@ -15,6 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "quickstart": ("train, compose and score an adapter on handwritten digits, in minutes on a CPU", _quickstart),
         "train": ("fine-tune an adapter on a diffusers pipeline", _train),
         "generate": ("make pictures in chosen contexts", _generate),
+        "evaluate": ("measure an adapter on its data: does it compose?", _evaluate),
         "check-data": ("count contexts and find what would spoil a training", _check_data),
     }
     parser = argparse.ArgumentParser(
@@ -42,6 +43,17 @@ def _train(arguments: list[str]) -> None:
     from .training.finetune import train
 
     print(f"The adapter is in {train(_parse(TrainingArguments, 'train', arguments))}.")
+
+
+def _evaluate(arguments: list[str]) -> None:
+    from .evaluation.arguments import EvaluationArguments
+    from .evaluation.command import evaluate_adapter
+    from .evaluation.markdown import markdown
+
+    report, paths = evaluate_adapter(_parse(EvaluationArguments, "evaluate", arguments))
+    print(f"\n{markdown(report)}")
+    for path in paths:
+        print(path)
 
 
 def _check_data(arguments: list[str]) -> None:

@@ -13,6 +13,7 @@ from .adapter.config import CausalContextConfig
 from .contexts import ConceptSet, Context
 from .training.bases import load_base
 from .training.checkpoints import checkpoint_steps
+from .training.families import Base
 from .training.generation import generate, picture_grid, to_image
 
 
@@ -41,28 +42,10 @@ def generate_files(
         ValueError: for another kind of adapter, an unknown base, unknown concepts, or what `generate` refuses.
         OSError: for an adapter or base that cannot be read, or pictures that cannot be written.
     """
-    if Path(adapter).is_dir() and not Path(adapter, "adapter_config.json").exists():
-        checkpoints = ", ".join(str(path) for path in checkpoint_steps(Path(adapter)).values())
-        raise FileNotFoundError(
-            f"{adapter} holds no adapter (adapter_config.json). "
-            + (f"Its training is not finished: resume it, or use a checkpoint: {checkpoints}." if checkpoints else "")
-        )
-    config = PeftConfig.from_pretrained(adapter)
-    if not isinstance(config, CausalContextConfig):
-        raise ValueError(f"{adapter} is a {config.peft_type} adapter; only causal context adapters have contexts.")
-    base_name = pretrained_model_name_or_path or config.base_model_name_or_path
-    if base_name is None:
-        raise ValueError(f"{adapter} does not name its base. Give --pretrained_model_name_or_path.")
-    if pretrained_model_name_or_path is None and Path(base_name).is_absolute() and not Path(base_name).exists():
-        raise FileNotFoundError(
-            f"{adapter} was trained on the base {base_name}, which is not here. Give --pretrained_model_name_or_path."
-        )
     parsed = [Context() if name == observational_name else Context.parse(name) for name in contexts]
-    ConceptSet(config.concepts).mask(parsed)  # refuses unknown names before anything is loaded
-    torch_dtype = None if dtype == "float32" else getattr(torch, dtype)
-    base = load_base(base_name, revision=revision, variant=variant, torch_dtype=torch_dtype)
-    base.pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    PeftModel.from_pretrained(cast(Any, base.denoiser), adapter)
+    base = load_adapted_base(
+        adapter, pretrained_model_name_or_path, contexts=parsed, revision=revision, variant=variant, dtype=dtype
+    )
     rows = generate(
         base,
         parsed,
@@ -88,3 +71,42 @@ def generate_files(
             paths.append(output_dir / f"{name}-seed{seed}.png")
             to_image(picture).save(paths[-1])
     return paths
+
+
+def load_adapted_base(
+    adapter: str,
+    pretrained_model_name_or_path: str | None = None,
+    *,
+    contexts: Sequence[Context] = (),
+    revision: str | None = None,
+    variant: str | None = None,
+    dtype: str = "float32",
+) -> Base:
+    """Load an adapter's base, by default the one it names, with the adapter attached, onto the GPU if there is one.
+
+    Raises:
+        ValueError: for another kind of adapter, an unknown base, or contexts with concepts that the adapter lacks.
+        OSError: for an adapter or base that cannot be read.
+    """
+    if Path(adapter).is_dir() and not Path(adapter, "adapter_config.json").exists():
+        checkpoints = ", ".join(str(path) for path in checkpoint_steps(Path(adapter)).values())
+        raise FileNotFoundError(
+            f"{adapter} holds no adapter (adapter_config.json). "
+            + (f"Its training is not finished: resume it, or use a checkpoint: {checkpoints}." if checkpoints else "")
+        )
+    config = PeftConfig.from_pretrained(adapter)
+    if not isinstance(config, CausalContextConfig):
+        raise ValueError(f"{adapter} is a {config.peft_type} adapter; only causal context adapters have contexts.")
+    base_name = pretrained_model_name_or_path or config.base_model_name_or_path
+    if base_name is None:
+        raise ValueError(f"{adapter} does not name its base. Give --pretrained_model_name_or_path.")
+    if pretrained_model_name_or_path is None and Path(base_name).is_absolute() and not Path(base_name).exists():
+        raise FileNotFoundError(
+            f"{adapter} was trained on the base {base_name}, which is not here. Give --pretrained_model_name_or_path."
+        )
+    ConceptSet(config.concepts).mask(contexts)  # refuses unknown names before anything is loaded
+    torch_dtype = None if dtype == "float32" else getattr(torch, dtype)
+    base = load_base(base_name, revision=revision, variant=variant, torch_dtype=torch_dtype)
+    base.pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    PeftModel.from_pretrained(cast(Any, base.denoiser), adapter)
+    return base

@@ -1,9 +1,10 @@
-"""The sliced Wasserstein distance against its known values."""
+"""Distances and intervals against their known values."""
 
 import pytest
 import torch
 
-from hf_causal_context.evaluation.metrics import sliced_wasserstein
+from hf_causal_context.evaluation.comparison import compare, gap_closed
+from hf_causal_context.evaluation.metrics import Estimate, mean_pairwise_distance, sliced_wasserstein
 
 
 def test_a_set_has_no_distance_from_itself_in_any_order():
@@ -33,3 +34,32 @@ def test_other_shapes_are_an_error(other):
 def test_values_that_are_not_finite_are_an_error():
     with pytest.raises(ValueError, match="contain NaN or infinite values"):
         sliced_wasserstein(torch.full((2, 3), float("nan")), torch.zeros(2, 3))
+
+
+def test_an_interval_is_that_of_the_t_distribution():
+    estimate = Estimate.of([1.0, 2.0, 3.0, 4.0])
+    assert estimate.mean == 2.5
+    # 3.1824 is t(0.975) with 3 degrees of freedom, 1.2910 the sample deviation
+    assert estimate.half_width == pytest.approx(3.1824 * 1.2910 / 2, rel=1e-4)
+    assert Estimate.of([1.5]) == Estimate(1.5, None)
+
+
+def test_floor_and_reference_are_disjoint_and_the_gap_is_their_ratio():
+    real = torch.tensor([[0.0], [1.0]])
+    distances = compare([torch.tensor([[0.5]])], [torch.tensor([[-3.0]])], real, num=1, seed=0)
+    assert distances.floor.mean == pytest.approx(1)
+    assert distances.samples.mean == pytest.approx(0.5)
+    assert distances.base.mean in (pytest.approx(3), pytest.approx(4))
+    assert distances.gap_closed == pytest.approx((distances.base.mean - 0.5) / (distances.base.mean - 1))
+    assert gap_closed(0.5, 1.0, 1.05) is None, "the base is at the floor"
+
+
+def test_every_seed_group_has_another_split_of_the_real_rows():
+    rows = torch.arange(20.0)[:, None]
+    distances = compare([rows[:5]] * 2, [rows[:5]] * 2, rows, num=5, seed=0)
+    assert distances.samples.half_width > 0
+
+
+def test_mean_pairwise_distance():
+    assert mean_pairwise_distance(torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]])) == pytest.approx(10 / 3)
+    assert mean_pairwise_distance(torch.zeros(2, 1, 3, 3)) == 0

@@ -1,0 +1,268 @@
+"""Does it compose? Samples beside real rows of the same contexts, from tensors or from an adapter and its data.
+
+Shapes: N rows of any shape (vectors, or pictures (N, C, H, W) in [0, 1]), A attributes, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import combinations
+
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from ..adapter.layer import CausalContextLayer
+from ..contexts import ConceptSet, Context, ContextLike, as_context, quoted
+from ..data import InterventionalData
+from ..training.bases import as_base
+from ..training.families import Base
+from ..training.generation import check_conditions, generate
+from .evidence import MIN_REAL_ROWS, Evidence, check_real_rows
+from .features import require_torchmetrics
+from .measurement import measure
+from .readings import Reader, Readings
+from .real_rows import read_real_rows
+from .results import EvaluationReport
+from .sampling import PixelChange, Sampler, sample_all
+
+MAX_UNSEEN_PAIRS = 6
+
+
+def evaluate_samples(
+    concepts: Sequence[str],
+    real: Mapping[ContextLike, Tensor],
+    samples: Mapping[ContextLike, Sequence[Tensor]],
+    base_samples: Sequence[Tensor],
+    *,
+    strength_samples: Mapping[str, Mapping[float, Tensor]] | None = None,
+    trained: Collection[ContextLike] | None = None,
+    attributes: Callable[[Tensor], Tensor] | None = None,
+    attribute_names: Sequence[str] = (),
+    feature_extractor: nn.Module | None = None,
+    seed: int = 0,
+) -> EvaluationReport:
+    """Compare samples with real rows.
+
+    Args:
+        concepts: all concepts, in order.
+        real: real rows (N, ...) per context. The observational context and every single concept must be there.
+        samples: per context, the samples (N, ...) of each seed group. The empty context and every single concept must
+            be there; contexts without real rows are judged by the classifiers alone.
+        base_samples: samples of the base, in groups of the same seeds as those of the empty context.
+        strength_samples: concept -> strength -> samples (N, ...), each from the same seeds, the base's first N.
+        trained: the contexts that were trained on; by default those of `real` with fewer than two targets.
+        attributes: measures rows (N, ...) -> (N, A), NaN where a row has none.
+        attribute_names: of the A attributes; those named like concepts are read in the strength curves too.
+        feature_extractor: pictures (N, 3, H, W), uint8 -> (N, D), for FID and KID.
+        seed: of the splits of the real rows and of the classifiers.
+
+    Raises:
+        ValueError: for rows of different shapes, missing contexts, groups that do not match, unknown concepts, too few
+            real rows or values that are not finite.
+        ImportError: for a feature extractor without torchmetrics.
+    """
+    names = ConceptSet(tuple(concepts))
+    real_rows = {as_context(context): rows for context, rows in real.items()}
+    groups = {as_context(context): list(parts) for context, parts in samples.items()}
+    curves = strength_samples or {}
+    _check_groups(names, groups, base_samples)
+    _check_shapes(base_samples[0], [*real_rows.values(), *(part for parts in groups.values() for part in parts)])
+    names.mask([*real_rows, *map(Context, curves)])  # refuses unknown names
+    read = _reader(attributes, attribute_names, feature_extractor)
+    change = PixelChange()
+    for part, of_base in zip(groups[Context()], base_samples, strict=True):
+        change.add(part, of_base)
+    evidence = Evidence(
+        concepts=names,
+        real={c: read(rows, f"Real rows of context {_shown(c)}") for c, rows in real_rows.items()},
+        samples={c: [read(rows, f"Samples of context {_shown(c)}") for rows in groups[c]] for c in _ordered(groups)},
+        base=[read(rows, "Samples of the base") for rows in base_samples],
+        strengths={
+            name: {s: read(rows, f"Samples of context '{name}={s:g}'") for s, rows in sorted(curve.items())}
+            for name, curve in curves.items()
+        },
+        trained=frozenset(map(as_context, trained) if trained is not None else _at_most_single(real_rows)),
+        largest_change=change.largest,
+        mean_change=change.mean,
+        attribute_names=read.attribute_names,
+    )
+    return measure(evidence, seed)
+
+
+def evaluate(
+    base: Base | DiffusionPipeline,
+    data: InterventionalData,
+    *,
+    contexts: Sequence[ContextLike] | None = None,
+    num_samples: int = 256,
+    num_seeds: int = 3,
+    num_inference_steps: int = 25,
+    prompt: str | None = None,
+    class_label: int | None = None,
+    guidance_scale: float | None = None,
+    resolution: int | None = None,
+    batch_size: int = 8,
+    attributes: Callable[[Tensor], Tensor] | None = None,
+    attribute_names: Sequence[str] = (),
+    feature_extractor: nn.Module | None = None,
+    seed: int = 0,
+) -> EvaluationReport:
+    """Sample an adapter in the contexts of interventional data, and compare.
+
+    The observational context and the single concepts are always sampled: leakage and strength curves need them.
+
+    Args:
+        base: a pipeline with the adapter attached to its denoiser.
+        data: the data it was trained on, with combinations held out.
+        contexts: the combinations; by default all with real rows, or some pairs if there are none to compare with.
+        num_samples: pictures per context and seed group.
+        num_seeds: seed groups; two or more give confidence intervals.
+        num_inference_steps, prompt, class_label, guidance_scale, resolution, batch_size: see `generate`.
+        attributes, attribute_names, feature_extractor, seed: see `evaluate_samples`.
+
+    Raises:
+        ValueError: for a base without an adapter, other concepts than the data's, unknown contexts, too few real rows,
+            samples that are not finite, or what `generate` refuses.
+        ImportError: for a feature extractor without torchmetrics.
+    """
+    base = base if isinstance(base, Base) else as_base(base)
+    concepts = _adapter_concepts(base, data)
+    wanted = None if contexts is None else list(map(as_context, contexts))
+    concepts.mask(wanted or [])  # refuses unknown names
+    check_conditions(base, prompt, class_label, guidance_scale, resolution)
+    if num_samples < 2 or num_seeds < 1:
+        raise ValueError(f"num_samples={num_samples} must be at least 2 and num_seeds={num_seeds} at least 1.")
+    read = _reader(attributes, attribute_names, feature_extractor)
+    real = read_real_rows(data, read, base.image_channels, resolution or base.default_resolution, seed)
+    check_real_rows(concepts, {context: len(rows) for context, rows in real.items()})
+    trained = frozenset(map(Context.parse, data.contexts))
+    notes = []
+    if wanted is None:
+        wanted, notes = _default_contexts(concepts, real, trained)
+    if data.has_captions:
+        notes.append(f"Real pictures have captions, all samples the prompt {prompt or ''!r}: distances hold that too.")
+    draw = partial(
+        generate,
+        base,
+        prompt=prompt,
+        class_label=class_label,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        resolution=resolution,
+        batch_size=batch_size,
+    )
+    sampled = sample_all(
+        Sampler(base, lambda context, seeds: draw([context], seeds=seeds)[0], read, batch_size),
+        concepts,
+        _ordered({Context(), *map(Context, concepts), *wanted}),
+        [range(group * num_samples, (group + 1) * num_samples) for group in range(num_seeds)],
+    )
+    evidence = Evidence(
+        concepts=concepts,
+        real=real,
+        samples=sampled.samples,
+        base=sampled.base,
+        strengths=sampled.strengths,
+        trained=trained,
+        largest_change=sampled.change.largest,
+        mean_change=sampled.change.mean,
+        attribute_names=read.attribute_names,
+    )
+    report = measure(evidence, seed)
+    settings = {
+        "num_samples": num_samples,
+        "num_seeds": num_seeds,
+        "num_inference_steps": num_inference_steps,
+        "prompt": prompt,
+        "class_label": class_label,
+        "guidance_scale": guidance_scale,
+        "resolution": resolution or base.default_resolution,
+        "seed": seed,
+    }
+    return replace(report, notes=(*report.notes, *notes), settings=settings)
+
+
+def _default_contexts(
+    concepts: ConceptSet, real: Mapping[Context, Readings], trained: Collection[Context]
+) -> tuple[list[Context], list[str]]:
+    """All contexts that have real rows, and without unseen ones some pairs; then a note if they are not all."""
+    if any(len(rows) >= MIN_REAL_ROWS for context, rows in real.items() if context not in trained):
+        return list(real), []
+    unseen = [pair for a, b in combinations(concepts, 2) if (pair := Context(a, b)) not in trained]
+    notes = []
+    if len(unseen) > MAX_UNSEEN_PAIRS:
+        notes.append(
+            f"Of {len(unseen)} unseen pairs the first {MAX_UNSEEN_PAIRS} were sampled; --contexts names others."
+        )
+    return [*real, *unseen[:MAX_UNSEEN_PAIRS]], notes
+
+
+def _reader(
+    attributes: Callable[[Tensor], Tensor] | None, names: Sequence[str], feature_extractor: nn.Module | None
+) -> Reader:
+    if (attributes is None) != (not names):
+        raise ValueError("attributes= and attribute_names= go together: a function, and the names of what it measures.")
+    if feature_extractor is not None:
+        require_torchmetrics()
+    return Reader(attributes, tuple(names), feature_extractor)
+
+
+def _adapter_concepts(base: Base, data: InterventionalData) -> ConceptSet:
+    layer = next((module for module in base.denoiser.modules() if isinstance(module, CausalContextLayer)), None)
+    if layer is None:
+        raise ValueError(
+            f"The {base.denoiser_name} of this pipeline has no causal context adapter. Attach one first: "
+            f"PeftModel.from_pretrained(pipe.{base.denoiser_name}, folder)."
+        )
+    active = [name for name in layer.active_adapters if name in layer.concepts]
+    concepts = ConceptSet(tuple(concept for name in active for concept in layer.concepts[name]))
+    if set(concepts) != set(data.concepts):
+        raise ValueError(
+            f"The adapter has the concepts {quoted(concepts)}, the data {quoted(data.concepts)}. They must be the "
+            "same: rename the contexts of the data, or leave the others out."
+        )
+    return concepts
+
+
+def _at_most_single(contexts: Mapping[Context, object]) -> list[Context]:
+    return [context for context in contexts if len(context.targets) < 2]
+
+
+def _ordered(contexts: Collection[Context]) -> list[Context]:
+    return sorted(contexts, key=lambda context: (len(context.targets), str(context)))
+
+
+def _shown(context: Context) -> str:
+    return repr(str(context) or "(observational)")
+
+
+def _check_groups(
+    concepts: ConceptSet, groups: Mapping[Context, Sequence[Tensor]], base_samples: Sequence[Tensor]
+) -> None:
+    concepts.mask(list(groups))  # refuses unknown names
+    if missing := [_shown(c) for c in (Context(), *map(Context, concepts)) if c not in groups]:
+        raise ValueError(
+            f"samples= lacks {', '.join(missing)}. Leakage needs the empty context and every single concept; draw them."
+        )
+    sizes = [len(part) for part in base_samples]
+    if not sizes or min(sizes) < 2 or len(set(sizes)) > 1:
+        raise ValueError(
+            f"base_samples= holds groups of {sizes} samples. Give one or more groups of one size, above 1."
+        )
+    for context, parts in groups.items():
+        if [len(part) for part in parts] != sizes:
+            raise ValueError(
+                f"Context {_shown(context)} has groups of {[len(part) for part in parts]} samples, the base of "
+                f"{sizes}: they must be equal. Draw the same seeds for all."
+            )
+
+
+def _check_shapes(example: Tensor, others: Sequence[Tensor]) -> None:
+    for rows in others:
+        if rows.shape[1:] != example.shape[1:]:
+            raise ValueError(
+                f"Rows of shape {tuple(rows.shape[1:])} and of shape {tuple(example.shape[1:])} cannot be compared. "
+                "Real rows, samples and the base's samples must have one shape."
+            )

@@ -1,0 +1,107 @@
+"""A report as one picture: distances, leakage, strength curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from .markdown import worst_leak
+from .results import EvaluationReport, Leakage
+
+_SAMPLES, _FLOOR, _BASE = "#2a6f97", "#8fb996", "#d9d9d9"
+_UNSEEN = "#c1440e"
+
+
+def draw_report(report: EvaluationReport, path: Path) -> None:
+    """Save the picture as PNG.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: pip install 'hf-causal-context[plot]'.") from error
+
+    compared = [result for result in report.contexts if result.distance is not None]
+    K = len(report.concepts)
+    heights = (0.9 + 0.42 * len(compared), 2.2 + 0.42 * K, 3.0)
+    figure = Figure(figsize=(11, sum(heights) + 0.6), layout="constrained")
+    top, middle, bottom = cast(Any, figure.subfigures(3, 1, height_ratios=heights))
+    _distances(top, report)
+    _leakage(middle, report.leakage)
+    _strengths(bottom, report)
+    figure.savefig(path, dpi=150, format="png")
+
+
+def _distances(figure: Any, report: EvaluationReport) -> None:
+    results = [result for result in report.contexts if result.distance is not None]
+    figure.suptitle("Distance of each context from the truth", x=0.01, ha="left", fontweight="bold")
+    axes = figure.subplots()
+    rows = np.arange(len(results))
+    height = 0.27
+    for offset, attribute, label, colour in (
+        (-height, "samples", "samples", _SAMPLES),
+        (0, "floor", "floor: other real rows", _FLOOR),
+        (height, "base", "base", _BASE),
+    ):
+        estimates = [getattr(result.distance, attribute) for result in results]
+        axes.barh(
+            rows + offset,
+            [estimate.mean for estimate in estimates],
+            height,
+            xerr=[estimate.half_width or 0 for estimate in estimates],
+            error_kw={"lw": 0.8, "ecolor": "#333333"},
+            color=colour,
+            label=label,
+        )
+    names = [result.context or "(observational)" for result in results]
+    axes.set_yticks(
+        rows, [f"{n}" if r.trained else f"{n}  (never trained)" for n, r in zip(names, results, strict=True)]
+    )
+    for tick, result in zip(axes.get_yticklabels(), results, strict=True):
+        tick.set_color("black" if result.trained else _UNSEEN)
+    axes.invert_yaxis()
+    axes.set_xlabel("sliced Wasserstein distance to real rows (lower is better)")
+    axes.spines[["top", "right"]].set_visible(False)
+    # Intervals of two or three groups can be wider than anything measured.
+    axes.set_xlim(0, 1.1 * max(bar.get_width() for bar in axes.patches))
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+
+
+def _leakage(figure: Any, leakage: Leakage) -> None:
+    figure.suptitle(f"Leakage: what do(row) changes ({leakage.reading})", x=0.01, ha="left", fontweight="bold")
+    axes = figure.subplots(1, 3, sharey=True)
+    panels = (("samples", leakage.samples), ("data", leakage.data), ("samples minus data", leakage.difference))
+    image = None
+    for ax, (title, matrix) in zip(axes, panels, strict=True):
+        values = np.array(matrix)
+        image = ax.imshow(values, vmin=-1, vmax=1, cmap="RdBu_r")
+        ax.set_title(title)
+        ax.set_xticks(range(len(leakage.effects)), leakage.effects, rotation=35, ha="right")
+        ax.set_yticks(range(len(leakage.causes)), [f"do({cause})" for cause in leakage.causes])
+        if len(leakage.causes) <= 10:
+            for (i, j), value in np.ndenumerate(values):
+                colour = "white" if abs(value) > 0.6 else "black"
+                ax.text(j, i, f"{value:+.2f}", ha="center", va="center", color=colour, fontsize=9)
+    figure.colorbar(image, ax=list(axes), shrink=0.8)
+    figure.supxlabel(worst_leak(leakage), fontsize=10)
+
+
+def _strengths(figure: Any, report: EvaluationReport) -> None:
+    if not report.strength_curves:
+        return
+    figure.suptitle("Strength: mean reading of each concept's classifier", x=0.01, ha="left", fontweight="bold")
+    left, right = figure.subplots(1, 2)
+    for curve in report.strength_curves:
+        label = curve.concept if curve.monotone else f"{curve.concept} (not monotone)"
+        left.plot(curve.strengths, curve.logits, marker="o", ms=4, label=label)
+        right.plot(curve.strengths, curve.probabilities, marker="o", ms=4, label=label)
+    for ax, name in ((left, "logit"), (right, "probability")):
+        ax.axvspan(1, max(report.strength_curves[0].strengths), color="#f2f2f2", zorder=0)
+        ax.set(xlabel="strength (0 and 1 are trained)", ylabel=name)
+        ax.spines[["top", "right"]].set_visible(False)
+    right.set_ylim(-0.03, 1.03)
+    right.legend(frameon=False)

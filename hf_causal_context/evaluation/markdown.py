@@ -1,0 +1,221 @@
+"""A report as Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+from .metrics import Estimate
+from .results import ContextResult, Distances, EvaluationReport, Leakage, Summary
+
+
+def markdown(report: EvaluationReport) -> str:
+    """The whole report as text."""
+    lines = ["# Does it compose?", ""]
+    lines += [f"> **Note.** {note}\n" for note in report.notes]
+    for heading, part in (
+        ("Distances", _distances(report)),
+        ("Attributes", _attributes(report)),
+        ("FID and KID", _features(report)),
+        ("Conformity", _conformity(report)),
+        ("Leakage", _leakages(report)),
+        ("Strength", _strengths(report)),
+        ("The empty context", _drift(report)),
+        ("How", _settings(report)),
+    ):
+        body = list(part)
+        lines += [f"## {heading}", "", *body, ""] if body else []
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _distances(report: EvaluationReport) -> Iterator[str]:
+    yield (
+        "Sliced Wasserstein distance to real rows (lower is better). *Floor*: as many other real rows in place of the "
+        "samples. *Gap closed*: 1 at the floor, 0 at the base. *Diversity*: of the samples over that of real rows."
+    )
+    yield ""
+    rows: list[tuple[str, ...]] = [
+        (*_head(result), *_distance_cells(result.distance), _number(result.diversity, 2), str(result.num_real))
+        for result in report.contexts
+    ]
+    for summary, name, trained in _summaries(report):
+        if summary.samples is not None:
+            numbers = [f"**{_number(value)}**" for value in (summary.samples, summary.floor, summary.base)]
+            rows.append((f"**{name}**", trained, *numbers, f"**{_number(summary.gap_closed, 2)}**", "", ""))
+    header = ("context", "trained", "samples", "floor", "base", "gap closed", "diversity", "real rows")
+    yield from _table(header, rows)
+    if any(estimate.half_width is not None for estimate in _estimates(report)):
+        yield from (
+            "",
+            f"± is half the 95 % confidence interval over {report.settings.get('num_seeds', 'the')} seed groups.",
+        )
+    if notes := [f"- {note}" for result in report.contexts for note in result.notes]:
+        yield ""
+        yield from notes
+
+
+def _attributes(report: EvaluationReport) -> Iterator[str]:
+    names = list(next((result.attributes for result in report.contexts if result.attributes), {}))
+    if not names:
+        return
+    yield "Means read back from samples / real rows, and the sliced Wasserstein distance of standardised attributes."
+    yield ""
+    rows = []
+    for result in report.contexts:
+        ours, real = result.attributes or {}, result.real_attributes or {}
+        cells = [f"{_number(ours.get(name), 2)} / {_number(real.get(name), 2)}" for name in names]
+        rows.append((*_head(result), *cells, *_distance_cells(result.attribute_distance, 3)))
+    yield from _table(("context", "trained", *names, "distance", "floor", "base", "gap closed"), rows)
+
+
+def _features(report: EvaluationReport) -> Iterator[str]:
+    if not any(result.frechet for result in report.contexts):
+        return
+    yield "Of the features of the extractor that was given, all seed groups together."
+    yield ""
+    rows = [
+        (*_head(result), *_distance_cells(result.frechet, 3)[:3], *_distance_cells(result.kernel)[:3])
+        for result in report.contexts
+    ]
+    columns = [f"{metric} {of}".strip() for metric in ("FID", "KID") for of in ("", "floor", "base")]
+    yield from _table(("context", "trained", *columns), rows)
+
+
+def _conformity(report: EvaluationReport) -> Iterator[str]:
+    yield (
+        "A classifier says for every concept whether it was intervened on. *Conformity*: share of samples in which it "
+        "finds all requested concepts, beside that of real rows it did not learn from. Under each concept: how often "
+        "it is found in samples / real rows; requested ones are bold."
+    )
+    yield ""
+    accuracy = [f"{report.classifier_accuracy[name]:.2f}" for name in report.concepts]
+    rows = [("*balanced accuracy of the classifier*", "", "", "", *(f"*{value}*" for value in accuracy))]
+    for result in report.contexts:
+        ours, real = result.presence, result.real_presence or {}
+        targets = {item.partition("=")[0] for item in result.context.split("+")}
+        cells = []
+        for name in report.concepts:
+            cell = f"{ours[name]:.2f} / {_number(real.get(name), 2)}"
+            cells.append(f"**{cell}**" if name in targets else cell)
+        rows.append((*_head(result), _estimate(result.conformity, 2), _number(result.real_conformity, 2), *cells))
+    for summary, name, trained in _summaries(report):
+        conformity = (f"**{summary.conformity:.2f}**", f"**{_number(summary.real_conformity, 2)}**")
+        rows.append((f"**{name}**", trained, *conformity, *[""] * len(report.concepts)))
+    yield from _table(("context", "trained", "conformity", "real", *report.concepts), rows)
+
+
+def _leakages(report: EvaluationReport) -> Iterator[str]:
+    for item in (report.leakage, report.attribute_leakage):
+        if item is not None:
+            yield from _leakage(item)
+
+
+def _leakage(item: Leakage) -> Iterator[str]:
+    yield f"What do(row) does to a column ({item.reading}), beside the empty context: samples / real rows."
+    yield ""
+    rows = [
+        (f"do({cause})", *(f"{a:+.2f} / {b:+.2f}" for a, b in zip(ours, truth, strict=True)))
+        for cause, ours, truth in zip(item.causes, item.samples, item.data, strict=True)
+    ]
+    yield from _table(("", *item.effects), rows)
+    yield ""
+    yield f"{worst_leak(item)}"
+    yield ""
+
+
+def worst_leak(item: Leakage) -> str:
+    """The largest excess of a leak in samples over that in the data, in words."""
+    if item.worst_cause is None or item.worst_effect is None or item.worst_excess is None:
+        return "There is nothing that one concept could leak into."
+    if item.worst_excess <= 0:
+        return "No concept acts on another one more than in the data."
+    i, j = item.causes.index(item.worst_cause), item.effects.index(item.worst_effect)
+    return (
+        f"Largest leak: do({item.worst_cause}) changes {item.worst_effect} by {item.samples[i][j]:+.2f} in samples and "
+        f"by {item.data[i][j]:+.2f} in the data, {item.worst_excess:.2f} too much."
+    )
+
+
+def _strengths(report: EvaluationReport) -> Iterator[str]:
+    if not report.strength_curves:
+        return
+    yield (
+        "Mean logit of a concept's classifier at each strength, from the same seeds, with the mean probability in "
+        "brackets. *Monotone*: the logit never falls from 0 to 1."
+    )
+    yield ""
+    strengths = report.strength_curves[0].strengths
+    rows = []
+    for curve in report.strength_curves:
+        cells = [f"{a:+.1f} ({b:.2f})" for a, b in zip(curve.logits, curve.probabilities, strict=True)]
+        rows.append((curve.concept, *cells, _yes(curve.monotone)))
+        if curve.attribute is not None:
+            cells = [_number(value, 2) for value in curve.attribute]
+            rows.append((f"{curve.concept} (attribute)", *cells, _yes(bool(curve.attribute_monotone))))
+    yield from _table(("concept", *(f"{strength:g}" for strength in strengths), "monotone"), rows)
+    yield ""
+    falls = [curve.concept for curve in report.strength_curves if not curve.monotone]
+    yield f"Not monotone between 0 and 1: {', '.join(falls)}." if falls else "All are monotone between 0 and 1."
+    same = all(curve.zero_is_base for curve in report.strength_curves)
+    yield (
+        "Strength 0 gives the base's samples, bit for bit." if same else "Strength 0 does not give the base's samples."
+    )
+
+
+def _drift(report: EvaluationReport) -> Iterator[str]:
+    drift = report.drift
+    yield (
+        f"Beside the base at equal seeds: largest difference {drift.largest:.3g}, mean {drift.mean:.3g}; sliced "
+        f"Wasserstein distance {drift.distance:.4f}."
+    )
+
+
+def _settings(report: EvaluationReport) -> Iterator[str]:
+    if report.settings:
+        yield ", ".join(f"{name} {value}" for name, value in report.settings.items() if value is not None) + "."
+
+
+def _summaries(report: EvaluationReport) -> Iterator[tuple[Summary, str, str]]:
+    if report.trained is not None:
+        yield report.trained, "mean, trained", "yes"
+    if report.unseen is not None:
+        yield report.unseen, "mean, never trained", "never"
+
+
+def _head(result: ContextResult) -> tuple[str, str]:
+    return result.context or "(observational)", "yes" if result.trained else "never"
+
+
+def _distance_cells(distances: Distances | None, digits: int = 4) -> tuple[str, str, str, str]:
+    if distances is None:
+        return "", "", "", ""
+    samples, floor, base = (_estimate(item, digits) for item in (distances.samples, distances.floor, distances.base))
+    return samples, floor, base, _number(distances.gap_closed, 2)
+
+
+def _estimates(report: EvaluationReport) -> Iterator[Estimate]:
+    for result in report.contexts:
+        if result.distance is not None:
+            yield result.distance.samples
+
+
+def _estimate(value: Estimate | None, digits: int = 4) -> str:
+    if value is None:
+        return ""
+    width = "" if value.half_width is None else f" ± {value.half_width:.{digits}f}"
+    return f"{value.mean:.{digits}f}{width}"
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "**no**"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(header)} |"
+    yield "|" + "---|" * len(header)
+    for row in rows:
+        yield f"| {' | '.join(row)} |"

@@ -1,0 +1,81 @@
+"""The real pictures of every context, read as samples are."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ..contexts import Context
+from ..data import InterventionalData
+from ..data.columns import Rows
+from ..training.batches import read_picture
+from .readings import Reader, Readings
+
+MAX_REAL_ROWS = 2000  # per context; more add time, and little to distances of a few hundred samples
+
+_READ_AT_ONCE = 64
+
+
+def read_real_rows(
+    data: InterventionalData, read: Reader, channels: int, resolution: int, seed: int = 0
+) -> dict[Context, Readings]:
+    """Readings of pictures (N, channels, resolution, resolution) in [0, 1] per context, trained and held out.
+
+    At most `MAX_REAL_ROWS` of each; of a stream the first ones.
+
+    Raises:
+        ValueError: for a row without a picture.
+    """
+    readings: defaultdict[str, list[Readings]] = defaultdict(list)
+    pending: defaultdict[str, list[Tensor]] = defaultdict(list)
+
+    def flush(context: str) -> None:
+        pictures = torch.stack(pending.pop(context)).float() / 255
+        num_examples = 0 if readings[context] else len(pictures)
+        readings[context].append(read(pictures, f"Real pictures of context {context!r}", num_examples))
+
+    for context, row in tqdm(_rows(data, seed), desc="read real pictures", unit="picture"):
+        picture = row[data.image_column]
+        if not isinstance(picture, Image.Image):
+            raise ValueError(
+                f"A row of context {context!r} holds {type(picture).__name__} in the column {data.image_column!r}, not "
+                "a picture. Name another --image_column, or remove the row."
+            )
+        pending[context].append(torch.tensor(read_picture(picture, channels, resolution)))
+        if len(pending[context]) == _READ_AT_ONCE:
+            flush(context)
+    for context in list(pending):
+        flush(context)
+    return {Context.parse(context): Readings.cat(parts) for context, parts in readings.items()}
+
+
+def _rows(data: InterventionalData, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield from _rows_of(data.rows, data.contexts, seed)
+    for context, rows in data.held_out.items():
+        yield from _rows_of(rows, (context,), seed)
+
+
+def _rows_of(rows: Rows, contexts: Sequence[str], seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    if isinstance(rows, Dataset):
+        of_rows = np.array(rows["context"][:], dtype=object)
+        for context in contexts:
+            numbers = np.random.default_rng(seed).permutation(np.flatnonzero(of_rows == context))
+            for row in rows.select(numbers[:MAX_REAL_ROWS]):
+                yield context, dict(row)
+        return
+    counts = Counter[str]()
+    for row in rows:
+        context = row["context"]
+        if counts[context] < MAX_REAL_ROWS:
+            counts[context] += 1
+            yield context, row
+        elif all(counts[name] == MAX_REAL_ROWS for name in contexts):
+            return

@@ -1,0 +1,164 @@
+"""What an evaluation found: plain dataclasses that JSON can hold.
+
+Distances compare like with like: `floor` is the distance of as many real rows as there are samples in a seed group from
+the other real rows, which are the reference of `samples` and `base` as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .metrics import Estimate
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Distances from the real rows of a context: of its samples, of real rows, of the base's samples.
+
+    `gap_closed` is (base - samples) / (base - floor): 1 at the floor, 0 where the base is; None where the base is at
+    the floor already.
+    """
+
+    samples: Estimate
+    floor: Estimate
+    base: Estimate
+    gap_closed: float | None
+
+
+@dataclass(frozen=True)
+class ContextResult:
+    """One context. What needs real rows is None without them; `notes` say why, and what was not as asked.
+
+    Attributes:
+        context: its printed form; "" is the observational one.
+        trained: whether it was trained on.
+        num_real, num_samples: rows and samples of all seed groups.
+        num_compared: samples of a group, and real rows of the floor, in distances.
+        distance: sliced Wasserstein distances of pictures or vectors.
+        attribute_distance: the same of attributes, in standard deviations of the observational real rows.
+        frechet, kernel: FID and KID of the features.
+        conformity: share of samples in which the classifiers find every requested concept; None for "".
+        real_conformity: the same in real rows that the classifiers were not trained on.
+        presence, real_presence: share in which a concept is found.
+        attributes, real_attributes: means.
+        diversity: mean distance between two samples over that between two real rows.
+        notes: sentences.
+    """
+
+    context: str
+    trained: bool
+    num_real: int
+    num_samples: int
+    num_compared: int
+    distance: Distances | None
+    attribute_distance: Distances | None
+    frechet: Distances | None
+    kernel: Distances | None
+    conformity: Estimate | None
+    real_conformity: float | None
+    presence: dict[str, float]
+    real_presence: dict[str, float] | None
+    attributes: dict[str, float] | None
+    real_attributes: dict[str, float] | None
+    diversity: float | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Means over contexts; `gap_closed` is the ratio of the means."""
+
+    contexts: tuple[str, ...]
+    samples: float | None
+    floor: float | None
+    base: float | None
+    gap_closed: float | None
+    conformity: float
+    real_conformity: float | None
+
+
+@dataclass(frozen=True)
+class Leakage:
+    """What do(row) does to the reading of a column, beside the empty context: in samples and in real rows.
+
+    `difference` is samples - data. The worst leak is where |samples| - |data| off the diagonal is largest (None if
+    there is nothing off the diagonal).
+    """
+
+    reading: str
+    causes: tuple[str, ...]
+    effects: tuple[str, ...]
+    samples: list[list[float]]
+    data: list[list[float]]
+    difference: list[list[float]]
+    worst_cause: str | None
+    worst_effect: str | None
+    worst_excess: float | None
+
+
+@dataclass(frozen=True)
+class StrengthCurve:
+    """Mean readings of one concept at increasing strengths, from the same seeds.
+
+    `monotone` says whether logits never fall between strengths 0 and 1, `attribute_monotone` whether the attribute of
+    that name only rises or only falls. `zero_is_base`: strength 0 gives the base's samples, bit for bit.
+    """
+
+    concept: str
+    strengths: tuple[float, ...]
+    logits: tuple[float, ...]
+    probabilities: tuple[float, ...]
+    monotone: bool
+    attribute: tuple[float, ...] | None
+    attribute_monotone: bool | None
+    zero_is_base: bool
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far the empty context is from the base at equal seeds: per pixel (or entry), and as a distance of sets."""
+
+    largest: float
+    mean: float
+    distance: float
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """All that was measured.
+
+    Attributes:
+        concepts: the adapter's.
+        notes: what a reader must know first, as sentences.
+        contexts: one result each; the observational context first, then single concepts, then combinations.
+        trained, unseen: means over the contexts with a target that were and were not trained on; None without any.
+        classifier_accuracy: balanced accuracy per concept on real rows that the classifier was not trained on.
+        leakage, attribute_leakage: of the classifiers' probabilities, and of attributes in standard deviations.
+        strength_curves: one per concept.
+        drift: of the empty context.
+        settings: how the samples were made.
+        examples: pictures per context, real ones (or None) and samples; not part of the JSON.
+    """
+
+    concepts: tuple[str, ...]
+    notes: tuple[str, ...]
+    contexts: tuple[ContextResult, ...]
+    trained: Summary | None
+    unseen: Summary | None
+    classifier_accuracy: dict[str, float]
+    leakage: Leakage
+    attribute_leakage: Leakage | None
+    strength_curves: tuple[StrengthCurve, ...]
+    drift: Drift
+    settings: dict[str, Any] = field(default_factory=dict)
+    examples: dict[str, tuple[Tensor | None, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the examples, for JSON."""
+        values = dataclasses.asdict(dataclasses.replace(self, examples={}))
+        del values["examples"]
+        return values
