@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .contexts import Context
 from .data import InterventionalData, from_dataset
-from .data.worlds.digits import CONCEPTS, read_attributes, sample_digits
+from .data.worlds.digits import CONCEPTS, Split, read_attributes, sample_digits
 from .evaluation.metrics import sliced_wasserstein
 from .hub import write_card
 from .training.arguments import TrainingArguments
@@ -55,6 +55,7 @@ def training_arguments(output_dir: Path, seed: int) -> TrainingArguments:
         output_dir=str(output_dir),
         target_modules=list(TARGET_MODULES),
         concept_rank=4,
+        reweighted_contexts=["pairs"],
         train_batch_size=40,
         max_train_steps=300,
         learning_rate=3e-3,
@@ -70,17 +71,24 @@ def training_arguments(output_dir: Path, seed: int) -> TrainingArguments:
     )
 
 
-def digit_data(rows_per_context: int = ROWS_PER_CONTEXT, seed: int = 0) -> InterventionalData:
-    """The observational and the four single-concept sets of the digit world, as a `datasets` table."""
+def digit_data(
+    rows_per_context: int = ROWS_PER_CONTEXT,
+    seed: int = 0,
+    *,
+    contexts: Sequence[Context] = (Context(), *SINGLES),
+    training_contexts: Sequence[Context] | None = None,
+    split: Split = "train",
+) -> InterventionalData:
+    """Sets of the digit world as a `datasets` table, by default those that the quickstart trains on."""
     pictures: list[Image.Image] = []
-    contexts: list[str] = []
-    for number, context in enumerate((Context(), *SINGLES)):
-        drawn, _, _ = sample_digits(rows_per_context, context, seed=100 * seed + number)
+    names: list[str] = []
+    for number, context in enumerate(contexts):
+        drawn, _, _ = sample_digits(rows_per_context, context, seed=100 * seed + number, split=split)
         pictures += [Image.fromarray(picture) for picture in drawn]
-        contexts += [str(context)] * rows_per_context
+        names += [str(context)] * rows_per_context
     features = Features({"image": ImageFeature(), "context": Value("string")})
-    table = Dataset.from_dict({"image": pictures, "context": contexts}, features=features)
-    return from_dataset(table, concepts=CONCEPTS)
+    table = Dataset.from_dict({"image": pictures, "context": names}, features=features)
+    return from_dataset(table, concepts=CONCEPTS, training_contexts=training_contexts)
 
 
 @cache
@@ -106,7 +114,7 @@ def sample(base: Base, contexts: Sequence[Context], num: int) -> dict[Context, T
 
 
 def quickstart(output_dir: Path, seed: int = 0) -> None:
-    """Train on single interventions, score the pairs that were never trained, save, reload.
+    """Train on single interventions, score the pairs, of which there is no data, save, reload.
 
     Raises:
         TrainingInterrupted, CheckpointError: see `train`; the same call goes on from the last checkpoint.
@@ -153,15 +161,15 @@ def results_table(samples: Mapping[Context, Tensor]) -> str:
     lines = [
         "Sliced Wasserstein distance to real pictures of unseen glyphs (lower is better):",
         "",
-        "| context | trained | real against real | base | stacked LoRAs | this adapter |",
+        "| context | data | real against real | base | stacked LoRAs | this adapter |",
         "|---|---|---|---|---|---|",
     ]
     for context in samples:
-        trained = "yes" if len(context.targets) < 2 else "never"
+        data = "yes" if len(context.targets) < 2 else "none"
         distances = [f"{column[context]:.4f}" if context in column else "" for column in columns]
-        lines.append(f"| {str(context) or '(observational)'} | {trained} | {' | '.join(distances)} |")
+        lines.append(f"| {str(context) or '(observational)'} | {data} | {' | '.join(distances)} |")
     means = [np.mean([column[pair] for pair in PAIRS]) for column in columns]
-    lines.append("| **mean of the pairs** | never | " + " | ".join(f"{mean:.4f}" for mean in means) + " |")
+    lines.append("| **mean of the pairs** | none | " + " | ".join(f"{mean:.4f}" for mean in means) + " |")
     lines += [
         "",
         f"Stacked LoRAs: measured beforehand by `{peers['command']}`.",
@@ -190,7 +198,7 @@ def draw(samples: Mapping[Context, Tensor], columns: int = 8) -> Image.Image:
     both.paste(left, (0, heading))
     both.paste(right, (left.width, heading))
     font = ImageFont.load_default(size=16)
-    titles = ((left.width - columns * 68, "real pictures"), (left.width + 20, "samples; pairs were never trained"))
+    titles = ((left.width - columns * 68, "real pictures"), (left.width + 20, "samples; there was no data of pairs"))
     for x, title in titles:
         ImageDraw.Draw(both).text((x, 5), title, fill="black", font=font)
     return both

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import torch
 
 from hf_causal_context import quickstart
+from hf_causal_context.data import density_ratios
 from hf_causal_context.training.bases import load_base
 
 
@@ -26,12 +28,14 @@ def test_train_score_save_reload(tmp_path, monkeypatch, capsys):
     )
     monkeypatch.setattr(quickstart, "training_arguments", lambda folder, seed: small)
     monkeypatch.setattr(quickstart, "NUM_SAMPLES", 8)
-    monkeypatch.setattr(quickstart, "ROWS_PER_CONTEXT", 50)
+    monkeypatch.setattr(quickstart, "digit_data", partial(quickstart.digit_data, 60))
+    monkeypatch.setattr(density_ratios, "FEWEST_STEPS", 2)
     monkeypatch.setattr(quickstart, "NUM_INFERENCE_STEPS", 2)
     quickstart.quickstart(tmp_path)
     output = capsys.readouterr().out
+    assert "Combinations drawn from the training rows" in output
     assert "identical pictures" in output
-    assert "| darkness+thickness | never |" in output
+    assert "| darkness+thickness | none |" in output
     assert "mean of the pairs" in (tmp_path / "README.md").read_text()
     for name in ("grid.png", "adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / name).exists()

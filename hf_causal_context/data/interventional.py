@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
+from numpy.typing import NDArray
 
 from ..contexts import ConceptSet, Context, ContextLike, as_context, quoted
 from .columns import (
@@ -29,7 +30,7 @@ class InterventionalData:
     `rows` have the columns `image_column`, "context" (the printed form of a `Context`, "" is observational), "caption"
     if there are captions, and whatever else the dataset had. `contexts` are those of `rows`, sorted. `held_out` maps
     contexts to rows that are never trained on. `counts` are the rows per training context, None where a stream does
-    not tell.
+    not tell. `reweighted` maps combinations to the numbers of rows that stand for them in training.
     """
 
     rows: Rows
@@ -39,6 +40,7 @@ class InterventionalData:
     counts: dict[str, int] | None
     image_column: str = "image"
     warnings: tuple[str, ...] = ()
+    reweighted: dict[str, NDArray[np.int64]] = field(default_factory=dict)
 
     @property
     def streaming(self) -> bool:

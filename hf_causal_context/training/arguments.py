@@ -65,6 +65,9 @@ class TrainingArguments(DataArguments):
 
     mechanism: str = _argument("independent", "How concepts act: " + ", ".join(MECHANISMS) + ".")
     concept_rank: int = _argument(4, "Width of each concept; the adapter's rank is concepts x width.")
+    reweighted_contexts: list[str] = _argument(
+        [], "Combinations also trained on rows drawn from the single interventions: pairs, all, or a list of them."
+    )
     target_modules: list[str] | None = _argument(None, "Modules to adapt; by default the base's attention.")
     anchored: bool = _argument(False, "Keep the empty context exactly the base (always so for 'independent').")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,7 @@ import torch
 from datasets import Array3D, Dataset, Features
 from datasets import Image as ImageFeature
 from datasets.fingerprint import Hasher
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -33,6 +34,8 @@ from .interruption import ignore_interruptions
 from .objectives import Batch
 
 _ENCODED_AT_ONCE = 16
+# Of a reweighted combination in batches, beside 1 for a context with rows of its own.
+REWEIGHTED_SHARE = 0.5
 
 
 class DenoiserBatches:
@@ -63,9 +66,11 @@ class DenoiserBatches:
         self._base, self._data, self._arguments, self._device = base, data, arguments, device
         self._num_batches, self._rank, self._world_size = num_batches, rank, world_size
         self._resolution = arguments.resolution or base.default_resolution
-        self._weights = parse_weights(arguments.context_weights, arguments.observational_name)
-        self._check_weights()
-        self._masks = {context: data.concepts.mask([Context.parse(context)])[0] for context in data.contexts}
+        self._contexts = (*data.contexts, *data.reweighted)
+        given = parse_weights(arguments.context_weights, arguments.observational_name) or {}
+        self._check_weights(given)
+        self._weights = dict.fromkeys(data.reweighted, REWEIGHTED_SHARE) | given
+        self._masks = {context: data.concepts.mask([Context.parse(context)])[0] for context in self._contexts}
         self._captions: dict[str, dict[str, Tensor]] = {}
         self._check_conditions()
         self._rows: Dataset | None = None
@@ -81,8 +86,9 @@ class DenoiserBatches:
             collate = partial(_collate, image_column=self._data.image_column, read=self._reader())
             loaded: Iterable[dict[str, Any]] = map(collate, rows)
         else:
+            rows = _Rows(self._rows, self._data.reweighted)
             sampler = ContextSampler(
-                self._data.rows["context"],
+                rows.contexts,
                 size,
                 seed,
                 self._num_batches,
@@ -91,7 +97,7 @@ class DenoiserBatches:
                 self._weights,
             )
             loaded = DataLoader(
-                cast(Any, self._rows),
+                rows,
                 batch_sampler=sampler,
                 collate_fn=_stack,
                 num_workers=self._arguments.dataloader_num_workers,
@@ -171,8 +177,8 @@ class DenoiserBatches:
         )
         return encoded.with_format("torch", columns=["clean"], output_all_columns=True)
 
-    def _check_weights(self) -> None:
-        given, contexts = self._weights or {}, self._data.contexts
+    def _check_weights(self, given: dict[str, float]) -> None:
+        contexts = self._contexts
         if stray := sorted(set(given) - set(contexts)):
             known = ", ".join(context or self._arguments.observational_name for context in contexts)
             raise ValueError(f"--context_weights names {quoted(stray)}, which is not trained on. Contexts: {known}.")
@@ -204,6 +210,23 @@ class DenoiserBatches:
                 raise ValueError(f"--{argument}={text!r} was given, but {name} takes no captions. Leave it out.")
         if self._data.has_captions and not base.takes_captions:
             raise ValueError(f"The data has captions, but {name} takes none. Leave --caption_column or them out.")
+
+
+class _Rows(torch.utils.data.Dataset):
+    """Prepared rows, followed by those that stand for combinations: other rows under the combination's name."""
+
+    def __init__(self, rows: Dataset, reweighted: Mapping[str, NDArray[np.int64]]) -> None:
+        self._rows = rows
+        self._standing = np.concatenate([np.arange(len(rows)), *reweighted.values()])
+        names = [name for name, numbers in reweighted.items() for _ in numbers]
+        self.contexts: list[str] = [*rows["context"], *names]
+
+    def __len__(self) -> int:
+        return len(self._standing)
+
+    def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
+        rows = cast(Any, self._rows).__getitems__(self._standing[numbers].tolist())
+        return [row | {"context": self.contexts[number]} for number, row in zip(numbers, rows, strict=True)]
 
 
 def read_picture(picture: Image.Image, channels: int, resolution: int) -> np.ndarray:

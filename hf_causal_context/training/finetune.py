@@ -26,6 +26,7 @@ from .checkpoints import not_written
 from .families import Base
 from .generation import check_conditions, generate, picture_grid
 from .objectives import denoising_objective
+from .reweighting import add_reweighted_contexts
 from .trainer import fit, make_accelerator
 
 _SHOWN_PAIRS = 6
@@ -62,6 +63,10 @@ def train(arguments: TrainingArguments, base: Base | None = None, data: Interven
     model = attach_adapter(base, data, arguments)
     if arguments.gradient_checkpointing:
         base.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+    if arguments.reweighted_contexts:
+        with accelerator.main_process_first():  # it estimates what the others read
+            main = accelerator.is_main_process
+            data = add_reweighted_contexts(data, base, model, arguments, is_main_process=main)
     num_steps = arguments.max_train_steps or arguments.num_train_epochs * _steps_per_epoch(
         data, arguments, accelerator.num_processes
     )

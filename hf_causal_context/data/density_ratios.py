@@ -1,0 +1,185 @@
+"""Density ratios r_j(x) = p_j(x) / p_obs(x) of single interventions, in the form of mechanisms.
+
+A classifier of contexts estimates them too, but takes the effects of a concept for the concept: where another
+intervention has cut the dependence, which is where combinations lie, it is wrong. Here every concept j has two scalars
+of one network, its value g_j(x) and what its causes predict h_j(x), and
+
+    log r_j = log N(g_j; m_j, s_j^2) - log N(g_j; h_j, 1) + b_j,
+
+the intervened mechanism over the observational one. Cross-entropy over all contexts at once, with the logits
+0, log r_1 ... log r_K, finds them; two penalties say what holds where the contexts do not overlap:
+
+- whiteness: mechanisms do not change, so that in every context the exogenous coordinates, g_j - h_j, or
+  (g_j - m_j) / s_j under do(j), are independent and standard normal;
+- normalisation: r_i r_j p_obs is a density, that of the pair, so its mass over the pooled contexts is 1.
+
+Shapes: B rows, C = K + 1 contexts (observational first), N rows of a context in a batch, K concepts, D features.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+NUM_MODELS = 2
+NUM_FOLDS = 2
+NUM_EPOCHS = 30
+FEWEST_STEPS = 500
+# Rows of a context in a batch: moments need many, but so do small sets need steps.
+SMALLEST_BATCH = 64
+_BATCHES_PER_EPOCH = 40
+WHITENESS_WEIGHT = 0.1
+NORMALISATION_WEIGHT = 0.1
+NORMALISATION_SLACK = 0.3  # of the log mass: heavy tails make a batch's own mass uncertain
+LEARNING_RATE = 2e-3
+SCALARS_RATE = 10.0  # of the Gaussians' parameters, which have far to go; relative
+WEIGHT_DECAY = 0.1
+EMA_DECAY = 0.995
+_WIDTH = 256
+_PREDICTED_AT_ONCE = 4096
+
+
+def estimate_log_ratios(
+    inputs: Tensor,
+    codes: Tensor,
+    num_concepts: int,
+    *,
+    seed: int,
+    input_noise: float = 0.0,
+    dropout: float = 0.0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """log r_j at every row, (rows, K), float32: the log of the mean over models, none of which saw the row.
+
+    Args:
+        inputs: vectors (rows, D), float.
+        codes: 0 for observational rows, j + 1 for those under an intervention on concept j; int64 (rows,).
+        num_concepts: K.
+        seed: of the folds, the networks and the batches.
+        input_noise: deviation of noise on the inputs, in units of theirs: for many features and few rows.
+        dropout: of the network, for the same.
+    """
+    scaled = (inputs - inputs.mean(0)) / inputs.std().clamp(min=1e-6)
+    folds = torch.empty(len(codes), dtype=torch.long)
+    generator = torch.Generator().manual_seed(seed)
+    ratios = torch.empty(NUM_MODELS, len(codes), num_concepts)
+    jobs = [(model, fold) for model in range(NUM_MODELS) for fold in range(NUM_FOLDS)]
+    for number, (model, fold) in enumerate(tqdm(jobs, desc="estimate density ratios", delay=3)):
+        if fold == 0:
+            for code in range(num_concepts + 1):
+                rows = torch.nonzero(codes == code)[:, 0]
+                folds[rows[torch.randperm(len(rows), generator=generator)]] = torch.arange(len(rows)) % NUM_FOLDS
+        training = folds != fold
+        with torch.random.fork_rng():
+            torch.manual_seed(seed * len(jobs) + number)
+            fitted = MechanismRatios(inputs.shape[1], num_concepts, dropout).to(device)
+            fitted = _fit(fitted, scaled[training], codes[training], input_noise)
+        ratios[model, ~training] = _predict(fitted, scaled[~training])
+    return ratios.logsumexp(0) - math.log(NUM_MODELS)
+
+
+class MechanismRatios(nn.Module):
+    """x (B, D) -> log ratios, values g and predictions h, (B, K) each."""
+
+    def __init__(self, num_features: int, num_concepts: int, dropout: float) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Linear(num_features, _WIDTH), nn.SiLU()),
+            *(nn.Linear(_WIDTH, _WIDTH), nn.SiLU(), nn.Dropout(dropout)),
+            *(nn.Linear(_WIDTH, _WIDTH), nn.SiLU()),
+            nn.Linear(_WIDTH, 2 * num_concepts),
+        )
+        self.mean = nn.Parameter(torch.full((num_concepts,), 2.0))
+        self.log_variance = nn.Parameter(torch.zeros(num_concepts))
+        self.offset = nn.Parameter(torch.zeros(num_concepts))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        value, predicted = self.body(x).chunk(2, dim=1)
+        intervened = (value - self.mean).square() * (-self.log_variance).exp() + self.log_variance
+        return 0.5 * (value - predicted).square() - 0.5 * intervened + self.offset, value, predicted
+
+    def exogenous(self, value_CNK: Tensor, predicted_CNK: Tensor) -> Tensor:
+        """Exogenous coordinates (C, N, K) of rows of every context, in the contexts' order."""
+        intervened = (value_CNK - self.mean) * (-0.5 * self.log_variance).exp()
+        own = torch.eye(value_CNK.shape[2], device=value_CNK.device).bool()
+        own = torch.cat([torch.zeros_like(own[:1]), own])[:, None]
+        return torch.where(own, intervened, value_CNK - predicted_CNK)
+
+
+def whiteness_penalty(exogenous_CNK: Tensor) -> Tensor:
+    """Scalar: how far each context's coordinates are from independent standard normal ones, by their moments.
+
+    Squared errors of means, covariances, third and fourth moments, summed over coordinates, averaged over contexts.
+    """
+    mean = exogenous_CNK.mean(1, keepdim=True)
+    centred = exogenous_CNK - mean
+    covariance = centred.mT @ centred / centred.shape[1]
+    identity = torch.eye(centred.shape[2], device=centred.device)
+    errors = (
+        mean.square().sum((1, 2))
+        + (covariance - identity).square().sum((1, 2))
+        + 0.1 * centred.pow(3).mean(1).square().sum(1)
+        + 0.02 * (centred.pow(4).mean(1) - 3).square().sum(1)
+    )
+    return errors.mean()
+
+
+def log_pool(log_ratios: Tensor, log_shares: Tensor) -> Tensor:
+    """log of the density of pooled rows over p_obs, (B,).
+
+    Args:
+        log_ratios: at the rows, (B, K).
+        log_shares: of the observational set and the K single sets in the pool, (K + 1,).
+    """
+    return (torch.cat([torch.zeros_like(log_ratios[:, :1]), log_ratios], dim=1) + log_shares).logsumexp(1)
+
+
+def _fit(model: MechanismRatios, inputs: Tensor, codes: Tensor, input_noise: float) -> MechanismRatios:
+    """The moving average of a training's weights."""
+    device, num_concepts = model.mean.device, len(model.mean)
+    num_contexts = num_concepts + 1
+    average = copy.deepcopy(model).requires_grad_(False)
+    rates = [LEARNING_RATE, SCALARS_RATE * LEARNING_RATE]
+    groups = [
+        {"params": list(model.body.parameters()), "weight_decay": WEIGHT_DECAY},
+        {"params": [model.mean, model.log_variance, model.offset], "weight_decay": 0.0},
+    ]
+    rows_per_context = len(inputs) // num_contexts
+    batch = max(SMALLEST_BATCH, rows_per_context // _BATCHES_PER_EPOCH)
+    num_steps = max(FEWEST_STEPS, NUM_EPOCHS * rows_per_context // batch)
+    optimizer = torch.optim.AdamW(groups, LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, num_steps, pct_start=0.05)
+    labels = torch.arange(num_contexts, device=device).repeat_interleave(batch)
+    log_shares = torch.full((num_contexts,), -math.log(num_contexts), device=device)
+    pairs = torch.triu_indices(num_concepts, num_concepts, 1, device=device)
+    shape = (num_contexts, batch, num_concepts)
+    sets = [torch.nonzero(codes == code)[:, 0] for code in range(num_contexts)]
+    for step in range(num_steps):
+        rows = torch.cat([own[torch.randint(len(own), (batch,))] for own in sets])  # contexts in their order
+        x = inputs[rows].to(device)
+        log_ratios, value, predicted = model(x + input_noise * torch.randn_like(x) if input_noise else x)
+        logits = torch.cat([torch.zeros_like(log_ratios[:, :1]), log_ratios], dim=1)
+        products = log_ratios[:, pairs[0]] + log_ratios[:, pairs[1]] - log_pool(log_ratios, log_shares)[:, None]
+        log_masses = products.logsumexp(0) - math.log(len(products))
+        penalty = WHITENESS_WEIGHT * whiteness_penalty(model.exogenous(value.view(shape), predicted.view(shape)))
+        if len(log_masses):
+            penalty += NORMALISATION_WEIGHT * (log_masses.abs() - NORMALISATION_SLACK).relu().square().mean()
+        loss = nn.functional.cross_entropy(logits, labels) + penalty
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            for mean, parameter in zip(average.parameters(), model.parameters(), strict=True):
+                mean.lerp_(parameter, 1 - min(EMA_DECAY, (step + 1) / (step + 10)))
+    return average.eval()
+
+
+@torch.no_grad()
+def _predict(model: MechanismRatios, inputs: Tensor) -> Tensor:
+    return torch.cat([model(part.to(model.mean.device))[0].cpu() for part in inputs.split(_PREDICTED_AT_ONCE)])

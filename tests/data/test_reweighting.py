@@ -1,0 +1,148 @@
+"""Rows that stand for combinations: exact with true density ratios, and what the draw and its errors promise."""
+
+import numpy as np
+import pytest
+import torch
+
+from hf_causal_context.contexts import ConceptSet, Context
+from hf_causal_context.data import density_ratios, reweighting
+from hf_causal_context.data.reweighting import (
+    MIN_EFFECTIVE_SAMPLE_SIZE,
+    combination_logits,
+    draw,
+    effective_sample_size,
+    reweight,
+    wanted_combinations,
+)
+from hf_causal_context.data.worlds.linear_gaussian import LinearGaussianModel
+
+CONCEPTS = ConceptSet(("a", "b"))
+EFFECT, MEAN, SPREAD = 0.8, 1.0, 0.8
+# a -> b, and an effect c of both that nobody intervenes on
+WORLD = LinearGaussianModel(
+    ("a", "b", "c"),
+    effects={("a", "b"): EFFECT, ("a", "c"): 0.5, ("b", "c"): -0.5},
+    deviations=(1.0, 0.6, 0.3),
+    interventions={"a": (MEAN, SPREAD), "b": (-MEAN, SPREAD)},
+)
+SETS = ((), "a", "b")
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Estimates in seconds."""
+    for name, value in {"NUM_MODELS": 1}.items():
+        monkeypatch.setattr(density_ratios, name, value)
+
+
+def world(num, seed=0):
+    rows = [WORLD.sample(num, context, np.random.default_rng(seed + i)) for i, context in enumerate(SETS)]
+    contexts = [str(Context(context)) if context else "" for context in SETS for _ in range(num)]
+    return torch.from_numpy(np.concatenate(rows)).float(), contexts
+
+
+def true_log_ratios(rows):
+    def log_normal(x, mean, deviation):
+        return -0.5 * ((x - mean) / deviation) ** 2 - np.log(deviation)
+
+    a, b = rows[:, 0], rows[:, 1]
+    of_a = log_normal(a, MEAN, SPREAD) - log_normal(a, 0, 1)
+    of_b = log_normal(b, -MEAN, SPREAD) - log_normal(b, EFFECT * a, 0.6)
+    return torch.stack([of_a, of_b], dim=1)
+
+
+def test_pooled_rows_weighted_by_the_true_ratios_follow_the_pair():
+    rows, _ = world(40_000)
+    truth = torch.from_numpy(WORLD.sample(40_000, ("a", "b"), np.random.default_rng(9))).float()
+    logits = combination_logits(true_log_ratios(rows), torch.full((3,), 1 / 3), [0, 1])
+    assert float(logits.exp().mean()) == pytest.approx(1, abs=0.1)
+    weights = logits.softmax(0).float()
+    mean = weights @ rows
+    assert mean == pytest.approx(truth.mean(0), abs=0.06)
+    assert ((rows - mean).T * weights) @ (rows - mean) == pytest.approx(truth.T.cov(), abs=0.06)
+    # not what the rows of either set look like
+    assert abs(rows[40_000:80_000].mean(0) - truth.mean(0)).max() > 0.5
+
+
+def test_shares_of_the_sets_are_accounted_for():
+    rows, _ = world(40_000)
+    kept = torch.cat([torch.arange(10_000), torch.arange(40_000, 80_000), torch.arange(80_000, 100_000)])
+    shares = torch.tensor([1.0, 4.0, 2.0]) / 7
+    truth = torch.from_numpy(WORLD.sample(40_000, ("a", "b"), np.random.default_rng(9))).float()
+    weights = combination_logits(true_log_ratios(rows[kept]), shares, [0, 1]).softmax(0).float()
+    assert weights @ rows[kept] == pytest.approx(truth.mean(0), abs=0.06)
+
+
+def test_the_effective_sample_size_counts_rows():
+    assert effective_sample_size(torch.full((40,), 1 / 40)) == pytest.approx(40)
+    assert effective_sample_size(torch.tensor([0.5, 0.5, 0.0, 0.0])) == pytest.approx(2)
+
+
+def test_a_draw_takes_every_row_as_often_as_its_weight_says():
+    weights = torch.rand(2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights /= weights.sum()
+    drawn = draw(weights, 5000, torch.Generator().manual_seed(1))
+    counts = torch.bincount(drawn, minlength=2000)
+    assert len(drawn) == 5000
+    assert (counts - 5000 * weights).abs().max() < 1
+    assert drawn.equal(draw(weights, 5000, torch.Generator().manual_seed(1)))
+
+
+def test_no_row_fills_a_combination():
+    weights = torch.full((2000,), 1e-6, dtype=torch.float64)
+    weights[7] = 1.0
+    drawn = draw(weights / weights.sum(), 10_000, torch.Generator().manual_seed(0))
+    assert (drawn == 7).sum() <= 31
+
+
+def test_estimated_ratios_find_the_pair_in_which_one_concept_causes_the_other(short):
+    latents, contexts = world(3000)
+    # rotated and squashed, so that concepts must be found
+    mixing = torch.linalg.qr(torch.randn(6, 3, generator=torch.Generator().manual_seed(0))).Q
+    inputs = torch.tanh(latents @ mixing.T / 2)
+    (pair,) = reweight(inputs, contexts, CONCEPTS, [Context("a", "b")], seed=0)
+    assert pair.supported
+    assert len(pair.rows) == 3000
+    truth = WORLD.sample(20_000, ("a", "b"), np.random.default_rng(9))
+    assert latents[pair.rows].mean(0).numpy() == pytest.approx(truth.mean(0), abs=0.25)
+    assert abs(np.corrcoef(latents[pair.rows, :2].T.numpy())[0, 1]) < 0.3  # in do(a), 0.7
+
+
+@pytest.mark.parametrize("of_b", [0.0, -9.0])
+def test_what_the_data_does_not_hold_is_left_to_the_mechanism(of_b, monkeypatch):
+    rows, contexts = world(200)
+    estimate = torch.full((600, 2), of_b)
+    estimate[:, 0] = 0.0
+    if not of_b:
+        estimate[3] = 12.0  # a single row looks like both
+    monkeypatch.setattr(reweighting, "estimate_log_ratios", lambda *args, **kwargs: estimate)
+    (pair,) = reweight(rows, contexts, CONCEPTS, [Context("a", "b")], seed=0)
+    assert not pair.supported
+    assert len(pair.rows) == 0
+    if of_b:
+        assert pair.effective_sample_size == pytest.approx(600)  # all rows alike, in being impossible
+        assert pair.mass < 0.001
+    else:
+        assert pair.effective_sample_size < MIN_EFFECTIVE_SAMPLE_SIZE
+
+
+def test_rows_of_other_contexts_are_not_used_and_a_missing_set_is_an_error(short):
+    rows, contexts = world(300)
+    marked = ["a=0.5" if i % 3 == 0 else context for i, context in enumerate(contexts)]
+    (pair,) = reweight(rows, marked, CONCEPTS, [Context("a", "b")], seed=0)
+    assert not (pair.rows % 3 == 0).any()
+    without = [context.replace("b", "a") for context in contexts]
+    with pytest.raises(ValueError, match="one set per concept at strength 1; missing: the set of 'b'. Add the rows"):
+        reweight(rows, without, CONCEPTS, [Context("a", "b")], seed=0)
+
+
+def test_combinations_are_named():
+    three = ConceptSet(("a", "b", "c"))
+    assert wanted_combinations(["pairs"], three) == [Context("a", "b"), Context("a", "c"), Context("b", "c")]
+    assert wanted_combinations(["all"], three)[-1] == Context("a", "b", "c")
+    assert wanted_combinations(["c+a"], three) == [Context("a", "c")]
+    with pytest.raises(ValueError, match="Unknown concept 'd'"):
+        wanted_combinations(["a+d"], three)
+    for name in ("a", "", "a=0.5,b"):
+        with pytest.raises(ValueError, match=r"cannot be reweighted: it is no combination of concepts at strength 1"):
+            wanted_combinations([name], three)

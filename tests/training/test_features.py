@@ -1,0 +1,49 @@
+"""What a frozen denoiser sees in pictures, for every family of bases."""
+
+import numpy as np
+import pytest
+import torch
+from peft import get_peft_model
+from PIL import Image
+
+from hf_causal_context import CausalContextConfig
+from hf_causal_context.training.bases import load_base
+from hf_causal_context.training.features import denoiser_features, principal_components
+
+from .tiny_pipelines import PIPELINES
+
+
+def pictures(count, base, size):
+    generator = np.random.default_rng(0)
+    shape = (count, size, size, base.image_channels)
+    squeezed = generator.integers(0, 256, shape, dtype=np.uint8).squeeze(-1 if base.image_channels == 1 else ())
+    return [Image.fromarray(pixels) for pixels in squeezed]
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_family_gives_features_that_tell_pictures_apart(name, pipeline_folder):
+    base = load_base(pipeline_folder(name))
+    size = base.default_resolution
+    shown = pictures(6, base, size)
+    config = CausalContextConfig(concepts=("a", "b"), mechanism="reduced")
+    model = get_peft_model(base.denoiser, config).train()
+    seen = denoiser_features(base, model, [*shown, shown[0]], size, 2)
+    assert seen.shape[0] == 7
+    assert torch.isfinite(seen).all()
+    distances = torch.cdist(seen, seen)
+    assert distances[0, 6] < 1e-2 * distances[0, 1:6].min()
+    # nothing is left behind: the model trains on, and computes all of itself
+    assert model.training
+    assert not any(
+        block._forward_hooks for block in base.denoiser.modules() if type(block).__name__.endswith(("Block", "Block2D"))
+    )
+
+
+def test_principal_components_keep_the_largest_directions_half_whitened():
+    directions = torch.linalg.qr(torch.randn(20, 20)).Q[:3]
+    values = torch.randn(500, 3) * torch.tensor([9.0, 4.0, 1.0]) @ directions + 0.001 * torch.randn(500, 20)
+    components = principal_components(values)
+    assert components.shape == (500, 20)
+    deviations = components.std(0)
+    assert (deviations[:3] > 10 * deviations[3:].max()).all()
+    assert components.equal(principal_components(values))
