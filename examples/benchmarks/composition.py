@@ -1,0 +1,115 @@
+"""Does it compose? Every method on one frozen base, with the same data, updates and rank, against the truth.
+
+    python examples/benchmarks/composition.py --output_dir composition
+
+The data are vectors of a known causal world (`hf_causal_context/data/worlds/vectors.py`), dependent and independent.
+Every result is a file of its own, so that the command goes on where it was stopped, and several can share the work
+(`--worlds`, `--seeds`, `--methods`). Distances are sliced Wasserstein to fresh true vectors; the floor is that of as
+many true vectors.
+"""
+
+import argparse
+import json
+import time
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from composition_methods import METHODS, Sampler, Study
+from composition_table import write_tables
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from vector_flow import VectorFlow, train_base
+
+from hf_causal_context import ConceptSet, Context
+from hf_causal_context.data.worlds.vectors import CONCEPTS, sample_vectors
+from hf_causal_context.evaluation.metrics import sliced_wasserstein
+
+WORLDS = ("dependent", "independent")
+ROWS_PER_CONTEXT = 20_000
+NUM_SAMPLES = 1_500
+NUM_REFERENCE = 3_000
+SINGLES = tuple(Context(concept) for concept in CONCEPTS)
+PAIRS, TRIPLES = (tuple(Context(*names) for names in combinations(CONCEPTS, size)) for size in (2, 3))
+EVERYTHING = Context(*CONCEPTS)
+JUDGED = (Context(), *SINGLES, *PAIRS, *TRIPLES[::4], EVERYTHING)  # five of the twenty triples, to save time
+
+
+def true_vectors(context: Context, num: int, seed: int, world: str) -> Tensor:
+    """Vectors (num, D) of a context."""
+    return torch.from_numpy(sample_vectors(num, context, seed, dependent=world == "dependent")[0])
+
+
+def make_study(world: str, seed: int, arguments: argparse.Namespace) -> Study:
+    """The data of a world, and the base of all seeds, trained on the first one's observational set."""
+    first = 1000 * (seed + 1)  # of the seeds: every set has noise of its own
+    everything = (Context(), *SINGLES, *PAIRS, *TRIPLES, EVERYTHING)
+    sets = {c: true_vectors(c, ROWS_PER_CONTEXT, first + i, world) for i, c in enumerate(everything)}
+    path = arguments.output_dir / f"base-{world}.safetensors"
+    base = VectorFlow()
+    if path.exists():
+        base.load_state_dict(load_file(path))
+    else:
+        train_base(base, true_vectors(Context(), ROWS_PER_CONTEXT, 1000, world), arguments.base_steps)
+        save_file(base.state_dict(), path)
+    base.requires_grad_(False).eval()
+    trained = {context: sets[context] for context in (Context(), *SINGLES)}
+    return Study(base, ConceptSet(CONCEPTS), trained, sets, PAIRS, seed, arguments.steps, arguments.batch_size)
+
+
+def truth(world: str) -> Sampler:
+    """Fresh vectors of the world itself, in place of samples."""
+    return lambda context, num, seed: true_vectors(context, num, 2 * 10**6 + _seed_of(context, seed), world)
+
+
+def _seed_of(context: Context, seed: int) -> int:
+    return 100 * seed + JUDGED.index(context)  # so that contexts do not share their noise
+
+
+def distances(draw: Sampler, world: str, seed: int) -> dict[str, float]:
+    """Sliced Wasserstein distance of every judged context."""
+    result = {}
+    for context in JUDGED:
+        samples = draw(context, NUM_SAMPLES, seed)
+        reference = true_vectors(context, NUM_REFERENCE, 10**6 + _seed_of(context, seed), world)
+        result[str(context)] = sliced_wasserstein(samples, reference)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=WORLDS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
+    parser.add_argument("--methods", nargs="+", choices=("floor", *METHODS), default=("floor", *METHODS))
+    parser.add_argument("--steps", type=int, default=1000, help="updates of every method")
+    parser.add_argument("--batch_size", type=int, default=512)
+    parser.add_argument("--base_steps", type=int, default=6000)
+    arguments = parser.parse_args()
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    for seed in arguments.seeds:
+        for world in arguments.worlds:
+            study = None
+            for method in arguments.methods:
+                done = arguments.output_dir / f"{world}-{seed}-{method.replace(', ', '-').replace(' ', '_')}.json"
+                if done.exists():
+                    continue
+                study = study or make_study(world, seed, arguments)
+                start = time.perf_counter()
+                samplers = METHODS[method](study) if method != "floor" else {"floor": truth(world)}
+                trained = time.perf_counter()
+                results = {name: distances(draw, world, seed) for name, draw in samplers.items()}
+                seconds = {"train": trained - start, "sample": time.perf_counter() - trained}
+                content: dict[str, Any] = {"results": results, "seconds": seconds}
+                if "reweighted" in method:
+                    content["drawn"] = {str(d.context): [d.effective_sample_size, d.mass] for d in study.reweighted}
+                done.write_text(json.dumps(content, indent=1) + "\n")
+                means = {name: sum(r[str(p)] for p in PAIRS) / len(PAIRS) for name, r in results.items()}
+                print(world, seed, {name: round(mean, 4) for name, mean in means.items()}, seconds, flush=True)
+    write_tables(arguments.output_dir)
+
+
+if __name__ == "__main__":
+    main()
