@@ -17,7 +17,7 @@ A causal context adapter for {base_text}, trained on interventional data with
 [hf_causal_context](https://pypi.org/project/hf-causal-context/): an observational set and one set per concept. Its
 concepts compose, in combinations never seen in training.
 
-Concepts: {concepts}.
+Concepts: {concepts}.{reweighted}
 
 {picture}## Use
 
@@ -51,6 +51,7 @@ def write_card(
     call: str,
     setup: str | None = None,
     picture: str | None = None,
+    reweighted: Sequence[str] = (),
     results: str = "",
 ) -> None:
     """Write README.md, the card that the Hub shows, over PEFT's generic one.
@@ -63,6 +64,7 @@ def write_card(
         call: Python code that calls `pipe` for a picture.
         setup: Python code that defines `pipe`; by default it loads `base`.
         picture: path of a sample grid inside the folder.
+        reweighted: combinations that were trained on rows of single interventions.
         results: Markdown with what was measured.
     """
     local = Path(base).exists()
@@ -73,11 +75,13 @@ def write_card(
         tags=["causal-context", "hf_causal_context", "diffusers"],
     )
     example = "+".join(concepts[:2])
+    names = ", ".join(f"`{context}`" for context in reweighted)
     text = _BODY.format(
         metadata=metadata.to_yaml(),
         title=folder.resolve().name,
         base_text=f"`{base}`" if not local else "a local diffusers pipeline",
         concepts=", ".join(f"`{concept}`" for concept in concepts),
+        reweighted=f" Rows of single interventions stood for {names}." if names else "",
         picture=f"![Samples in each context]({picture})\n\n" if picture else "",
         setup=setup or f"\npipe = DiffusionPipeline.from_pretrained({base!r})",
         denoiser=denoiser,

@@ -33,6 +33,7 @@ from .training.bases import load_base
 from .training.families import Base
 from .training.finetune import train
 from .training.generation import generate, picture_grid
+from .training.reweighting import drawn_contexts
 
 BASE = Path(str(files("hf_causal_context") / "models" / "digit_base"))
 PEERS = Path(str(files("hf_causal_context") / "models" / "digit_peers.json"))
@@ -138,6 +139,7 @@ def quickstart(output_dir: Path, seed: int = 0) -> None:
         call=base.example_call,
         setup="from hf_causal_context.quickstart import BASE\n\npipe = DiffusionPipeline.from_pretrained(BASE)",
         picture="grid.png",
+        reweighted=drawn_contexts(output_dir),
         results=table,
     )
     again = load_base(str(BASE))

@@ -120,6 +120,7 @@ def train(arguments: TrainingArguments, base: Base | None = None, data: Interven
             denoiser=base.denoiser_name,
             call=base.example_call,
             picture=_grid_name(num_steps) if wanted else None,
+            reweighted=tuple(data.reweighted),
         )
     return folder
 

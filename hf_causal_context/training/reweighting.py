@@ -47,8 +47,9 @@ def add_reweighted_contexts(
     if not isinstance(data.rows, Dataset):
         raise ValueError("--reweighted_contexts draws rows by number, which a stream has not. Leave --streaming out.")
     wanted = wanted_combinations(arguments.reweighted_contexts, data.concepts)
-    if trained := sorted({str(context) for context in wanted} & set(data.contexts)):
-        raise ValueError(f"{quoted(trained)} is trained on already: take it out of --reweighted_contexts.")
+    wanted = [context for context in wanted if str(context) not in data.contexts]  # those have rows of their own
+    if not wanted:
+        return data
     output_dir = Path(arguments.output_dir)
     key = {"rows": len(data.rows), "seed": arguments.seed, "combinations": [str(context) for context in wanted]}
     stored = _read(output_dir / FILE) if not is_main_process or checkpoint_steps(output_dir) else None
@@ -76,6 +77,12 @@ def add_reweighted_contexts(
         _write(output_dir, stored)
     rows = {name: np.array(entry["rows"], np.int64) for name, entry in stored["contexts"].items() if entry["rows"]}
     return dataclasses.replace(data, reweighted=rows)
+
+
+def drawn_contexts(output_dir: Path) -> tuple[str, ...]:
+    """The combinations that the run in a folder drew rows for."""
+    stored = _read(output_dir / FILE) or {"contexts": {}}
+    return tuple(name for name, entry in stored["contexts"].items() if entry["rows"])
 
 
 def table(drawn: Sequence[ReweightedContext]) -> str:
