@@ -89,12 +89,15 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
+    settings = {name: getattr(arguments, name) for name in ("steps", "batch_size", "base_steps")}
     for seed in arguments.seeds:
         for world in arguments.worlds:
             study = None
             for method in arguments.methods:
                 done = arguments.output_dir / f"{world}-{seed}-{method.replace(', ', '-').replace(' ', '_')}.json"
                 if done.exists():
+                    if (before := json.loads(done.read_text())["settings"]) != settings:
+                        raise SystemExit(f"{done} was made with {before}, not {settings}. Choose another --output_dir.")
                     continue
                 study = study or make_study(world, seed, arguments)
                 start = time.perf_counter()
@@ -102,7 +105,7 @@ def main() -> None:
                 trained = time.perf_counter()
                 results = {name: distances(draw, world, seed) for name, draw in samplers.items()}
                 seconds = {"train": trained - start, "sample": time.perf_counter() - trained}
-                content: dict[str, Any] = {"results": results, "seconds": seconds}
+                content: dict[str, Any] = {"settings": settings, "results": results, "seconds": seconds}
                 if "reweighted" in method:
                     content["drawn"] = {str(d.context): [d.effective_sample_size, d.mass] for d in study.reweighted}
                 done.write_text(json.dumps(content, indent=1) + "\n")

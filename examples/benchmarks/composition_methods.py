@@ -54,11 +54,11 @@ class Study:
     def reweighted_sets(self) -> Sets:
         """`sets`, and those of the pairs that the data supports."""
         vectors = self.pooled
-        return {**self.sets, **{drawn.context: vectors[drawn.rows] for drawn in self.reweighted if drawn.supported}}
+        return {**self.sets, **{drawn.context: vectors[drawn.rows] for drawn in self.reweighted if not drawn.doubt}}
 
 
 class Batches:
-    """Noised vectors of random contexts, in proportion to their shares."""
+    """Noised vectors of random contexts; reweighted ones come half as often as real ones."""
 
     def __init__(self, study: Study, sets: Sets, batch_size: int | None = None) -> None:
         self.generator = torch.Generator().manual_seed(study.seed)
@@ -67,8 +67,8 @@ class Batches:
         self._sizes = torch.tensor([len(vectors) for vectors in sets.values()])
         self._starts = self._sizes.cumsum(0) - self._sizes
         self._masks = study.concepts.mask(list(sets))
-        reweighted = sets is study.__dict__.get("reweighted_sets")
-        self._shares = torch.tensor([REWEIGHTED_SHARE if reweighted and len(c.targets) > 1 else 1.0 for c in sets])
+        real = (vectors is study.oracle_sets.get(context) for context, vectors in sets.items())
+        self._shares = torch.tensor([1.0 if own else REWEIGHTED_SHARE for own in real])
 
     def __call__(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x (B, D), time (B,), velocity (B, D), mask (B, K)."""

@@ -74,7 +74,7 @@ def estimate_log_ratios(
                 rows = torch.nonzero(codes == code)[:, 0]
                 folds[rows[torch.randperm(len(rows), generator=generator)]] = torch.arange(len(rows)) % NUM_FOLDS
         training = folds != fold
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
             torch.manual_seed(seed * len(jobs) + number)
             fitted = MechanismRatios(inputs.shape[1], num_concepts, dropout).to(device)
             fitted = _fit(fitted, scaled[training], codes[training], input_noise)

@@ -23,12 +23,16 @@ import torch
 from torch import Tensor
 
 from ..contexts import ConceptSet, Context
-from .density_ratios import estimate_log_ratios, log_pool
+from .density_ratios import NUM_FOLDS, estimate_log_ratios, log_pool
 
 # A combination below it rests on too few rows to be learnt from them, and is left to the mechanism.
-MIN_EFFECTIVE_SAMPLE_SIZE = 100
+MIN_EFFECTIVE_SAMPLE_SIZE = 50
 # Nor are ratios believed whose combination has another mass than 1 by a larger factor.
 LARGEST_MASS_ERROR = 3.0
+# Nor where supports do not overlap: drawn rows must look intervened on at least this often, relative to rows that were.
+_LEAST_PRESENCE = 0.5
+# Nor where nothing was learnt: rows under an intervention must look so this much more often than observational ones.
+_LEAST_CONTRAST = 0.1
 # No row makes up more than this share of a combination: a single wrong ratio must not fill it.
 _LARGEST_SHARE = 0.003
 
@@ -39,20 +43,17 @@ class ReweightedContext:
 
     Attributes:
         context: the combination.
-        rows: numbers of the drawn rows, int64; some come several times. Empty where the ESS is too small.
+        rows: numbers of the drawn rows, int64; some come several times. Empty if there is a doubt.
         effective_sample_size: how many equally weighted rows the weights are worth.
         mass: of the combination's density over the pooled rows; far from 1, the estimated ratios contradict each other.
+        doubt: why the data does not support the combination, or None.
     """
 
     context: Context
     rows: Tensor
     effective_sample_size: float
     mass: float
-
-    @property
-    def supported(self) -> bool:
-        """Whether the data holds this combination."""
-        return len(self.rows) > 0
+    doubt: str | None
 
 
 def reweight(
@@ -80,23 +81,44 @@ def reweight(
     Raises:
         ValueError: for a missing set of the observational context or of a concept.
     """
-    codes = _codes([Context.parse(context) for context in contexts], concepts)
-    _check_sets(codes, concepts)
+    codes = check_sets(contexts, concepts)
     used = torch.nonzero(codes >= 0)[:, 0]
     options: Any = {"seed": seed, "input_noise": input_noise, "dropout": dropout, "device": device}
     ratios = estimate_log_ratios(inputs[used], codes[used], len(concepts), **options)
+    found = ratios > 0  # rows that look intervened on
     shares = torch.bincount(codes[used], minlength=len(concepts) + 1) / len(used)
     generator = torch.Generator().manual_seed(seed)
     num = len(used) // (len(concepts) + 1)
     drawn = []
     for context in wanted:
-        logits = combination_logits(ratios, shares, [concepts.index(target) for target in context.targets])
+        targets = [concepts.index(target) for target in context.targets]
+        logits = combination_logits(ratios, shares, targets)
         weights, mass = logits.softmax(0), float(logits.exp().mean())
         size = effective_sample_size(weights)
-        believed = size >= MIN_EFFECTIVE_SAMPLE_SIZE and 1 / LARGEST_MASS_ERROR <= mass <= LARGEST_MASS_ERROR
-        rows = used[draw(weights, num, generator)] if believed else used[:0]
-        drawn.append(ReweightedContext(context, rows, size, mass))
+        doubt = _doubt_of_numbers(size, mass) or _doubt_of_rows(found, codes[used], weights, targets, concepts)
+        rows = used[:0] if doubt else used[draw(weights, num, generator)]
+        drawn.append(ReweightedContext(context, rows, size, mass, doubt))
     return drawn
+
+
+def _doubt_of_numbers(size: float, mass: float) -> str | None:
+    if size < MIN_EFFECTIVE_SAMPLE_SIZE:
+        return f"fewer than {MIN_EFFECTIVE_SAMPLE_SIZE}"
+    if not 1 / LARGEST_MASS_ERROR <= mass <= LARGEST_MASS_ERROR:
+        return f"its mass is {mass:.2g} instead of 1: the estimated densities contradict each other"
+    return None
+
+
+def _doubt_of_rows(
+    found: Tensor, codes: Tensor, weights: Tensor, targets: Sequence[int], concepts: ConceptSet
+) -> str | None:
+    for k in targets:
+        observational, intervened = (float(found[codes == code, k].float().mean()) for code in (0, k + 1))
+        if intervened - observational < _LEAST_CONTRAST:
+            return f"{concepts.names[k]!r} cannot be told from the observational rows"
+        if float(weights @ found[:, k].double()) < _LEAST_PRESENCE * intervened:
+            return f"no rows look like all of it: most lack {concepts.names[k]!r}"
+    return None
 
 
 def combination_logits(log_ratios: Tensor, shares: Tensor, targets: Sequence[int]) -> Tensor:
@@ -139,6 +161,8 @@ def wanted_combinations(names: Sequence[str], concepts: ConceptSet) -> list[Cont
     if list(names) in (["pairs"], ["all"]):
         sizes = (2,) if names[0] == "pairs" else range(2, len(concepts) + 1)
         return [Context(*targets) for size in sizes for targets in combinations(concepts, size)]
+    if shorthand := {"pairs", "all"}.intersection(names):
+        raise ValueError(f"{sorted(shorthand)[0]!r} stands alone; received {list(names)}. Name it, or combinations.")
     wanted = [Context.parse(name) for name in names]
     concepts.mask(wanted)  # refuses unknown names
     for context in wanted:
@@ -150,17 +174,19 @@ def wanted_combinations(names: Sequence[str], concepts: ConceptSet) -> list[Cont
     return wanted
 
 
-def _codes(contexts: Sequence[Context], concepts: ConceptSet) -> Tensor:
-    """0 for observational rows, k + 1 for those of concept k alone at strength 1, -1 for others; int64 (N,)."""
-    number = {Context(): 0, **{Context(name): k for k, name in enumerate(concepts, 1)}}
-    return torch.tensor([number.get(context, -1) for context in contexts])
+def check_sets(contexts: Sequence[str], concepts: ConceptSet) -> Tensor:
+    """0 for observational rows, k + 1 for those of concept k alone at strength 1, -1 for others; int64 (N,).
 
-
-def _check_sets(codes: Tensor, concepts: ConceptSet) -> None:
+    Raises:
+        ValueError: for a set without enough rows.
+    """
+    number = {"": 0, **{str(Context(name)): k for k, name in enumerate(concepts, 1)}}
+    codes = torch.tensor([number.get(context, -1) for context in contexts])
     counts = torch.bincount(codes[codes >= 0], minlength=len(concepts) + 1).tolist()
     names = ("the observational set", *(f"the set of {name!r}" for name in concepts))
-    if missing := [name for name, count in zip(names, counts, strict=True) if not count]:
+    if few := [f"{name} has {count}" for name, count in zip(names, counts, strict=True) if count < NUM_FOLDS]:
         raise ValueError(
-            f"Reweighting combinations needs the observational set and one set per concept at strength 1; missing: "
-            f"{', '.join(missing)}. Add the rows, or leave --reweighted_contexts out."
+            f"Reweighting combinations needs the observational set and one set per concept at strength 1, each of at "
+            f"least {NUM_FOLDS} training rows: {', '.join(few)}. Add rows, or leave --reweighted_contexts out."
         )
+    return codes

@@ -102,8 +102,8 @@ def _notes(evidence: Evidence, context: Context, num: int) -> Iterable[str]:
         )
     elif num < asked:
         yield (
-            f"{name}: {len(real)} real rows are less than twice the {asked} samples of a seed group: distances compare "
-            f"{num} of the samples with {len(real) - num} real rows."
+            f"{name}: {len(real)} real rows were read, less than twice the {asked} samples of a seed group: distances "
+            f"compare {num} of the samples with {len(real) - num} real rows."
         )
     if evidence.attribute_names:
         unread = torch.cat(_attributes(groups)).isnan().any(1).float().mean()

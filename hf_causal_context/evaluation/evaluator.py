@@ -143,6 +143,8 @@ def evaluate(
         wanted, notes = _default_contexts(concepts, real, trained)
     if data.has_captions:
         notes.append(f"Real pictures have captions, all samples the prompt {prompt or ''!r}: distances hold that too.")
+    if base.takes_classes:
+        notes.append(f"All samples are of class {class_label}, real pictures of any: distances hold that too.")
     draw = partial(
         generate,
         base,

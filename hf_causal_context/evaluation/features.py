@@ -85,7 +85,14 @@ def load_vision_features(name_or_path: str) -> VisionFeatures:
     from transformers import AutoModel
     from transformers.image_processing_base import ImageProcessingMixin
 
-    loaded = AutoModel.from_pretrained(name_or_path, use_safetensors=True, trust_remote_code=False)
+    loaded, info = AutoModel.from_pretrained(
+        name_or_path, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+    )
+    if missing := sorted(name for name in info["missing_keys"] if "text" not in name):
+        raise ValueError(
+            f"--feature_extractor {name_or_path!r} lacks weights of its model, which would be random: "
+            f"{', '.join(missing[:3])}. Name a complete vision model, such as facebook/dinov2-small."
+        )
     model = getattr(loaded, "vision_model", loaded)  # the half of CLIP and SigLIP that sees
     if getattr(model, "main_input_name", None) != "pixel_values":
         raise ValueError(

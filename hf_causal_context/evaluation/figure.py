@@ -58,9 +58,7 @@ def _distances(figure: Any, report: EvaluationReport) -> None:
             label=label,
         )
     names = [result.context or "(observational)" for result in results]
-    axes.set_yticks(
-        rows, [f"{n}" if r.trained else f"{n}  (never trained)" for n, r in zip(names, results, strict=True)]
-    )
+    axes.set_yticks(rows, [f"{n}" if r.trained else f"{n}  (held out)" for n, r in zip(names, results, strict=True)])
     for tick, result in zip(axes.get_yticklabels(), results, strict=True):
         tick.set_color("black" if result.trained else _UNSEEN)
     axes.invert_yaxis()

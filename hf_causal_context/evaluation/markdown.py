@@ -42,7 +42,7 @@ def _distances(report: EvaluationReport) -> Iterator[str]:
         if summary.samples is not None:
             numbers = [f"**{_number(value)}**" for value in (summary.samples, summary.floor, summary.base)]
             rows.append((f"**{name}**", trained, *numbers, f"**{_number(summary.gap_closed, 2)}**", "", ""))
-    header = ("context", "trained", "samples", "floor", "base", "gap closed", "diversity", "real rows")
+    header = ("context", "data", "samples", "floor", "base", "gap closed", "diversity", "real rows")
     yield from _table(header, rows)
     if any(estimate.half_width is not None for estimate in _estimates(report)):
         yield from (
@@ -65,7 +65,7 @@ def _attributes(report: EvaluationReport) -> Iterator[str]:
         ours, real = result.attributes or {}, result.real_attributes or {}
         cells = [f"{_number(ours.get(name), 2)} / {_number(real.get(name), 2)}" for name in names]
         rows.append((*_head(result), *cells, *_distance_cells(result.attribute_distance, 3)))
-    yield from _table(("context", "trained", *names, "distance", "floor", "base", "gap closed"), rows)
+    yield from _table(("context", "data", *names, "distance", "floor", "base", "gap closed"), rows)
 
 
 def _features(report: EvaluationReport) -> Iterator[str]:
@@ -78,7 +78,7 @@ def _features(report: EvaluationReport) -> Iterator[str]:
         for result in report.contexts
     ]
     columns = [f"{metric} {of}".strip() for metric in ("FID", "KID") for of in ("", "floor", "base")]
-    yield from _table(("context", "trained", *columns), rows)
+    yield from _table(("context", "data", *columns), rows)
 
 
 def _conformity(report: EvaluationReport) -> Iterator[str]:
@@ -101,7 +101,7 @@ def _conformity(report: EvaluationReport) -> Iterator[str]:
     for summary, name, trained in _summaries(report):
         conformity = (f"**{summary.conformity:.2f}**", f"**{_number(summary.real_conformity, 2)}**")
         rows.append((f"**{name}**", trained, *conformity, *[""] * len(report.concepts)))
-    yield from _table(("context", "trained", "conformity", "real", *report.concepts), rows)
+    yield from _table(("context", "data", "conformity", "real", *report.concepts), rows)
 
 
 def _leakages(report: EvaluationReport) -> Iterator[str]:
@@ -144,14 +144,16 @@ def _strengths(report: EvaluationReport) -> Iterator[str]:
         "brackets. *Monotone*: the logit never falls from 0 to 1."
     )
     yield ""
-    strengths = report.strength_curves[0].strengths
+    strengths = sorted({strength for curve in report.strength_curves for strength in curve.strengths})
     rows = []
     for curve in report.strength_curves:
-        cells = [f"{a:+.1f} ({b:.2f})" for a, b in zip(curve.logits, curve.probabilities, strict=True)]
-        rows.append((curve.concept, *cells, _yes(curve.monotone)))
+        read = zip(curve.strengths, curve.logits, curve.probabilities, strict=True)
+        cells = {strength: f"{logit:+.1f} ({probability:.2f})" for strength, logit, probability in read}
+        rows.append((curve.concept, *(cells.get(strength, "") for strength in strengths), _yes(curve.monotone)))
         if curve.attribute is not None:
-            cells = [_number(value, 2) for value in curve.attribute]
-            rows.append((f"{curve.concept} (attribute)", *cells, _yes(bool(curve.attribute_monotone))))
+            cells = {s: _number(value, 2) for s, value in zip(curve.strengths, curve.attribute, strict=True)}
+            monotone = _yes(bool(curve.attribute_monotone))
+            rows.append((f"{curve.concept} (attribute)", *(cells.get(s, "") for s in strengths), monotone))
     yield from _table(("concept", *(f"{strength:g}" for strength in strengths), "monotone"), rows)
     yield ""
     falls = [curve.concept for curve in report.strength_curves if not curve.monotone]
@@ -177,13 +179,13 @@ def _settings(report: EvaluationReport) -> Iterator[str]:
 
 def _summaries(report: EvaluationReport) -> Iterator[tuple[Summary, str, str]]:
     if report.trained is not None:
-        yield report.trained, "mean, trained", "yes"
+        yield report.trained, "mean, trained", "trained"
     if report.unseen is not None:
-        yield report.unseen, "mean, never trained", "never"
+        yield report.unseen, "mean, held out", "held out"
 
 
 def _head(result: ContextResult) -> tuple[str, str]:
-    return result.context or "(observational)", "yes" if result.trained else "never"
+    return result.context or "(observational)", "trained" if result.trained else "held out"
 
 
 def _distance_cells(distances: Distances | None, digits: int = 4) -> tuple[str, str, str, str]:

@@ -21,11 +21,11 @@ from .readings import Readings
 from .results import ContextResult, Drift, EvaluationReport, Leakage, StrengthCurve, Summary
 
 NO_UNSEEN = (
-    "No context that training left out has real rows, so no combination can be compared with the truth. Still "
-    "measured: the trained contexts, whether the classifiers find the requested concepts in unseen pairs (conformity), "
-    "leakage and strength curves. The classifiers have seen no combination either: where one concept changes what "
-    "another is recognised by, they can miss it in a combination that is right. To compare, add real rows of a "
-    "combination, such as a folder 'thick+slant'; training leaves combinations out."
+    "No context that training left out was sampled and has real rows, so no combination can be compared with the "
+    "truth. Still measured: the trained contexts, whether the classifiers find the requested concepts in unseen pairs "
+    "(conformity), leakage and strength curves. The classifiers have seen no combination either: where one concept "
+    "changes what another is recognised by, they can miss it in a combination that is right. To compare, add real rows "
+    "of a combination, such as a folder 'thick+slant'; training leaves combinations out."
 )
 
 
@@ -105,8 +105,9 @@ def _summary(results: Iterable[ContextResult]) -> Summary | None:
     closed = (
         gap_closed(samples, floor, base) if samples is not None and floor is not None and base is not None else None
     )
-    conformities = [result.conformity.mean for result in results if result.conformity is not None]
-    real = [result.real_conformity for result in results if result.real_conformity is not None]
+    judged = [result for result in results if result.real_conformity is not None] or results
+    conformities = [result.conformity.mean for result in judged if result.conformity is not None]
+    real = [result.real_conformity for result in judged if result.real_conformity is not None]
     return Summary(
         contexts=tuple(result.context for result in results),
         samples=samples,
@@ -120,7 +121,7 @@ def _summary(results: Iterable[ContextResult]) -> Summary | None:
 
 def _notes(evidence: Evidence, accuracy: Mapping[str, float]) -> tuple[str, ...]:
     notes = []
-    if not any(context not in evidence.trained for context in evidence.usable()):
+    if not any(context not in evidence.trained and context in evidence.samples for context in evidence.usable()):
         notes.append(NO_UNSEEN)
     notes += [
         f"Conformity of {concept!r} is not reliable, nor is anything else that its classifier says: on held-out real "

@@ -50,7 +50,7 @@ def samples_grid(report: EvaluationReport) -> Image.Image | None:
         if own.ndim != 4 or own.shape[1] not in (1, 3):
             return None
         name = result.context or "(observational)"
-        labels.append(name if result.trained else f"{name} (never trained)")
+        labels.append(name if result.trained else f"{name} (held out)")
         # Rows of a context without real pictures are left white.
         real.append(own.new_ones(_SHOWN_REAL, *own.shape[1:]) if truth is None else truth[:_SHOWN_REAL])
         samples.append(own)

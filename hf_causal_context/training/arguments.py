@@ -117,6 +117,10 @@ class TrainingArguments(DataArguments):
             raise ValueError(f"--lr_scheduler={self.lr_scheduler} is unknown. Allowed: {', '.join(LR_SCHEDULERS)}.")
         if self.mixed_precision not in (None, "no", "fp16", "bf16"):
             raise ValueError(f"--mixed_precision={self.mixed_precision} is unknown. Allowed: no, fp16, bf16.")
+        if self.reweighted_contexts and self.streaming:
+            raise ValueError(
+                "--reweighted_contexts draws rows by number, which a stream has not. Leave --streaming or it out."
+            )
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name}={getattr(self, name)} must be positive.")

@@ -34,7 +34,7 @@ from .interruption import ignore_interruptions
 from .objectives import Batch
 
 _ENCODED_AT_ONCE = 16
-# Of a reweighted combination in batches, beside 1 for a context with rows of its own.
+# Of a reweighted combination in batches, at most, beside 1 for a context with rows of its own.
 REWEIGHTED_SHARE = 0.5
 
 
@@ -69,7 +69,9 @@ class DenoiserBatches:
         self._contexts = (*data.contexts, *data.reweighted)
         given = parse_weights(arguments.context_weights, arguments.observational_name) or {}
         self._check_weights(given)
-        self._weights = dict.fromkeys(data.reweighted, REWEIGHTED_SHARE) | given
+        # Many combinations together count no more than the real contexts.
+        share = min(REWEIGHTED_SHARE, len(data.contexts) / max(1, len(data.reweighted)))
+        self._weights = dict.fromkeys(data.reweighted, share) | given
         self._masks = {context: data.concepts.mask([Context.parse(context)])[0] for context in self._contexts}
         self._captions: dict[str, dict[str, Tensor]] = {}
         self._check_conditions()

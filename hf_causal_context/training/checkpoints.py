@@ -93,9 +93,11 @@ def check_same_run(folder: Path, arguments: TrainingArguments, model: PeftModel)
     """
     stored = json.loads((folder / ARGUMENTS).read_text())
     given = dataclasses.asdict(arguments)
+    # What a run did not know, because it is older, was as the default is.
+    stored = dataclasses.asdict(TrainingArguments(pretrained_model_name_or_path="any", output_dir="any")) | stored
     differing = {
         f"--{name}": (stored[name], given[name])
-        for name in sorted(given.keys() & stored.keys() - _MAY_CHANGE)
+        for name in sorted(given.keys() - _MAY_CHANGE)
         if stored[name] != given[name]
     }
     # What the arguments leave to the data and the base.

@@ -5,6 +5,7 @@ Shapes: N pictures, B batch, C channels, H x W pixels, T tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -20,7 +21,7 @@ from .families import Base
 
 NUM_FEATURES = 128
 _NOISE_LEVEL = 0.02  # the time step at which clean pictures are shown, as a share of all
-_POOLED_SIDE = 4
+_MOST_OUTPUTS = 8192  # kept per picture, before principal components
 _LARGEST_SIDE = 256
 _BATCH_SIZE = 32
 
@@ -31,7 +32,8 @@ def denoiser_features(
 ) -> Tensor:
     """Principal components (N, at most 128) of what an early and the middle block of the denoiser put out.
 
-    Each is divided by the root of its deviation. Pictures are shown with little noise and without a caption.
+    Each is divided by the root of its deviation. Pictures are shown as they are, at a time step of little noise, and
+    without a caption. Bases in half precision need autocast.
 
     Args:
         base: the pipeline; pictures go to its device.
@@ -46,6 +48,7 @@ def denoiser_features(
     time = int(_NOISE_LEVEL * base.num_train_timesteps)
     training, features = model.training, []
     model.eval()
+    conditions = _conditions(base)
     with _watched_blocks(base.denoiser) as seen:
         for batch in tqdm(_batches(pictures), desc="look at pictures", total=-(-len(pictures) // _BATCH_SIZE), delay=3):
             read = [torch.tensor(read_picture(picture, base.image_channels, resolution)) for picture in batch]
@@ -54,13 +57,15 @@ def denoiser_features(
             if base.prediction == "flow":
                 times = times.float()
             context = clean.new_zeros(len(batch), num_concepts)
+            repeated = {name: row.repeat_interleave(len(batch), 0) for name, row in conditions.items()}
             try:
-                base.predict(model, clean, times, _conditions(base, len(batch)), context)
+                base.predict(model, clean, times, repeated, context)
             except _SeenEnough:
-                features.append(torch.cat([_pooled(output) for output in seen.values()], dim=1).float().cpu())
+                features.append(_pooled(list(seen.values())).cpu())
             seen.clear()
     model.train(training)
-    return principal_components(torch.cat(features))
+    with torch.autocast("cpu", enabled=False):
+        return principal_components(torch.cat(features))
 
 
 def principal_components(features: Tensor) -> Tensor:
@@ -68,7 +73,7 @@ def principal_components(features: Tensor) -> Tensor:
     centred = features - features.mean(0)
     centred = centred / centred.std(0).clamp(min=1e-6)
     with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         _, _, directions = torch.pca_lowrank(centred, q=min(NUM_FEATURES, *centred.shape), center=False, niter=3)
     projected = centred @ directions
     return projected / projected.std(0).clamp(min=1e-6).sqrt()
@@ -86,7 +91,7 @@ def _watched_blocks(denoiser: nn.Module) -> Iterator[dict[int, Tensor]]:
     def watch(number: int, last: bool) -> Any:
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
             tensors = [output] if isinstance(output, Tensor) else [part for part in output if isinstance(part, Tensor)]
-            seen[number] = max(tensors, key=Tensor.numel)  # joint blocks give the text's tokens too
+            seen[number] = tensors[-1]  # joint blocks give the text's tokens before the picture's
             if last:
                 raise _SeenEnough
 
@@ -109,20 +114,27 @@ def _blocks(denoiser: nn.Module) -> list[nn.Module]:
     return [blocks[len(blocks) // 4], blocks[len(blocks) // 2]]
 
 
-def _pooled(output: Tensor) -> Tensor:
-    """(B, C, H, W) or tokens (B, T, C) -> (B, C x 16), averaged over sixteenths."""
-    if output.ndim == 4:
-        return F.adaptive_avg_pool2d(output.float(), _POOLED_SIDE).flatten(1)
-    return F.adaptive_avg_pool1d(output.float().mT, _POOLED_SIDE**2).flatten(1)
+def _pooled(outputs: list[Tensor]) -> Tensor:
+    """Outputs (B, C, H, W) or tokens (B, T, C) -> (B, features), float32: means over 16, 4 or 1 parts."""
+    planes = [output if output.ndim == 4 else _as_plane(output.mT) for output in outputs]
+    channels = sum(plane.shape[1] for plane in planes)
+    side = next(side for side in (4, 2, 1) if channels * side**2 <= _MOST_OUTPUTS or side == 1)
+    return torch.cat([F.adaptive_avg_pool2d(plane.float(), side).flatten(1) for plane in planes], dim=1)
 
 
-def _conditions(base: Base, rows: int) -> dict[str, Tensor]:
+def _as_plane(tokens_BCT: Tensor) -> Tensor:
+    side = math.isqrt(tokens_BCT.shape[2])
+    return tokens_BCT.unflatten(2, (side, side) if side**2 == tokens_BCT.shape[2] else (1, -1))
+
+
+def _conditions(base: Base) -> dict[str, Tensor]:
+    """One row of the first class, or of an empty caption."""
     device = next(base.denoiser.parameters()).device
     if base.takes_classes:
-        return {"class_labels": torch.zeros(rows, dtype=torch.long, device=device)}
+        return {"class_labels": torch.zeros(1, dtype=torch.long, device=device)}
     if not base.takes_captions:
         return {}
-    return {name: tensor.to(device).repeat_interleave(rows, 0) for name, tensor in base.encode_captions([""]).items()}
+    return {name: tensor.to(device) for name, tensor in base.encode_captions([""]).items()}
 
 
 def _batches(pictures: Sequence[Image.Image]) -> Iterator[list[Image.Image]]:

@@ -65,8 +65,7 @@ def train(arguments: TrainingArguments, base: Base | None = None, data: Interven
         base.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
     if arguments.reweighted_contexts:
         with accelerator.main_process_first():  # it estimates what the others read
-            main = accelerator.is_main_process
-            data = add_reweighted_contexts(data, base, model, arguments, is_main_process=main)
+            data = add_reweighted_contexts(data, base, model, arguments, accelerator)
     num_steps = arguments.max_train_steps or arguments.num_train_epochs * _steps_per_epoch(
         data, arguments, accelerator.num_processes
     )

@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import Accelerator
 from datasets import Dataset
 from torch import nn
 
 from ..contexts import quoted
 from ..data import InterventionalData
-from ..data.reweighting import MIN_EFFECTIVE_SAMPLE_SIZE, ReweightedContext, reweight, wanted_combinations
+from ..data.reweighting import ReweightedContext, check_sets, reweight, wanted_combinations
 from .arguments import TrainingArguments
 from .checkpoints import checkpoint_steps, not_written
 from .families import Base
@@ -27,7 +29,7 @@ _DROPOUT = 0.5
 
 
 def add_reweighted_contexts(
-    data: InterventionalData, base: Base, model: nn.Module, arguments: TrainingArguments, *, is_main_process: bool
+    data: InterventionalData, base: Base, model: nn.Module, arguments: TrainingArguments, accelerator: Accelerator
 ) -> InterventionalData:
     """The data with rows that stand for `--reweighted_contexts`; their numbers are kept in the output folder.
 
@@ -38,50 +40,68 @@ def add_reweighted_contexts(
         base: whose denoiser looks at the pictures.
         model: the denoiser with a fresh adapter.
         arguments: the run's settings.
-        is_main_process: whether this process estimates.
+        accelerator: of the run.
 
     Raises:
-        ValueError: for a stream, combinations that cannot be made, or a folder that holds another run's.
+        ValueError: for combinations that cannot be made, or a folder that holds another run's.
         CheckpointError: when the file cannot be written.
+        FileNotFoundError: in a process that does not see the main process's output folder.
     """
-    if not isinstance(data.rows, Dataset):
-        raise ValueError("--reweighted_contexts draws rows by number, which a stream has not. Leave --streaming out.")
+    assert isinstance(data.rows, Dataset)  # the arguments refuse streams
+    contexts: list[str] = data.rows["context"][:]
     wanted = wanted_combinations(arguments.reweighted_contexts, data.concepts)
     wanted = [context for context in wanted if str(context) not in data.contexts]  # those have rows of their own
     if not wanted:
+        accelerator.print("No combination is left to reweight: all that were named have training rows of their own.")
         return data
+    check_sets(contexts, data.concepts)
     output_dir = Path(arguments.output_dir)
-    key = {"rows": len(data.rows), "seed": arguments.seed, "combinations": [str(context) for context in wanted]}
-    stored = _read(output_dir / FILE) if not is_main_process or checkpoint_steps(output_dir) else None
-    if stored is not None and stored["made_from"] != key:
+    path = output_dir / FILE
+    key = {
+        "rows": blake2b("\n".join(contexts).encode(), digest_size=8).hexdigest(),
+        "seed": arguments.seed,
+        "resolution": arguments.resolution,
+        "combinations": [str(context) for context in wanted],
+    }
+    if path.exists() and (checkpoint_steps(output_dir) or not accelerator.is_main_process):
+        stored = json.loads(path.read_text())
+        if stored["made_from"] != key:
+            raise ValueError(
+                f"{path} was made from other data or settings ({stored['made_from']}) than this run's ({key}). Resume "
+                "with those, or choose another --output_dir."
+            )
+    elif checkpoint_steps(output_dir):
         raise ValueError(
-            f"{output_dir / FILE} was made from other data or settings ({stored['made_from']}) than this run's "
-            f"({key}). Resume with those, or choose another --output_dir."
+            f"{output_dir} holds checkpoints of a run without --reweighted_contexts. Leave the argument out, or choose "
+            "another --output_dir."
         )
-    if stored is None:
+    elif not accelerator.is_main_process:
+        raise FileNotFoundError(f"{path} is not here. All processes must share the folder --output_dir.")
+    else:
+        output_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is found now
         resolution = arguments.resolution or base.default_resolution
-        features = denoiser_features(base, model, data.rows[data.image_column], resolution, len(data.concepts))
-        device = next(model.parameters()).device
+        with accelerator.autocast():
+            features = denoiser_features(base, model, data.rows[data.image_column], resolution, len(data.concepts))
         drawn = reweight(
             features,
-            data.rows["context"],
+            contexts,
             data.concepts,
             wanted,
             seed=arguments.seed,
             input_noise=_INPUT_NOISE,
             dropout=_DROPOUT,
-            device=device,
+            device=accelerator.device,
         )
         print(table(drawn), flush=True)
         stored = {"made_from": key, "contexts": {str(d.context): _to_json(d) for d in drawn}}
-        _write(output_dir, stored)
+        _write(path, stored)
     rows = {name: np.array(entry["rows"], np.int64) for name, entry in stored["contexts"].items() if entry["rows"]}
     return dataclasses.replace(data, reweighted=rows)
 
 
 def drawn_contexts(output_dir: Path) -> tuple[str, ...]:
     """The combinations that the run in a folder drew rows for."""
-    stored = _read(output_dir / FILE) or {"contexts": {}}
+    stored = json.loads((output_dir / FILE).read_text())
     return tuple(name for name, entry in stored["contexts"].items() if entry["rows"])
 
 
@@ -90,9 +110,9 @@ def table(drawn: Sequence[ReweightedContext]) -> str:
     width = max(len(str(d.context)) for d in drawn)
     lines = ["Combinations drawn from the training rows (effective sample size):"]
     for d in drawn:
-        note = "" if d.supported else f"  {_reason(d)}: not trained on, left to the mechanism"
+        note = f"  {d.doubt}; not trained on, left to the mechanism" if d.doubt else ""
         lines.append(f"  {d.context!s:<{width}}  {d.effective_sample_size:>9.0f}{note}")
-    if weak := [d.context for d in drawn if not d.supported]:
+    if weak := [d.context for d in drawn if d.doubt]:
         targets = quoted(dict.fromkeys(target for context in weak for target in context.targets))
         lines.append(
             f"More rows of the sets {targets} would help, or rows in which these concepts' observational values come "
@@ -101,27 +121,16 @@ def table(drawn: Sequence[ReweightedContext]) -> str:
     return "\n".join(lines)
 
 
-def _reason(drawn: ReweightedContext) -> str:
-    if drawn.effective_sample_size < MIN_EFFECTIVE_SAMPLE_SIZE:
-        return f"below {MIN_EFFECTIVE_SAMPLE_SIZE}"
-    return f"its mass is {drawn.mass:.2g} instead of 1, so the estimate contradicts itself"
-
-
 def _to_json(drawn: ReweightedContext) -> dict[str, Any]:
     size, mass = round(drawn.effective_sample_size, 1), round(drawn.mass, 3)
-    return {"effective_sample_size": size, "mass": mass, "rows": drawn.rows.tolist()}
+    return {"effective_sample_size": size, "mass": mass, "doubt": drawn.doubt, "rows": drawn.rows.tolist()}
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def _write(output_dir: Path, content: dict[str, Any]) -> None:
-    unfinished = output_dir / f".{FILE}.unfinished"
+def _write(path: Path, content: dict[str, Any]) -> None:
+    unfinished = path.with_name(f".{FILE}.unfinished")
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
         unfinished.write_text(json.dumps(content) + "\n")
     except OSError as error:
         unfinished.unlink(missing_ok=True)
-        raise not_written(output_dir / FILE, output_dir, error) from error
-    unfinished.replace(output_dir / FILE)
+        raise not_written(path, path.parent, error) from error
+    unfinished.replace(path)

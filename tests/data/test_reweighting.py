@@ -1,11 +1,14 @@
 """Rows that stand for combinations: exact with true density ratios, and what the draw and its errors promise."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
 from hf_causal_context.contexts import ConceptSet, Context
 from hf_causal_context.data import density_ratios, reweighting
+from hf_causal_context.data.density_ratios import estimate_log_ratios, whiteness_penalty
 from hf_causal_context.data.reweighting import (
     MIN_EFFECTIVE_SAMPLE_SIZE,
     combination_logits,
@@ -101,7 +104,7 @@ def test_estimated_ratios_find_the_pair_in_which_one_concept_causes_the_other(sh
     mixing = torch.linalg.qr(torch.randn(6, 3, generator=torch.Generator().manual_seed(0))).Q
     inputs = torch.tanh(latents @ mixing.T / 2)
     (pair,) = reweight(inputs, contexts, CONCEPTS, [Context("a", "b")], seed=0)
-    assert pair.supported
+    assert pair.doubt is None
     assert len(pair.rows) == 3000
     truth = WORLD.sample(20_000, ("a", "b"), np.random.default_rng(9))
     assert latents[pair.rows].mean(0).numpy() == pytest.approx(truth.mean(0), abs=0.25)
@@ -117,7 +120,7 @@ def test_what_the_data_does_not_hold_is_left_to_the_mechanism(of_b, monkeypatch)
         estimate[3] = 12.0  # a single row looks like both
     monkeypatch.setattr(reweighting, "estimate_log_ratios", lambda *args, **kwargs: estimate)
     (pair,) = reweight(rows, contexts, CONCEPTS, [Context("a", "b")], seed=0)
-    assert not pair.supported
+    assert pair.doubt
     assert len(pair.rows) == 0
     if of_b:
         assert pair.effective_sample_size == pytest.approx(600)  # all rows alike, in being impossible
@@ -132,8 +135,47 @@ def test_rows_of_other_contexts_are_not_used_and_a_missing_set_is_an_error(short
     (pair,) = reweight(rows, marked, CONCEPTS, [Context("a", "b")], seed=0)
     assert not (pair.rows % 3 == 0).any()
     without = [context.replace("b", "a") for context in contexts]
-    with pytest.raises(ValueError, match="one set per concept at strength 1; missing: the set of 'b'. Add the rows"):
+    with pytest.raises(ValueError, match="one set per concept at strength 1, .* the set of 'b' has 0. Add rows"):
         reweight(rows, without, CONCEPTS, [Context("a", "b")], seed=0)
+
+
+@pytest.mark.parametrize(
+    ("effect", "doubt"), [(6.0, "no rows look like all of it: most lack '.'"), (0.0, "cannot be told from the obs")]
+)
+def test_sets_that_never_overlap_and_sets_that_do_not_differ_are_doubted(effect, doubt):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(900, 32, generator=generator)
+    rows[300:600, 0] += effect
+    rows[600:, 1] += effect
+    contexts = [""] * 300 + ["a"] * 300 + ["b"] * 300
+    (pair,) = reweight(rows, contexts, CONCEPTS, [Context("a", "b")], seed=0, input_noise=0.8, dropout=0.5)
+    assert pair.doubt is not None
+    assert re.search(doubt, pair.doubt)
+    assert len(pair.rows) == 0
+
+
+def test_no_model_judges_rows_that_it_learnt_from(monkeypatch):
+    taught = []
+
+    def fit(model, inputs, codes, input_noise):
+        taught.append(set(inputs[:, 0].tolist()))
+        return model
+
+    def predict(model, inputs):
+        assert taught[-1].isdisjoint(inputs[:, 0].tolist())
+        return torch.zeros(len(inputs), 2)
+
+    monkeypatch.setattr(density_ratios, "_fit", fit)
+    monkeypatch.setattr(density_ratios, "_predict", predict)
+    estimate_log_ratios(torch.randn(90, 3), torch.arange(3).repeat(30), 2, seed=0)
+    assert [len(rows) for rows in taught] == [45] * 4
+
+
+def test_whiteness_is_least_for_independent_standard_normal_coordinates():
+    white = torch.randn(3, 50_000, 2, generator=torch.Generator().manual_seed(0))
+    assert whiteness_penalty(white) < 0.01
+    for worse in (white + 0.5, 1.5 * white, white.cumsum(2) / 2**0.5, white.exp() - 1, white.sign()):
+        assert whiteness_penalty(worse) > 0.05
 
 
 def test_combinations_are_named():

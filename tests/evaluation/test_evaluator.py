@@ -186,7 +186,7 @@ def test_few_real_rows_are_used_and_said():
     result = result_of(found, PAIR)
     assert (result.num_real, result.num_compared) == (50, 25)
     assert result.distance.gap_closed > 0.8
-    assert "a+b: 50 real rows are less than twice the 60 samples" in markdown(found)
+    assert "a+b: 50 real rows were read, less than twice the 60 samples" in markdown(found)
     assert "distances compare 25 of the samples with 25 real rows" in markdown(found)
     assert result_of(found, B).num_compared == 5
 

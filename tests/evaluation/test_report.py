@@ -38,7 +38,7 @@ def test_all_files_are_written_and_agree(found, tmp_path):
     assert values == json.loads(json.dumps(found.to_dict()))
     pair = next(context for context in values["contexts"] if context["context"] == "a+b")
     text = paths[1].read_text()
-    assert f"| a+b | never | {pair['distance']['samples']['mean']:.4f} ± " in text
+    assert f"| a+b | held out | {pair['distance']['samples']['mean']:.4f} ± " in text
     assert f"| do(a) | {values['leakage']['samples'][0][0]:+.2f} / {values['leakage']['data'][0][0]:+.2f} |" in text
     picture = Image.open(paths[2])
     assert picture.width > 1000

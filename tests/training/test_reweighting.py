@@ -5,17 +5,19 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
 
-from hf_causal_context.data import density_ratios, load_folders
-from hf_causal_context.training import reweighting
+from hf_causal_context.data import density_ratios, load_folders, reweighting
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.bases import load_base
-from hf_causal_context.training.batches import DenoiserBatches
+from hf_causal_context.training.batches import DenoiserBatches, read_picture
 from hf_causal_context.training.finetune import attach_adapter, train
 from hf_causal_context.training.reweighting import FILE, add_reweighted_contexts
+from hf_causal_context.training.trainer import make_accelerator
 
 from .small import adapter_weights, settings, write_folders
 
+CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
@@ -24,9 +26,9 @@ def given(pipeline_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(density_ratios, "NUM_MODELS", 1)
     monkeypatch.setattr(density_ratios, "FEWEST_STEPS", 2)
     monkeypatch.setattr(density_ratios, "SMALLEST_BATCH", 2)
-    monkeypatch.setattr("hf_causal_context.data.reweighting.LARGEST_MASS_ERROR", 1e9)
-    monkeypatch.setattr(reweighting, "MIN_EFFECTIVE_SAMPLE_SIZE", 1)
-    monkeypatch.setattr("hf_causal_context.data.reweighting.MIN_EFFECTIVE_SAMPLE_SIZE", 1)
+    monkeypatch.setattr(reweighting, "LARGEST_MASS_ERROR", 1e9)
+    for name, value in {"MIN_EFFECTIVE_SAMPLE_SIZE": 1, "_LEAST_CONTRAST": -1, "_LEAST_PRESENCE": 0}.items():
+        monkeypatch.setattr(reweighting, name, value)
     data = write_folders(tmp_path / "data", contexts=("obs", "slant", "thick", "slant+thick"))
     changes = {"reweighted_contexts": ["pairs"], "checkpointing_steps": 1}
     return settings(pipeline_folder("ddpm"), data, tmp_path / "out", **changes)
@@ -36,8 +38,9 @@ def add(given, **changes):
     arguments = TrainingArguments(**(given | changes))
     base = load_base(arguments.pretrained_model_name_or_path)
     data = load_folders(arguments.train_data_dir, streaming=arguments.streaming)
+    accelerator = make_accelerator(arguments)
     model = attach_adapter(base, data, arguments)
-    return add_reweighted_contexts(data, base, model, arguments, is_main_process=True), base, arguments
+    return add_reweighted_contexts(data, base, model, arguments, accelerator), base, arguments
 
 
 @pytest.mark.parametrize("weights", [[], ["slant+thick=2"]])
@@ -46,24 +49,27 @@ def test_a_combination_gets_its_share_of_rows_of_single_interventions(given, wei
     assert data.contexts == ("", "slant", "thick")
     drawn = set(data.reweighted["slant+thick"].tolist())
     assert drawn <= set(range(12))
-    stream = DenoiserBatches(base, data, arguments, 10, torch.device("cpu"))(0)
+    stream = DenoiserBatches(base, data, arguments, 10, CPU)(0)
     masks = torch.cat([next(stream).context for _ in range(10)])
     of_pair = int((masks.sum(1) == 2).sum())
     assert of_pair == pytest.approx(70 * (2 / 5 if weights else 0.5 / 3.5), abs=1)
     # its pictures are those of the drawn rows
-    unweighted = dataclasses.replace(arguments, context_weights=[])
-    plain = DenoiserBatches(base, dataclasses.replace(data, reweighted={}), unweighted, 10, torch.device("cpu"))
-    pictures = torch.cat([batch.clean for batch, _ in zip(plain(0), range(10), strict=False)])
-    known = {tuple(picture.flatten().tolist()) for picture in pictures}
-    mixed = DenoiserBatches(base, data, arguments, 10, torch.device("cpu"))(0)
-    assert {tuple(picture.flatten().tolist()) for _ in range(10) for picture in next(mixed).clean} <= known
+    size = (base.image_channels, base.default_resolution)
+    known = {hash(read_picture(data.rows[row]["image"], *size).tobytes()) for row in drawn}
+    mixed = DenoiserBatches(base, data, dataclasses.replace(arguments, dataloader_num_workers=1), 10, CPU)(0)
+    batches = [next(mixed) for _ in range(10)]
+    pictures = torch.cat([batch.clean[batch.context.sum(1) == 2] for batch in batches])
+    seen = {hash(p.numpy().tobytes()) for p in ((pictures + 1) * 127.5).round().to(torch.uint8)}
+    assert seen <= known
+    assert len(seen) > 1
 
 
 def test_a_run_trains_on_the_combination_and_resumes_exactly(given, tmp_path, capsys):
     train(TrainingArguments(**given))
     assert "slant+thick" in capsys.readouterr().out.split("effective sample size")[1]
     stored = json.loads((tmp_path / "out" / FILE).read_text())
-    assert stored["made_from"] == {"rows": 12, "seed": 0, "combinations": ["slant+thick"]}
+    assert stored["made_from"]["combinations"] == ["slant+thick"]
+    assert len(stored["contexts"]["slant+thick"]["rows"]) == 4
     whole = adapter_weights(tmp_path / "out")
 
     half = given | {"output_dir": str(tmp_path / "half")}
@@ -80,14 +86,30 @@ def test_a_run_trains_on_the_combination_and_resumes_exactly(given, tmp_path, ca
 
 
 def test_combinations_without_support_are_named_and_left_out(given, monkeypatch, capsys):
-    for module in (reweighting, "hf_causal_context.data.reweighting"):
-        target = module if isinstance(module, str) else module.__name__
-        monkeypatch.setattr(f"{target}.MIN_EFFECTIVE_SAMPLE_SIZE", 1000)
+    monkeypatch.setattr(reweighting, "MIN_EFFECTIVE_SAMPLE_SIZE", 1000)
     data, *_ = add(given)
     assert data.reweighted == {}
     output = capsys.readouterr().out
-    assert "below 1000: not trained on, left to the mechanism" in output
+    assert "fewer than 1000; not trained on, left to the mechanism" in output
     assert "More rows of the sets 'slant', 'thick' would help" in output
+
+
+def test_other_processes_read_what_the_main_one_drew(given, monkeypatch):
+    drawn, *_ = add(given)
+    monkeypatch.setattr(Accelerator, "is_main_process", False)
+    monkeypatch.setattr(density_ratios, "FEWEST_STEPS", 3)
+    read, *_ = add(given)
+    assert read.reweighted["slant+thick"].tolist() == drawn.reweighted["slant+thick"].tolist()
+    with pytest.raises(FileNotFoundError, match="All processes must share the folder --output_dir"):
+        add(given, output_dir=given["output_dir"] + "-elsewhere")
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_3"])
+def test_latents_in_any_precision(given, pipeline_folder, precision, name, tmp_path):
+    changes = {"pretrained_model_name_or_path": pipeline_folder(name), "mixed_precision": precision, "resolution": 16}
+    train(TrainingArguments(**given | changes))
+    assert json.loads((tmp_path / "out" / FILE).read_text())["contexts"]["slant+thick"]["rows"]
 
 
 def test_a_combination_with_rows_of_its_own_needs_none(given, tmp_path):
@@ -96,10 +118,14 @@ def test_a_combination_with_rows_of_its_own_needs_none(given, tmp_path):
 
 
 def test_what_cannot_be_reweighted_is_an_error(given, tmp_path):
-    with pytest.raises(ValueError, match="draws rows by number, which a stream has not. Leave --streaming out"):
+    with pytest.raises(ValueError, match="draws rows by number, which a stream has not. Leave --streaming or it out"):
         add(given, streaming=True)
     with pytest.raises(ValueError, match="Unknown concept 'round'"):
         add(given, reweighted_contexts=["round+thick"])
+    train(TrainingArguments(**given | {"max_train_steps": 1, "reweighted_contexts": []}))
+    with pytest.raises(ValueError, match="holds checkpoints of a run without --reweighted_contexts"):
+        add(given)
+    given["output_dir"] += "-2"
     train(TrainingArguments(**given | {"max_train_steps": 1}))
     with pytest.raises(ValueError, match="was made from other data or settings .* Resume with those, or choose"):
         add(given, seed=1)
