@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,8 +28,8 @@ from peft import PeftModel
 
 from hf_causal_context import intervene  # before PEFT reads the adapter
 {setup}
-PeftModel.from_pretrained(pipe.{denoiser}, {repo!r})  # attaches the adapter in place
-with intervene(pipe.{denoiser}, {example!r}):
+PeftModel.from_pretrained(pipe.{denoiser}, {repo})  # attaches the adapter in place
+with intervene(pipe.{denoiser}, {example}):
     {call}
 ```
 
@@ -83,13 +84,18 @@ def write_card(
         concepts=", ".join(f"`{concept}`" for concept in concepts),
         reweighted=f" Rows of single interventions stood for {names}." if names else "",
         picture=f"![Samples in each context]({picture})\n\n" if picture else "",
-        setup=setup or f"\npipe = DiffusionPipeline.from_pretrained({base!r})",
+        setup=setup or f"\npipe = DiffusionPipeline.from_pretrained({_quoted(base)})",
         denoiser=denoiser,
-        repo=folder.name,
-        example=example,
+        repo=_quoted(folder.name),
+        example=_quoted(example),
         call=call,
         results=f"## Measured\n\n{results.strip()}\n\n" if results else "",
     )
     unfinished = folder / ".README.md.unfinished"
     ModelCard(text).save(unfinished)
     unfinished.replace(folder / "README.md")
+
+
+def _quoted(text: str) -> str:
+    """A Python string as formatters write it."""
+    return json.dumps(text, ensure_ascii=False)
