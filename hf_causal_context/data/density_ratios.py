@@ -135,7 +135,12 @@ def log_pool(log_ratios: Tensor, log_shares: Tensor) -> Tensor:
         log_ratios: at the rows, (B, K).
         log_shares: of the observational set and the K single sets in the pool, (K + 1,).
     """
-    return (torch.cat([torch.zeros_like(log_ratios[:, :1]), log_ratios], dim=1) + log_shares).logsumexp(1)
+    return (_with_observational(log_ratios) + log_shares).logsumexp(1)
+
+
+def _with_observational(log_ratios: Tensor) -> Tensor:
+    """(B, K) -> (B, K + 1): the observational set's log ratio of 0 in front."""
+    return nn.functional.pad(log_ratios, (1, 0))
 
 
 def _fit(model: MechanismRatios, inputs: Tensor, codes: Tensor, input_noise: float) -> MechanismRatios:
@@ -162,7 +167,7 @@ def _fit(model: MechanismRatios, inputs: Tensor, codes: Tensor, input_noise: flo
         rows = torch.cat([own[torch.randint(len(own), (batch,))] for own in sets])  # contexts in their order
         x = inputs[rows].to(device)
         log_ratios, value, predicted = model(x + input_noise * torch.randn_like(x) if input_noise else x)
-        logits = torch.cat([torch.zeros_like(log_ratios[:, :1]), log_ratios], dim=1)
+        logits = _with_observational(log_ratios)
         products = log_ratios[:, pairs[0]] + log_ratios[:, pairs[1]] - log_pool(log_ratios, log_shares)[:, None]
         log_masses = products.logsumexp(0) - math.log(len(products))
         penalty = WHITENESS_WEIGHT * whiteness_penalty(model.exogenous(value.view(shape), predicted.view(shape)))

@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,10 +82,12 @@ def reweight(
     """
     codes = check_sets(contexts, concepts)
     used = torch.nonzero(codes >= 0)[:, 0]
-    options: Any = {"seed": seed, "input_noise": input_noise, "dropout": dropout, "device": device}
-    ratios = estimate_log_ratios(inputs[used], codes[used], len(concepts), **options)
+    codes = codes[used]
+    ratios = estimate_log_ratios(
+        inputs[used], codes, len(concepts), seed=seed, input_noise=input_noise, dropout=dropout, device=device
+    )
     found = ratios > 0  # rows that look intervened on
-    shares = torch.bincount(codes[used], minlength=len(concepts) + 1) / len(used)
+    shares = torch.bincount(codes, minlength=len(concepts) + 1) / len(used)
     generator = torch.Generator().manual_seed(seed)
     num = len(used) // (len(concepts) + 1)
     drawn = []
@@ -95,7 +96,7 @@ def reweight(
         logits = combination_logits(ratios, shares, targets)
         weights, mass = logits.softmax(0), float(logits.exp().mean())
         size = effective_sample_size(weights)
-        doubt = _doubt_of_numbers(size, mass) or _doubt_of_rows(found, codes[used], weights, targets, concepts)
+        doubt = _doubt_of_numbers(size, mass) or _doubt_of_rows(found, codes, weights, targets, concepts)
         rows = used[:0] if doubt else used[draw(weights, num, generator)]
         drawn.append(ReweightedContext(context, rows, size, mass, doubt))
     return drawn

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -153,6 +154,21 @@ def not_written(path: Path, output_dir: Path, error: Exception) -> CheckpointErr
         f"Could not write {path} ({error}). {free_space(output_dir)} {last_checkpoint(output_dir)} Make room, then "
         "resume with --resume_from_checkpoint latest."
     )
+
+
+def write_file(path: Path, output_dir: Path, save: Callable[[Path], object]) -> None:
+    """Write a file of the run in `output_dir` by `save(path)`: complete, or not at all.
+
+    Raises:
+        CheckpointError: when it cannot be written.
+    """
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    try:
+        save(unfinished)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise not_written(path, output_dir, error) from error
+    unfinished.replace(path)
 
 
 def clean_up(output_dir: Path) -> None:

@@ -22,7 +22,7 @@ from ..layers import Mechanism
 from .arguments import DataArguments, TrainingArguments
 from .bases import load_base
 from .batches import DenoiserBatches
-from .checkpoints import not_written
+from .checkpoints import write_file
 from .families import Base
 from .generation import check_conditions, generate, picture_grid
 from .objectives import denoising_objective
@@ -99,13 +99,7 @@ def train(arguments: TrainingArguments, base: Base | None = None, data: Interven
         grid = picture_grid(rows, [str(context) or arguments.observational_name for context in validation])
         path = Path(arguments.output_dir, _grid_name(step))
         path.parent.mkdir(exist_ok=True)
-        unfinished = path.with_suffix(".unfinished.png")
-        try:
-            grid.save(unfinished)
-        except OSError as error:
-            unfinished.unlink(missing_ok=True)
-            raise not_written(path, Path(arguments.output_dir), error) from error
-        unfinished.replace(path)
+        write_file(path, Path(arguments.output_dir), grid.save)
         for tracker in accelerator.trackers:
             _log_grid(tracker, grid, step)
 

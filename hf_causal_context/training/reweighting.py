@@ -18,7 +18,7 @@ from ..contexts import quoted
 from ..data import InterventionalData
 from ..data.reweighting import ReweightedContext, check_sets, reweight, wanted_combinations
 from .arguments import TrainingArguments
-from .checkpoints import checkpoint_steps, not_written
+from .checkpoints import checkpoint_steps, write_file
 from .families import Base
 from .features import denoiser_features
 
@@ -94,7 +94,8 @@ def add_reweighted_contexts(
         )
         print(table(drawn), flush=True)
         stored = {"made_from": key, "contexts": {str(d.context): _to_json(d) for d in drawn}}
-        _write(path, stored)
+        text = json.dumps(stored) + "\n"
+        write_file(path, output_dir, lambda unfinished: unfinished.write_text(text))
     rows = {name: np.array(entry["rows"], np.int64) for name, entry in stored["contexts"].items() if entry["rows"]}
     return dataclasses.replace(data, reweighted=rows)
 
@@ -124,13 +125,3 @@ def table(drawn: Sequence[ReweightedContext]) -> str:
 def _to_json(drawn: ReweightedContext) -> dict[str, Any]:
     size, mass = round(drawn.effective_sample_size, 1), round(drawn.mass, 3)
     return {"effective_sample_size": size, "mass": mass, "doubt": drawn.doubt, "rows": drawn.rows.tolist()}
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    unfinished = path.with_name(f".{FILE}.unfinished")
-    try:
-        unfinished.write_text(json.dumps(content) + "\n")
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise not_written(path, path.parent, error) from error
-    unfinished.replace(path)
