@@ -73,20 +73,26 @@ class ContextSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in range(self.start, self.num_batches):
-            yield self._draw(self.slots(batch))
+            yield self.rows(self.slots(batch))
 
-    def _draw(self, slots: range) -> list[int]:
+    def rows(self, slots: range) -> list[int]:
+        """The row numbers of some slots."""
         chosen, draws = schedule(self._shares, slots.start, slots.stop)
-        return [self._row(context, draw) for context, draw in zip(chosen.tolist(), draws.tolist(), strict=True)]
+        numbers = np.empty(len(chosen), dtype=np.int64)
+        for context, rows in enumerate(self._rows):
+            places = np.flatnonzero(chosen == context)
+            epochs, positions = np.divmod(draws[places], len(rows))
+            for epoch in np.unique(epochs):
+                in_epoch = epochs == epoch
+                numbers[places[in_epoch]] = self._shuffle(context, int(epoch))[positions[in_epoch]]
+        return numbers.tolist()
 
-    def _row(self, context: int, draw: int) -> int:
-        rows = self._rows[context]
-        epoch, position = divmod(draw, len(rows))
+    def _shuffle(self, context: int, epoch: int) -> IndexArray:
         # A cache, not a state: the permutation depends on (seed, context, epoch) only.
         if self._shuffled.get(context, (-1,))[0] != epoch:
-            shuffled = np.random.default_rng((self.seed, context, epoch)).permutation(rows)
+            shuffled = np.random.default_rng((self.seed, context, epoch)).permutation(self._rows[context])
             self._shuffled[context] = (epoch, shuffled)
-        return int(self._shuffled[context][1][position])
+        return self._shuffled[context][1]
 
 
 def slots_of(batch: int, batch_size: int, rank: int = 0, world_size: int = 1) -> range:

@@ -34,7 +34,9 @@ class Estimate:
         return cls(float(np.mean(values)), float(stdtrit(len(values) - 1, 0.975)) * deviation)
 
 
-def sliced_wasserstein(samples: Tensor, reference: Tensor, seed: int = 0) -> float:
+def sliced_wasserstein(
+    samples: Tensor, reference: Tensor, seed: int = 0, num_projections: int = NUM_PROJECTIONS
+) -> float:
     """Sliced 2-Wasserstein distance (POT) between samples (N, ...) and a reference (M, ...), flattened.
 
     The directions depend on the seed only, so that distances of one size of samples can be compared.
@@ -52,7 +54,7 @@ def sliced_wasserstein(samples: Tensor, reference: Tensor, seed: int = 0) -> flo
     x, y = (values.flatten(1).to(torch.float64).cpu().numpy() for values in (samples, reference))
     if not torch.isfinite(samples).all() or not torch.isfinite(reference).all():
         raise ValueError("Samples or reference contain NaN or infinite values.")
-    distance: Any = ot.sliced_wasserstein_distance(x, y, n_projections=NUM_PROJECTIONS, seed=seed)
+    distance: Any = ot.sliced_wasserstein_distance(x, y, n_projections=num_projections, seed=seed)
     return float(distance)
 
 
