@@ -6,6 +6,7 @@ from .adapter.effects import CausalEffects, causal_effects
 from .adapter.export import bake, save_baked
 from .adapter.model import CausalContextModel, acyclicity_penalty
 from .adapter.registration import register
+from .context_module import ContextModule
 from .contexts import ConceptSet, Context
 
 register()
@@ -17,6 +18,7 @@ __all__ = [
     "CausalEffects",
     "ConceptSet",
     "Context",
+    "ContextModule",
     "acyclicity_penalty",
     "bake",
     "causal_effects",

@@ -2,10 +2,12 @@
 
 Markham et al., "Intervening to Learn and Compose Causally Disentangled Representations" (CLeaR 2026), carried over to
 adapters: the coordinates z come from a frozen model's features, and the map U_obs of the observational context is the
-identity without loss of generality, because the representation layer before it absorbs any other.
+identity without loss of generality, because the representation layer before it absorbs any other. In generator space
+(`ContextModule`) both maps have weights: `intervenable`.
 
-Shapes: B rows, T tokens or pixels (any number of dimensions, none included), K concepts, W width per concept,
-R = K W features, concept by concept. The intervention mask m (B, K) broadcasts over T and W; B = 1 serves any batch.
+Shapes: B rows, T tokens or pixels (any number of dimensions, none included), K concepts, W width per concept (in and
+out where a map changes it), R = K W features, concept by concept. The intervention mask m (B, K) broadcasts over T and
+W; B = 1 serves any batch.
 """
 
 from __future__ import annotations
@@ -49,6 +51,34 @@ def independent(z_BTR: Tensor, mask: Tensor) -> Tensor:
     return per_feature(mask, z_BTR) * z_BTR
 
 
+def block_map(x_BKI: Tensor, blocks_KOI: Tensor) -> Tensor:
+    """Apply one map per concept, (B, K, in) -> (B, K, out), all in one batched product; concepts never mix."""
+    return torch.einsum("bki,koi->bko", x_BKI, blocks_KOI)
+
+
+def diagonal_blocks(weight_RR: Tensor, num_concepts: int) -> Tensor:
+    """The blocks of a (K out, K in) matrix that map a concept to itself: (K, out, in)."""
+    weight_KOKI = weight_RR.unflatten(1, (num_concepts, -1)).unflatten(0, (num_concepts, -1))
+    return weight_KOKI.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def intervenable(z_BKI: Tensor, mask: Tensor, observational_KOI: Tensor, interventional_KOI: Tensor) -> Tensor:
+    """e_k = U_obs_k z_k + m_k (U_ivn_k - U_obs_k) z_k: (B, K, in) and a mask (B or 1, K) -> (B, K, out).
+
+    Both maps are applied in one batched product, so that every row of a batch may have another context.
+    """
+    both = torch.cat((observational_KOI, interventional_KOI), dim=1)
+    observed, intervened_on = block_map(z_BKI, both).chunk(2, dim=-1)
+    return torch.lerp(observed, intervened_on, mask[..., None].to(observed.dtype))
+
+
+def group_norm(weight_RR: Tensor, num_concepts: int) -> Tensor:
+    """Sum over all pairs of concepts of the Frobenius norm of the block from one to the other: (R, R) -> scalar."""
+    squares_KK = weight_RR.square().unflatten(1, (num_concepts, -1)).unflatten(0, (num_concepts, -1)).sum(dim=(1, 3))
+    # The root has no derivative at a block of zeros, which is where this penalty wants to be.
+    return (squares_KK + 1e-12).sqrt().sum() - 1e-6 * num_concepts**2
+
+
 def intervened(z_BTR: Tensor, mask: Tensor, shift_KWW: Tensor) -> Tensor:
     """e_k = z_k + m_k (U_ivn_k - U_obs_k) z_k with U_obs = 1 and `shift` = U_ivn - U_obs: linear in the strength."""
     return z_BTR + per_feature(mask, z_BTR) * block_linear(z_BTR, shift_KWW)
@@ -87,6 +117,12 @@ def structural(
         effects = linear(c_BTR, coefficients_RR)
         c_BTR = torch.addcmul(e_BTR, open_, effects) if perfect_interventions else e_BTR + effects
     return c_BTR
+
+
+def normal_like(tensor: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal numbers in the shape of a tensor, drawn where the generator is: a CPU's serves every device."""
+    place = tensor.device if generator is None else generator.device
+    return torch.randn(tensor.shape, generator=generator, device=place, dtype=tensor.dtype).to(tensor.device)
 
 
 def acyclicity_penalty(coefficients_RR: Tensor, num_concepts: int) -> Tensor:

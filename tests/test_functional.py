@@ -135,3 +135,62 @@ def test_acyclicity_penalty_is_zero_only_without_cycles():
     cyclic = DIRECT.clone()
     cyclic[0, 2] = 0.1
     assert F.acyclicity_penalty(cyclic, 3) > 1e-3
+
+
+def random(*shape):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def test_block_map_applies_every_map_to_its_own_concept():
+    x, blocks = random(5, 3, 2), random(3, 4, 2)
+    expected = torch.stack([torch.stack([blocks[k] @ x[b, k] for k in range(3)]) for b in range(5)])
+    torch.testing.assert_close(F.block_map(x, blocks), expected, **EXACT)
+    torch.testing.assert_close(F.block_map(x, blocks).flatten(1), x.flatten(1) @ torch.block_diag(*blocks).T, **EXACT)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 2), (3, 4, 2), (1, 2, 5), (4, 1, 1)])
+def test_diagonal_blocks(shape):
+    blocks = random(*shape)
+    matrix = torch.block_diag(*blocks)
+    assert torch.equal(F.diagonal_blocks(matrix, shape[0]), blocks)
+    outside = torch.block_diag(*torch.ones(shape)) == 0
+    assert torch.equal(F.diagonal_blocks(matrix + 7 * outside, shape[0]), blocks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_intervenable_is_linear_in_the_strength(dtype):
+    z = random(1, 3, 1)
+    observational, interventional = torch.tensor([[2.0, 3, 4], [20.0, 30, 40]], dtype=torch.float64).view(2, 3, 1, 1)
+    m = torch.tensor([[0, 1, -0.5], [2, 0.5, 0], [0, 0, 0], [1, 1, 1]], dtype=dtype)
+    factors = torch.tensor([[2, 30, -14], [38, 16.5, 4], [2, 3, 4], [20, 30, 40]], dtype=torch.float64)
+    output = F.intervenable(z.expand(4, -1, -1), m, observational, interventional)
+    torch.testing.assert_close(output[..., 0], factors * z[..., 0], **EXACT)
+
+
+def test_intervenable_maps_between_widths_and_serves_a_batch_by_one_mask():
+    z, (observational, interventional), m = random(5, 3, 2), random(2, 3, 4, 2), mask([0, 1, 0.5])
+    expected = torch.stack((observational[0], interventional[1], (observational[2] + interventional[2]) / 2))
+    output = F.intervenable(z, m, observational, interventional)
+    torch.testing.assert_close(output, torch.einsum("koi,bki->bko", expected, z), **EXACT)
+    assert torch.equal(output, F.intervenable(z, m.expand(5, -1), observational, interventional))
+
+
+def test_group_norm_adds_the_sizes_of_blocks():
+    weight = torch.tensor([[0, 0, 3, 0], [0, 0, 0, -4], [1, 2, 0, 0], [2, 0, 0, 0]], dtype=torch.float64)
+    torch.testing.assert_close(F.group_norm(weight, 2), torch.tensor(5 + 3.0, dtype=torch.float64), rtol=0, atol=1e-5)
+    weight = random(6, 6)
+    blocks = [weight[i : i + 2, j : j + 2].norm() for i in (0, 2, 4) for j in (0, 2, 4)]
+    torch.testing.assert_close(F.group_norm(weight, 3), sum(blocks), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_group_norm_of_zeros_is_zero_and_has_a_finite_gradient(dtype):
+    weight = torch.zeros(6, 6, dtype=dtype, requires_grad=True)
+    norm = F.group_norm(weight, 3)
+    norm.backward()
+    assert norm.abs() < 1e-10
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+    alone = torch.zeros(6, 6, dtype=dtype)
+    alone[4, 1] = -0.5
+    F.group_norm(alone.requires_grad_(), 3).backward()
+    torch.testing.assert_close(alone.grad, alone.detach().sign())
