@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..layers import MECHANISMS
 
-LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
-
+LR_SCHEDULERS = (
+    *("constant", "constant_with_warmup", "linear", "polynomial"),
+    *("cosine", "cosine_with_min_lr", "cosine_with_restarts"),
+)
 
 ARGUMENTS = "training_arguments.json"
 
@@ -47,15 +50,75 @@ class DataArguments:
 
 
 @dataclass
-class TrainingArguments(DataArguments):
-    """Settings of one run; `hf-causal-context train --help` prints them with their meaning.
+class OptimisationArguments:
+    """How any model of this package is trained, checkpointed and watched.
+
+    Raises:
+        ValueError: for a number out of range, or an unknown name.
+    """
+
+    output_dir: str = _argument("", "Required. Folder for the result, its checkpoints and sample grids.")
+
+    train_batch_size: int = _argument(16, "Samples per step and process.")
+    gradient_accumulation_steps: int = _argument(1, "Batches per optimiser step.")
+    max_train_steps: int | None = _argument(None, "Optimiser steps; overrides num_train_epochs.")
+    num_train_epochs: int = _argument(100, "Passes over the data.")
+    learning_rate: float = _argument(1e-4, "Peak learning rate.")
+    lr_scheduler: str = _argument("constant", "One of: " + ", ".join(LR_SCHEDULERS) + ".")
+    lr_warmup_steps: int = _argument(0, "Optimiser steps of warm-up.")
+    adam_beta1: float = _argument(0.9, "AdamW.")
+    adam_beta2: float = _argument(0.999, "AdamW.")
+    adam_weight_decay: float = _argument(1e-2, "AdamW.")
+    adam_epsilon: float = _argument(1e-8, "AdamW.")
+    max_grad_norm: float = _argument(1.0, "Gradients are clipped to this norm.")
+    use_ema: bool = _argument(False, "Average the trained weights over steps; the average is what is saved.")
+    ema_decay: float = _argument(0.999, "Largest decay of that average.")
+    mixed_precision: str | None = _argument(None, "no, fp16 or bf16; by default what accelerate was told.")
+    seed: int = _argument(0, "Of the initial weights, the order of the data and the noise.")
+
+    validation_steps: int | None = _argument(None, "Optimiser steps between validations; by default only at the end.")
+    validation_contexts: list[str] | None = _argument(
+        None, "Rows of the sample grids; by default obs, every single concept, held-out contexts (or some pairs)."
+    )
+    num_validation_images: int = _argument(8, "Pictures per row of a grid; 0 for no grids.")
+    checkpointing_steps: int = _argument(500, "Optimiser steps between checkpoints.")
+    checkpoints_total_limit: int | None = _argument(None, "How many checkpoints are kept.")
+    resume_from_checkpoint: str | None = _argument(None, "A checkpoint's folder, or latest.")
+    report_to: str | None = _argument(None, "Tracker: tensorboard, wandb, trackio ...")
+    logging_dir: str = _argument("logs", "Folder of the tracker inside output_dir.")
+
+    def __post_init__(self) -> None:
+        for name, minimum in _MINIMA.items():
+            value = getattr(self, name, None)
+            if value is not None and not value >= minimum:
+                raise ValueError(f"--{name}={value} must be at least {minimum}.")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name}={getattr(self, name)} must be positive.")
+        if not self.output_dir:
+            raise ValueError("Missing: --output_dir. Give the folder for the results.")
+        for name, allowed in self._choices().items():
+            if getattr(self, name) not in allowed:
+                listed = ", ".join(str(choice) for choice in allowed if choice is not None)
+                raise ValueError(f"--{name}={getattr(self, name)} is unknown. Allowed: {listed}.")
+
+    def _choices(self) -> dict[str, tuple[str | None, ...]]:
+        return {"lr_scheduler": LR_SCHEDULERS, "mixed_precision": (None, "no", "fp16", "bf16")}
+
+    def save(self, folder: Path) -> None:
+        """Write training_arguments.json."""
+        (folder / ARGUMENTS).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+
+@dataclass
+class TrainingArguments(OptimisationArguments, DataArguments):
+    """Settings of an adapter's run; `hf-causal-context train --help` prints them with their meaning.
 
     Raises:
         ValueError: for a number out of range, or options that contradict each other.
     """
 
     pretrained_model_name_or_path: str = _argument("", "Required. Base: a diffusers pipeline, as a folder or a Hub id.")
-    output_dir: str = _argument("", "Required. Folder for the adapter, its checkpoints and sample grids.")
     revision: str | None = _argument(None, "Revision of the base on the Hub.")
     variant: str | None = _argument(None, "Variant of the base's files, such as fp16.")
 
@@ -71,67 +134,91 @@ class TrainingArguments(DataArguments):
     target_modules: list[str] | None = _argument(None, "Modules to adapt; by default the base's attention.")
     anchored: bool = _argument(False, "Keep the empty context exactly the base (always so for 'independent').")
 
-    train_batch_size: int = _argument(16, "Pictures per step and process.")
-    gradient_accumulation_steps: int = _argument(1, "Batches per optimiser step.")
-    max_train_steps: int | None = _argument(None, "Optimiser steps; overrides num_train_epochs.")
-    num_train_epochs: int = _argument(100, "Passes over the data.")
-    learning_rate: float = _argument(1e-4, "Peak learning rate.")
-    lr_scheduler: str = _argument("constant", "A schedule of diffusers: " + ", ".join(LR_SCHEDULERS) + ".")
-    lr_warmup_steps: int = _argument(0, "Optimiser steps of warm-up.")
-    adam_beta1: float = _argument(0.9, "AdamW.")
-    adam_beta2: float = _argument(0.999, "AdamW.")
-    adam_weight_decay: float = _argument(1e-2, "AdamW.")
-    adam_epsilon: float = _argument(1e-8, "AdamW.")
-    max_grad_norm: float = _argument(1.0, "Gradients are clipped to this norm.")
     snr_gamma: float | None = _argument(None, "Min-SNR weighting of the loss (5.0 is usual); diffusion bases only.")
-    use_ema: bool = _argument(False, "Average the adapter's weights over steps; the average is what is saved.")
-    ema_decay: float = _argument(0.999, "Largest decay of that average.")
-    mixed_precision: str | None = _argument(None, "no, fp16 or bf16; by default what accelerate was told.")
     gradient_checkpointing: bool = _argument(False, "Save memory by computing activations again.")
-    seed: int = _argument(0, "Of the adapter's initial weights, the order of the data and the noise.")
 
-    validation_contexts: list[str] | None = _argument(
-        None, "Rows of the sample grids; by default obs, every single concept, held-out contexts (or some pairs)."
-    )
-    validation_steps: int | None = _argument(None, "Optimiser steps between grids; by default only at the end.")
-    num_validation_images: int = _argument(8, "Pictures per row of a grid; 0 for no grids.")
     validation_prompt: str = _argument("", "Prompt of the grids, for bases that take text.")
     num_inference_steps: int = _argument(25, "Denoising steps of the grids.")
-    checkpointing_steps: int = _argument(500, "Optimiser steps between checkpoints.")
-    checkpoints_total_limit: int | None = _argument(None, "How many checkpoints are kept.")
-    resume_from_checkpoint: str | None = _argument(None, "A checkpoint's folder, or latest.")
-    report_to: str | None = _argument(None, "Tracker: tensorboard, wandb, trackio ...")
-    logging_dir: str = _argument("logs", "Folder of the tracker inside output_dir.")
 
     def __post_init__(self) -> None:
-        for name, minimum in _MINIMA.items():
-            value = getattr(self, name)
-            if value is not None and not value >= minimum:
-                raise ValueError(f"--{name}={value} must be at least {minimum}.")
         required = ("pretrained_model_name_or_path", "output_dir")
         if missing := ", ".join(f"--{name}" for name in required if not getattr(self, name)):
             raise ValueError(f"Missing: {missing}. Give the base pipeline and the folder for the results.")
-        if self.mechanism not in MECHANISMS:
-            raise ValueError(f"--mechanism={self.mechanism} is unknown. Allowed: {', '.join(MECHANISMS)}.")
-        if self.lr_scheduler not in LR_SCHEDULERS:
-            raise ValueError(f"--lr_scheduler={self.lr_scheduler} is unknown. Allowed: {', '.join(LR_SCHEDULERS)}.")
-        if self.mixed_precision not in (None, "no", "fp16", "bf16"):
-            raise ValueError(f"--mixed_precision={self.mixed_precision} is unknown. Allowed: no, fp16, bf16.")
+        super().__post_init__()
         if self.reweighted_contexts and self.streaming:
             raise ValueError(
                 "--reweighted_contexts draws rows by number, which a stream has not. Leave --streaming or it out."
             )
-        for name in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name}={getattr(self, name)} must be positive.")
 
-    def save(self, folder: Path) -> None:
-        """Write training_arguments.json."""
-        (folder / ARGUMENTS).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+    def _choices(self) -> dict[str, tuple[str | None, ...]]:
+        return {"mechanism": MECHANISMS, **super()._choices()}
+
+
+MODES = ("end-to-end", "frozen", "fine-tune")
+
+
+@dataclass
+class AutoencoderArguments(OptimisationArguments, DataArguments):
+    """Settings of a `ContextAutoencoder`'s run, by default those of the paper's experiments on 64 x 64 pictures.
+
+    `hf-causal-context train-autoencoder --help` prints them with their meaning.
+
+    Raises:
+        ValueError: for a number out of range, or options that contradict each other.
+    """
+
+    resolution: int = _argument(64, "Side of the pictures in pixels: 28, or a multiple of 16.")
+    channels: int = _argument(3, "1 for grey pictures, 3 for RGB.")
+    noise_width: int = _argument(32, "Exogenous coordinates of each concept.")
+    concept_width: int = _argument(8, "Width of each concept.")
+    depth: int = _argument(2, "Widths from noise_width to concept_width: depth - 1 expressive layers.")
+    published: bool = _argument(False, "Compute exactly what the published experiments did.")
+    without_context_module: bool = _argument(False, "Ablation: an ordinary VAE of the same size.")
+    ignore_contexts: bool = _argument(False, "Ablation: every picture counts as observational.")
+
+    mode: str = _argument("end-to-end", "What is trained: " + ", ".join(MODES) + ".")
+    base: str | None = _argument(None, "Autoencoder to start from, for frozen and fine-tune: a folder or a Hub id.")
+    reconstruction: str = _argument("bce", "Likelihood of pixels: bce or gaussian (standard deviation 0.1).")
+    beta: float = _argument(1.0, "Weight of the KL divergence.")
+    group_penalty: float = _argument(0.0, "Weight of the causal weights' group norm, one group for a pair of concepts.")
+    l2_penalty: float = _argument(0.0, "Weight of the causal weights' squares.")
+    validation_fraction: float = _argument(0.3, "Share of the rows that is kept for validation.")
+    early_stopping_patience: int | None = _argument(None, "Validations without a better loss after which to stop.")
+    early_stopping_min_delta: float = _argument(1e-4, "What counts as a better loss, in nats per picture.")
+    compile: bool = _argument(False, "Compile the model with torch.compile; pays off on a GPU.")
+
+    train_batch_size: int = _argument(512, "Pictures per step and process.")
+    learning_rate: float = _argument(1e-3, "Peak learning rate.")
+    lr_scheduler: str = _argument("cosine_with_min_lr", "One of: " + ", ".join(LR_SCHEDULERS) + ".")
+    lr_warmup_steps: int = _argument(200, "Optimiser steps of warm-up.")
+    adam_weight_decay: float = _argument(0.0, "AdamW.")
+    max_grad_norm: float = _argument(math.inf, "Gradients are clipped to this norm.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("beta", "group_penalty", "l2_penalty", "early_stopping_min_delta"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{name}={getattr(self, name)} must not be negative.")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"--validation_fraction={self.validation_fraction} must lie between 0 and 1.")
+        if (self.mode == "end-to-end") != (self.base is None):
+            raise ValueError(
+                f"--mode={self.mode} with --base={self.base}: end-to-end starts from nothing; frozen and fine-tune "
+                "start from an autoencoder, such as one trained with --without_context_module."
+            )
+        if self.streaming:
+            raise ValueError("An autoencoder's pictures are kept in memory. Leave --streaming out.")
+        if self.early_stopping_patience is not None and self.validation_steps is None:
+            raise ValueError("--early_stopping_patience counts validations. Give --validation_steps, too.")
+
+    def _choices(self) -> dict[str, tuple[str | None, ...]]:
+        return {"mode": MODES, "reconstruction": ("bce", "gaussian"), **super()._choices()}
 
 
 _MINIMA: dict[str, float] = {
     "resolution": 1,
+    "channels": 1,
+    "early_stopping_patience": 1,
     "dataloader_num_workers": 0,
     "concept_rank": 1,
     "train_batch_size": 1,

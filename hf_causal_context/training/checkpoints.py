@@ -1,7 +1,7 @@
 """Folders `checkpoint-N`: complete or absent, never half-written.
 
-They hold what a resumed run needs, and not the base model: the adapter, the optimiser, the schedule, the moving average
-and the random states. A checkpoint is written under another name and renamed when it is complete.
+They hold what a resumed run needs: the adapter (not its base) or the whole model, the optimiser, the schedule, the
+moving average and the random states. A checkpoint is written under another name and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -10,14 +10,19 @@ import dataclasses
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 from accelerate import Accelerator
+from diffusers import ModelMixin
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import load_file
 
 from ..adapter.config import CausalContextConfig
-from .arguments import ARGUMENTS, TrainingArguments
+from .arguments import ARGUMENTS, OptimisationArguments
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 # What a resumed run may change: its length, how it is watched, where its files are, and the rate of learning.
@@ -27,7 +32,8 @@ _MAY_CHANGE = frozenset(
         *("validation_contexts", "validation_steps", "num_validation_images", "validation_prompt"),
         *("num_inference_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
         *("report_to", "logging_dir", "output_dir", "dataloader_num_workers"),
-        *("pretrained_model_name_or_path", "train_data_dir", "dataset_name"),
+        *("pretrained_model_name_or_path", "base", "train_data_dir", "dataset_name"),
+        "compile",
     }
 )
 
@@ -36,28 +42,48 @@ class CheckpointError(OSError):
     """A checkpoint could not be written; the ones before it are untouched."""
 
 
-def register_adapter_hooks(accelerator: Accelerator) -> None:
-    """Make `accelerator.save_state` and `load_state` carry the adapter instead of the whole model."""
+def register_model_hooks(accelerator: Accelerator) -> None:
+    """Make `accelerator.save_state` and `load_state` carry what `save_pretrained` writes: of an adapter, no base."""
 
     def save(models: list, weights: list, folder: str) -> None:
         if accelerator.is_main_process:
             for model in models:
-                # Else PEFT asks the Hub whether the base's vocabulary changed.
-                _adapter(accelerator, model).save_pretrained(folder, save_embedding_layers=False)
+                _write(accelerator.unwrap_model(model), Path(folder))
         weights.clear()
 
     def load(models: list, folder: str) -> None:
         while models:
-            set_peft_model_state_dict(_adapter(accelerator, models.pop()), load_peft_weights(folder, device="cpu"))
+            model = accelerator.unwrap_model(models.pop())
+            if isinstance(model, PeftModel):
+                set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
+            else:
+                model.load_state_dict(load_file(Path(folder, SAFETENSORS_WEIGHTS_NAME)))
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
 
 
-def _adapter(accelerator: Accelerator, model: object) -> PeftModel:
-    adapter = accelerator.unwrap_model(model)
-    assert isinstance(adapter, PeftModel)
-    return adapter
+def _write(model: PeftModel | ModelMixin, folder: Path) -> None:
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(folder), save_embedding_layers=False)  # else PEFT asks the Hub about the vocabulary
+    else:
+        model.save_pretrained(folder)
+
+
+def save_model(model: PeftModel | ModelMixin, folder: Path) -> None:
+    """Write a model's files into a folder that holds other things too; each appears complete or not at all.
+
+    Raises:
+        CheckpointError: when they cannot be written.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as unfinished:
+            _write(model, Path(unfinished))
+            for path in Path(unfinished).iterdir():
+                path.replace(folder / path.name)
+    except Exception as error:  # safetensors has an error of its own for a full disk
+        name = "adapter_model.safetensors" if isinstance(model, PeftModel) else SAFETENSORS_WEIGHTS_NAME
+        raise not_written(folder / name, folder, error) from error
 
 
 def checkpoint_steps(output_dir: Path) -> dict[int, Path]:
@@ -86,7 +112,7 @@ def find_checkpoint(output_dir: Path, wanted: str) -> tuple[int, Path] | None:
     return int(match[1]), path
 
 
-def check_same_run(folder: Path, arguments: TrainingArguments, model: PeftModel) -> None:
+def check_same_run(folder: Path, arguments: OptimisationArguments, model: PeftModel | ModelMixin) -> None:
     """Refuse to go on from a checkpoint with settings that would make another run of it.
 
     Raises:
@@ -95,19 +121,22 @@ def check_same_run(folder: Path, arguments: TrainingArguments, model: PeftModel)
     stored = json.loads((folder / ARGUMENTS).read_text())
     given = dataclasses.asdict(arguments)
     # What a run did not know, because it is older, was as the default is.
-    stored = dataclasses.asdict(TrainingArguments(pretrained_model_name_or_path="any", output_dir="any")) | stored
+    stored = {field.name: _default(field) for field in dataclasses.fields(arguments)} | stored
     differing = {
         f"--{name}": (stored[name], given[name])
         for name in sorted(given.keys() - _MAY_CHANGE)
         if stored[name] != given[name]
     }
     # What the arguments leave to the data and the base.
-    old = CausalContextConfig.from_pretrained(str(folder))
-    new = model.peft_config["default"]
-    for name in ("concepts", "target_modules"):
-        then, now = getattr(old, name), getattr(new, name)
-        if then != now and f"--{name}" not in differing:
-            differing[name] = (then, now)
+    if isinstance(model, PeftModel):
+        old, new = vars(CausalContextConfig.from_pretrained(str(folder))), vars(model.peft_config["default"])
+        decided = ("concepts", "target_modules")
+    else:
+        old, new = cast(Any, model).load_config(folder), dict(model.config)
+        decided = ("concepts", "base")
+    for name in decided:
+        if old[name] != new[name] and f"--{name}" not in differing:
+            differing[name] = (old[name], new[name])
     if differing:
         listed = "; ".join(f"{name}: {then!r} then, {now!r} now" for name, (then, now) in differing.items())
         raise ValueError(
@@ -116,12 +145,16 @@ def check_same_run(folder: Path, arguments: TrainingArguments, model: PeftModel)
         )
 
 
+def _default(field: dataclasses.Field) -> object:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def remove_checkpoint(folder: Path) -> None:
     """Remove a checkpoint; renamed first, so that a kill in between leaves none that is half removed."""
     shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.removed")))
 
 
-def save_checkpoint(accelerator: Accelerator, arguments: TrainingArguments, step: int) -> Path:
+def save_checkpoint(accelerator: Accelerator, arguments: OptimisationArguments, step: int) -> Path:
     """Write `checkpoint-<step>` and remove the oldest ones beyond `checkpoints_total_limit`.
 
     Raises:
@@ -173,7 +206,7 @@ def write_file(path: Path, output_dir: Path, save: Callable[[Path], object]) -> 
 
 def clean_up(output_dir: Path) -> None:
     """Remove what a killed run left unfinished."""
-    for pattern in (".checkpoint-*.unfinished", ".checkpoint-*.removed", ".adapter-*"):
+    for pattern in (".checkpoint-*.unfinished", ".checkpoint-*.removed", ".model-*"):
         for path in output_dir.glob(pattern):
             shutil.rmtree(path)
 

@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from accelerate.utils import set_seed
 from peft import PeftModel, get_peft_model
-from PIL import Image
 
 from ..adapter.config import CausalContextConfig
-from ..contexts import Context
 from ..data import InterventionalData, check_data, from_attributes, load_dataset_contexts, load_folders, open_dataset
 from ..hub import write_card
 from ..layers import Mechanism
 from .arguments import DataArguments, TrainingArguments
 from .bases import load_base
 from .batches import DenoiserBatches
-from .checkpoints import write_file
 from .families import Base
-from .generation import check_conditions, generate, picture_grid
+from .generation import check_conditions, generate
+from .grids import grid_name, validation_contexts, write_grid
 from .objectives import denoising_objective
 from .reweighting import add_reweighted_contexts
 from .trainer import fit, make_accelerator
 
-_SHOWN_PAIRS = 6
 _DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -80,7 +74,7 @@ def train(arguments: TrainingArguments, base: Base | None = None, data: Interven
             accelerator.process_index,
             accelerator.num_processes,
         )
-    validation = validation_contexts(data, arguments)
+    validation = validation_contexts(arguments, arguments.observational_name, data.concepts, data.held_out)
     resting = accelerator.device if data.streaming else torch.device("cpu")
     base.move_encoders(resting)
 
@@ -96,12 +90,7 @@ def train(arguments: TrainingArguments, base: Base | None = None, data: Interven
             resolution=arguments.resolution,
         )
         base.move_encoders(resting)
-        grid = picture_grid(rows, [str(context) or arguments.observational_name for context in validation])
-        path = Path(arguments.output_dir, _grid_name(step))
-        path.parent.mkdir(exist_ok=True)
-        write_file(path, Path(arguments.output_dir), grid.save)
-        for tracker in accelerator.trackers:
-            _log_grid(tracker, grid, step)
+        write_grid(accelerator, arguments.output_dir, rows, validation, arguments.observational_name, step)
 
     wanted = validate if arguments.num_validation_images else None
     folder = fit(accelerator, model, objective, batches, arguments, num_steps, wanted)
@@ -112,7 +101,7 @@ def train(arguments: TrainingArguments, base: Base | None = None, data: Interven
             base=base_name(arguments),
             denoiser=base.denoiser_name,
             call=base.example_call,
-            picture=_grid_name(num_steps) if wanted else None,
+            picture=grid_name(num_steps) if wanted else None,
             reweighted=tuple(data.reweighted),
         )
     return folder
@@ -186,24 +175,6 @@ def base_name(arguments: TrainingArguments) -> str:
     return str(folder.resolve()) if folder.exists() else arguments.pretrained_model_name_or_path
 
 
-def validation_contexts(data: InterventionalData, arguments: TrainingArguments) -> list[Context]:
-    """Rows of a sample grid: the observational context, the single concepts, unseen combinations.
-
-    Raises:
-        ValueError: for contexts with unknown concepts.
-    """
-    if arguments.validation_contexts is not None:
-        names = ["" if name == arguments.observational_name else name for name in arguments.validation_contexts]
-        chosen = [Context.parse(name) for name in names]
-        data.concepts.mask(chosen)  # refuses unknown names
-        return chosen
-    singles = [Context(name) for name in data.concepts]
-    unseen: Sequence[Context] = [Context.parse(context) for context in data.held_out]
-    if not unseen:
-        unseen = [a | b for a, b in combinations(singles, 2)][:_SHOWN_PAIRS]
-    return [Context(), *singles, *unseen]
-
-
 def _parse_rules(items: list[str]) -> dict[str, str]:
     rules = {}
     for item in items:
@@ -222,14 +193,3 @@ def _steps_per_epoch(data: InterventionalData, arguments: TrainingArguments, num
         raise ValueError("A stream has no known length, so it has no epochs. Give --max_train_steps.")
     samples = arguments.train_batch_size * arguments.gradient_accumulation_steps * num_processes
     return max(1, math.ceil(sum(data.counts.values()) / samples))
-
-
-def _grid_name(step: int) -> str:
-    return f"samples/step-{step:06d}.png"
-
-
-def _log_grid(tracker: Any, grid: Image.Image, step: int) -> None:
-    if tracker.name == "tensorboard":
-        tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, dataformats="NHWC")
-    elif hasattr(tracker, "log_images"):
-        tracker.log_images({"samples": [grid]}, step=step)

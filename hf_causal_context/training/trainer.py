@@ -1,10 +1,9 @@
-"""The training loop: one for every base and objective, from the first batch to the saved adapter."""
+"""The training loop: one for every model and objective, from the first batch to the saved result."""
 
 from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,13 +14,15 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from .arguments import TrainingArguments
+from .arguments import OptimisationArguments
 from .checkpoints import (
     check_same_run,
     check_space,
@@ -29,11 +30,12 @@ from .checkpoints import (
     clean_up,
     find_checkpoint,
     last_checkpoint,
-    not_written,
-    register_adapter_hooks,
+    register_model_hooks,
     remove_checkpoint,
     save_checkpoint,
+    save_model,
 )
+from .early_stopping import EarlyStopping
 from .interruption import noted_interruptions
 from .objectives import Objective
 
@@ -46,7 +48,20 @@ class TrainingInterrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM came; a checkpoint was saved."""
 
 
-def make_accelerator(arguments: TrainingArguments) -> Accelerator:
+class StepHooks:
+    """What a model needs around the steps of its training; does nothing unless a subclass does."""
+
+    def start_step(self, step: int) -> None:
+        """Before the forward passes of an optimiser step, counted from 0."""
+
+    def end_backward(self) -> None:
+        """When the gradients of a step are complete, before they are clipped."""
+
+    def end_step(self) -> None:
+        """After the optimiser changed the parameters."""
+
+
+def make_accelerator(arguments: OptimisationArguments) -> Accelerator:
     """Accelerate's view of the processes and devices of this run.
 
     Raises:
@@ -77,23 +92,27 @@ def make_accelerator(arguments: TrainingArguments) -> Accelerator:
 
 def fit(
     accelerator: Accelerator,
-    model: PeftModel,
+    model: PeftModel | ModelMixin,
     objective: Objective,
     batches: Callable[[int], Iterator[Any]],
-    arguments: TrainingArguments,
+    arguments: OptimisationArguments,
     num_steps: int,
-    validate: Callable[[int], None] | None = None,
+    validate: Callable[[int], float | None] | None = None,
+    early_stopping: EarlyStopping | None = None,
+    hooks: StepHooks | None = None,
 ) -> Path:
-    """Train the parameters of `model` that require gradients, and save the adapter to `output_dir`.
+    """Train the parameters of `model` that require gradients, and save the model to `output_dir`.
 
     Args:
         accelerator: from `make_accelerator`.
-        model: the base with its adapter.
+        model: a base with its adapter, of which only the adapter is saved, or a whole model.
         objective: batch -> losses (B,).
         batches: endless batches of this process from the n-th on; the n-th is the same in every run.
         arguments: the run's settings.
         num_steps: optimiser steps of the whole run.
-        validate: called with the step, in eval mode and with the weights that would be saved.
+        validate: called with the step, in eval mode and with the weights that would be saved; may return a loss.
+        early_stopping: looks at that loss.
+        hooks: what happens around every step.
 
     Raises:
         TrainingDivergedError: when a loss or gradient becomes NaN or infinite.
@@ -103,6 +122,7 @@ def fit(
         FileExistsError: for checkpoints of another run in `output_dir`.
         ValueError: for a checkpoint of a run with other settings.
     """
+    hooks = hooks or StepHooks()
     output_dir = Path(arguments.output_dir)
     parameters = [p for p in model.parameters() if p.requires_grad]
     resumed = arguments.resume_from_checkpoint
@@ -131,17 +151,16 @@ def fit(
         weight_decay=arguments.adam_weight_decay,
         eps=arguments.adam_epsilon,
     )
-    schedule = get_scheduler(
-        arguments.lr_scheduler, optimizer, num_warmup_steps=arguments.lr_warmup_steps, num_training_steps=num_steps
-    )
-    register_adapter_hooks(accelerator)
+    schedule = make_schedule(optimizer, arguments, num_steps)
+    register_model_hooks(accelerator)
     accelerator.register_for_checkpointing(schedule)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     ema = (
         EMAModel(parameters, decay=arguments.ema_decay, use_ema_warmup=True, power=0.75) if arguments.use_ema else None
     )
-    if ema is not None:
-        accelerator.register_for_checkpointing(ema)
+    for state in (ema, early_stopping):
+        if state is not None:
+            accelerator.register_for_checkpointing(state)
 
     # 2. Where to begin
     first = 0
@@ -168,21 +187,36 @@ def fit(
             "--max_grad_norm; the same settings would end here again."
         )
 
-    def validated(step: int) -> None:
+    def validated(step: int) -> bool:
+        """Whether the run should end."""
+        stop = torch.zeros((), device=accelerator.device)
         if validate is not None and accelerator.is_main_process:
             wrapped.eval()
             with averaged(ema, parameters):
-                validate(step)
+                loss = validate(step)
             wrapped.train()
+            if loss is not None:
+                accelerator.log({"validation_loss": loss}, step=step)
+                stop += early_stopping is not None and early_stopping.should_stop(loss)
+        if early_stopping is not None:
+            stop = cast(Tensor, accelerator.reduce(stop, "sum"))
         accelerator.wait_for_everyone()
+        return bool(stop.item())
+
+    def is_due(step: int) -> bool:
+        return bool(arguments.validation_steps) and step % arguments.validation_steps == 0 and 0 < step < num_steps
 
     # 3. The loop
     wrapped.train()
     accumulation = arguments.gradient_accumulation_steps
     stream = batches(first * accumulation)
     bar = tqdm(total=num_steps, initial=first, desc="train", unit="step", disable=not accelerator.is_local_main_process)
+    # A checkpoint is written before its step's validation, so a resumed run begins with that.
+    stopping, done = is_due(first) and validated(first), first
     with noted_interruptions() as interruption, bar:
-        for step in range(first, num_steps):
+        while done < num_steps and not stopping:
+            step = done
+            hooks.start_step(step)
             total = torch.zeros((), device=accelerator.device)
             for _ in range(accumulation):
                 batch = next(stream)
@@ -194,10 +228,12 @@ def fit(
             value = cast(Tensor, accelerator.reduce(total, "mean")).item()
             if not math.isfinite(value):
                 raise stopped(f"The loss became {value}", step)
+            hooks.end_backward()
             norm = cast(Tensor, accelerator.clip_grad_norm_(parameters, arguments.max_grad_norm)).item()
             if not math.isfinite(norm) and accelerator.mixed_precision != "fp16":  # whose scaler skips the step
                 raise stopped(f"The gradient's norm became {norm}", step)
             optimizer.step()
+            hooks.end_step()
             if not accelerator.optimizer_step_was_skipped:  # by the scaler of fp16
                 schedule.step()
                 if ema is not None:
@@ -220,17 +256,31 @@ def fit(
                     f"Stopped after step {done} of {num_steps}. {last_checkpoint(output_dir)} Go on by running the "
                     f"same command {how}."
                 )
-            if arguments.validation_steps and done % arguments.validation_steps == 0 and done < num_steps:
-                validated(done)
+            stopping = is_due(done) and validated(done)
+    if stopping:
+        accelerator.print(f"Validation no longer improves: stopped after step {done} of {num_steps}.")
 
     # 4. The result: what is saved is what the model goes on with
     if ema is not None:
         ema.copy_to(parameters)
     if accelerator.is_main_process:
-        save_adapter(accelerator.unwrap_model(wrapped), output_dir)
-    validated(num_steps)
+        save_model(accelerator.unwrap_model(wrapped), output_dir)
+    validated(done)
     accelerator.end_training()
     return output_dir
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, arguments: OptimisationArguments, num_steps: int) -> LambdaLR:
+    """The schedule of the learning rate; the cosine with a minimum ends at a hundredth of the peak."""
+    if arguments.lr_scheduler == "cosine_with_min_lr":
+        from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+        return get_cosine_with_min_lr_schedule_with_warmup(
+            optimizer, arguments.lr_warmup_steps, num_steps, min_lr_rate=0.01
+        )
+    return get_scheduler(
+        arguments.lr_scheduler, optimizer, num_warmup_steps=arguments.lr_warmup_steps, num_training_steps=num_steps
+    )
 
 
 @contextmanager
@@ -252,18 +302,3 @@ def set_learning_rate(schedule: Any, peak: float) -> None:
     schedule.base_lrs = [peak] * len(schedule.base_lrs)
     for group, factor in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
         group["initial_lr"], group["lr"] = peak, peak * factor(schedule.last_epoch)
-
-
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the adapter's files into a folder that holds other things too; each appears complete or not at all.
-
-    Raises:
-        CheckpointError: when they cannot be written.
-    """
-    try:
-        with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as unfinished:
-            model.save_pretrained(unfinished, save_embedding_layers=False)
-            for path in Path(unfinished).iterdir():
-                path.replace(folder / path.name)
-    except Exception as error:  # safetensors has an error of its own for a full disk
-        raise not_written(folder / "adapter_model.safetensors", folder, error) from error

@@ -62,7 +62,7 @@ def main(outcome: str, cache: str, settings: dict, faults: Faults, place: Place 
     except BaseException as error:
         message = f"{type(error).__name__}: {error}"
     Path(outcome).write_text(message)
-    if place is not None:
+    if place is not None and dist.is_initialized():  # else the end of the training did it
         dist.destroy_process_group()
 
 

@@ -1,0 +1,73 @@
+"""The sample grids of a run: which contexts they show, and where they go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+
+from ..contexts import ConceptSet, Context
+from .arguments import OptimisationArguments
+from .checkpoints import write_file
+from .generation import picture_grid
+
+_SHOWN_PAIRS = 6
+
+
+def validation_contexts(
+    arguments: OptimisationArguments, observational_name: str, concepts: ConceptSet, held_out: Iterable[str] = ()
+) -> list[Context]:
+    """Rows of a grid: those named, or the observational context, the single concepts, unseen combinations.
+
+    Raises:
+        ValueError: for contexts with unknown concepts.
+    """
+    if arguments.validation_contexts is not None:
+        names = ["" if name == observational_name else name for name in arguments.validation_contexts]
+        chosen = [Context.parse(name) for name in names]
+        concepts.mask(chosen)  # refuses unknown names
+        return chosen
+    singles = [Context(name) for name in concepts]
+    unseen = [Context.parse(context) for context in held_out]
+    if not unseen:
+        unseen = [a | b for a, b in combinations(singles, 2)][:_SHOWN_PAIRS]
+    return [Context(), *singles, *unseen]
+
+
+def grid_name(step: int) -> str:
+    """The grid's file in the folder of the run."""
+    return f"samples/step-{step:06d}.png"
+
+
+def write_grid(
+    accelerator: Accelerator,
+    output_dir: str,
+    rows: Sequence[Tensor],
+    contexts: Sequence[Context],
+    observational_name: str,
+    step: int,
+) -> None:
+    """Write one row of pictures (n, C, H, W) in [0, 1] for each context, and show them to the trackers.
+
+    Raises:
+        CheckpointError: when the file cannot be written.
+    """
+    grid = picture_grid(rows, [str(context) or observational_name for context in contexts])
+    path = Path(output_dir, grid_name(step))
+    path.parent.mkdir(exist_ok=True)
+    write_file(path, Path(output_dir), grid.save)
+    for tracker in accelerator.trackers:
+        _log_grid(tracker, grid, step)
+
+
+def _log_grid(tracker: Any, grid: Image.Image, step: int) -> None:
+    if tracker.name == "tensorboard":
+        tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, dataformats="NHWC")
+    elif hasattr(tracker, "log_images"):
+        tracker.log_images({"samples": [grid]}, step=step)
