@@ -1,0 +1,267 @@
+"""An autoencoder whose latent passes through the context module: the system of the paper as a Hugging Face model.
+
+Markham et al., "Intervening to Learn and Compose Causally Disentangled Representations" (CLeaR 2026), section 3.
+Shapes: B samples, C channels, S x S pixels, K concepts, N noise width, W concept width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from torch import Tensor, nn
+
+from ..context_module import ContextModule, NoiseModule, Posterior
+from ..contexts import ConceptSet, ContextBatch, as_context, as_contexts
+from ..functional import normal_like
+from .encoder_decoders import EncoderDecoder, base_from_config
+
+
+class AutoencoderOutput(NamedTuple):
+    """What `forward` returns: `output` (B, C, S, S), logits or pixels as the base decodes, and `kl` (B,) in nats."""
+
+    output: Tensor
+    kl: Tensor
+
+
+class _FoundError(Exception):
+    """Carries what was wanted out of a base's forward pass."""
+
+
+class ContextAutoencoder(ModelMixin, ConfigMixin):
+    """A context module between an encoder and a decoder, or in place of a hierarchical model's top latent.
+
+    Args:
+        concepts: their names, in the order of the intervention mask.
+        base: an `EncoderDecoder`, a hierarchical model (see `latent_module`), or a configuration of one of this
+            package: `{"class": "LightweightVAE", "size": 64}`.
+        noise_width, concept_width, depth, perfect_interventions, encode_context, published: of the `ContextModule`.
+        with_context_module: False leaves only the exogenous coordinates, for ablations; contexts then have no effect.
+        latent_module: name of the module in `base` that the context module replaces. It maps features (B,
+            *base.latent_shape) to a latent of that shape and its KL divergence (B,). The base is then a whole model:
+            `base(pictures, generator)` returns output and KL divergence, `base.sample(num, generator)` output.
+
+    Raises:
+        ValueError: for concepts or numbers that are not valid, an unknown base or no such module in it.
+
+    Example:
+        >>> model = ContextAutoencoder(("thick", "slant"), {"class": "LightweightVAE", "size": 28, "channels": 1})
+        >>> model.eval().sample("thick+slant", num=3).shape
+        torch.Size([3, 1, 28, 28])
+    """
+
+    def __init__(
+        self,
+        concepts: Sequence[str],
+        base: nn.Module | Mapping[str, Any],
+        noise_width: int = 32,
+        concept_width: int = 8,
+        depth: int = 2,
+        perfect_interventions: bool | None = None,
+        encode_context: bool | None = None,
+        published: bool = False,
+        with_context_module: bool = True,
+        latent_module: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.concept_set = ConceptSet(cast(tuple[str, ...], concepts))
+        self.backbone: Any = base if isinstance(base, nn.Module) else base_from_config(base)
+        self.register_to_config(
+            concepts=list(self.concept_set),
+            base={"class": type(self.backbone).__name__, **self.backbone.config},
+            noise_width=noise_width,
+            concept_width=concept_width,
+            depth=depth,
+            perfect_interventions=perfect_interventions,
+            encode_context=encode_context,
+            published=published,
+            with_context_module=with_context_module,
+            latent_module=latent_module,
+        )
+        self.published, self.latent_module, self.with_context_module = published, latent_module, with_context_module
+        if latent_module is None:
+            if not isinstance(self.backbone, EncoderDecoder):
+                raise ValueError(
+                    f"A {type(self.backbone).__name__} is no EncoderDecoder. If it is a hierarchical model, name the "
+                    "module of its top latent: latent_module=."
+                )
+            features = self.backbone.features
+        else:
+            names = [name for name, _ in self.backbone.named_modules() if name]
+            if latent_module not in names:
+                raise ValueError(f"latent_module={latent_module!r} is no module of the base. It has: {names}.")
+            if not hasattr(self.backbone, "latent_shape") or not hasattr(self.backbone, "sample"):
+                raise ValueError(
+                    f"A {type(self.backbone).__name__} has no latent_shape or no sample(), so its latent_module="
+                    f"{latent_module!r} cannot be replaced. HierarchicalVAE shows what is needed."
+                )
+            self.backbone.get_submodule(latent_module).requires_grad_(False)  # what it computes is not used
+            features = math.prod(self.backbone.latent_shape)
+        sizes = (features, features, len(self.concept_set), noise_width)
+        self.context_module = (
+            ContextModule(*sizes, concept_width, depth, perfect_interventions, encode_context, published)
+            if with_context_module
+            else NoiseModule(*sizes)
+        )
+        self.backbone_is_frozen = False
+
+    def train(self, mode: bool = True) -> ContextAutoencoder:
+        """As of every module; a frozen backbone stays in eval mode, so that its batch norm keeps what it learnt.
+
+        The published experiments kept updating those statistics, and so does `published`.
+        """
+        super().train(mode)
+        if self.backbone_is_frozen and not self.published:
+            self.backbone.eval()
+        return self
+
+    def forward(self, pictures: Tensor, mask: Tensor, generator: torch.Generator | None = None) -> AutoencoderOutput:
+        """Pictures (B, C, S, S) in [0, 1] and an intervention mask (B or 1, K) -> reconstructions and KL divergence."""
+        if self.latent_module is None:
+            posterior = self.context_module.encode(self.backbone.encode(pictures), mask)
+            features = self.context_module(posterior.sample(generator), mask)
+            return AutoencoderOutput(self.backbone.decode(features), posterior.kl())
+
+        def latent(features: Tensor) -> tuple[Tensor, Tensor]:
+            posterior = self.context_module.encode(features.flatten(1), mask)
+            return self.context_module(posterior.sample(generator), mask).view_as(features), posterior.kl()
+
+        with self._replaced(latent):
+            return AutoencoderOutput(*self.backbone(pictures, generator))
+
+    def encode(self, pictures: Tensor, context: ContextBatch = ()) -> Posterior:
+        """Pictures (B, C, S, S) in [0, 1], drawn in a context -> the posterior of their exogenous coordinates.
+
+        Raises:
+            ValueError: for pictures of another shape, values outside [0, 1], unknown concepts, or another number of
+                contexts.
+        """
+        self.check_pictures(pictures)
+        mask = self.mask(context, len(pictures))
+        if self.latent_module is None:
+            return self.context_module.encode(self.backbone.encode(pictures), mask)
+
+        def keep(features: Tensor) -> tuple[Tensor, Tensor]:
+            raise _FoundError(features)
+
+        try:
+            with self._replaced(keep):
+                self.backbone(pictures)
+        except _FoundError as stop:
+            return self.context_module.encode(cast(Tensor, stop.args[0]).flatten(1), mask)
+        raise ValueError(f"The base never called {self.latent_module!r}, so there is nothing to encode.")
+
+    def decode(self, noise: Tensor, context: ContextBatch, generator: torch.Generator | None = None) -> Tensor:
+        """Exogenous coordinates (B, K, N) in a context, or one per sample -> pictures (B, C, S, S) in [0, 1].
+
+        The lower latents of a hierarchical base are drawn from its prior.
+
+        Raises:
+            ValueError: for coordinates of another shape, unknown concepts, or another number of contexts.
+        """
+        expected = (len(self.concept_set), self.context_module.noise_width)
+        if noise.ndim != 3 or noise.shape[1:] != expected:
+            raise ValueError(
+                f"Exogenous coordinates of shape {tuple(noise.shape)}; they must be (B, {expected[0]}, {expected[1]}): "
+                "concepts and noise_width."
+            )
+        latent = self.context_module(noise, self.mask(context, len(noise)))
+        if self.latent_module is None:
+            return self._pixels(self.backbone.decode(latent))
+        with self._replaced(lambda features: (latent.view_as(features), latent.new_zeros(len(latent)))):
+            return self._pixels(self.backbone.sample(len(noise), generator))
+
+    @torch.no_grad()
+    def sample(self, context: ContextBatch = (), num: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        """`num` pictures (num, C, S, S) in [0, 1] in a context, or one context for each.
+
+        Raises:
+            ValueError: for unknown concepts, or another number of contexts than `num`.
+        """
+        shape = (num, len(self.concept_set), self.context_module.noise_width)
+        noise = normal_like(torch.empty(shape, device=self.device, dtype=self.dtype), generator)
+        return self.decode(noise, context, generator)
+
+    @torch.no_grad()
+    def reconstruct(self, pictures: Tensor, context: ContextBatch = ()) -> Tensor:
+        """Pictures (B, C, S, S), drawn in a context, as the model sees them: decoded from the posterior's mean.
+
+        Raises:
+            ValueError: as `encode` and `decode` do.
+        """
+        return self.counterfactual(pictures, from_context=context, to_context=context)
+
+    @torch.no_grad()
+    def counterfactual(self, pictures: Tensor, from_context: ContextBatch, to_context: ContextBatch) -> Tensor:
+        """What pictures (B, C, S, S), drawn in one context, would have been in another, with the same noise.
+
+        Abduction takes the posterior's mean in `from_context`; without `encode_context`, as in the paper, it is the
+        same for all. A hierarchical base infers its lower latents from the pictures again. Compare with `reconstruct`
+        to see what the model can represent at all.
+
+        Raises:
+            ValueError: as `encode` and `decode` do.
+        """
+        noise = self.encode(pictures, from_context).mean
+        if self.latent_module is None:
+            return self.decode(noise, to_context)
+        latent = self.context_module(noise, self.mask(to_context, len(pictures)))
+        with self._replaced(lambda features: (latent.view_as(features), latent.new_zeros(len(latent)))):
+            # The lower latents are drawn; always from the same numbers.
+            return self._pixels(self.backbone(pictures, torch.Generator(self.device).manual_seed(0))[0])
+
+    @torch.no_grad()
+    def concepts(self, pictures: Tensor, context: ContextBatch = ()) -> Tensor:
+        """Values of the concepts (B, K, W) in pictures (B, C, S, S) that were drawn in a context.
+
+        Raises:
+            ValueError: as `encode` and `decode` do.
+        """
+        return self.context_module.concepts(self.encode(pictures, context).mean, self.mask(context, len(pictures)))
+
+    def mask(self, context: ContextBatch, num: int) -> Tensor:
+        """Intervention mask (1 or num, K) of one context, or of one for each of `num` samples, on the model's device.
+
+        Raises:
+            ValueError: for unknown concepts, or another number of contexts.
+        """
+        if isinstance(context, Tensor):
+            mask = self.concept_set.check_mask(context)
+        else:
+            mask = self.concept_set.mask(as_contexts(context) or (as_context(context),))
+        if len(mask) not in (1, num):
+            raise ValueError(f"{len(mask)} contexts for {num} samples. Give one, or one for each sample.")
+        return mask.to(self.device, self.dtype)
+
+    def check_pictures(self, pictures: Tensor) -> None:
+        """Raise a ValueError unless pictures are (B, C, S, S) in [0, 1]."""
+        expected = (self.backbone.channels, self.backbone.size, self.backbone.size)
+        if pictures.ndim != 4 or pictures.shape[1:] != expected or not pictures.is_floating_point():
+            raise ValueError(
+                f"Pictures of shape {tuple(pictures.shape)} and dtype {pictures.dtype}; this autoencoder takes float "
+                f"tensors (B, {', '.join(map(str, expected))}) with values in [0, 1]. Resize or convert them."
+            )
+        low, high = pictures.aminmax() if len(pictures) else (torch.zeros(()), torch.ones(()))
+        if not (low >= 0 and high <= 1):  # NaN fails, too
+            raise ValueError(
+                f"Pictures have values from {low:g} to {high:g}; they must lie in [0, 1]. Divide bytes by 255; for "
+                "values in [-1, 1] take (x + 1) / 2."
+            )
+
+    def _pixels(self, output: Tensor) -> Tensor:
+        return output.sigmoid() if self.backbone.output == "logits" else output.clamp(0, 1)
+
+    @contextmanager
+    def _replaced(self, latent: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """Within the body, `latent` gives what the hierarchical base's latent module returns for its features."""
+        replaced = self.backbone.get_submodule(self.latent_module)
+        # Rather than a hook, which would let the module draw random numbers first.
+        replaced.forward = lambda features, *_, **__: latent(features)
+        try:
+            yield
+        finally:
+            del replaced.forward
