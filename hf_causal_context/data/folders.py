@@ -22,11 +22,14 @@ def load_folders(
     *,
     concepts: Sequence[str] | ConceptSet | None = None,
     observational_name: str = "obs",
+    joint_separator: str = "+",
     held_out_contexts: Iterable[ContextLike] = (),
     training_contexts: Iterable[ContextLike] | None = None,
     streaming: bool = False,
 ) -> InterventionalData:
     """Read one folder per context, named as `Context.parse` reads them; `observational_name` is the observational one.
+
+    With a `joint_separator` such as "-", "thick-slant" is read as "thick+slant"; no concept's name may contain it.
 
     Captions are optional: a ``metadata.jsonl`` in each folder, with ``file_name`` and ``text`` on every line. Pictures
     are opened when they are used. What is trained on and what is held out: see `from_dataset`.
@@ -36,7 +39,7 @@ def load_folders(
         ValueError: for no folders, folders without pictures, two folders of one context, bad metadata, captions in some
             folders only, and what `from_dataset` raises.
     """
-    folders = _context_folders(Path(root), observational_name)
+    folders = _context_folders(Path(root), observational_name, joint_separator)
     pictures = {context: _pictures(folder) for context, folder in folders.items()}
     captions = {
         context: _captions(folder, pictures[context])
@@ -71,7 +74,7 @@ def load_folders(
     return replace(data, rows=data.rows.to_iterable_dataset(), held_out=held_out)
 
 
-def _context_folders(root: Path, observational_name: str) -> dict[str, Path]:
+def _context_folders(root: Path, observational_name: str, joint_separator: str) -> dict[str, Path]:
     if not root.is_dir():
         raise FileNotFoundError(
             f"{str(root)!r} is not a folder. Give the folder that holds one folder of pictures per context, such as "
@@ -82,7 +85,7 @@ def _context_folders(root: Path, observational_name: str) -> dict[str, Path]:
         if not folder.is_dir() or folder.name.startswith("."):
             continue
         try:
-            context = context_text(folder.name, observational_name)
+            context = context_text(folder.name.replace(joint_separator, "+"), observational_name)
         except ValueError as error:
             raise ValueError(f"Folder {str(folder)!r}: {error} Rename the folder.") from error
         if context in folders:

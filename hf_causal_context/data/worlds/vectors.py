@@ -15,28 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...contexts import ContextLike
-from .linear_gaussian import LinearGaussianModel
+from .quad import CONCEPTS, VARIABLES, latent_model, standardised_latents
 
-CONCEPTS = ("quad1", "quad2", "quad3", "quad4", "size", "orientation")
+__all__ = ["CONCEPTS", "DIMENSION", "latent_model", "sample_vectors"]
+
 DIMENSION = 32
-
-_NAMES = ("quad1", "quad2", "quad3", "quad4", "size", "color", "shape", "orientation")
-_EFFECTS = {
-    ("quad2", "quad1"): -1.23,
-    ("quad3", "quad2"): 1.56,
-    ("quad4", "quad1"): 1.34,
-    ("quad4", "quad3"): -0.72,
-    ("color", "quad1"): -0.95,
-    ("color", "size"): 1.67,
-    ("shape", "quad2"): 0.58,
-    ("shape", "color"): -1.34,
-    ("orientation", "quad1"): 1.12,
-    ("orientation", "size"): -0.81,
-    ("orientation", "shape"): 1.45,
-}
-_NOISE_VARIANCES = (1.3855493, 1.16426732, 1.00502177, 1.95646855, 1.27482347, 1.42, 1.31, 1.18)
-_INTERVENTION_MEANS = (1.16920556, 1.47496736, -1.60596209, -1.96578519, 1.0117071, -0.85, 1.23, -0.67)
-_INTERVENTION_VARIANCES = (1.94878138, 1.35886756, 1.57343313, 1.1021785, 1.30511067, 1.52, 1.41, 1.26)
 
 
 def sample_vectors(
@@ -53,22 +36,9 @@ def sample_vectors(
     Raises:
         ValueError: for a concept this world does not have.
     """
-    latents = _latents(num, context, seed, dependent)
+    latents = standardised_latents(num, context, seed, dependent=dependent)
     centre, scale = _observational_moments(dependent)
     return ((_mix(latents) - centre) / scale).astype(np.float32), latents
-
-
-def latent_model(dependent: bool = True) -> LinearGaussianModel:
-    """The structural causal model of the latents, before they are standardised."""
-    columns = zip(_NAMES, _INTERVENTION_MEANS, _INTERVENTION_VARIANCES, strict=True)
-    interventions = {name: (mean, variance**0.5) for name, mean, variance in columns if name in CONCEPTS}
-    deviations = [variance**0.5 for variance in _NOISE_VARIANCES]
-    return LinearGaussianModel(_NAMES, _EFFECTS if dependent else {}, deviations, interventions)
-
-
-def _latents(num: int, context: ContextLike, seed: int, dependent: bool) -> NDArray[np.float64]:
-    model = latent_model(dependent)
-    return model.sample(num, context, np.random.default_rng(seed)) / model.deviations()
 
 
 def _mix(latents: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -80,12 +50,12 @@ def _mix(latents: NDArray[np.float64]) -> NDArray[np.float64]:
 
 @cache
 def _rotations() -> tuple[NDArray[np.float64], ...]:
-    widths = (len(_NAMES), DIMENSION, DIMENSION)
+    widths = (len(VARIABLES), DIMENSION, DIMENSION)
     normal = (np.random.default_rng(seed).standard_normal((DIMENSION, width)) for seed, width in enumerate(widths))
     return tuple(np.linalg.qr(matrix)[0] for matrix in normal)
 
 
 @cache
 def _observational_moments(dependent: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    vectors = _mix(_latents(100_000, (), 12345, dependent))
+    vectors = _mix(standardised_latents(100_000, seed=12345, dependent=dependent))
     return vectors.mean(axis=0), vectors.std(axis=0)
