@@ -14,6 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, tuple[str, Callable[[list[str]], None]]] = {
         "quickstart": ("train, compose and score an adapter on handwritten digits, in minutes on a CPU", _quickstart),
         "train": ("fine-tune an adapter on a diffusers pipeline", _train),
+        "train-autoencoder": ("train the paper's autoencoder on pictures in contexts", _train_autoencoder),
         "generate": ("make pictures in chosen contexts", _generate),
         "evaluate": ("measure an adapter on its data: does it compose?", _evaluate),
         "check-data": ("count contexts and find what would spoil a training", _check_data),
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="hf-causal-context",
         description="LoRA for causal concepts.",
-        epilog="\n".join(f"  {name:<12} {text}" for name, (text, _) in commands.items()),
+        epilog="\n".join(f"  {name:<17} {text}" for name, (text, _) in commands.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=commands, help="see below; each has a --help of its own")
@@ -43,6 +44,14 @@ def _train(arguments: list[str]) -> None:
     from .training.finetune import train
 
     print(f"The adapter is in {train(_parse(TrainingArguments, 'train', arguments))}.")
+
+
+def _train_autoencoder(arguments: list[str]) -> None:
+    from .training.arguments import AutoencoderArguments
+    from .training.autoencoder import train_autoencoder
+
+    folder = train_autoencoder(_parse(AutoencoderArguments, "train-autoencoder", arguments))
+    print(f"The autoencoder is in {folder}.")
 
 
 def _evaluate(arguments: list[str]) -> None:

@@ -1,0 +1,158 @@
+"""The paper's own setting: pictures in contexts -> a `ContextAutoencoder`, end-to-end or on a pretrained base."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKL
+
+from ..contexts import Context, quoted
+from ..data import check_data
+from ..models.context_autoencoder import ContextAutoencoder
+from ..models.encoder_decoders import KLAutoencoder
+from .arguments import AutoencoderArguments
+from .autoencoder_objective import AutoencoderObjective, PictureBatch, TrainingMode, bits_per_dimension
+from .early_stopping import EarlyStopping
+from .finetune import load_data
+from .grids import validation_contexts, write_grid
+from .pictures import PictureBatches, PictureSet, to_floats
+from .trainer import fit, make_accelerator
+
+_VALIDATED_AT_ONCE = 512
+
+
+def train_autoencoder(
+    arguments: AutoencoderArguments,
+    pictures: PictureSet | None = None,
+    validation: PictureSet | None = None,
+    model: ContextAutoencoder | None = None,
+) -> Path:
+    """Train a `ContextAutoencoder` and return the folder that `from_pretrained` loads it from.
+
+    Args:
+        arguments: the settings; `hf-causal-context train-autoencoder` makes them from its command line.
+        pictures: what to train on, instead of the data that `arguments` name.
+        validation: other rows; by default `validation_fraction` of `pictures`.
+        model: a model to train, instead of one that `arguments` describe.
+
+    Raises:
+        ValueError: for data that cannot be trained on, or arguments that do not fit the model.
+        TrainingDivergedError, TrainingInterrupted, CheckpointError, FileNotFoundError: see `fit`.
+    """
+    accelerator = make_accelerator(arguments)
+    if pictures is None:
+        data = load_data(arguments)
+        report = check_data(data)
+        accelerator.print(report.table())
+        report.raise_for_errors()
+        pictures = PictureSet.of_data(data, arguments.resolution, arguments.channels)
+    if validation is None:
+        pictures, validation = pictures.split(arguments.validation_fraction, arguments.seed)
+    set_seed(arguments.seed)  # the initial weights
+    model = model if model is not None else make_autoencoder(arguments, pictures)
+    _check_fit(model, pictures, arguments)
+    model.to(accelerator.device)
+    objective = AutoencoderObjective(
+        model, arguments.reconstruction, arguments.beta, arguments.group_penalty, arguments.l2_penalty
+    )
+    samples = arguments.train_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
+    num_steps = arguments.max_train_steps or arguments.num_train_epochs * math.ceil(len(pictures.contexts) / samples)
+    batches = PictureBatches(
+        pictures,
+        arguments,
+        num_steps * arguments.gradient_accumulation_steps,
+        accelerator.device,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    shown = validation_contexts(arguments, arguments.observational_name, pictures.concepts)
+
+    def validate(step: int) -> float:
+        error, kl = mean_loss(objective, model, validation, arguments.ignore_contexts)
+        bits = bits_per_dimension(error + kl, model.backbone)
+        accelerator.log({"validation_reconstruction": error, "validation_kl": kl, "validation_bpd": bits}, step=step)
+        if arguments.num_validation_images:
+            rows = [
+                model.sample(context, arguments.num_validation_images, torch.Generator().manual_seed(arguments.seed))
+                for context in shown
+            ]
+            write_grid(accelerator, arguments.output_dir, rows, shown, arguments.observational_name, step)
+        return error + arguments.beta * kl
+
+    if arguments.compile:
+        for part in (*model.backbone.children(), model.context_module):
+            part.compile()
+    stopping = None
+    if arguments.early_stopping_patience is not None:
+        stopping = EarlyStopping(arguments.early_stopping_patience, arguments.early_stopping_min_delta)
+    mode = TrainingMode(model, arguments.mode, num_steps)
+    return fit(accelerator, model, objective, batches, arguments, num_steps, validate, stopping, mode)
+
+
+def make_autoencoder(arguments: AutoencoderArguments, pictures: PictureSet) -> ContextAutoencoder:
+    """A fresh autoencoder, or a fresh context module around the encoder and decoder of a pretrained one.
+
+    Raises:
+        ValueError: for a base that holds no autoencoder we know.
+        OSError: for a base that does not exist.
+    """
+    base: Any = {"class": "LightweightVAE", "size": arguments.resolution, "channels": arguments.channels}
+    latent_module = None
+    if arguments.base is not None:
+        kind = cast(dict[str, Any], ContextAutoencoder.load_config(arguments.base)).get("_class_name")
+        if kind == "ContextAutoencoder":
+            pretrained = ContextAutoencoder.from_pretrained(arguments.base)
+            base, latent_module = pretrained.backbone, pretrained.latent_module
+        elif kind == "AutoencoderKL":
+            vae = cast(AutoencoderKL, AutoencoderKL.from_pretrained(arguments.base))
+            base = KLAutoencoder(arguments.resolution, vae)
+        else:
+            raise ValueError(
+                f"--base={arguments.base} holds a {kind}. It must be a ContextAutoencoder or a diffusers AutoencoderKL."
+            )
+    return ContextAutoencoder(
+        pictures.concepts.names,
+        base,
+        noise_width=arguments.noise_width,
+        concept_width=arguments.concept_width,
+        depth=arguments.depth,
+        published=arguments.published,
+        with_context_module=not arguments.without_context_module,
+        latent_module=latent_module,
+    )
+
+
+@torch.no_grad()
+def mean_loss(
+    objective: AutoencoderObjective, model: ContextAutoencoder, pictures: PictureSet, ignore_contexts: bool = False
+) -> tuple[float, float]:
+    """Mean reconstruction error and KL divergence of all pictures, in nats, on the model's device."""
+    masks = pictures.concepts.mask([Context.parse(context) for context in pictures.contexts])
+    masks = torch.zeros_like(masks) if ignore_contexts else masks
+    sums = torch.zeros(2, device=model.device)
+    chunks = zip(pictures.pictures.split(_VALIDATED_AT_ONCE), masks.split(_VALIDATED_AT_ONCE), strict=True)
+    for number, (some, mask) in enumerate(chunks):
+        generator = torch.Generator(model.device).manual_seed(number)
+        batch = PictureBatch(to_floats(some.to(model.device)), mask.to(model.device), generator)
+        sums += torch.stack(objective.parts(model, batch)).sum(1)
+    error, kl = (sums / len(pictures.contexts)).tolist()
+    return error, kl
+
+
+def _check_fit(model: ContextAutoencoder, pictures: PictureSet, arguments: AutoencoderArguments) -> None:
+    if model.concept_set != pictures.concepts:
+        raise ValueError(
+            f"The autoencoder's concepts are {quoted(model.concept_set)}, the data's {quoted(pictures.concepts)}. They "
+            "must be the same, in the same order."
+        )
+    model.check_pictures(to_floats(pictures.pictures[:1]))
+    needed = {"", *pictures.concepts} if model.with_context_module and not arguments.ignore_contexts else set()
+    if missing := sorted(needed - set(pictures.names)):
+        raise ValueError(
+            f"There are no pictures of {quoted(missing)} ('' is the observational context), so nothing says what the "
+            f"context means. There are pictures of {quoted(pictures.names)}. Add a set, or remove the concept."
+        )

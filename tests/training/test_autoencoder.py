@@ -1,0 +1,404 @@
+"""Training of ContextAutoencoder: its losses, modes, batches, resuming, early stopping and errors."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+from torch import nn
+
+from hf_causal_context import cli
+from hf_causal_context.contexts import ConceptSet, Context
+from hf_causal_context.models.context_autoencoder import ContextAutoencoder
+from hf_causal_context.models.encoder_decoders import KLAutoencoder
+from hf_causal_context.training.arguments import AutoencoderArguments
+from hf_causal_context.training.autoencoder import mean_loss, train_autoencoder
+from hf_causal_context.training.autoencoder_objective import (
+    AutoencoderObjective,
+    PictureBatch,
+    TrainingMode,
+    bits_per_dimension,
+)
+from hf_causal_context.training.early_stopping import EarlyStopping
+from hf_causal_context.training.pictures import PictureBatches, PictureSet, to_floats
+from hf_causal_context.training.trainer import TrainingDivergedError
+
+from .small import write_folders
+
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
+CONCEPTS = ConceptSet(("dark", "tall"))
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def pictures(num=10, contexts=("", "dark", "tall"), size=16):
+    generator = np.random.default_rng(0)
+    arrays = {
+        Context.parse(name): generator.integers(0, 256 >> ("dark" in name), (num, 1, size, size), dtype=np.uint8)
+        for name in contexts
+    }
+    return PictureSet.of_arrays(arrays, CONCEPTS)
+
+
+def arguments(folder, **changes):
+    given = {
+        "output_dir": str(folder),
+        "resolution": 16,
+        "channels": 1,
+        "noise_width": 3,
+        "concept_width": 2,
+        "train_batch_size": 6,
+        "max_train_steps": 3,
+        "lr_warmup_steps": 0,
+        "num_validation_images": 0,
+    }
+    return AutoencoderArguments(**given | changes)
+
+
+def autoencoder(**changes):
+    torch.manual_seed(0)
+    base = {"class": "LightweightVAE", "size": 16, "channels": 1}
+    return ContextAutoencoder(CONCEPTS.names, base, noise_width=3, concept_width=2, **changes)
+
+
+def tiny_kl():
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    widths = {"block_out_channels": (4, 8), "norm_num_groups": 2, "latent_channels": 2}
+    return AutoencoderKL(in_channels=1, out_channels=1, **blocks, **widths)
+
+
+def weights(folder):
+    return load_file(folder / WEIGHTS)
+
+
+def backbone(tensors, *, buffers):
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name.startswith("backbone.") and (("running" in name or "num_batches" in name) == buffers)
+    }
+
+
+def differing(one, two):
+    return {name for name in one if not torch.equal(one[name], two[name])}
+
+
+class TestObjective:
+    def batch(self, num=4):
+        x = torch.rand(num, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+        mask = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])[:num]
+        return PictureBatch(x, mask, torch.Generator().manual_seed(2))
+
+    @pytest.mark.parametrize("reconstruction", ["bce", "gaussian"])
+    def test_is_the_negative_evidence_bound(self, reconstruction):
+        model, batch = autoencoder().eval(), self.batch()
+        losses = AutoencoderObjective(model, reconstruction, beta=0.5)(model, batch)
+        posterior = model.encode(batch.pictures, batch.context)
+        logits = model.backbone.decode(
+            model.context_module(posterior.sample(torch.Generator().manual_seed(2)), batch.context)
+        )
+        normal = torch.distributions.Normal(posterior.mean, (0.5 * posterior.log_variance).exp())
+        kl = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).flatten(1).sum(1)
+        if reconstruction == "bce":
+            likelihood = torch.distributions.ContinuousBernoulli(logits=logits)
+            errors = -(likelihood.log_prob(batch.pictures) - likelihood._cont_bern_log_norm())
+        else:
+            likelihood = torch.distributions.Normal(logits.sigmoid(), 0.1)
+            errors = -likelihood.log_prob(batch.pictures) + likelihood.log_prob(logits.sigmoid())
+        torch.testing.assert_close(losses, errors.flatten(1).sum(1) + 0.5 * kl)
+
+    def test_penalties_count_effects_between_concepts_only(self):
+        model, batch = autoencoder(), self.batch()
+        with torch.no_grad():
+            for weight in (model.context_module.causal.observational, model.context_module.causal.interventional):
+                weight.fill_(7.0)  # on the diagonal, where nothing acts
+                weight[:2, 2:] = 2.0  # 4 numbers: norm 4, squares 16
+                weight[2:, :2] = 1.0  # norm 2, squares 4
+        assert float(AutoencoderObjective(model, group_penalty=3.0).penalty()) == pytest.approx(3 * 2 * (4 + 2))
+        assert float(AutoencoderObjective(model, l2_penalty=3.0).penalty()) == pytest.approx(3 * 2 * (16 + 4))
+        without = AutoencoderObjective(model.eval())(model, self.batch())
+        with_penalty = AutoencoderObjective(model, group_penalty=1.0, l2_penalty=1.0)(model, batch)
+        torch.testing.assert_close(with_penalty - without, torch.full((4,), 52.0))
+
+    def test_refuses_what_does_not_fit(self):
+        with pytest.raises(ValueError, match="has no context module"):
+            AutoencoderObjective(autoencoder(with_context_module=False), group_penalty=1.0)
+        vae = tiny_kl()
+        with pytest.raises(ValueError, match="this KLAutoencoder decodes to pixels. Use --reconstruction=gaussian"):
+            AutoencoderObjective(ContextAutoencoder(("a",), KLAutoencoder(8, vae)))
+
+    def test_bits_per_dimension_count_pixels(self):
+        assert bits_per_dimension(256 * np.log(2), autoencoder().backbone) == pytest.approx(1.0)
+
+
+class TestBatches:
+    def batches(self, tmp_path, start=0, rank=0, world_size=1, **changes):
+        set_of = pictures(7)
+        made = PictureBatches(set_of, arguments(tmp_path, **changes), 4, torch.device("cpu"), rank, world_size)
+        return list(made(start))
+
+    def test_contexts_are_mixed_and_belong_to_their_pictures(self, tmp_path):
+        known = {bytes(p.numpy()): c for p, c in zip(pictures(7).pictures, pictures(7).contexts, strict=True)}
+        for batch in self.batches(tmp_path):
+            contexts = [str(context) for context in CONCEPTS.contexts(batch.context)]
+            assert sorted(contexts) == sorted(["", "dark", "tall"] * 2)
+            assert [known[bytes((p * 255).round().byte().numpy())] for p in batch.pictures] == contexts
+
+    def test_any_start_continues_the_same_stream(self, tmp_path):
+        for whole, resumed in zip(self.batches(tmp_path)[2:], self.batches(tmp_path, start=2), strict=True):
+            assert torch.equal(whole.pictures, resumed.pictures)
+            noise = [torch.randn(3, generator=batch.generator) for batch in (whole, resumed)]
+            assert torch.equal(*noise)
+
+    def test_processes_share_the_rows_but_not_the_noise(self, tmp_path):
+        one = self.batches(tmp_path, train_batch_size=6)[0]
+        parts = [self.batches(tmp_path, rank=rank, world_size=2, train_batch_size=3)[0] for rank in range(2)]
+        assert torch.equal(torch.cat([part.pictures for part in parts]), one.pictures)
+        first, second = (torch.randn(3, generator=part.generator) for part in parts)
+        assert not torch.equal(first, second)
+
+    def test_contexts_can_be_ignored_and_weighted(self, tmp_path):
+        assert not any(batch.context.any() for batch in self.batches(tmp_path, ignore_contexts=True))
+        weighted = self.batches(tmp_path, context_weights=["obs=4"])
+        assert sum(int((batch.context.sum(1) == 0).sum()) for batch in weighted) == 16
+
+    def test_published_batches_hold_one_context_and_take_turns(self, tmp_path):
+        one = self.batches(tmp_path, published=True, train_batch_size=3)
+        contexts = [[str(context) for context in CONCEPTS.contexts(batch.context)] for batch in one]
+        assert contexts == [[""] * 3, ["dark"] * 3, ["tall"] * 3, [""] * 3]
+        assert torch.equal(
+            self.batches(tmp_path, start=3, published=True, train_batch_size=3)[0].pictures, one[3].pictures
+        )
+        # Every row of a context once before any is drawn again.
+        drawn = torch.cat([one[0].pictures, one[3].pictures]).flatten(1)
+        assert len(drawn.unique(dim=0)) == 6
+        second = self.batches(tmp_path, rank=1, world_size=2, published=True, train_batch_size=3)
+        assert torch.equal(second[0].pictures, one[1].pictures)
+
+    def test_splits_are_stratified_and_disjoint(self):
+        first, second = pictures(10).split(0.3, seed=0)
+        assert [(first.contexts == name).sum() for name in first.names] == [7, 7, 7]
+        together = np.concatenate([first.pictures.numpy(), second.pictures.numpy()]).reshape(30, -1)
+        everything = pictures(10).pictures.numpy().reshape(30, -1)
+        assert sorted(map(bytes, together)) == sorted(map(bytes, everything))
+        with pytest.raises(ValueError, match="The context '' has 1 rows, too few to keep 0.3 of them"):
+            pictures(1).split(0.3, seed=0)
+
+    def test_refuses_what_is_no_picture_set(self):
+        with pytest.raises(ValueError, match="dtype torch.float32 with 30 contexts. They must be bytes"):
+            PictureSet(torch.rand(30, 1, 4, 4), np.array([""] * 30, dtype=object), CONCEPTS)
+        with pytest.raises(ValueError, match="Unknown concept 'odd'"):
+            PictureSet(torch.zeros(1, 1, 4, 4).byte(), np.array(["odd"], dtype=object), CONCEPTS)
+        with pytest.raises(ValueError, match="The context 'dark.tall' has no pictures. There are: '', 'dark', 'tall'"):
+            pictures(2).of("dark+tall")
+
+
+class TestModes:
+    def trained(self, tmp_path, mode, steps, published=False):
+        base = tmp_path / "base"
+        if not base.exists():
+            train_autoencoder(arguments(base, without_context_module=True, max_train_steps=2), pictures())
+        folder = tmp_path / f"{mode}-{steps}-{published}"
+        settings = {"mode": mode, "base": str(base), "max_train_steps": steps, "published": published}
+        train_autoencoder(arguments(folder, **settings), pictures())
+        return weights(base), weights(folder)
+
+    def test_frozen_trains_the_context_module_only(self, tmp_path):
+        base, result = self.trained(tmp_path, "frozen", 3)
+        assert not differing(backbone(base, buffers=False), result)
+        assert not differing(backbone(base, buffers=True), result)
+        fresh = ContextAutoencoder.from_config(ContextAutoencoder.load_config(tmp_path / "frozen-3-False"))
+        assert {name for name in result if name.startswith("context_module.")} == {
+            f"context_module.{name}" for name in fresh.context_module.state_dict()
+        }
+        torch.manual_seed(0)
+        untrained = ContextAutoencoder.from_config(dict(fresh.config)).state_dict()
+        changed = differing(untrained, result)
+        assert {f"context_module.{name}" for name, _ in fresh.context_module.named_parameters()} <= changed
+
+    def test_published_frozen_parts_keep_updating_batch_norm(self, tmp_path):
+        base, result = self.trained(tmp_path, "frozen", 3, published=True)
+        assert not differing(backbone(base, buffers=False), result)
+        assert differing(backbone(base, buffers=True), result)
+
+    def test_fine_tuning_thaws_after_a_fifth(self, tmp_path):
+        base, whole = self.trained(tmp_path, "fine-tune", 5)
+        assert differing(backbone(base, buffers=False), whole)
+        model = ContextAutoencoder.from_pretrained(tmp_path / "base")
+        mode = TrainingMode(model, "fine-tune", num_steps=10)
+        model.train()
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        mode.start_step(1)
+        mode.end_backward()
+        assert model.backbone_is_frozen
+        assert not model.backbone.training
+        assert model.context_module.training
+        assert all(parameter.grad is None for parameter in model.backbone.parameters())
+        assert all(parameter.grad is not None for parameter in model.context_module.parameters())
+        mode.start_step(2)
+        assert not model.backbone_is_frozen
+        assert model.backbone.training
+
+    def test_a_pretrained_autoencoder_kl_is_a_base(self, tmp_path):
+        tiny_kl().save_pretrained(tmp_path / "kl")
+        given = {"base": str(tmp_path / "kl"), "mode": "frozen", "reconstruction": "gaussian"}
+        folder = train_autoencoder(arguments(tmp_path / "out", **given), pictures())
+        model = ContextAutoencoder.from_pretrained(folder)
+        assert isinstance(model.backbone, KLAutoencoder)
+        before = AutoencoderKL.from_pretrained(tmp_path / "kl").state_dict()
+        assert not differing(before, model.backbone.vae.state_dict())
+        assert model.sample("dark+tall", 2).shape == (2, 1, 16, 16)
+
+    def test_a_hierarchical_model_learns_through_its_top_latent(self, tmp_path):
+        torch.manual_seed(0)
+        base = {"class": "HierarchicalVAE", "size": 16, "channels": 1, "width": 4}
+        model = ContextAutoencoder(CONCEPTS.names, base, noise_width=3, concept_width=2, latent_module="top")
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        train_autoencoder(arguments(tmp_path / "out"), pictures(), model=model)
+        unchanged = set(before) - differing(before, weights(tmp_path / "out"))
+        assert {name for name in unchanged if not name.endswith(("observational", "interventional"))} == {
+            name for name in before if name.startswith("backbone.top.")
+        }
+
+
+class TestRuns:
+    def test_learns(self, tmp_path):
+        generator = np.random.default_rng(0)
+        grey = generator.integers(120, 256, (20, 1, 1, 1), dtype=np.uint8) * np.ones((1, 1, 16, 16), dtype=np.uint8)
+        data = PictureSet.of_arrays({Context(): grey, Context("dark"): grey // 4, Context("tall"): grey}, CONCEPTS)
+        given = {"max_train_steps": 150, "learning_rate": 1e-2, "train_batch_size": 12, "beta": 10.0}
+        folder = train_autoencoder(arguments(tmp_path / "out", num_validation_images=2, **given), data)
+        model = ContextAutoencoder.from_pretrained(folder)
+        assert (folder / "samples" / "step-000150.png").exists()
+        mean = {name: float(model.sample(name, 64, torch.Generator().manual_seed(0)).mean()) for name in data.names}
+        # Dark pictures have a quarter of the values of the others.
+        assert mean["dark"] < 0.7 * mean[""]
+        assert mean["tall"] > 0.9 * mean[""]
+        objective = AutoencoderObjective(model)
+        torch.manual_seed(0)
+        fresh = ContextAutoencoder.from_config(dict(model.config)).eval()
+        assert sum(mean_loss(objective, model, data)) < 0.98 * sum(mean_loss(objective, fresh, data))
+
+    @pytest.mark.parametrize("changes", [{}, {"published": True}, {"use_ema": True, "mode": "fine-tune"}])
+    def test_a_resumed_run_equals_the_whole_one(self, tmp_path, changes):
+        if "mode" in changes:
+            train_autoencoder(arguments(tmp_path / "base", without_context_module=True), pictures())
+            changes = changes | {"base": str(tmp_path / "base")}
+        changes = changes | {
+            "max_train_steps": 10,
+            "checkpointing_steps": 3,
+            "validation_steps": 3,
+            "early_stopping_patience": 50,
+            "lr_warmup_steps": 2,
+        }
+        train_autoencoder(arguments(tmp_path / "whole", **changes), pictures())
+        train_autoencoder(arguments(tmp_path / "parts", **changes), pictures())
+        for step in (6, 9, 10):  # as if killed after step 5
+            folder = tmp_path / "parts" / f"checkpoint-{step}"
+            folder.rename(tmp_path / f"removed-{step}")
+        (tmp_path / "parts" / WEIGHTS).unlink()
+        train_autoencoder(arguments(tmp_path / "parts", **changes, resume_from_checkpoint="latest"), pictures())
+        assert not differing(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+    def test_published_weights_stay_in_the_unit_interval(self, tmp_path):
+        folder = train_autoencoder(arguments(tmp_path / "out", published=True, learning_rate=0.3), pictures())
+        for name in ("observational", "interventional"):
+            causal = weights(folder)[f"context_module.causal.{name}"]
+            assert causal.min() == 0
+            assert 0.3 < causal.max() <= 1
+
+    def test_the_learning_rate_ends_at_a_hundredth(self, tmp_path):
+        folder = train_autoencoder(arguments(tmp_path / "out", max_train_steps=6, lr_warmup_steps=2), pictures())
+        state = torch.load(folder / "checkpoint-6" / "optimizer.bin", weights_only=True)
+        assert state["param_groups"][0]["lr"] == pytest.approx(1e-5)
+
+    def test_stops_when_validation_no_longer_improves(self, tmp_path, capsys):
+        given = {"validation_steps": 1, "early_stopping_patience": 2, "early_stopping_min_delta": 1e9}
+        train_autoencoder(arguments(tmp_path / "out", max_train_steps=20, checkpointing_steps=1, **given), pictures())
+        assert "stopped after step 3 of 20" in capsys.readouterr().out
+        assert (tmp_path / "out" / WEIGHTS).exists()
+        # A resumed run comes to the same end.
+        for step in (2, 3):
+            (tmp_path / "out" / f"checkpoint-{step}").rename(tmp_path / f"removed-{step}")
+        again = arguments(
+            tmp_path / "out", max_train_steps=20, checkpointing_steps=1, resume_from_checkpoint="latest", **given
+        )
+        train_autoencoder(again, pictures())
+        assert "stopped after step 3 of 20" in capsys.readouterr().out
+
+    def test_early_stopping_counts_and_resumes(self):
+        stopping = EarlyStopping(patience=2, min_delta=0.1)
+        assert [stopping.should_stop(loss) for loss in (5.0, 4.0, 3.95)] == [False, False, False]
+        resumed = EarlyStopping(patience=2, min_delta=0.1)
+        resumed.load_state_dict(json.loads(json.dumps(stopping.state_dict())))
+        assert resumed.should_stop(3.92)
+        assert not resumed.should_stop(3.5)
+
+    def test_the_command_trains_on_folders(self, tmp_path, capsys):
+        write_folders(tmp_path / "data", pictures=8)
+        options = {
+            "train_data_dir": tmp_path / "data",
+            "output_dir": tmp_path / "out",
+            "resolution": 16,
+            "train_batch_size": 4,
+            "max_train_steps": 2,
+            "num_validation_images": 1,
+        }
+        line = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        assert cli.main(["train-autoencoder", *line]) == 0
+        assert f"The autoencoder is in {tmp_path / 'out'}." in capsys.readouterr().out
+        assert ContextAutoencoder.from_pretrained(tmp_path / "out").config.concepts == ["slant", "thick"]
+        assert cli.main(["train-autoencoder", *line, "--resume_from_checkpoint", "latest", "--depth", "4"]) == 1
+        assert "belongs to a run with other settings (--depth: 2 then, 4 now)" in capsys.readouterr().err
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"mode": "frozen"}, "--mode=frozen with --base=None"),
+            ({"base": "folder"}, "--mode=end-to-end with --base=folder: end-to-end starts from nothing"),
+            ({"mode": "thawed"}, "--mode=thawed is unknown. Allowed: end-to-end, frozen, fine-tune"),
+            ({"reconstruction": "mse"}, "--reconstruction=mse is unknown. Allowed: bce, gaussian"),
+            ({"beta": -1.0}, "--beta=-1.0 must not be negative"),
+            ({"validation_fraction": 1.0}, "must lie between 0 and 1"),
+            ({"early_stopping_patience": 3}, "Give --validation_steps, too"),
+            ({"streaming": True}, "kept in memory. Leave --streaming out"),
+            ({"output_dir": ""}, "Missing: --output_dir"),
+        ],
+    )
+    def test_arguments_that_contradict(self, tmp_path, changes, message):
+        with pytest.raises(ValueError, match=message):
+            arguments(**{"folder": tmp_path} | changes) if "output_dir" not in changes else AutoencoderArguments()
+
+    def test_a_context_without_pictures(self, tmp_path):
+        with pytest.raises(ValueError, match="There are no pictures of 'tall' .* There are pictures of '', 'dark'"):
+            train_autoencoder(arguments(tmp_path / "out"), pictures(contexts=("", "dark")))
+        # An ordinary VAE needs no contexts.
+        train_autoencoder(arguments(tmp_path / "base", without_context_module=True), pictures(contexts=("",)))
+
+    def test_a_model_of_other_concepts_or_pictures(self, tmp_path):
+        base = {"class": "LightweightVAE", "size": 16, "channels": 1}
+        with pytest.raises(ValueError, match="concepts are 'tall', 'dark', the data's 'dark', 'tall'"):
+            train_autoencoder(arguments(tmp_path), pictures(), model=ContextAutoencoder(("tall", "dark"), base))
+        with pytest.raises(ValueError, match=r"takes float tensors \(B, 3, 32, 32\)"):
+            train_autoencoder(arguments(tmp_path, channels=3, resolution=32), pictures())
+
+    def test_a_base_that_is_no_autoencoder(self, tmp_path):
+        (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+        with pytest.raises(ValueError, match="holds a UNet2DModel. It must be a ContextAutoencoder or a diffusers"):
+            train_autoencoder(arguments(tmp_path / "out", mode="frozen", base=str(tmp_path)), pictures())
+
+    def test_a_loss_that_is_not_finite(self, tmp_path):
+        model = autoencoder()
+        nn.init.constant_(model.context_module.output.bias, float("nan"))
+        with pytest.raises(TrainingDivergedError, match="The loss became nan at step 1"):
+            train_autoencoder(arguments(tmp_path / "out"), pictures(), model=model)
+        assert not (tmp_path / "out" / WEIGHTS).exists()
+
+    def test_pictures_are_bytes_scaled_to_the_unit_interval(self):
+        assert to_floats(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [0.0, 1.0]
