@@ -1,0 +1,47 @@
+"""What the commands of this folder share: their arguments, and the loop over seeds and methods."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from protocol import METHODS, World, floor, run
+from tables import table, write
+
+# The issue's methods for a machine without a GPU; the full protocol runs all.
+SMALL_METHODS = ("base", "base pooled", "CM end-to-end", "CM fine-tune")
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Arguments of every table."""
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--output_dir", type=Path, required=True)
+    result.add_argument("--scale", choices=("small", "full"), default="full", help="small: minutes on a CPU")
+    result.add_argument("--seeds", type=int, nargs="+", help="by default 0 (small) or 0 to 4 (full)")
+    result.add_argument("--methods", nargs="+", choices=METHODS, help="by default all, or those that fit in minutes")
+    result.add_argument("--published", action="store_true", help="add the published variant of every context module")
+    return result
+
+
+def run_table(
+    arguments: argparse.Namespace, world: World, cited: str | None, changes: dict[str, Any] | None = None
+) -> None:
+    """Train and measure what the arguments ask for, and write the table after every run."""
+    small = arguments.scale == "small"
+    seeds = arguments.seeds or ([0] if small else range(5))
+    methods = list(arguments.methods or (SMALL_METHODS if small else METHODS))
+    if any(METHODS[method].get("mode") for method in methods) and "base pooled" not in methods:
+        methods.insert(0, "base pooled")  # which they start from
+    if arguments.published:
+        methods += [f"{method}, published" for method in methods if method.startswith("CM")]
+    changes = (changes or {}) | {"compile": torch.cuda.is_available()}
+    # With one context in a batch, as published: 8 batches of 64 instead of one of 512.
+    published = {"published": True} | ({} if small else {"train_batch_size": 64, "gradient_accumulation_steps": 8})
+    runs: dict[str, list[dict[str, Any]]] = {}
+    floors = []
+    for seed in seeds:
+        floors.append(floor(world, seed, arguments.output_dir))
+        for method in methods:
+            variant = published if method.endswith(", published") else {}
+            runs.setdefault(method, []).append(run(world, method, seed, arguments.output_dir, changes | variant))
+            write(arguments.output_dir, table(world, cited, runs, floors))

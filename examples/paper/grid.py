@@ -1,0 +1,45 @@
+"""The paper's grids: depth and widths of the context module, beta, and the penalties of its causal weights.
+
+    python examples/paper/grid.py --output_dir paper-grid --scale small --vary beta
+    python examples/paper/grid.py --output_dir paper-grid-full --vary depth widths --seeds 0 1 2 3 4
+
+On quad (dependent), end-to-end; every combination of the axes that `--vary` names, all else as in the table.
+"""
+
+import itertools
+from typing import Any
+
+from command import parser
+from protocol import floor, run
+from quad import quad_world
+from tables import table, write
+
+AXES: dict[str, list[dict[str, Any]]] = {
+    "depth": [{"depth": depth} for depth in (2, 4)],
+    "widths": [{"noise_width": n, "concept_width": w} for n in (16, 32) for w in (8, 16, 32)],
+    "beta": [{"beta": beta} for beta in (0.5, 1.0, 2.0, 4.0)],
+    "group_penalty": [{"group_penalty": weight} for weight in (0.0, 1.0, 10.0, 100.0)],
+    "l2_penalty": [{"l2_penalty": weight} for weight in (0.0, 1.0, 10.0, 100.0)],
+}
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--vary", nargs="+", choices=AXES, default=["beta"])
+    given = arguments.parse_args()
+    world = quad_world(given.scale, dependent=True)
+    methods = given.methods or ["CM end-to-end"]
+    seeds = given.seeds or [0]
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for point in itertools.product(*(AXES[axis] for axis in given.vary)):
+        changes = {name: value for settings in point for name, value in settings.items()}
+        label = ", ".join(f"{name} {value:g}" for name, value in changes.items())
+        folder = given.output_dir / label.replace(", ", "-").replace(" ", "-")
+        for seed, method in itertools.product(seeds, methods):
+            runs.setdefault(f"{method}: {label}", []).append(run(world, method, seed, folder, changes))
+            floors = [floor(world, seed, given.output_dir) for seed in seeds]
+            write(given.output_dir, table(world, None, runs, floors))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""The paper's experiments: how its methods are trained and measured, whatever the world.
+
+Metrics: sliced Wasserstein distance to held-out pictures in [0, 1], 50 projections, mean over contexts; for concept
+learning the trained contexts, for composition the held-out ones. "distinct" takes 1,280 different samples. "published"
+takes what the published evaluation did, which drew the same noise for every batch: 64 samples, repeated 20 times.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hf_causal_context import ConceptSet, Context
+from hf_causal_context.evaluation.metrics import sliced_wasserstein
+from hf_causal_context.models.context_autoencoder import ContextAutoencoder
+from hf_causal_context.training.arguments import AutoencoderArguments
+from hf_causal_context.training.autoencoder import mean_loss, train_autoencoder
+from hf_causal_context.training.autoencoder_objective import AutoencoderObjective, bits_per_dimension
+from hf_causal_context.training.pictures import PictureSet, to_floats
+
+NUM_SAMPLES, BATCH = 1280, 64
+PROJECTIONS = 50
+
+# Ablations and methods of the paper; the last ones start from "base pooled" of the same seed.
+METHODS: dict[str, dict[str, Any]] = {
+    "base": {"without_context_module": True},
+    "base pooled": {"without_context_module": True},
+    "CM pooled": {"ignore_contexts": True},
+    "CM end-to-end": {},
+    "CM frozen": {"mode": "frozen"},
+    "CM fine-tune": {"mode": "fine-tune"},
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """Pictures in contexts. `training()` are rows to train and validate on; `real(context, num, seed)`
+    others, (num, C, S, S) bytes.
+
+    `attributes`, where they can be read back: pictures (n, C, S, S), bytes -> (n, A).
+    """
+
+    name: str
+    concepts: ConceptSet
+    trained: tuple[Context, ...]
+    held_out: tuple[Context, ...]
+    training: Callable[[], PictureSet]
+    real: Callable[[Context, int, int], Tensor]
+    attributes: Callable[[Tensor], NDArray[np.floating]] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def judged(self) -> tuple[Context, ...]:
+        """All contexts that samples are compared in."""
+        return (*self.trained, *self.held_out)
+
+
+def run(world: World, method: str, seed: int, folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """Train one method with one seed and measure it; what is done already is read from `folder`."""
+    torch.manual_seed(seed)
+    name = method.replace(" ", "-")
+    run_folder = folder / f"{name}-{seed}"
+    settings = world.settings | METHODS[method.partition(",")[0]] | changes
+    if settings.get("mode") in ("frozen", "fine-tune"):
+        settings["base"] = str(folder / f"base-pooled-{seed}")
+    results = run_folder / "results.json"
+    made_by = {"world": world.name, "settings": json.loads(json.dumps(settings))}
+    if results.exists():
+        done = json.loads(results.read_text())
+        if before := {name: done[name] for name in made_by if done[name] != made_by[name]}:
+            raise SystemExit(f"{results} was made with {before}, not {made_by}. Change --output_dir.")
+        return done
+    pictures = world.training()
+    if method == "base":
+        pictures = pictures.select(np.flatnonzero(pictures.contexts == ""))
+    arguments = AutoencoderArguments(
+        output_dir=str(run_folder), seed=seed, checkpoints_total_limit=1, resume_from_checkpoint="latest", **settings
+    )
+    begin = time.perf_counter()
+    train_autoencoder(arguments, pictures)
+    seconds = time.perf_counter() - begin
+    model = ContextAutoencoder.from_pretrained(run_folder).eval()
+    model = cast(Any, model).to("cuda" if torch.cuda.is_available() else "cpu")
+    # Of all contexts, whatever the method was trained on.
+    _, validation = world.training().split(arguments.validation_fraction, seed)
+    loss = sum(mean_loss(AutoencoderObjective(model), model, validation, arguments.ignore_contexts))
+    content = {
+        **made_by,
+        "seconds": seconds,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "reconstruction": bits_per_dimension(loss, model.backbone),
+        **measure(world, lambda context, s: model.sample(context, NUM_SAMPLES, torch.Generator().manual_seed(s)), seed),
+    }
+    results.with_suffix(".unfinished").write_text(json.dumps(content, indent=1) + "\n")
+    results.with_suffix(".unfinished").replace(results)
+    return content
+
+
+def floor(world: World, seed: int, folder: Path) -> dict[str, Any]:
+    """Real pictures in place of samples."""
+    path = folder / f"floor-{seed}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = measure(world, lambda context, s: to_floats(world.real(context, NUM_SAMPLES, s + 1)), seed)
+        path.write_text(json.dumps(content, indent=1) + "\n")
+    return json.loads(path.read_text())
+
+
+def measure(world: World, draw: Callable[[Context, int], Tensor], seed: int) -> dict[str, dict[str, float]]:
+    """Distances of samples from real pictures by metric and context."""
+    result: dict[str, dict[str, float]] = {"distinct": {}, "published": {}, "attributes": {}}
+    for number, context in enumerate(world.judged):
+        own = 1000 * seed + 10 * number  # so that contexts do not share their noise
+        real = world.real(context, NUM_SAMPLES, own)
+        samples = draw(context, own).cpu()
+        name = str(context)
+        result["distinct"][name] = distance(samples, to_floats(real))
+        result["published"][name] = distance(repeated(samples), to_floats(real))
+        if world.attributes is not None:
+            values = [world.attributes(pictures) for pictures in ((samples * 255).round().byte(), real)]
+            result["attributes"][name] = distance(*map(torch.from_numpy, values))
+    return result
+
+
+def distance(samples: Tensor, real: Tensor) -> float:
+    """Sliced Wasserstein distance with the paper's number of projections."""
+    return sliced_wasserstein(samples, real, num_projections=PROJECTIONS)
+
+
+def repeated(samples: Tensor) -> Tensor:
+    """The first 64 samples 20 times, as the published evaluation had them."""
+    return samples[:BATCH].repeat(NUM_SAMPLES // BATCH, *(1,) * (samples.ndim - 1))

@@ -1,0 +1,53 @@
+"""Our results beside the published ones, as Markdown."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from protocol import World
+
+PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text())
+_CITED = ("Ada-GVAE", "BetaTCVAE", "TVAE")
+
+
+def table(world: World, published: str | None, runs: dict[str, list[dict[str, Any]]], floors: list[dict]) -> str:
+    """One row for each method: mean and standard deviation over seeds, concept learning / composition."""
+    metrics = ["published", "distinct"] + (["attributes"] if world.attributes is not None else [])
+    header = ["method", "published results", *(f"ours, {metric}" for metric in metrics), "reconstruction", "seconds"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    numbers = PUBLISHED[published] if published else {}
+    for method, results in runs.items():
+        cells = [method, _cited(numbers.get(method))]
+        cells += [_pair(world, results, metric) for metric in metrics]
+        cells.append(_mean([result["reconstruction"] for result in results]))
+        cells.append(f"{np.mean([result['seconds'] for result in results]):.0f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    cells = [_pair(world, floors, metric) for metric in metrics]
+    lines.append(f"| real pictures (floor) | | {' | '.join(cells)} | | |")
+    for method in _CITED:
+        if method in numbers:
+            lines.append(f"| {method} (cited) | {_cited(numbers[method])} |" + " |" * (len(header) - 2))
+    return "\n".join(lines)
+
+
+def write(folder: Path, text: str) -> None:
+    """Write results.md, and print it."""
+    unfinished = folder / ".results.md.unfinished"
+    unfinished.write_text(text + "\n")
+    unfinished.replace(folder / "results.md")
+    print(text)
+
+
+def _pair(world: World, results: list[dict[str, Any]], metric: str) -> str:
+    groups = [group for group in (world.trained, world.held_out) if group]
+    return " / ".join(_mean([np.mean([r[metric][str(c)] for c in group]) for r in results]) for group in groups)
+
+
+def _mean(values: Sequence[Any]) -> str:
+    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+
+
+def _cited(numbers: list[float | None] | None) -> str:
+    return "" if numbers is None else " / ".join("-" if number is None else f"{number:.3f}" for number in numbers)

@@ -1,0 +1,121 @@
+"""The commands of examples/paper: every table in small, the metrics, and what happens on a second run."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_causal_context import Context
+
+PAPER = Path(__file__).parents[1] / "examples" / "paper"
+TINY = {"max_train_steps": 2, "train_batch_size": 8, "num_validation_images": 1}
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """A function that runs one of the commands; its module is `command.modules[name]`."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.syspath_prepend(str(PAPER))
+    names = ("command", "grid", "mnist", "protocol", "quad", "tables", "three_d_ident")
+    modules = {name: importlib.import_module(name) for name in names}
+    monkeypatch.setattr(modules["protocol"], "NUM_SAMPLES", 64)
+    for name in ("quad", "mnist", "three_d_ident"):
+        scale = modules[name].SCALES["small"]
+        settings = scale[0] if name == "quad" else scale
+        monkeypatch.setitem(settings, "resolution", 28 if name == "mnist" else 16)
+        for setting, value in TINY.items():
+            monkeypatch.setitem(settings, setting, value)
+    monkeypatch.setitem(modules["quad"].SCALES, "small", (modules["quad"].SCALES["small"][0], 20))
+
+    def call(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        modules[name].main()
+
+    call.modules = modules
+    yield call
+    for name in names:
+        sys.modules.pop(name)
+
+
+def rows(folder):
+    lines = (folder / "results.md").read_text().splitlines()
+    return {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines[2:]}
+
+
+def test_quad(command, tmp_path, capsys):
+    arguments = ("--output_dir", tmp_path, "--scale", "small")
+    methods = list(command.modules["protocol"].METHODS)
+    command("quad", *arguments, "--methods", *methods, "--published")
+    table = rows(tmp_path)
+    assert list(table) == [
+        *methods,
+        *(f"{method}, published" for method in methods if method.startswith("CM")),
+        "real pictures (floor)",
+        "Ada-GVAE (cited)",
+        "BetaTCVAE (cited)",
+        "TVAE (cited)",
+    ]
+    assert table["CM fine-tune"][0] == "0.112 / 0.121 / 0.840"
+    done = json.loads((tmp_path / "CM-fine-tune-0" / "results.json").read_text())
+    world = command.modules["quad"].quad_world("small", dependent=True)
+    assert list(done["distinct"]) == [str(context) for context in world.judged]
+    assert len(world.held_out) == 9
+    assert done["settings"]["base"].endswith("base-pooled-0")
+    assert "published" in json.loads((tmp_path / "CM-pooled,-published-0" / "results.json").read_text())["settings"]
+    # Untrained models are far from real pictures, which are near to each other.
+    floor = json.loads((tmp_path / "floor-0.json").read_text())
+    for metric in ("distinct", "attributes"):
+        assert np.mean(list(floor[metric].values())) < 0.5 * np.mean(list(done[metric].values()))
+    # A second run reads what is there, adds what is not, and refuses what was made otherwise.
+    before = (tmp_path / "CM-frozen-0" / "results.json").stat().st_mtime_ns
+    command("quad", *arguments, "--methods", "CM frozen", "--seeds", 0, 1)
+    assert (tmp_path / "CM-frozen-0" / "results.json").stat().st_mtime_ns == before
+    assert list(rows(tmp_path))[:2] == ["base pooled", "CM frozen"]
+    assert rows(tmp_path)["CM frozen"][2].count("±") == 2
+    with pytest.raises(SystemExit, match="was made with .* Change --output_dir"):
+        command("quad", *arguments, "--world", "independent", "--methods", "CM frozen")
+
+
+def test_grid(command, tmp_path):
+    command("grid", "--output_dir", tmp_path, "--scale", "small", "--vary", "beta")
+    assert list(rows(tmp_path))[:4] == [f"CM end-to-end: beta {beta}" for beta in ("0.5", "1", "2", "4")]
+    assert json.loads((tmp_path / "beta-4" / "CM-end-to-end-0" / "results.json").read_text())["settings"]["beta"] == 4
+
+
+def test_mnist(command, tmp_path):
+    digits = np.random.default_rng(0).integers(0, 256, (200, 28, 28), dtype=np.uint8)
+    header = np.array([2051, 200, 28, 28], dtype=">i4").tobytes()
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(header + digits.tobytes())
+    labels = np.array([2049, 200], dtype=">i4").tobytes() + bytes(200)
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(labels)
+    command("mnist", "--data_dir", tmp_path, "--output_dir", tmp_path / "out", "--scale", "small", "--methods", "base")
+    assert rows(tmp_path / "out")["base"][0] == "0.127 / - / 0.181"
+    world = command.modules["mnist"].mnist_world("small", tmp_path)
+    trained = {bytes(p) for p in world.training().of("").numpy()}
+    assert not trained & {bytes(p) for p in world.real(Context(), 60, 0).numpy()}
+
+
+def test_three_d_ident(command, tmp_path):
+    generator = np.random.default_rng(0)
+    for name in ("obs", "bg", "obj", "sl", "bg-obj", "bg-sl", "obj-sl"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(30):
+            pixels = generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.png")
+    places = ("--data_dir", tmp_path / "data", "--output_dir", tmp_path / "out")
+    command("three_d_ident", *places, "--scale", "small", "--methods", "CM end-to-end")
+    done = json.loads((tmp_path / "out" / "CM-end-to-end-0" / "results.json").read_text())
+    assert list(done["distinct"]) == ["", "bg", "obj", "sl", "bg+obj", "bg+sl", "obj+sl"]
+
+
+def test_published_metric_repeats_64_samples(command):
+    protocol = command.modules["protocol"]
+    samples = torch.rand(protocol.NUM_SAMPLES, 3, 4, 4)
+    assert torch.equal(protocol.repeated(samples), samples[:64])
+    assert protocol.distance(samples, samples) == 0
+    assert protocol.distance(samples, samples + 0.5) == pytest.approx(0.5 * 0.8, rel=0.5)
