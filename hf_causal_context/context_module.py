@@ -28,7 +28,8 @@ class Posterior(NamedTuple):
 
     def kl(self) -> Tensor:
         """Kullback-Leibler divergence from the standard normal distribution in nats, (B,)."""
-        terms = self.mean.square() + self.log_variance.exp() - 1 - self.log_variance
+        mean, log_variance = (value.to(torch.promote_types(value.dtype, torch.float32)) for value in self)
+        terms = mean.square() + log_variance.exp() - 1 - log_variance
         return 0.5 * terms.flatten(1).sum(1)
 
 
@@ -86,16 +87,18 @@ class ContextModule(NoiseModule):
             unless `published`. Otherwise a picture has the same coordinates in every context, so contexts that share
             pictures can hardly differ in what they make of the coordinates.
         published: compute what the published experiments computed. Then the first layer's weights are dense, and mix
-            concepts in the observational context; in joint interventions an intervened concept listens to the others
-            that are intervened on; and the causal weights are kept in [0, 1] by `after_step`.
+            concepts in the observational context, with one bias for all contexts; in joint interventions an intervened
+            concept listens to the others that are intervened on; and the causal weights are kept in [0, 1] by
+            `after_step`.
 
-    Its weights, one for each published one (linear layers have .weight and .bias):
+    Its weights; when published, one for each published one (linear layers have .weight and .bias):
 
         mean, log_variance              linear F -> K N
         mean_shift, log_variance_shift  the same, for concepts that are intervened on; with `encode_context` only
         first.observational             (K, N, N), or (K N, K N) when published
         first.interventional            the same
-        first.bias                      (K N,), shared by all contexts
+        first.bias                      (K, N), or (K N,) when published
+        first.interventional_bias       (K, N), unless published
         expressive.<i>.linear.weight    (K, out, in)
         expressive.<i>.linear.bias      (K, out)
         expressive.<i>.norm             batch norm of K out features
@@ -186,7 +189,7 @@ class InterventionLayer(nn.Module):
     def forward(self, z_BKN: Tensor, mask: Tensor) -> Tensor:
         """(B, K, N) and a mask (B or 1, K) -> (B, K, N)."""
         mapped = F.intervenable(z_BKN, mask, self.observational, self.interventional)
-        return mapped + torch.lerp(self.bias, self.interventional_bias, mask[..., None].to(mapped.dtype))
+        return mapped + torch.lerp(self.bias, self.interventional_bias, mask[..., None].to(self.bias.dtype))
 
 
 class DenseInterventionLayer(nn.Module):

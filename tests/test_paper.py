@@ -13,7 +13,7 @@ from PIL import Image
 from hf_causal_context import Context
 
 PAPER = Path(__file__).parents[1] / "examples" / "paper"
-TINY = {"max_train_steps": 2, "train_batch_size": 8, "num_validation_images": 1}
+TINY = {"max_train_steps": 2, "train_batch_size": 8, "num_validation_images": 1, "lr_warmup_steps": 1}
 
 
 @pytest.fixture
@@ -23,7 +23,8 @@ def command(monkeypatch):
     monkeypatch.syspath_prepend(str(PAPER))
     names = ("command", "grid", "mnist", "protocol", "quad", "tables", "three_d_ident")
     modules = {name: importlib.import_module(name) for name in names}
-    monkeypatch.setattr(modules["protocol"], "NUM_SAMPLES", 64)
+    monkeypatch.setattr(modules["protocol"], "NUM_SAMPLES", 20)
+    monkeypatch.setattr(modules["protocol"], "BATCH", 10)
     for name in ("quad", "mnist", "three_d_ident"):
         scale = modules[name].SCALES["small"]
         settings = scale[0] if name == "quad" else scale
@@ -83,7 +84,7 @@ def test_quad(command, tmp_path, capsys):
 
 def test_grid(command, tmp_path):
     command("grid", "--output_dir", tmp_path, "--scale", "small", "--vary", "beta")
-    assert list(rows(tmp_path))[:4] == [f"CM end-to-end: beta {beta}" for beta in ("0.5", "1", "2", "4")]
+    assert list(rows(tmp_path))[:4] == [f"beta {beta}" for beta in ("0.5", "1", "2", "4")]
     assert json.loads((tmp_path / "beta-4" / "CM-end-to-end-0" / "results.json").read_text())["settings"]["beta"] == 4
 
 
@@ -97,25 +98,27 @@ def test_mnist(command, tmp_path):
     assert rows(tmp_path / "out")["base"][0] == "0.127 / - / 0.181"
     world = command.modules["mnist"].mnist_world("small", tmp_path)
     trained = {bytes(p) for p in world.training().of("").numpy()}
-    assert not trained & {bytes(p) for p in world.real(Context(), 60, 0).numpy()}
+    assert not trained & {bytes(p) for p in world.real(Context(), 40, 0).numpy()}
 
 
 def test_three_d_ident(command, tmp_path):
     generator = np.random.default_rng(0)
     for name in ("obs", "bg", "obj", "sl", "bg-obj", "bg-sl", "obj-sl"):
         (tmp_path / "data" / name).mkdir(parents=True)
-        for i in range(30):
-            pixels = generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        for i in range(40 if "-" in name else 200):
+            pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.png")
     places = ("--data_dir", tmp_path / "data", "--output_dir", tmp_path / "out")
     command("three_d_ident", *places, "--scale", "small", "--methods", "CM end-to-end")
     done = json.loads((tmp_path / "out" / "CM-end-to-end-0" / "results.json").read_text())
     assert list(done["distinct"]) == ["", "bg", "obj", "sl", "bg+obj", "bg+sl", "obj+sl"]
+    with pytest.raises(SystemExit, match="has 40 held-out pictures; distance and floor need 41"):
+        command.modules["protocol"].at_most(np.arange(40), 41)
 
 
-def test_published_metric_repeats_64_samples(command):
+def test_published_metric_repeats_the_first_samples(command):
     protocol = command.modules["protocol"]
     samples = torch.rand(protocol.NUM_SAMPLES, 3, 4, 4)
-    assert torch.equal(protocol.repeated(samples), samples[:64])
+    assert torch.equal(protocol.repeated(samples), torch.cat([samples[:10], samples[:10]]))
     assert protocol.distance(samples, samples) == 0
     assert protocol.distance(samples, samples + 0.5) == pytest.approx(0.5 * 0.8, rel=0.5)

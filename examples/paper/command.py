@@ -12,11 +12,17 @@ from tables import table, write
 SMALL_METHODS = ("base", "base pooled", "CM end-to-end", "CM fine-tune")
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """Arguments of every table."""
+def plain_parser(description: str | None) -> argparse.ArgumentParser:
+    """Arguments of every command."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--output_dir", type=Path, required=True)
     result.add_argument("--scale", choices=("small", "full"), default="full", help="small: minutes on a CPU")
+    return result
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Arguments of every table."""
+    result = plain_parser(description)
     result.add_argument("--seeds", type=int, nargs="+", help="by default 0 (small) or 0 to 4 (full)")
     result.add_argument("--methods", nargs="+", choices=METHODS, help="by default all, or those that fit in minutes")
     result.add_argument("--published", action="store_true", help="add the published variant of every context module")
@@ -29,9 +35,10 @@ def run_table(
     """Train and measure what the arguments ask for, and write the table after every run."""
     small = arguments.scale == "small"
     seeds = arguments.seeds or ([0] if small else range(5))
-    methods = list(arguments.methods or (SMALL_METHODS if small else METHODS))
-    if any(METHODS[method].get("mode") for method in methods) and "base pooled" not in methods:
-        methods.insert(0, "base pooled")  # which they start from
+    chosen = set(arguments.methods or (SMALL_METHODS if small else METHODS))
+    if any(METHODS[method].get("mode") for method in chosen):
+        chosen.add("base pooled")  # which they start from
+    methods = [method for method in METHODS if method in chosen]
     if arguments.published:
         methods += [f"{method}, published" for method in methods if method.startswith("CM")]
     changes = (changes or {}) | {"compile": torch.cuda.is_available()}

@@ -9,7 +9,8 @@ On quad (dependent), end-to-end; every combination of the axes that `--vary` nam
 import itertools
 from typing import Any
 
-from command import parser
+import torch
+from command import plain_parser
 from protocol import floor, run
 from quad import quad_world
 from tables import table, write
@@ -24,20 +25,20 @@ AXES: dict[str, list[dict[str, Any]]] = {
 
 
 def main() -> None:
-    arguments = parser(__doc__)
+    arguments = plain_parser(__doc__)
+    arguments.add_argument("--seeds", type=int, nargs="+", default=[0])
     arguments.add_argument("--vary", nargs="+", choices=AXES, default=["beta"])
     given = arguments.parse_args()
     world = quad_world(given.scale, dependent=True)
-    methods = given.methods or ["CM end-to-end"]
-    seeds = given.seeds or [0]
     runs: dict[str, list[dict[str, Any]]] = {}
     for point in itertools.product(*(AXES[axis] for axis in given.vary)):
         changes = {name: value for settings in point for name, value in settings.items()}
         label = ", ".join(f"{name} {value:g}" for name, value in changes.items())
         folder = given.output_dir / label.replace(", ", "-").replace(" ", "-")
-        for seed, method in itertools.product(seeds, methods):
-            runs.setdefault(f"{method}: {label}", []).append(run(world, method, seed, folder, changes))
-            floors = [floor(world, seed, given.output_dir) for seed in seeds]
+        compiled = {"compile": torch.cuda.is_available()}
+        for seed in given.seeds:
+            runs.setdefault(label, []).append(run(world, "CM end-to-end", seed, folder, changes | compiled))
+            floors = [floor(world, seed, given.output_dir) for seed in given.seeds]
             write(given.output_dir, table(world, None, runs, floors))
 
 

@@ -7,12 +7,13 @@ the operations are not known: distances are not comparable with the published on
 operations are held out, which the paper does not have.
 """
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from command import parser, run_table
-from protocol import World
+from protocol import World, at_most
 
 from hf_causal_context import ConceptSet, Context
 from hf_causal_context.data.worlds.morphology import CONCEPTS, apply, load_mnist
@@ -34,11 +35,12 @@ def mnist_world(scale: str, folder: Path) -> World:
     trained = (Context(), *map(Context, CONCEPTS))
     concepts = ConceptSet(CONCEPTS)
 
+    @cache
     def training() -> PictureSet:
         return PictureSet.of_arrays({c: apply(digits[:boundary], c)[:, None] for c in trained}, concepts)
 
     def real(context: Context, num: int, seed: int) -> torch.Tensor:
-        chosen = np.random.default_rng(seed).permutation(np.arange(boundary, len(digits)))[:num]
+        chosen = at_most(np.random.default_rng(seed).permutation(np.arange(boundary, len(digits))), num)
         return torch.from_numpy(apply(digits[chosen], context)[:, None])
 
     widths = {"depth": 2, "noise_width": 15, "concept_width": 5, "resolution": 28, "channels": 1}

@@ -41,8 +41,10 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class World:
-    """Pictures in contexts. `training()` are rows to train and validate on; `real(context, num, seed)`
-    others, (num, C, S, S) bytes.
+    """Pictures in contexts.
+
+    `training()` are rows to train and validate on; `real(context, num, seed)` are others, (num, C, S, S) bytes, all
+    different.
 
     `attributes`, where they can be read back: pictures (n, C, S, S), bytes -> (n, A).
     """
@@ -64,7 +66,6 @@ class World:
 
 def run(world: World, method: str, seed: int, folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     """Train one method with one seed and measure it; what is done already is read from `folder`."""
-    torch.manual_seed(seed)
     name = method.replace(" ", "-")
     run_folder = folder / f"{name}-{seed}"
     settings = world.settings | METHODS[method.partition(",")[0]] | changes
@@ -77,11 +78,15 @@ def run(world: World, method: str, seed: int, folder: Path, changes: dict[str, A
         if before := {name: done[name] for name in made_by if done[name] != made_by[name]}:
             raise SystemExit(f"{results} was made with {before}, not {made_by}. Change --output_dir.")
         return done
-    pictures = world.training()
-    if method == "base":
-        pictures = pictures.select(np.flatnonzero(pictures.contexts == ""))
+    everything = world.training()
+    pictures = everything.select(np.flatnonzero(everything.contexts == "")) if method == "base" else everything
     arguments = AutoencoderArguments(
-        output_dir=str(run_folder), seed=seed, checkpoints_total_limit=1, resume_from_checkpoint="latest", **settings
+        output_dir=str(run_folder),
+        seed=seed,
+        checkpoints_total_limit=1,
+        resume_from_checkpoint="latest",
+        **settings,
+        **watched(settings, len(pictures.contexts)),
     )
     begin = time.perf_counter()
     train_autoencoder(arguments, pictures)
@@ -89,8 +94,8 @@ def run(world: World, method: str, seed: int, folder: Path, changes: dict[str, A
     model = ContextAutoencoder.from_pretrained(run_folder).eval()
     model = cast(Any, model).to("cuda" if torch.cuda.is_available() else "cpu")
     # Of all contexts, whatever the method was trained on.
-    _, validation = world.training().split(arguments.validation_fraction, seed)
-    loss = sum(mean_loss(AutoencoderObjective(model), model, validation, arguments.ignore_contexts))
+    _, validation = everything.split(arguments.validation_fraction, seed)
+    loss = sum(mean_loss(AutoencoderObjective(model), model, validation))
     content = {
         **made_by,
         "seconds": seconds,
@@ -103,14 +108,38 @@ def run(world: World, method: str, seed: int, folder: Path, changes: dict[str, A
     return content
 
 
+def watched(settings: dict[str, Any], rows: int) -> dict[str, Any]:
+    """Validation and early stopping as published, for runs that are counted in epochs."""
+    if "max_train_steps" in settings:
+        return {}
+    per_update = settings.get("train_batch_size", 512) * settings.get("gradient_accumulation_steps", 1)
+    updates = -(-round(0.7 * rows) // per_update)
+    return {"validation_steps": updates, "early_stopping_patience": 20, "checkpointing_steps": 10 * updates}
+
+
 def floor(world: World, seed: int, folder: Path) -> dict[str, Any]:
-    """Real pictures in place of samples."""
+    """Real pictures in place of samples: those that follow the ones they are compared with."""
     path = folder / f"floor-{seed}.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = measure(world, lambda context, s: to_floats(world.real(context, NUM_SAMPLES, s + 1)), seed)
-        path.write_text(json.dumps(content, indent=1) + "\n")
-    return json.loads(path.read_text())
+    made_by = {"world": world.name, "settings": json.loads(json.dumps(world.settings))}
+    if path.exists() and made_by.items() <= (done := json.loads(path.read_text())).items():
+        return done
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = made_by | measure(
+        world, lambda context, s: to_floats(world.real(context, 2 * NUM_SAMPLES, s)[NUM_SAMPLES:]), seed
+    )
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return content
+
+
+def at_most(rows: NDArray[np.int64], num: int) -> NDArray[np.int64]:
+    """The first `num` held-out rows.
+
+    Raises:
+        SystemExit: for fewer rows.
+    """
+    if len(rows) < num:
+        raise SystemExit(f"A context has {len(rows)} held-out pictures; distance and floor need {num} different ones.")
+    return rows[:num]
 
 
 def measure(world: World, draw: Callable[[Context, int], Tensor], seed: int) -> dict[str, dict[str, float]]:

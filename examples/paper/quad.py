@@ -9,6 +9,8 @@ pictures, 4,000 of each context, 6,000 updates of 64 pictures for every method, 
 further; so its distances are not comparable with the published ones either, only their order.
 """
 
+from functools import cache
+
 import numpy as np
 import torch
 from command import parser, run_table
@@ -32,6 +34,7 @@ def quad_world(scale: str, dependent: bool) -> World:
     trained = (Context(), *map(Context, CONCEPTS))
     concepts = ConceptSet(CONCEPTS)
 
+    @cache
     def training() -> PictureSet:
         arrays = {
             context: sample_quad(rows, context, seed, size=size, dependent=dependent)[0]
@@ -46,8 +49,6 @@ def quad_world(scale: str, dependent: bool) -> World:
         # A shape that cannot be told from all quarters counts as the smallest.
         return np.nan_to_num(np.stack(list(read_quad(pictures).values()), axis=1))
 
-    steps = -(-round(0.7 * rows * len(trained)) // settings.get("train_batch_size", 512))
-    watched = {"validation_steps": steps, "early_stopping_patience": 20, "checkpointing_steps": 10 * steps}
     widths = {"depth": 2, "noise_width": 32, "concept_width": 8}
     return World(
         f"quad {'dependent' if dependent else 'independent'}",
@@ -57,7 +58,7 @@ def quad_world(scale: str, dependent: bool) -> World:
         training,
         real,
         attributes,
-        settings | watched | widths,
+        settings | widths,
     )
 
 

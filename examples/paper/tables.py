@@ -19,7 +19,7 @@ def table(world: World, published: str | None, runs: dict[str, list[dict[str, An
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     numbers = PUBLISHED[published] if published else {}
     for method, results in runs.items():
-        cells = [method, _cited(numbers.get(method))]
+        cells = [method, _cited(numbers.get(method.partition(",")[0]))]
         cells += [_pair(world, results, metric) for metric in metrics]
         cells.append(_mean([result["reconstruction"] for result in results]))
         cells.append(f"{np.mean([result['seconds'] for result in results]):.0f}")

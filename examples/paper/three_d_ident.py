@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from command import parser, run_table
-from protocol import World
+from protocol import World, at_most
 
 from hf_causal_context import Context
 from hf_causal_context.data.three_d_ident import CONCEPTS, load_3dident
@@ -46,7 +46,7 @@ def ident_world(scale: str, folder: Path) -> World:
 
     def real(context: Context, num: int, seed: int) -> torch.Tensor:
         available = pictures(context)
-        return available[np.random.default_rng(seed).permutation(len(available))[:num]]
+        return available[at_most(np.random.default_rng(seed).permutation(len(available)), num)]
 
     held_out = tuple(map(Context.parse, data.held_out))
     settings = SCALES[scale] | {"depth": 2, "noise_width": 32, "concept_width": 8}

@@ -6,6 +6,7 @@ Shapes: B samples, C channels, S x S pixels, K concepts, N noise width, W concep
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
             package: `{"class": "LightweightVAE", "size": 64}`.
         noise_width, concept_width, depth, perfect_interventions, encode_context, published: of the `ContextModule`.
         with_context_module: False leaves only the exogenous coordinates, for ablations; contexts then have no effect.
+        ignore_contexts: every context counts as the observational one, for ablations.
         latent_module: name of the module in `base` that the context module replaces. It maps features (B,
             *base.latent_shape) to a latent of that shape and its KL divergence (B,). The base is then a whole model:
             `base(pictures, generator)` returns output and KL divergence, `base.sample(num, generator)` output.
@@ -65,14 +67,18 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
         encode_context: bool | None = None,
         published: bool = False,
         with_context_module: bool = True,
+        ignore_contexts: bool = False,
         latent_module: str | None = None,
     ) -> None:
         super().__init__()
         self.concept_set = ConceptSet(cast(tuple[str, ...], concepts))
         self.backbone: Any = base if isinstance(base, nn.Module) else base_from_config(base)
+        self.ignore_contexts = ignore_contexts
+        _check_base(self.backbone, latent_module)
         self.register_to_config(
             concepts=list(self.concept_set),
-            base={"class": type(self.backbone).__name__, **self.backbone.config},
+            # As JSON holds it: a stored configuration equals this one.
+            base=json.loads(json.dumps({"class": type(self.backbone).__name__, **self.backbone.config})),
             noise_width=noise_width,
             concept_width=concept_width,
             depth=depth,
@@ -80,25 +86,16 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
             encode_context=encode_context,
             published=published,
             with_context_module=with_context_module,
+            ignore_contexts=ignore_contexts,
             latent_module=latent_module,
         )
         self.published, self.latent_module, self.with_context_module = published, latent_module, with_context_module
         if latent_module is None:
-            if not isinstance(self.backbone, EncoderDecoder):
-                raise ValueError(
-                    f"A {type(self.backbone).__name__} is no EncoderDecoder. If it is a hierarchical model, name the "
-                    "module of its top latent: latent_module=."
-                )
             features = self.backbone.features
         else:
             names = [name for name, _ in self.backbone.named_modules() if name]
             if latent_module not in names:
                 raise ValueError(f"latent_module={latent_module!r} is no module of the base. It has: {names}.")
-            if not hasattr(self.backbone, "latent_shape") or not hasattr(self.backbone, "sample"):
-                raise ValueError(
-                    f"A {type(self.backbone).__name__} has no latent_shape or no sample(), so its latent_module="
-                    f"{latent_module!r} cannot be replaced. HierarchicalVAE shows what is needed."
-                )
             self.backbone.get_submodule(latent_module).requires_grad_(False)  # what it computes is not used
             features = math.prod(self.backbone.latent_shape)
         sizes = (features, features, len(self.concept_set), noise_width)
@@ -121,6 +118,7 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
 
     def forward(self, pictures: Tensor, mask: Tensor, generator: torch.Generator | None = None) -> AutoencoderOutput:
         """Pictures (B, C, S, S) in [0, 1] and an intervention mask (B or 1, K) -> reconstructions and KL divergence."""
+        mask = torch.zeros_like(mask) if self.ignore_contexts else mask
         if self.latent_module is None:
             posterior = self.context_module.encode(self.backbone.encode(pictures), mask)
             features = self.context_module(posterior.sample(generator), mask)
@@ -235,6 +233,7 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
             mask = self.concept_set.mask(as_contexts(context) or (as_context(context),))
         if len(mask) not in (1, num):
             raise ValueError(f"{len(mask)} contexts for {num} samples. Give one, or one for each sample.")
+        mask = torch.zeros_like(mask) if self.ignore_contexts else mask
         return mask.to(self.device, self.dtype)
 
     def check_pictures(self, pictures: Tensor) -> None:
@@ -265,3 +264,18 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
             yield
         finally:
             del replaced.forward
+
+
+def _check_base(base: nn.Module, latent_module: str | None) -> None:
+    name = type(base).__name__
+    if latent_module is None and not isinstance(base, EncoderDecoder):
+        raise ValueError(
+            f"The base, of type {name}, is no EncoderDecoder. Wrap an AutoencoderKL in KLAutoencoder(size, vae); of a "
+            "hierarchical model name the module of its top latent: latent_module=."
+        )
+    needed = ("config", "size", "channels", "output", "latent_shape", "sample")
+    if latent_module is not None and (missing := [part for part in needed if not hasattr(base, part)]):
+        raise ValueError(
+            f"The base, of type {name}, has no {', '.join(missing)}, so its module {latent_module!r} cannot be "
+            "replaced. HierarchicalVAE shows what a hierarchical base needs."
+        )

@@ -201,11 +201,13 @@ class AutoencoderArguments(OptimisationArguments, DataArguments):
                 raise ValueError(f"--{name}={getattr(self, name)} must not be negative.")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"--validation_fraction={self.validation_fraction} must lie between 0 and 1.")
-        if (self.mode == "end-to-end") != (self.base is None):
+        if self.mode == "end-to-end" and self.base is not None:
             raise ValueError(
-                f"--mode={self.mode} with --base={self.base}: end-to-end starts from nothing; frozen and fine-tune "
-                "start from an autoencoder, such as one trained with --without_context_module."
+                f"--mode={self.mode} with --base={self.base}: end-to-end starts from nothing. "
+                "Choose frozen or fine-tune."
             )
+        if self.published and self.context_weights:
+            raise ValueError("--published gives contexts turns, so --context_weights has no effect. Leave one out.")
         if self.streaming:
             raise ValueError("An autoencoder's pictures are kept in memory. Leave --streaming out.")
         if self.early_stopping_patience is not None and self.validation_steps is None:

@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
 
-from ..contexts import Context, quoted
+from ..contexts import ConceptSet, quoted
 from ..data import check_data
 from ..models.context_autoencoder import ContextAutoencoder
 from ..models.encoder_decoders import KLAutoencoder
@@ -44,16 +44,20 @@ def train_autoencoder(
         TrainingDivergedError, TrainingInterrupted, CheckpointError, FileNotFoundError: see `fit`.
     """
     accelerator = make_accelerator(arguments)
+    set_seed(arguments.seed)  # the initial weights
     if pictures is None:
         data = load_data(arguments)
+        model = model or make_autoencoder(arguments, data.concepts)  # before pictures are read: it may be refused
         report = check_data(data)
         accelerator.print(report.table())
         report.raise_for_errors()
-        pictures = PictureSet.of_data(data, arguments.resolution, arguments.channels)
+        pictures = PictureSet.of_data(data, model.backbone.size, model.backbone.channels)
+        held_out = tuple(data.held_out)
+    else:
+        model = model or make_autoencoder(arguments, pictures.concepts)
+        held_out = ()
     if validation is None:
         pictures, validation = pictures.split(arguments.validation_fraction, arguments.seed)
-    set_seed(arguments.seed)  # the initial weights
-    model = model if model is not None else make_autoencoder(arguments, pictures)
     _check_fit(model, pictures, arguments)
     model.to(accelerator.device)
     objective = AutoencoderObjective(
@@ -69,12 +73,20 @@ def train_autoencoder(
         accelerator.process_index,
         accelerator.num_processes,
     )
-    shown = validation_contexts(arguments, arguments.observational_name, pictures.concepts)
+    if arguments.lr_warmup_steps >= num_steps:
+        raise ValueError(
+            f"The run has {num_steps} optimiser steps, all of them within --lr_warmup_steps="
+            f"{arguments.lr_warmup_steps}. Lower it or --train_batch_size, or train longer (--num_train_epochs, "
+            "--max_train_steps)."
+        )
+    shown = validation_contexts(arguments, arguments.observational_name, pictures.concepts, held_out)
 
     def validate(step: int) -> float:
-        error, kl = mean_loss(objective, model, validation, arguments.ignore_contexts)
-        bits = bits_per_dimension(error + kl, model.backbone)
-        accelerator.log({"validation_reconstruction": error, "validation_kl": kl, "validation_bpd": bits}, step=step)
+        error, kl = mean_loss(objective, model, validation)
+        values = {"validation_reconstruction": error, "validation_kl": kl}
+        if arguments.reconstruction == "bce":
+            values["validation_bits_per_dimension"] = bits_per_dimension(error + kl, model.backbone)
+        accelerator.log(values, step=step)
         if arguments.num_validation_images:
             rows = [
                 model.sample(context, arguments.num_validation_images, torch.Generator().manual_seed(arguments.seed))
@@ -84,8 +96,9 @@ def train_autoencoder(
         return error + arguments.beta * kl
 
     if arguments.compile:
-        for part in (*model.backbone.children(), model.context_module):
-            part.compile()
+        for name, part in model.named_modules():
+            if name.rpartition(".")[2] in ("encoder", "decoder", "context_module"):  # what is called as a whole
+                part.compile()
     stopping = None
     if arguments.early_stopping_patience is not None:
         stopping = EarlyStopping(arguments.early_stopping_patience, arguments.early_stopping_min_delta)
@@ -93,15 +106,20 @@ def train_autoencoder(
     return fit(accelerator, model, objective, batches, arguments, num_steps, validate, stopping, mode)
 
 
-def make_autoencoder(arguments: AutoencoderArguments, pictures: PictureSet) -> ContextAutoencoder:
+def make_autoencoder(arguments: AutoencoderArguments, concepts: ConceptSet) -> ContextAutoencoder:
     """A fresh autoencoder, or a fresh context module around the encoder and decoder of a pretrained one.
 
     Raises:
-        ValueError: for a base that holds no autoencoder we know.
+        ValueError: for no base where the mode needs one, or one that holds no autoencoder we know.
         OSError: for a base that does not exist.
     """
     base: Any = {"class": "LightweightVAE", "size": arguments.resolution, "channels": arguments.channels}
     latent_module = None
+    if arguments.mode != "end-to-end" and arguments.base is None:
+        raise ValueError(
+            f"--mode={arguments.mode} starts from an autoencoder. Give it: --base, a folder or a Hub id; for example "
+            "one trained with --without_context_module."
+        )
     if arguments.base is not None:
         kind = cast(dict[str, Any], ContextAutoencoder.load_config(arguments.base)).get("_class_name")
         if kind == "ContextAutoencoder":
@@ -115,30 +133,27 @@ def make_autoencoder(arguments: AutoencoderArguments, pictures: PictureSet) -> C
                 f"--base={arguments.base} holds a {kind}. It must be a ContextAutoencoder or a diffusers AutoencoderKL."
             )
     return ContextAutoencoder(
-        pictures.concepts.names,
+        concepts.names,
         base,
         noise_width=arguments.noise_width,
         concept_width=arguments.concept_width,
         depth=arguments.depth,
         published=arguments.published,
         with_context_module=not arguments.without_context_module,
+        ignore_contexts=arguments.ignore_contexts,
         latent_module=latent_module,
     )
 
 
 @torch.no_grad()
-def mean_loss(
-    objective: AutoencoderObjective, model: ContextAutoencoder, pictures: PictureSet, ignore_contexts: bool = False
-) -> tuple[float, float]:
+def mean_loss(objective: AutoencoderObjective, model: ContextAutoencoder, pictures: PictureSet) -> tuple[float, float]:
     """Mean reconstruction error and KL divergence of all pictures, in nats, on the model's device."""
-    masks = pictures.concepts.mask([Context.parse(context) for context in pictures.contexts])
-    masks = torch.zeros_like(masks) if ignore_contexts else masks
-    sums = torch.zeros(2, device=model.device)
-    chunks = zip(pictures.pictures.split(_VALIDATED_AT_ONCE), masks.split(_VALIDATED_AT_ONCE), strict=True)
+    sums = torch.zeros(2, dtype=torch.float64)
+    chunks = zip(pictures.pictures.split(_VALIDATED_AT_ONCE), pictures.masks().split(_VALIDATED_AT_ONCE), strict=True)
     for number, (some, mask) in enumerate(chunks):
         generator = torch.Generator(model.device).manual_seed(number)
         batch = PictureBatch(to_floats(some.to(model.device)), mask.to(model.device), generator)
-        sums += torch.stack(objective.parts(model, batch)).sum(1)
+        sums += torch.stack(objective.parts(model, batch)).sum(1).cpu()
     error, kl = (sums / len(pictures.contexts)).tolist()
     return error, kl
 
@@ -150,7 +165,12 @@ def _check_fit(model: ContextAutoencoder, pictures: PictureSet, arguments: Autoe
             "must be the same, in the same order."
         )
     model.check_pictures(to_floats(pictures.pictures[:1]))
-    needed = {"", *pictures.concepts} if model.with_context_module and not arguments.ignore_contexts else set()
+    if (model.published, model.ignore_contexts) != (arguments.published, arguments.ignore_contexts):
+        raise ValueError(
+            f"The autoencoder has published={model.published} and ignore_contexts={model.ignore_contexts}, the "
+            f"arguments {arguments.published} and {arguments.ignore_contexts}. Give both the same."
+        )
+    needed = {"", *pictures.concepts} if model.with_context_module and not model.ignore_contexts else set()
     if missing := sorted(needed - set(pictures.names)):
         raise ValueError(
             f"There are no pictures of {quoted(missing)} ('' is the observational context), so nothing says what the "

@@ -73,6 +73,11 @@ class PictureSet:
         """The contexts that there are rows of, sorted."""
         return tuple(sorted(set(self.contexts)))
 
+    def masks(self) -> Tensor:
+        """The intervention mask of every row, (N, K)."""
+        names, codes = np.unique(self.contexts.astype(str), return_inverse=True)
+        return self.concepts.mask([Context.parse(name) for name in names])[torch.from_numpy(codes)]
+
     def of(self, context: ContextLike) -> Tensor:
         """The pictures of one context, (n, C, S, S), uint8.
 
@@ -138,11 +143,7 @@ class PictureBatches:
         world_size: int = 1,
     ) -> None:
         self._pictures = pictures.pictures.to(device, memory_format=torch.channels_last)
-        names = list(pictures.names)
-        codes = {name: number for number, name in enumerate(names)}
-        self._codes = torch.tensor([codes[name] for name in pictures.contexts], device=device)
-        masks = pictures.concepts.mask([Context.parse(name) for name in names]).to(device)
-        self._masks = torch.zeros_like(masks) if arguments.ignore_contexts else masks
+        self._masks = pictures.masks().to(device)
         self._contexts, self._seed, self._device = pictures.contexts, arguments.seed, device
         self._published = arguments.published
         self._num_batches, self._batch_size = num_batches, arguments.train_batch_size
@@ -156,7 +157,7 @@ class PictureBatches:
         for number, rows in enumerate(batches, start):
             chosen = torch.as_tensor(rows, device=self._device)
             generator = torch.Generator(self._device).manual_seed(self._noise_seed(number))
-            yield PictureBatch(to_floats(self._pictures[chosen]), self._masks[self._codes[chosen]], generator)
+            yield PictureBatch(to_floats(self._pictures[chosen]), self._masks[chosen], generator)
 
     def _of_one_context(self, start: int) -> Iterator[NDArray[np.int64]]:
         rows = [np.flatnonzero(self._contexts == name) for name in sorted(set(self._contexts))]

@@ -140,7 +140,9 @@ def fit(
                 "remove them, or choose another --output_dir."
             )
         copies = 4 if arguments.use_ema else 3  # the weights, AdamW's two moments, the average
-        check_space(output_dir, copies * sum(4 * p.numel() for p in parameters))
+        whole = () if isinstance(model, PeftModel) else model.parameters()
+        frozen = sum(p.numel() for p in whole if not p.requires_grad)
+        check_space(output_dir, 4 * frozen + copies * sum(4 * p.numel() for p in parameters))
         arguments.save(output_dir)
 
     # 1. Everything that a checkpoint holds

@@ -160,8 +160,7 @@ class TestBatches:
         first, second = (torch.randn(3, generator=part.generator) for part in parts)
         assert not torch.equal(first, second)
 
-    def test_contexts_can_be_ignored_and_weighted(self, tmp_path):
-        assert not any(batch.context.any() for batch in self.batches(tmp_path, ignore_contexts=True))
+    def test_contexts_can_be_weighted(self, tmp_path):
         weighted = self.batches(tmp_path, context_weights=["obs=4"])
         assert sum(int((batch.context.sum(1) == 0).sum()) for batch in weighted) == 16
 
@@ -304,6 +303,28 @@ class TestRuns:
         train_autoencoder(arguments(tmp_path / "parts", **changes, resume_from_checkpoint="latest"), pictures())
         assert not differing(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
+    @pytest.mark.parametrize("changes", [{}, {"published": True}])
+    def test_trains_in_half_precision(self, tmp_path, changes):
+        folder = train_autoencoder(arguments(tmp_path / "out", mixed_precision="bf16", **changes), pictures())
+        assert {tensor.dtype for tensor in weights(folder).values()} <= {torch.float32, torch.int64}
+
+    def test_ignored_contexts_have_no_effect(self, tmp_path):
+        model = ContextAutoencoder.from_pretrained(
+            train_autoencoder(arguments(tmp_path / "out", ignore_contexts=True), pictures(contexts=("", "dark")))
+        )
+        samples = [model.sample(name, 4, torch.Generator().manual_seed(0)) for name in ("", "dark+tall")]
+        assert torch.equal(*samples)
+        x = torch.rand(2, 1, 16, 16)
+        masks = CONCEPTS.mask([Context(), Context("dark")]).split(1)
+        outputs = [model(x, mask, torch.Generator().manual_seed(0)) for mask in masks]
+        assert torch.equal(outputs[0].output, outputs[1].output)
+
+    def test_a_base_with_a_tuple_in_its_configuration_resumes(self, tmp_path):
+        given = {"reconstruction": "gaussian", "checkpointing_steps": 1}
+        for resumed in (None, "latest"):
+            model = ContextAutoencoder(CONCEPTS.names, KLAutoencoder(16, tiny_kl()), noise_width=3, concept_width=2)
+            train_autoencoder(arguments(tmp_path, resume_from_checkpoint=resumed, **given), pictures(), model=model)
+
     def test_published_weights_stay_in_the_unit_interval(self, tmp_path):
         folder = train_autoencoder(arguments(tmp_path / "out", published=True, learning_rate=0.3), pictures())
         for name in ("observational", "interventional"):
@@ -346,6 +367,7 @@ class TestRuns:
             "resolution": 16,
             "train_batch_size": 4,
             "max_train_steps": 2,
+            "lr_warmup_steps": 1,
             "num_validation_images": 1,
         }
         line = [part for name, value in options.items() for part in (f"--{name}", str(value))]
@@ -360,7 +382,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"mode": "frozen"}, "--mode=frozen with --base=None"),
+            ({"published": True, "context_weights": ["obs=2"]}, "--published gives contexts turns"),
             ({"base": "folder"}, "--mode=end-to-end with --base=folder: end-to-end starts from nothing"),
             ({"mode": "thawed"}, "--mode=thawed is unknown. Allowed: end-to-end, frozen, fine-tune"),
             ({"reconstruction": "mse"}, "--reconstruction=mse is unknown. Allowed: bce, gaussian"),
@@ -387,6 +409,14 @@ class TestErrors:
             train_autoencoder(arguments(tmp_path), pictures(), model=ContextAutoencoder(("tall", "dark"), base))
         with pytest.raises(ValueError, match=r"takes float tensors \(B, 3, 32, 32\)"):
             train_autoencoder(arguments(tmp_path, channels=3, resolution=32), pictures())
+
+    def test_settings_that_another_model_has(self, tmp_path):
+        with pytest.raises(ValueError, match="has published=False and ignore_contexts=False, the arguments True and"):
+            train_autoencoder(arguments(tmp_path, published=True), pictures(), model=autoencoder())
+        with pytest.raises(ValueError, match="--mode=frozen starts from an autoencoder. Give it: --base"):
+            train_autoencoder(arguments(tmp_path, mode="frozen"), pictures())
+        with pytest.raises(ValueError, match="The run has 3 optimiser steps, all of them within --lr_warmup_steps=200"):
+            train_autoencoder(arguments(tmp_path, lr_warmup_steps=200), pictures())
 
     def test_a_base_that_is_no_autoencoder(self, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
