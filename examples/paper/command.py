@@ -4,9 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-from protocol import METHODS, World, floor, run
-from tables import table, write
+from protocol import METHODS, World, floor, run, write
+from tables import table
 
 # The issue's methods for a machine without a GPU; the full protocol runs all.
 SMALL_METHODS = ("base", "base pooled", "CM end-to-end", "CM fine-tune")
@@ -29,9 +28,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return result
 
 
-def run_table(
-    arguments: argparse.Namespace, world: World, cited: str | None, changes: dict[str, Any] | None = None
-) -> None:
+def run_table(arguments: argparse.Namespace, world: World, cited: str | None) -> None:
     """Train and measure what the arguments ask for, and write the table after every run."""
     small = arguments.scale == "small"
     seeds = arguments.seeds or ([0] if small else range(5))
@@ -41,7 +38,6 @@ def run_table(
     methods = [method for method in METHODS if method in chosen]
     if arguments.published:
         methods += [f"{method}, published" for method in methods if method.startswith("CM")]
-    changes = (changes or {}) | {"compile": torch.cuda.is_available()}
     # With one context in a batch, as published: 8 batches of 64 instead of one of 512.
     published = {"published": True} | ({} if small else {"train_batch_size": 64, "gradient_accumulation_steps": 8})
     runs: dict[str, list[dict[str, Any]]] = {}
@@ -50,5 +46,7 @@ def run_table(
         floors.append(floor(world, seed, arguments.output_dir))
         for method in methods:
             variant = published if method.endswith(", published") else {}
-            runs.setdefault(method, []).append(run(world, method, seed, arguments.output_dir, changes | variant))
-            write(arguments.output_dir, table(world, cited, runs, floors))
+            runs.setdefault(method, []).append(run(world, method, seed, arguments.output_dir, variant))
+            text = table(world, cited, runs, floors)
+            write(arguments.output_dir / "results.md", text)
+            print(text)

@@ -9,11 +9,10 @@ On quad (dependent), end-to-end; every combination of the axes that `--vary` nam
 import itertools
 from typing import Any
 
-import torch
 from command import plain_parser
-from protocol import floor, run
+from protocol import floor, run, write
 from quad import quad_world
-from tables import table, write
+from tables import table
 
 AXES: dict[str, list[dict[str, Any]]] = {
     "depth": [{"depth": depth} for depth in (2, 4)],
@@ -35,11 +34,12 @@ def main() -> None:
         changes = {name: value for settings in point for name, value in settings.items()}
         label = ", ".join(f"{name} {value:g}" for name, value in changes.items())
         folder = given.output_dir / label.replace(", ", "-").replace(" ", "-")
-        compiled = {"compile": torch.cuda.is_available()}
         for seed in given.seeds:
-            runs.setdefault(label, []).append(run(world, "CM end-to-end", seed, folder, changes | compiled))
+            runs.setdefault(label, []).append(run(world, "CM end-to-end", seed, folder, changes))
             floors = [floor(world, seed, given.output_dir) for seed in given.seeds]
-            write(given.output_dir, table(world, None, runs, floors))
+            text = table(world, None, runs, floors)
+            write(given.output_dir / "results.md", text)
+            print(text)
 
 
 if __name__ == "__main__":

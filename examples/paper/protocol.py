@@ -8,7 +8,7 @@ takes what the published evaluation did, which drew the same noise for every bat
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from hf_causal_context.models.context_autoencoder import ContextAutoencoder
 from hf_causal_context.training.arguments import AutoencoderArguments
 from hf_causal_context.training.autoencoder import mean_loss, train_autoencoder
 from hf_causal_context.training.autoencoder_objective import AutoencoderObjective, bits_per_dimension
+from hf_causal_context.training.checkpoints import write_file
 from hf_causal_context.training.pictures import PictureSet, to_floats
 
 NUM_SAMPLES, BATCH = 1280, 64
@@ -85,9 +86,11 @@ def run(world: World, method: str, seed: int, folder: Path, changes: dict[str, A
         seed=seed,
         checkpoints_total_limit=1,
         resume_from_checkpoint="latest",
+        compile=torch.cuda.is_available(),
         **settings,
-        **watched(settings, len(pictures.contexts)),
     )
+    if arguments.max_train_steps is None:
+        arguments = watched(arguments, len(pictures.contexts))
     begin = time.perf_counter()
     train_autoencoder(arguments, pictures)
     seconds = time.perf_counter() - begin
@@ -103,18 +106,14 @@ def run(world: World, method: str, seed: int, folder: Path, changes: dict[str, A
         "reconstruction": bits_per_dimension(loss, model.backbone),
         **measure(world, lambda context, s: model.sample(context, NUM_SAMPLES, torch.Generator().manual_seed(s)), seed),
     }
-    results.with_suffix(".unfinished").write_text(json.dumps(content, indent=1) + "\n")
-    results.with_suffix(".unfinished").replace(results)
+    write(results, json.dumps(content, indent=1))
     return content
 
 
-def watched(settings: dict[str, Any], rows: int) -> dict[str, Any]:
+def watched(arguments: AutoencoderArguments, rows: int) -> AutoencoderArguments:
     """Validation and early stopping as published, for runs that are counted in epochs."""
-    if "max_train_steps" in settings:
-        return {}
-    per_update = settings.get("train_batch_size", 512) * settings.get("gradient_accumulation_steps", 1)
-    updates = -(-round(0.7 * rows) // per_update)
-    return {"validation_steps": updates, "early_stopping_patience": 20, "checkpointing_steps": 10 * updates}
+    epoch = arguments.steps_per_epoch(round((1 - arguments.validation_fraction) * rows))
+    return replace(arguments, validation_steps=epoch, early_stopping_patience=20, checkpointing_steps=10 * epoch)
 
 
 def floor(world: World, seed: int, folder: Path) -> dict[str, Any]:
@@ -127,8 +126,13 @@ def floor(world: World, seed: int, folder: Path) -> dict[str, Any]:
     content = made_by | measure(
         world, lambda context, s: to_floats(world.real(context, 2 * NUM_SAMPLES, s)[NUM_SAMPLES:]), seed
     )
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write(path, json.dumps(content, indent=1))
     return content
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file, complete or not at all."""
+    write_file(path, path.parent, lambda unfinished: unfinished.write_text(text + "\n"))
 
 
 def at_most(rows: NDArray[np.int64], num: int) -> NDArray[np.int64]:

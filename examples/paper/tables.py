@@ -32,14 +32,6 @@ def table(world: World, published: str | None, runs: dict[str, list[dict[str, An
     return "\n".join(lines)
 
 
-def write(folder: Path, text: str) -> None:
-    """Write results.md, and print it."""
-    unfinished = folder / ".results.md.unfinished"
-    unfinished.write_text(text + "\n")
-    unfinished.replace(folder / "results.md")
-    print(text)
-
-
 def _pair(world: World, results: list[dict[str, Any]], metric: str) -> str:
     groups = [group for group in (world.trained, world.held_out) if group]
     return " / ".join(_mean([np.mean([r[metric][str(c)] for c in group]) for r in results]) for group in groups)

@@ -73,7 +73,6 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
         super().__init__()
         self.concept_set = ConceptSet(cast(tuple[str, ...], concepts))
         self.backbone: Any = base if isinstance(base, nn.Module) else base_from_config(base)
-        self.ignore_contexts = ignore_contexts
         _check_base(self.backbone, latent_module)
         self.register_to_config(
             concepts=list(self.concept_set),
@@ -89,7 +88,8 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
             ignore_contexts=ignore_contexts,
             latent_module=latent_module,
         )
-        self.published, self.latent_module, self.with_context_module = published, latent_module, with_context_module
+        self.published, self.latent_module = published, latent_module
+        self.with_context_module, self.ignore_contexts = with_context_module, ignore_contexts
         if latent_module is None:
             features = self.backbone.features
         else:
@@ -170,7 +170,7 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
         latent = self.context_module(noise, self.mask(context, len(noise)))
         if self.latent_module is None:
             return self._pixels(self.backbone.decode(latent))
-        with self._replaced(lambda features: (latent.view_as(features), latent.new_zeros(len(latent)))):
+        with self._replaced(_constant(latent)):
             return self._pixels(self.backbone.sample(len(noise), generator))
 
     @torch.no_grad()
@@ -208,7 +208,7 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
         if self.latent_module is None:
             return self.decode(noise, to_context)
         latent = self.context_module(noise, self.mask(to_context, len(pictures)))
-        with self._replaced(lambda features: (latent.view_as(features), latent.new_zeros(len(latent)))):
+        with self._replaced(_constant(latent)):
             # The lower latents are drawn; always from the same numbers.
             return self._pixels(self.backbone(pictures, torch.Generator(self.device).manual_seed(0))[0])
 
@@ -264,6 +264,11 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
             yield
         finally:
             del replaced.forward
+
+
+def _constant(latent: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """A latent module's output (B, F) that is known, whatever the features (B, ...); without KL divergence."""
+    return lambda features: (latent.view_as(features), latent.new_zeros(len(latent)))
 
 
 def _check_base(base: nn.Module, latent_module: str | None) -> None:

@@ -105,6 +105,11 @@ class OptimisationArguments:
     def _choices(self) -> dict[str, tuple[str | None, ...]]:
         return {"lr_scheduler": LR_SCHEDULERS, "mixed_precision": (None, "no", "fp16", "bf16")}
 
+    def steps_per_epoch(self, rows: int, num_processes: int = 1) -> int:
+        """Optimiser steps in which as many samples are drawn as there are rows."""
+        samples = self.train_batch_size * self.gradient_accumulation_steps * num_processes
+        return max(1, math.ceil(rows / samples))
+
     def save(self, folder: Path) -> None:
         """Write training_arguments.json."""
         (folder / ARGUMENTS).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -63,8 +62,9 @@ def train_autoencoder(
     objective = AutoencoderObjective(
         model, arguments.reconstruction, arguments.beta, arguments.group_penalty, arguments.l2_penalty
     )
-    samples = arguments.train_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
-    num_steps = arguments.max_train_steps or arguments.num_train_epochs * math.ceil(len(pictures.contexts) / samples)
+    num_steps = arguments.max_train_steps or arguments.num_train_epochs * arguments.steps_per_epoch(
+        len(pictures.contexts), accelerator.num_processes
+    )
     batches = PictureBatches(
         pictures,
         arguments,

@@ -13,6 +13,12 @@ import torch
 from torch import Tensor
 
 
+def generator_of(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose seed is a function of the numbers."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state >> 1))
+
+
 class Draws:
     """Noise of the samples in some slots; successive calls give new numbers.
 
@@ -22,8 +28,7 @@ class Draws:
     """
 
     def __init__(self, seed: int, slots: Sequence[int]) -> None:
-        states = (np.random.SeedSequence((seed, slot)).generate_state(1, np.uint64)[0] for slot in slots)
-        self._generators = [torch.Generator().manual_seed(int(state >> 1)) for state in states]
+        self._generators = [generator_of(seed, slot) for slot in slots]
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers (B, *shape), float32 on the CPU."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -191,5 +190,4 @@ def _parse_rules(items: list[str]) -> dict[str, str]:
 def _steps_per_epoch(data: InterventionalData, arguments: TrainingArguments, num_processes: int) -> int:
     if data.counts is None:
         raise ValueError("A stream has no known length, so it has no epochs. Give --max_train_steps.")
-    samples = arguments.train_batch_size * arguments.gradient_accumulation_steps * num_processes
-    return max(1, math.ceil(sum(data.counts.values()) / samples))
+    return arguments.steps_per_epoch(sum(data.counts.values()), num_processes)

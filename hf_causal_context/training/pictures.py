@@ -21,6 +21,7 @@ from ..data import ContextSampler, InterventionalData, slots_of
 from .arguments import AutoencoderArguments
 from .autoencoder_objective import PictureBatch
 from .batches import parse_weights, read_picture
+from .draws import generator_of
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,7 @@ class PictureSet:
                 f"{len(self.contexts)} contexts. They must be bytes (rows, channels, side, side), 0 to 255, and have "
                 "one context each."
             )
-        for context in self.names:
-            self.concepts.mask([Context.parse(context)])
+        self.concepts.mask([Context.parse(context) for context in self.names])  # refuses unknown concepts
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[Context, NDArray[np.uint8]], concepts: ConceptSet) -> PictureSet:
@@ -156,7 +156,7 @@ class PictureBatches:
         batches = self._of_one_context(start) if self._published else iter(self._sampler(start))
         for number, rows in enumerate(batches, start):
             chosen = torch.as_tensor(rows, device=self._device)
-            generator = torch.Generator(self._device).manual_seed(self._noise_seed(number))
+            generator = generator_of(self._seed, number, self._rank, device=self._device)
             yield PictureBatch(to_floats(self._pictures[chosen]), self._masks[chosen], generator)
 
     def _of_one_context(self, start: int) -> Iterator[NDArray[np.int64]]:
@@ -180,10 +180,6 @@ class PictureBatches:
             self._world_size,
             self._weights,
         )
-
-    def _noise_seed(self, batch: int) -> int:
-        state = np.random.SeedSequence((self._seed, batch, self._rank)).generate_state(1, np.uint64)[0]
-        return int(state >> 1)
 
 
 def to_floats(pictures: Tensor) -> Tensor:
