@@ -1,13 +1,14 @@
 """LoRA for causal concepts: one adapter whose concepts compose."""
 
-from .adapter.conditioning import intervene
 from .adapter.config import CausalContextConfig
 from .adapter.effects import CausalEffects, causal_effects
 from .adapter.export import bake, save_baked
+from .adapter.intervening import intervene
 from .adapter.model import CausalContextModel, acyclicity_penalty
 from .adapter.registration import register
 from .context_module import ContextModule
 from .contexts import ConceptSet, Context
+from .pipelines import load_context_adapter, unload_context_adapter
 
 register()
 
@@ -23,5 +24,7 @@ __all__ = [
     "bake",
     "causal_effects",
     "intervene",
+    "load_context_adapter",
     "save_baked",
+    "unload_context_adapter",
 ]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 
 from .adapter.config import CausalContextConfig
 from .contexts import ConceptSet, Context
+from .pipelines import load_context_adapter
 from .training.bases import load_base
 from .training.checkpoints import checkpoint_steps
 from .training.families import Base
@@ -108,5 +108,5 @@ def load_adapted_base(
     torch_dtype = None if dtype == "float32" else getattr(torch, dtype)
     base = load_base(base_name, revision=revision, variant=variant, torch_dtype=torch_dtype)
     base.pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    PeftModel.from_pretrained(cast(Any, base.denoiser), adapter)
+    load_context_adapter(base.pipe, adapter)
     return base

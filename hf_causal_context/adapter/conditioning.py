@@ -1,7 +1,9 @@
-"""Delivers intervention masks to the layers: `intervene` and `context=` to one pair of hooks on the base model.
+"""Delivers intervention masks to the layers: one pair of hooks on the base model, and what is asked of it.
 
     intervene(model, ...)  --> a request, on this thread        |  pre-hook: rows of the model's input are matched,
     model(..., context=x)  --> a request, for this call         |  a frame holds the masks   --> layers read the frame
+
+Diffusers pipelines that cannot pass `context=` pass it inside the attention arguments of their denoiser.
 
 State lives in a box on a thread-local: attributes on layers would mix threads, context variables break compiled graphs,
 and attributes set directly on a thread-local give wrong results under torch.compile.
@@ -14,11 +16,11 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from ..contexts import ConceptSet, Context, ContextBatch, quoted
 from .request import AdapterContext, Request, check_names, check_one_adapter_per_mask, normalise
 from .rows import called_by_generate, input_rows, match_layer_rows, refuse_sequence_first
+from .saving import keep_adapters_out_of_base, restore_save_pretrained
 
 if TYPE_CHECKING:
     from .layer import CausalContextLayer
@@ -58,6 +61,9 @@ class _ThreadState(threading.local):
 
 _STATE = _ThreadState()
 
+# Arguments of pipelines and denoisers that carry a dictionary to attention processors.
+_ATTENTION_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
+
 
 class Conditioning:
     """The pair of hooks on one base model, and the adapters that its layers carry."""
@@ -75,9 +81,10 @@ class Conditioning:
         if not self._handles:
             for hook in list(model._forward_pre_hooks.values()):
                 if isinstance(previous := getattr(hook, "__self__", None), Conditioning):
-                    previous.remove()
+                    previous.remove(model)
             # A model with an argument of that name keeps it; there, only intervene() sets contexts.
             self._takes_context = "context" not in inspect.signature(model.forward).parameters
+            keep_adapters_out_of_base(model)
             self._handles = [
                 model.register_forward_pre_hook(self._enter_forward, with_kwargs=True, prepend=True),
                 model.register_forward_hook(self._leave_forward, always_call=True),
@@ -96,8 +103,9 @@ class Conditioning:
         assert layer is not None, "the adapter was removed"
         return layer
 
-    def remove(self) -> None:
-        """Take the hooks off again."""
+    def remove(self, model: nn.Module) -> None:
+        """Take the hooks off a base model again."""
+        restore_save_pretrained(model)
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -143,15 +151,19 @@ class Conditioning:
         if _in_backward():
             raise _unknown_recomputation()
         request = self.request()
-        context = request.find(adapter_name, concepts) if request is not None else None
-        return None if context is None else context.to(x.device).rows(num_rows, lambda: False)
+        if request is None:
+            return None
+        context = request.find(adapter_name, concepts)
+        return None if context is None else context.to(x.device).rows(num_rows, lambda: False, request.call)
 
     def _resolve(self, frame: Frame, request: Request, adapter_name: str, concepts: ConceptSet) -> Tensor | None:
         context = request.find(adapter_name, concepts)
         if context is None:
             return None
         assert frame.device is not None
-        frame.masks[adapter_name] = mask = context.to(frame.device).rows(frame.num_rows, called_by_generate)
+        frame.masks[adapter_name] = mask = context.to(frame.device).rows(
+            frame.num_rows, called_by_generate, request.call
+        )
         if mask.shape[0] > 1:
             refuse_sequence_first(frame.model)
         return mask
@@ -160,14 +172,15 @@ class Conditioning:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not torch.compiler.is_compiling() and self._layer() is None:
-            self.remove()
+            self.remove(model)
             return None
         box = _STATE.box
         # First of all, so that the other hook finds its frame whatever is raised below.
         box.frame = frame = Frame(self, model, box.frame)
-        passes_context = self._takes_context and "context" in kwargs
-        context = kwargs["context"] if passes_context else None
-        if passes_context:
+        given = kwargs
+        context, kwargs = take_context(kwargs)
+        if self._takes_context and "context" in kwargs:
+            context = kwargs["context"]
             kwargs = {name: value for name, value in kwargs.items() if name != "context"}
         if context is not None:
             frame.request = self.make_request(context)
@@ -183,7 +196,7 @@ class Conditioning:
                     self._resolve(frame, frame.request, name, self.concepts[name])
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 _carry_frames_into_recomputation(model)
-        return (args, kwargs) if passes_context else None
+        return (args, kwargs) if kwargs is not given else None
 
     def _leave_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         frame = _STATE.box.frame
@@ -193,9 +206,13 @@ class Conditioning:
     def _check_still_valid(self, request: Request) -> None:
         # Adapters may have been activated or merged since the context was set.
         if request.checked_for is not None and request.checked_for != tuple(self.layer.active_adapters):
-            check_names(request.contexts, self.active_adapters())
+            self._check_names(request.contexts, self.active_adapters())
         if self.layer.merged:
             self.layer.check_merged_context({name: context.mask for name, context in request.adapters.items()})
+
+    def _check_names(self, contexts: tuple[Context, ...], addressed: dict[str, ConceptSet]) -> None:
+        others = {name: concepts for name, concepts in self.concepts.items() if name not in addressed}
+        check_names(contexts, addressed, others)
 
     def make_request(
         self,
@@ -222,7 +239,7 @@ class Conditioning:
         if mask is not None:
             check_one_adapter_per_mask(mask, addressed)
         else:
-            check_names(contexts, addressed)
+            self._check_names(contexts, addressed)
 
         def encode(concepts: ConceptSet) -> AdapterContext:
             if mask is not None:
@@ -242,85 +259,44 @@ class Conditioning:
         return Request(self, outer.adapters | adapters, _STATE.box.request, outer.encode)
 
 
-class intervene:  # noqa: N801 (reads like torch.no_grad)
-    """Set the context of a model's adapters, on this thread, for the body of a `with` statement.
-
-    Args:
-        model: a model with a causal context adapter (a PeftModel, or any model an adapter was injected into).
-        context: one context for the batch (a `Context`, a name, ``"a+b"``, a mapping name -> strength, a tuple of
-            names), a list with one per sample, or a float mask (S, K) with the columns in the order of the adapter's
-            concepts. ``()`` is the observational context.
-        adapter_name: the adapter meant, when several active ones share a concept; the others keep their context.
-        images_per_prompt: images per prompt that a pipeline makes of each sample (interleaved).
-        guidance_copies: copies of the batch that a pipeline stacks in one call for classifier-free guidance (tiled);
-            calls without them are served too.
-
-    Nested uses replace each other; one object serves one thread. Rows of `generate` (beams, returned sequences) are
-    matched without being told.
-
-    Raises:
-        TypeError: for values that are not contexts.
-        ValueError: for a model without the adapter, unknown names, a wrong mask, or a concept that two adapters share.
-
-    Example:
-        >>> with intervene(model, [("thick",), (), {"slant": -0.5}]):   # doctest: +SKIP
-        ...     model(x)
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        context: ContextBatch,
-        *,
-        adapter_name: str | None = None,
-        images_per_prompt: int = 1,
-        guidance_copies: int = 1,
-    ) -> None:
-        self._conditioning = find_conditioning(model)
-        self._make_request = partial(
-            self._conditioning.make_request, context, adapter_name, images_per_prompt, guidance_copies
-        )
-        self._make_request()  # errors show here, before any work
-        self._saved: list[tuple[Request | None, Frame | None]] = []
-
-    def __enter__(self) -> None:
-        box = _STATE.box
-        request = self._make_request()
-        self._saved.append((box.request, box.frame))
-        # No frame: one that is left from an interrupted forward must not serve parts of a model that run on their own.
-        box.request, box.frame = request, None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        _STATE.box.request, _STATE.box.frame = self._saved.pop()
-
-
-def find_conditioning(model: nn.Module) -> Conditioning:
-    """The conditioning of the adapted layers inside a model.
-
-    Raises:
-        TypeError: for something that is not a module.
-        ValueError: for a model without a causal context adapter, or with several adapted models inside.
-    """
+def conditionings(model: object) -> list[Conditioning]:
+    """Those of the adapted models inside a module, or among the components of a diffusers pipeline."""
     from .layer import CausalContextLayer
 
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"intervene() takes a model (nn.Module), not {type(model).__name__}. Pass for example pipe.unet."
-        )
-    found = {id(m.conditioning): m.conditioning for m in model.modules() if isinstance(m, CausalContextLayer)}
-    if len(found) > 1:
-        raise ValueError(
-            f"{type(model).__name__} holds {len(found)} models with adapters of their own. Pass one of them to "
-            "intervene(), and nest its uses for several."
-        )
-    if found:
-        return next(iter(found.values()))
-    raise ValueError(
-        f"{type(model).__name__} has no causal context adapter, so a context would change nothing. Attach one with "
-        "get_peft_model(model, CausalContextConfig(...)) or load one with PeftModel.from_pretrained."
-    )
+    components = [model] if isinstance(model, nn.Module) else getattr(model, "components", {}).values()
+    found = {
+        id(module.conditioning): module.conditioning
+        for component in components
+        if isinstance(component, nn.Module)
+        for module in component.modules()
+        if isinstance(module, CausalContextLayer)
+    }
+    return list(found.values())
+
+
+@contextmanager
+def requested(requests: Iterable[Request]) -> Iterator[None]:
+    """Put requests in force on this thread."""
+    box = _STATE.box
+    saved = box.request, box.frame
+    try:
+        for request in requests:
+            box.request = replace(request, outer=box.request)
+        # No frame: one that is left from an interrupted forward must not serve parts of a model that run on their own.
+        box.frame = None
+        yield
+    finally:
+        box.request, box.frame = saved
+
+
+def take_context(arguments: Mapping[str, Any]) -> tuple[ContextBatch | None, dict[str, Any]]:
+    """A context inside a call's attention arguments, and the arguments without it (the same object without one)."""
+    for name in _ATTENTION_KWARGS:
+        inner = arguments.get(name)
+        if isinstance(inner, dict) and "context" in inner:
+            rest = {key: value for key, value in inner.items() if key != "context"}
+            return inner["context"], {**arguments, name: rest or None}
+    return None, cast(dict, arguments)
 
 
 def _in_backward() -> bool:

@@ -58,7 +58,7 @@ class CausalContextLayer(BaseTunerLayer):
         self.merged_adapters = []
         self.conditioning = conditioning or Conditioning(self)
         self.name = ""  # path in the base model, for error messages and to tell vision towers and experts
-        self.in_features, self.out_features, self._kernel_size = _geometry(self.get_base_layer())
+        self.in_features, self.out_features, self._kernel_size = geometry(self.get_base_layer())
 
     def update_layer(self, adapter_name: str, config: CausalContextConfig, current_key: str) -> None:
         """Add an adapter to this layer."""
@@ -336,7 +336,8 @@ def adapted_class(module: nn.Module) -> type[Linear] | type[TransposedLinear] | 
     return None
 
 
-def _geometry(base: nn.Module) -> tuple[int, int, tuple[int, ...]]:
+def geometry(base: nn.Module) -> tuple[int, int, tuple[int, ...]]:
+    """Input features, output features and kernel of a module that can be adapted."""
     if isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return base.in_channels, base.out_channels, tuple(base.kernel_size)
     if isinstance(base, Conv1D):

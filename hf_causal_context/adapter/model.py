@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..contexts import ContextBatch
 from ..layers import StructuralLayer
-from .conditioning import intervene
 from .config import CausalContextConfig
+from .intervening import intervene
 from .layer import CausalContextLayer, adapted_class
 from .registration import PREFIX
 from .targets import default_target_modules, describe_candidates
@@ -113,7 +113,7 @@ class CausalContextModel(BaseTuner):
             self._warn_about_empty_merge(layer)
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         if layer is not None:
-            layer.conditioning.remove()
+            layer.conditioning.remove(self.model)
         return model
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

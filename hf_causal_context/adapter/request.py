@@ -5,15 +5,16 @@ Shapes: S samples that have a context, N rows of the model's input, K concepts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..contexts import ConceptSet, Context, as_context, as_contexts, quoted
-from .rows import match_samples
+from .rows import PipelineCall, match_samples
 
 if TYPE_CHECKING:
     from .conditioning import Conditioning
@@ -44,11 +45,13 @@ class AdapterContext:
             self.mask = self.mask.to(device)
         return self
 
-    def rows(self, num_rows: int, expanded_by_generate: Callable[[], bool]) -> Tensor:
+    def rows(self, num_rows: int, expanded_by_generate: Callable[[], bool], call: PipelineCall | None = None) -> Tensor:
         """The mask for N rows of the model's input: (1, K) or (N, K); see `rows.match_samples`."""
         if self.uniform and num_rows % self.mask.shape[0] == 0:
             return self.mask[:1]
-        return match_samples(self.mask, num_rows, self.images_per_prompt, self.guidance_copies, expanded_by_generate)
+        return match_samples(
+            self.mask, num_rows, self.images_per_prompt, self.guidance_copies, expanded_by_generate, call
+        )
 
 
 @dataclass
@@ -61,6 +64,14 @@ class Request:
     encode: Callable[[ConceptSet], AdapterContext] | None  # for adapters added later; None if one adapter was named
     contexts: tuple[Context, ...] = ()
     checked_for: tuple[str, ...] | None = None  # the active adapters whose concepts the names were checked against
+    call: PipelineCall | None = None  # the running call of a followed pipeline
+
+    def during(self, call: PipelineCall) -> Request:
+        """The same contexts during a pipeline's call; refuses (ValueError) another number of them than of prompts."""
+        for context in self.adapters.values():
+            if not context.uniform:
+                call.check(context.mask.shape[0])
+        return replace(self, call=call)
 
     def find(self, adapter_name: str, concepts: ConceptSet) -> AdapterContext | None:
         """The context of an adapter; one that was added after the request was made gets its own encoding."""
@@ -93,8 +104,12 @@ def check_one_adapter_per_mask(mask: Tensor, addressed: dict[str, ConceptSet]) -
         )
 
 
-def check_names(contexts: Sequence[Context], addressed: dict[str, ConceptSet]) -> None:
-    """Refuse concepts that no addressed adapter has, or that several have (ValueError)."""
+def check_names(
+    contexts: Sequence[Context],
+    addressed: dict[str, ConceptSet],
+    others: Mapping[str, ConceptSet] = MappingProxyType({}),
+) -> None:
+    """Refuse concepts that no addressed adapter has, or that several have (ValueError); others are not addressed."""
     known = tuple(name for concepts in addressed.values() for name in concepts)
     for context in contexts:
         for target in context.targets:
@@ -105,8 +120,13 @@ def check_names(contexts: Sequence[Context], addressed: dict[str, ConceptSet]) -
                     f"meant: intervene(model, context, adapter_name={owners[0]!r})."
                 )
             if not owners and addressed:
+                elsewhere = [name for name, concepts in others.items() if target in concepts]
                 raise ValueError(
                     f"Unknown concept {target!r} in context {str(context)!r}. Known concepts: {quoted(known)} (of "
-                    f"{'adapter' if len(addressed) == 1 else 'adapters'} {quoted(addressed)}). Correct the name, or "
-                    "activate the adapter that has it."
+                    f"{'adapter' if len(addressed) == 1 else 'adapters'} {quoted(addressed)}). "
+                    + (
+                        f"It belongs to adapter {elsewhere[0]!r}: activate that one, or name it with adapter_name=."
+                        if elsewhere
+                        else "Correct the name."
+                    )
                 )

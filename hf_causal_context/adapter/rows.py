@@ -10,6 +10,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,32 +23,70 @@ _VISION = re.compile("vision|visual|image")
 _SEQUENCE_FIRST = ("longformer", "led", "xlnet")
 
 
+@dataclass(frozen=True)
+class PipelineCall:
+    """How many prompts a running diffusers pipeline was given, and how many images it makes of each."""
+
+    prompts: int
+    images_per_prompt: int
+
+    def check(self, samples: int) -> None:
+        """Refuse (ValueError) a number of contexts that is neither one per prompt nor one per image."""
+        images = self.prompts * self.images_per_prompt
+        if samples not in (1, self.prompts, images):
+            per_image = f", or one per image ({images})" if self.images_per_prompt > 1 else ""
+            raise ValueError(
+                f"{samples} contexts were given, but the pipeline was called with {self.prompts} prompts (or classes, "
+                f"or rows). Pass one context, or one per prompt ({self.prompts}){per_image}."
+            )
+
+    def rows(self, mask: Tensor, num_rows: int) -> Tensor | None:
+        """A mask (S, K) for N rows of a text encoder (prompts) or a denoiser (images, copied for guidance)."""
+        self.check(mask.shape[0])
+        images = self.prompts * self.images_per_prompt
+        if num_rows == mask.shape[0] == self.prompts:
+            return mask
+        if num_rows % images:
+            return None
+        if mask.shape[0] == self.prompts:
+            # Pipelines interleave the images of a prompt and tile the guidance copies.
+            mask = mask.repeat_interleave(self.images_per_prompt, 0)
+        return mask.repeat(num_rows // images, 1)
+
+
 def match_samples(
     mask: Tensor,
     num_rows: int,
     images_per_prompt: int,
     guidance_copies: int,
     expanded_by_generate: Callable[[], bool],
+    call: PipelineCall | None,
 ) -> Tensor:
     """Turn a mask (S, K) into one for the N rows of the model's input: (1, K) or (N, K).
+
+    Args:
+        call: the running call of a followed pipeline, which knows how it multiplies samples.
 
     Raises:
         ValueError: when it cannot be known which row belongs to which sample.
     """
     samples = mask.shape[0]
-    if samples in (1, num_rows):
+    if samples == 1:
+        return mask
+    if call is not None and (expanded := call.rows(mask, num_rows)) is not None:
+        return expanded
+    if samples == num_rows:
         return mask
     images = samples * images_per_prompt
     if num_rows in (images, images * guidance_copies):
-        # Pipelines interleave the images of a prompt and tile the guidance copies.
         return mask.repeat_interleave(images_per_prompt, 0).repeat(num_rows // images, 1)
     if num_rows % samples == 0 and expanded_by_generate():
         return mask.repeat_interleave(num_rows // samples, 0)  # beams and returned sequences are interleaved
     raise ValueError(
         f"{samples} contexts were given, but the model's input has {num_rows} rows, and {samples} contexts x "
         f"{images_per_prompt} images_per_prompt x {guidance_copies} guidance_copies is another number. Pass one "
-        "context, one per row, or say how a pipeline multiplies samples: intervene(model, contexts, "
-        "images_per_prompt=n, guidance_copies=2)."
+        "context, one per row, or say how a pipeline multiplies samples: intervene(pipe, contexts), or "
+        "intervene(model, contexts, images_per_prompt=n, guidance_copies=2)."
     )
 
 

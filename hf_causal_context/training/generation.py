@@ -15,8 +15,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from ..adapter.conditioning import intervene
-from ..adapter.layer import CausalContextLayer
+from ..adapter.conditioning import conditionings
+from ..adapter.intervening import intervene
 from ..contexts import Context, ContextLike, as_context
 from .bases import Base, as_base
 
@@ -62,7 +62,7 @@ def generate(
             "least one of each; the observational context is ()."
         )
     jobs = [(context, seed) for context in map(as_context, contexts) for seed in seeds]
-    adapted = any(isinstance(module, CausalContextLayer) for module in base.denoiser.modules())
+    adapted = bool(conditionings(base.pipe))
     options = dict(base.sampling_options)
     if guidance_scale is not None:
         options["guidance_scale"] = guidance_scale
@@ -75,7 +75,7 @@ def generate(
             own = [context for context, _ in batch]
             with (
                 # intervene() refuses targets without an adapter.
-                intervene(base.denoiser, own, guidance_copies=2) if adapted or any(own) else nullcontext(),
+                intervene(base.pipe, own) if adapted or any(own) else nullcontext(),
                 _class_label(base, class_label),
             ):
                 output = cast(Any, base.pipe)(

@@ -448,7 +448,7 @@ class TestSeveralAdapters:
             model(inputs())
 
     def test_inactive_adapters_have_no_say(self, model):
-        with pytest.raises(ValueError, match="Unknown concept 'size'.*activate the adapter that has it"):
+        with pytest.raises(ValueError, match="Unknown concept 'size'.* belongs to adapter 'other': activate that one"):
             intervene(model, "size")
 
     def test_a_context_is_checked_again_when_other_adapters_become_active(self, model):

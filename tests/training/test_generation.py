@@ -98,7 +98,7 @@ def test_a_base_without_an_adapter_knows_the_observational_context_only(pipeline
     base = load_base(pipeline_folder("ddpm"))
     (pictures,) = generate(base, [()], **options(base))
     assert pictures.shape == (3, 1, 16, 16)
-    with pytest.raises(ValueError, match="has no causal context adapter"):
+    with pytest.raises(ValueError, match="No component of DDPMPipeline has a causal context adapter"):
         generate(base, [(), "thick"], **options(base))
 
 

@@ -190,6 +190,21 @@ def dit():
     return diffusers.DiTPipeline(_random(transformer), _vae(), diffusers.DDIMScheduler())
 
 
+def wan():
+    transformer = diffusers.WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=1,
+        text_dim=32,
+        freq_dim=8,
+        ffn_dim=16,
+        rope_max_seq_len=32,
+    )
+    vae = diffusers.AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)
+    return diffusers.WanPipeline(_t5_tokenizer(), _t5(), _random(vae), scheduler, _random(transformer))
+
+
 PIPELINES = {
     build.__name__: build
     for build in (

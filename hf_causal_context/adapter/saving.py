@@ -1,0 +1,140 @@
+"""Saves a base model that carries adapters: the base under its own names, the adapters in folders beside it.
+
+Without this, `save_pretrained` of a model or a pipeline would write the adapted modules under names that no reload
+knows, and the reload would draw those weights at random.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import shutil
+import tempfile
+import warnings
+import weakref
+from pathlib import Path
+from typing import Any, cast
+
+from peft import PeftConfig, get_peft_model_state_dict
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+PEFT_PREFIX = "base_model.model."
+
+
+def keep_adapters_out_of_base(model: nn.Module) -> None:
+    """Replace a model's `save_pretrained`, which pipelines call, too."""
+    if hasattr(type(model), "save_pretrained"):
+        model.save_pretrained = _SavePretrained(model)  # type: ignore[assignment]
+
+
+def restore_save_pretrained(model: nn.Module) -> None:
+    """Give a model its own `save_pretrained` back."""
+    model.__dict__.pop("save_pretrained", None)
+
+
+class _SavePretrained:
+    def __init__(self, model: nn.Module) -> None:
+        # Weak: a cycle would keep the memory of a deleted model until the next garbage collection.
+        self._model = weakref.ref(model)
+        # Pipelines look at the signature.
+        self.__signature__ = inspect.signature(cast(Any, model).save_pretrained)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_model": self._model()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state | {"_model": weakref.ref(state["_model"])}
+
+    def __call__(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+        from .layer import CausalContextLayer
+
+        model: Any = self._model()
+        save = type(model).save_pretrained
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, CausalContextLayer)}
+        # transformers' own integration of PEFT saves the adapter only, as its users expect.
+        if not layers or (getattr(model, "_hf_peft_config_loaded", False) and hasattr(model, "get_adapter_state_dict")):
+            return save(model, save_directory, *args, **kwargs)
+        merged = next((layer for layer in layers.values() if layer.merged), None)
+        if merged is not None:
+            raise ValueError(
+                f"Adapters {merged.merged_adapters} are merged into the weights of {type(model).__name__}, so the base "
+                "cannot be saved as it was. Call unmerge_adapter() (or unfuse_lora()) first, or merge_and_unload() to "
+                "keep the merged weights for good."
+            )
+        names = [name for name, config in model.peft_config.items() if _is_ours(config)]
+        for name in names:
+            _check_folder_name(name)
+        handle = model.register_state_dict_post_hook(_rename)
+        try:
+            result = save(model, save_directory, *args, **kwargs)
+        finally:
+            handle.remove()
+        for name in names:
+            folder = Path(save_directory) / name
+            config = copy.copy(model.peft_config[name])
+            config.auto_mapping = {
+                "base_model_class": type(model).__name__,
+                "parent_library": type(model).__module__,
+            }  # as PeftModel.save_pretrained records it
+            write_adapter(folder, config, _weights(model, name))
+            warnings.warn(
+                f"{type(model).__name__} was saved without its causal context adapter {name!r}, which lies beside it "
+                f"in {folder}. After loading the pipeline: load_context_adapter(pipe, folder_of_the_pipeline"
+                + (f", adapter_name={name!r})." if name != "default" else ")."),
+                stacklevel=2,
+            )
+        return result
+
+
+def write_adapter(folder: Path, config: PeftConfig, weights: dict[str, Tensor]) -> None:
+    """Write what `PeftModel.from_pretrained` reads; the folder appears complete, over an earlier one, or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        config.save_pretrained(str(unfinished))
+        save_file(weights, unfinished / "adapter_model.safetensors", metadata={"format": "pt"})
+        unfinished.chmod(0o755)  # mkdtemp's folder is private
+        if folder.exists():
+            shutil.rmtree(folder)
+        unfinished.rename(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _is_ours(config: object) -> bool:
+    from .config import CausalContextConfig
+
+    return isinstance(config, CausalContextConfig)
+
+
+def _weights(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    weights = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    return {PEFT_PREFIX + key.removeprefix(PEFT_PREFIX): weight.contiguous() for key, weight in weights.items()}
+
+
+def _check_folder_name(adapter_name: str) -> None:
+    if Path(adapter_name).name != adapter_name:
+        raise ValueError(
+            f"The adapter's name {adapter_name!r} cannot be the name of a folder to save it in. Rename it."
+        )
+
+
+def _rename(model: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
+    """The weights of a model (a state dict, changed in place) under the names that they have without adapters."""
+    from .layer import CausalContextLayer
+
+    for name, module in model.named_modules():
+        inside = f"{prefix}{name}."
+        if isinstance(module, CausalContextLayer):
+            kept = f"{inside}base_layer."
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            kept = f"{inside}original_module."
+        else:
+            continue
+        for key in [key for key in state if key.startswith(inside)]:
+            weight = state.pop(key)
+            if key.startswith(kept):
+                state[inside + key.removeprefix(kept)] = weight
