@@ -24,12 +24,11 @@ Concepts: {concepts}.{reweighted}
 
 ```python
 from diffusers import DiffusionPipeline
-from peft import PeftModel
 
-from hf_causal_context import intervene  # before PEFT reads the adapter
+from hf_causal_context import intervene, load_context_adapter
 {setup}
-PeftModel.from_pretrained(pipe.{denoiser}, {repo})  # attaches the adapter in place
-with intervene(pipe.{denoiser}, {example}):
+pipe = load_context_adapter(pipe, {repo})
+with intervene(pipe, {example}):
     {call}
 ```
 
@@ -48,7 +47,6 @@ def write_card(
     *,
     concepts: Sequence[str],
     base: str,
-    denoiser: str,
     call: str,
     setup: str | None = None,
     picture: str | None = None,
@@ -61,7 +59,6 @@ def write_card(
         folder: the adapter's.
         concepts: its concepts.
         base: Hub id or folder of its base.
-        denoiser: name of the denoiser in the pipeline, "unet" or "transformer".
         call: Python code that calls `pipe` for a picture.
         setup: Python code that defines `pipe`; by default it loads `base`.
         picture: path of a sample grid inside the folder.
@@ -85,7 +82,6 @@ def write_card(
         reweighted=f" Rows of single interventions stood for {names}." if names else "",
         picture=f"![Samples in each context]({picture})\n\n" if picture else "",
         setup=setup or f"\npipe = DiffusionPipeline.from_pretrained({_quoted(base)})",
-        denoiser=denoiser,
         repo=_quoted(folder.name),
         example=_quoted(example),
         call=call,

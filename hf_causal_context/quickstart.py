@@ -13,13 +13,12 @@ from functools import cache
 from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
-from peft import PeftModel
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from .data import InterventionalData, from_dataset
 from .data.worlds.digits import CONCEPTS, Split, read_attributes, sample_digits
 from .evaluation.metrics import sliced_wasserstein
 from .hub import write_card
+from .pipelines import load_context_adapter
 from .training.arguments import TrainingArguments
 from .training.bases import load_base
 from .training.families import Base
@@ -135,7 +135,6 @@ def quickstart(output_dir: Path, seed: int = 0) -> None:
         output_dir,
         concepts=CONCEPTS,
         base=str(BASE),
-        denoiser=base.denoiser_name,
         call=base.example_call,
         setup="from hf_causal_context.quickstart import BASE\n\npipe = DiffusionPipeline.from_pretrained(BASE)",
         picture="grid.png",
@@ -143,11 +142,11 @@ def quickstart(output_dir: Path, seed: int = 0) -> None:
         results=table,
     )
     again = load_base(str(BASE))
-    PeftModel.from_pretrained(cast(Any, again.denoiser), str(output_dir))
+    load_context_adapter(again.pipe, output_dir)
     identical = torch.equal(sample(again, PAIRS[:1], NUM_SAMPLES)[PAIRS[0]], samples[PAIRS[0]])
     if not identical:
         raise RuntimeError(f"The adapter reloaded from {output_dir} gives other pictures than the trained one.")
-    print("Reloaded with PeftModel.from_pretrained: identical pictures.")
+    print("Reloaded with load_context_adapter: identical pictures.")
     print(f"Adapter, card and pictures are in {output_dir}/ (look at grid.png). {time.perf_counter() - start:.0f} s.")
 
 

@@ -216,7 +216,7 @@ def _adapter_concepts(base: Base, data: InterventionalData) -> ConceptSet:
     if layer is None:
         raise ValueError(
             f"The {base.denoiser_name} of this pipeline has no causal context adapter. Attach one first: "
-            f"PeftModel.from_pretrained(pipe.{base.denoiser_name}, folder)."
+            "load_context_adapter(pipe, folder)."
         )
     active = [name for name in layer.active_adapters if name in layer.concepts]
     concepts = ConceptSet(tuple(concept for name in active for concept in layer.concepts[name]))

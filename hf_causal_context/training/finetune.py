@@ -98,7 +98,6 @@ def train(arguments: TrainingArguments, base: Base | None = None, data: Interven
             folder,
             concepts=data.concepts.names,
             base=base_name(arguments),
-            denoiser=base.denoiser_name,
             call=base.example_call,
             picture=grid_name(num_steps) if wanted else None,
             reweighted=tuple(data.reweighted),
