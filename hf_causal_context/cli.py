@@ -16,6 +16,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "train": ("fine-tune an adapter on a diffusers pipeline", _train),
         "train-autoencoder": ("train the paper's autoencoder on pictures in contexts", _train_autoencoder),
         "generate": ("make pictures in chosen contexts", _generate),
+        "export": ("write contexts as plain LoRA files for other tools", _export),
+        "demo": ("show an adapter on a web page", _demo),
         "evaluate": ("measure an adapter on its data: does it compose?", _evaluate),
         "check-data": ("count contexts and find what would spoil a training", _check_data),
     }
@@ -112,6 +114,52 @@ def _generate(arguments: list[str]) -> None:
 
     for path in generate_files(**vars(parsed)):
         print(path)
+
+
+def _export(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="hf-causal-context export")
+    parser.add_argument("--adapter", required=True, help="folder or Hub id of the adapter")
+    parser.add_argument("--pretrained_model_name_or_path", help="its base; by default the one it names")
+    parser.add_argument(
+        "--context",
+        dest="contexts",
+        nargs="+",
+        required=True,
+        help='such as thick+slant "thick=0.5,slant=-1"; singles and pairs are all of them, obs the empty one',
+    )
+    parser.add_argument(
+        "--format",
+        dest="file_format",
+        choices=("peft", "diffusers", "kohya"),
+        required=True,
+        help="peft: folders for PeftModel.from_pretrained; diffusers: files for load_lora_weights; kohya: files for "
+        "the tools around Stable Diffusion",
+    )
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--revision", help="of the base on the Hub")
+    parser.add_argument("--variant", help="of the base's files, such as fp16")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the base and of the files"
+    )
+    parsed = parser.parse_args(arguments)
+
+    from .export import export_files
+
+    for path in export_files(**vars(parsed)):
+        print(path)
+
+
+def _demo(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="hf-causal-context demo")
+    parser.add_argument("--adapter", required=True, help="folder or Hub id of the adapter")
+    parser.add_argument("--pretrained_model_name_or_path", help="its base; by default the one it names")
+    parser.add_argument("--share", action="store_true", help="a public link, through a server of gradio's, for a week")
+    parser.add_argument("--port", type=int, help="by default the first free one from 7860 on")
+    parsed = parser.parse_args(arguments)
+
+    from .demo import serve
+
+    serve(**vars(parsed))
 
 
 def _quickstart(arguments: list[str]) -> None:

@@ -298,3 +298,9 @@ def _split_concepts(text: str) -> Iterator[str]:
 def quoted(names: Iterable[str]) -> str:
     """Names as error messages list them."""
     return ", ".join(repr(name) for name in names)
+
+
+def file_name(label: str) -> str:
+    """A context's name as part of a file name: with "_" for what file names may not hold."""
+    name = "".join(c if c.isalnum() or c in "+=.-_" else "_" for c in label)
+    return "_" + name[1:] if name.startswith(".") else name  # neither hidden nor ".."

@@ -9,7 +9,7 @@ import torch
 from peft import PeftConfig
 
 from .adapter.config import CausalContextConfig
-from .contexts import ConceptSet, Context
+from .contexts import ConceptSet, Context, file_name
 from .pipelines import load_context_adapter
 from .training.bases import load_base
 from .training.checkpoints import checkpoint_steps
@@ -66,9 +66,7 @@ def generate_files(
     paths = []
     for label, row in zip(labels, rows, strict=True):
         for seed, picture in zip(seeds, row, strict=True):
-            # Concept names may hold what a file name may not.
-            name = "".join(c if c.isalnum() or c in "+=.-_" else "_" for c in label)
-            paths.append(output_dir / f"{name}-seed{seed}.png")
+            paths.append(output_dir / f"{file_name(label)}-seed{seed}.png")
             to_image(picture).save(paths[-1])
     return paths
 
@@ -88,15 +86,7 @@ def load_adapted_base(
         ValueError: for another kind of adapter, an unknown base, or contexts with concepts that the adapter lacks.
         OSError: for an adapter or base that cannot be read.
     """
-    if Path(adapter).is_dir() and not Path(adapter, "adapter_config.json").exists():
-        checkpoints = ", ".join(str(path) for path in checkpoint_steps(Path(adapter)).values())
-        raise FileNotFoundError(
-            f"{adapter} holds no adapter (adapter_config.json). "
-            + (f"Its training is not finished: resume it, or use a checkpoint: {checkpoints}." if checkpoints else "")
-        )
-    config = PeftConfig.from_pretrained(adapter)
-    if not isinstance(config, CausalContextConfig):
-        raise ValueError(f"{adapter} is a {config.peft_type} adapter; only causal context adapters have contexts.")
+    config = stored_config(adapter)
     base_name = pretrained_model_name_or_path or config.base_model_name_or_path
     if base_name is None:
         raise ValueError(f"{adapter} does not name its base. Give --pretrained_model_name_or_path.")
@@ -110,3 +100,22 @@ def load_adapted_base(
     base.pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     load_context_adapter(base.pipe, adapter)
     return base
+
+
+def stored_config(adapter: str) -> CausalContextConfig:
+    """The config of an adapter in a folder or on the Hub.
+
+    Raises:
+        ValueError: for another kind of adapter.
+        OSError: for something that holds no adapter.
+    """
+    if Path(adapter).is_dir() and not Path(adapter, "adapter_config.json").exists():
+        checkpoints = ", ".join(str(path) for path in checkpoint_steps(Path(adapter)).values())
+        raise FileNotFoundError(
+            f"{adapter} holds no adapter (adapter_config.json). "
+            + (f"Its training is not finished: resume it, or use a checkpoint: {checkpoints}." if checkpoints else "")
+        )
+    config = PeftConfig.from_pretrained(adapter)
+    if not isinstance(config, CausalContextConfig):
+        raise ValueError(f"{adapter} is a {config.peft_type} adapter; only causal context adapters have contexts.")
+    return config

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import cast
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -17,8 +14,7 @@ from ..layers import IndependentLayer
 from .config import CausalContextConfig
 from .layer import CausalContextLayer, ConvNd
 from .registration import PREFIX
-
-_PEFT_PREFIX = "base_model.model."
+from .saving import PEFT_PREFIX, write_adapter
 
 
 def bake(model: nn.Module, context: ContextLike, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
@@ -39,7 +35,7 @@ def bake(model: nn.Module, context: ContextLike, adapter_name: str = "default") 
             convolution that PEFT's LoRA does not compute the same way (groups, dilation, padding mode).
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    config = _config(model, adapter_name)
+    config = adapter_config(model, adapter_name)
     mask = ConceptSet(config.concepts).mask([as_context(context)])
     weights: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -52,15 +48,16 @@ def bake(model: nn.Module, context: ContextLike, adapter_name: str = "default") 
         a, b = _without_idle_concepts(layer, adapter_name, mask, a, b)
         dtype = cast(Tensor, layer.causal_context_up[adapter_name].weight).dtype
         kernel = (1,) * (a.ndim - 2)
-        weights[f"{_PEFT_PREFIX}{name}.lora_A.weight"] = a.to(dtype, copy=True).contiguous()
-        weights[f"{_PEFT_PREFIX}{name}.lora_B.weight"] = b.view(*b.shape, *kernel).to(dtype, copy=True).contiguous()
+        weights[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a.to(dtype, copy=True).contiguous()
+        weights[f"{PEFT_PREFIX}{name}.lora_B.weight"] = b.view(*b.shape, *kernel).to(dtype, copy=True).contiguous()
         ranks[name] = a.shape[0]
         transposed |= isinstance(layer.get_base_layer(), Conv1D)
     for key, weight in get_peft_model_state_dict(model, adapter_name=adapter_name).items():
         if PREFIX not in key:  # of modules_to_save
-            weights[key if key.startswith(_PEFT_PREFIX) else _PEFT_PREFIX + key] = weight.detach().clone()
+            weights[key if key.startswith(PEFT_PREFIX) else PEFT_PREFIX + key] = weight.detach().clone()
     rank = max(ranks.values())
-    differing = {name: r for name, r in ranks.items() if r != rank}
+    # "^": PEFT would take the rank of "proj_out" for "blocks.0.proj_out" too.
+    differing = {f"^{name}": r for name, r in ranks.items() if r != rank}
     lora_config = LoraConfig(
         r=rank,
         lora_alpha=rank,  # factor 1: the scale is in lora_B
@@ -77,6 +74,20 @@ def bake(model: nn.Module, context: ContextLike, adapter_name: str = "default") 
     return lora_config, weights
 
 
+def adapter_config(model: nn.Module, adapter_name: str = "default") -> CausalContextConfig:
+    """The config of a causal context adapter in a model.
+
+    Raises:
+        ValueError: for an unknown adapter.
+    """
+    configs = getattr(model, "peft_config", {})
+    config = configs.get(adapter_name) if isinstance(configs, dict) else None
+    if not isinstance(config, CausalContextConfig):
+        names = [name for name, c in configs.items() if isinstance(c, CausalContextConfig)]
+        raise ValueError(f"The model has no causal context adapter {adapter_name!r}. It has: {names}.")
+    return config
+
+
 def save_baked(model: nn.Module, context: ContextLike, folder: str | Path, adapter_name: str = "default") -> Path:
     """Bake a context and write it as a folder that `PeftModel.from_pretrained` loads without this package.
 
@@ -90,28 +101,8 @@ def save_baked(model: nn.Module, context: ContextLike, folder: str | Path, adapt
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} exists and is not empty. Choose another folder, or remove it.")
     config, weights = bake(model, context, adapter_name)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        config.save_pretrained(str(unfinished))
-        save_file(weights, unfinished / "adapter_model.safetensors", metadata={"format": "pt"})
-        unfinished.chmod(0o755)  # mkdtemp's folder is private
-        if folder.exists():
-            folder.rmdir()
-        unfinished.rename(folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    write_adapter(folder, config, weights)
     return folder
-
-
-def _config(model: nn.Module, adapter_name: str) -> CausalContextConfig:
-    configs = getattr(model, "peft_config", {})
-    config = configs.get(adapter_name) if isinstance(configs, dict) else None
-    if not isinstance(config, CausalContextConfig):
-        names = [name for name, c in configs.items() if isinstance(c, CausalContextConfig)]
-        raise ValueError(f"The model has no causal context adapter {adapter_name!r}. It has: {names}.")
-    return config
 
 
 def _check_lora_computes_the_same(name: str, layer: CausalContextLayer) -> None:

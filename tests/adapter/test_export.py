@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hf_causal_context import bake, causal_effects, save_baked
-from hf_causal_context.adapter import export
+from hf_causal_context.adapter import saving
 
 from .small import VARIANTS, Mlp, adapted, gpt2, inputs
 
@@ -116,7 +116,7 @@ def test_a_folder_is_complete_or_absent(tmp_path, monkeypatch):
     def full_disk(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "save_file", full_disk)
+    monkeypatch.setattr(saving, "save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_baked(model, "thick", tmp_path / "other")
     assert [p.name for p in tmp_path.iterdir()] == ["lora"]
