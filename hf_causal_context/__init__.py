@@ -1,5 +1,7 @@
 """LoRA for causal concepts: one adapter whose concepts compose."""
 
+from typing import TYPE_CHECKING, Any
+
 from .adapter.config import CausalContextConfig
 from .adapter.effects import CausalEffects, causal_effects
 from .adapter.export import bake, save_baked
@@ -9,6 +11,9 @@ from .adapter.registration import register
 from .context_module import ContextModule
 from .contexts import ConceptSet, Context
 from .pipelines import load_context_adapter, unload_context_adapter
+
+if TYPE_CHECKING:
+    from .counterfactuals import Counterfactual, counterfactual
 
 register()
 
@@ -20,11 +25,22 @@ __all__ = [
     "ConceptSet",
     "Context",
     "ContextModule",
+    "Counterfactual",
     "acyclicity_penalty",
     "bake",
     "causal_effects",
+    "counterfactual",
     "intervene",
     "load_context_adapter",
     "save_baked",
     "unload_context_adapter",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # It needs diffusers, which is not imported before it is used.
+    if name in ("Counterfactual", "counterfactual"):
+        from . import counterfactuals
+
+        return getattr(counterfactuals, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -42,17 +42,12 @@ def train_lora(model, scheduler, pictures, settings, name):
         schedule.step()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    torch.manual_seed(arguments.seed)
-    settings = quickstart_arguments(Path("unused"), arguments.seed)
-    base = load_base(str(BASE))
-    rows = digit_data(seed=arguments.seed).rows.with_format("numpy")
+def stacked_loras(base, seed):
+    """A base with one trained LoRA per concept, under the concepts' names, as a PeftModel in eval mode."""
+    torch.manual_seed(seed)
+    settings = quickstart_arguments(Path("unused"), seed)
+    rows = digit_data(seed=seed).rows.with_format("numpy")
     lora = LoraConfig(r=settings.concept_rank, lora_alpha=settings.concept_rank, target_modules=settings.target_modules)
-    pipe: Any = base.pipe
     model: Any = get_peft_model(cast(Any, base.denoiser), lora, adapter_name=CONCEPTS[0])
     for name in CONCEPTS[1:]:
         model.add_adapter(name, lora)
@@ -61,7 +56,17 @@ def main() -> None:
         own = rows.filter(lambda context, name=name: context == name, input_columns="context")
         pictures = torch.from_numpy(cast(Any, own)["image"][:])[:, None].float() / 127.5 - 1
         train_lora(model.train(), base.noise_scheduler(), pictures, settings, name)
-    model.eval()
+    return model.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    base = load_base(str(BASE))
+    pipe: Any = base.pipe
+    model = stacked_loras(base, arguments.seed)
     pipe.set_progress_bar_config(disable=True)
     samples = {}
     for context in CONTEXTS[1:]:

@@ -137,8 +137,25 @@ class Base:
         vae.to(dtype)
         return self._normalise(latents).to(pixels.dtype)
 
+    @torch.no_grad()
+    def decode_images(self, data: Tensor) -> Tensor:
+        """What the denoiser models (B, C, H, W), latents or pictures -> pictures in [0, 1]; undoes `encode_images`."""
+        if self.is_latent:
+            vae = self.pipe.vae
+            dtype = vae.dtype
+            vae.to(torch.float32 if dtype == torch.float16 else dtype)  # as in `encode_images`
+            latents = self._denormalise(data).to(vae.device, vae.dtype)
+            data = vae.decode(latents, return_dict=False)[0].to(data.dtype)
+            vae.to(dtype)
+        return (data / 2 + 0.5).clamp(0, 1)
+
     def _normalise(self, latents: Tensor) -> Tensor:
         return latents * self.pipe.vae.config.scaling_factor
+
+    def _denormalise(self, latents: Tensor) -> Tensor:
+        # Normalising is affine: its inverse follows from where it takes 0 and 1.
+        offset = self._normalise(torch.zeros_like(latents[:1]))
+        return (latents - offset) / (self._normalise(torch.ones_like(latents[:1])) - offset)
 
     def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
         """Captions -> conditions, one row for each.
@@ -149,7 +166,7 @@ class Base:
         raise ValueError(f"{type(self.pipe).__name__} takes no captions. Leave them out, or use a text-to-image base.")
 
     def predict(
-        self, model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor], context: Tensor
+        self, model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor], context: Tensor | None
     ) -> Tensor:
         """The denoiser's prediction (B, C, H, W), called as the family's pipeline does it.
 
@@ -158,7 +175,7 @@ class Base:
             noisy: (B, C, H, W).
             timesteps: (B,) in the scheduler's units; for flows sigma * num_train_timesteps, as floats.
             conditions: of `encode_captions`, or {"class_labels": (B,)}, or empty.
-            context: intervention mask (B, K).
+            context: intervention mask (B, K); None inside `intervene`.
         """
         arguments = self._arguments(noisy, timesteps, conditions)
         # Some denoisers predict a variance too, in further channels.
@@ -288,7 +305,7 @@ class Flux(StableDiffusion3):
         return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
 
     def predict(
-        self, model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor], context: Tensor
+        self, model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor], context: Tensor | None
     ) -> Tensor:
         arguments = self._arguments(noisy, timesteps, conditions)
         packed = model(**arguments, context=context, return_dict=False)[0]

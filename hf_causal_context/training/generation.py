@@ -69,7 +69,7 @@ def generate(
     if resolution is not None and not base.fixed_size:
         options |= {"height": resolution, "width": resolution}
     pictures = []
-    with _ready_for_sampling(base):
+    with eval_mode(base.denoiser), _no_progress_bars(base.pipe):
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
             own = [context for context, _ in batch]
@@ -164,17 +164,24 @@ def check_conditions(
 
 
 @contextmanager
-def _ready_for_sampling(base: Base) -> Iterator[None]:
-    """The denoiser in eval mode and no progress bars; both as before afterwards."""
-    training = base.denoiser.training
-    bars = dict(getattr(base.pipe, "_progress_bar_config", {}))
-    base.denoiser.eval()
-    base.pipe.set_progress_bar_config(disable=True)
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """A model in eval mode, and as before afterwards."""
+    training = model.training
+    model.eval()
     try:
         yield
     finally:
-        base.denoiser.train(training)
-        base.pipe.set_progress_bar_config(**bars)
+        model.train(training)
+
+
+@contextmanager
+def _no_progress_bars(pipe: Any) -> Iterator[None]:
+    bars = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**bars)
 
 
 def _conditions(base: Base, rows: int, prompt: str | None, class_label: int | None) -> dict[str, Any]:
