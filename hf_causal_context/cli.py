@@ -90,8 +90,7 @@ def _parse(settings: type, command: str, arguments: list[str]) -> Any:
 
 def _generate(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="hf-causal-context generate")
-    parser.add_argument("--adapter", required=True, help="folder or Hub id of the adapter")
-    parser.add_argument("--pretrained_model_name_or_path", help="its base; by default the one it names")
+    _add_adapter_and_base(parser)
     parser.add_argument(
         "--contexts", nargs="+", required=True, help='such as obs thick thick+slant "thick=0.5,slant=-1"'
     )
@@ -102,9 +101,6 @@ def _generate(arguments: list[str]) -> None:
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float)
     parser.add_argument("--resolution", type=int)
-    parser.add_argument("--revision", help="of the base on the Hub")
-    parser.add_argument("--variant", help="of the base's files, such as fp16")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the base")
     parser.add_argument("--batch_size", type=int, default=8, help="pictures per call of the pipeline")
     parser.add_argument("--observational_name", default="obs", help="what the empty context is called")
     parser.add_argument("--grid", action="store_true", help="one grid.png instead of one file per picture")
@@ -118,8 +114,7 @@ def _generate(arguments: list[str]) -> None:
 
 def _export(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="hf-causal-context export")
-    parser.add_argument("--adapter", required=True, help="folder or Hub id of the adapter")
-    parser.add_argument("--pretrained_model_name_or_path", help="its base; by default the one it names")
+    _add_adapter_and_base(parser)
     parser.add_argument(
         "--context",
         dest="contexts",
@@ -136,11 +131,6 @@ def _export(arguments: list[str]) -> None:
         "the tools around Stable Diffusion",
     )
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--revision", help="of the base on the Hub")
-    parser.add_argument("--variant", help="of the base's files, such as fp16")
-    parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the base and of the files"
-    )
     parsed = parser.parse_args(arguments)
 
     from .export import export_files
@@ -160,6 +150,16 @@ def _demo(arguments: list[str]) -> None:
     from .demo import serve
 
     serve(**vars(parsed))
+
+
+def _add_adapter_and_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--adapter", required=True, help="folder or Hub id of the adapter")
+    parser.add_argument("--pretrained_model_name_or_path", help="its base; by default the one it names")
+    parser.add_argument("--revision", help="of the base on the Hub")
+    parser.add_argument("--variant", help="of the base's files, such as fp16")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the base, and of files"
+    )
 
 
 def _quickstart(arguments: list[str]) -> None:

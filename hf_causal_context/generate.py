@@ -115,7 +115,13 @@ def stored_config(adapter: str) -> CausalContextConfig:
             f"{adapter} holds no adapter (adapter_config.json). "
             + (f"Its training is not finished: resume it, or use a checkpoint: {checkpoints}." if checkpoints else "")
         )
-    config = PeftConfig.from_pretrained(adapter)
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+    except ValueError as error:
+        raise FileNotFoundError(
+            f"{adapter} is no folder here, and no adapter was found under that name on the Hub ({error}). Give a "
+            "folder with an adapter_config.json, or the id of a repository: user/name."
+        ) from error
     if not isinstance(config, CausalContextConfig):
         raise ValueError(f"{adapter} is a {config.peft_type} adapter; only causal context adapters have contexts.")
     return config

@@ -129,3 +129,12 @@ def test_wrong_use_is_an_error_without_a_traceback(adapter, tmp_path, capsys):
     assert "training is not finished: resume it, or use a checkpoint" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["no-such-command"])
+
+
+@pytest.mark.parametrize("command", ["generate", "export"])
+def test_a_missing_adapter_is_explained(tmp_path, capsys, command):
+    chosen = ["--contexts", "obs"] if command == "generate" else ["--context", "singles", "--format", "peft"]
+    arguments = [command, "--adapter", str(tmp_path / "nowhere"), *chosen, "--output_dir", str(tmp_path / "output")]
+    assert main(arguments) == 1
+    assert "nowhere is no folder here" in capsys.readouterr().err
+    assert not (tmp_path / "output").exists()
