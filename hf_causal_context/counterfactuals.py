@@ -217,8 +217,11 @@ class Sampler:
             return {"class_labels": torch.tensor([self.class_label] * len(contexts), device=self.device)}
         if not self.base.takes_captions:
             return {}
-        with intervene(self.base.pipe, contexts):
-            return self.base.encode_captions([self.prompt or ""] * len(contexts))
+        each = list(dict.fromkeys(contexts))
+        with intervene(self.base.pipe, each):
+            encoded = self.base.encode_captions([self.prompt or ""] * len(each))
+        rows = torch.tensor([each.index(context) for context in contexts], device=self.device)
+        return {name: values[rows.to(values.device)] for name, values in encoded.items()}
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
@@ -22,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapter.config import CausalContextConfig
-from .adapter.export import adapter_config, bake, save_baked
+from .adapter.export import adapter_config, bake
 from .adapter.layer import CausalContextLayer
+from .adapter.saving import complete_or_absent, write_adapter
 from .contexts import ConceptSet, Context, file_name, quoted
 from .generate import load_adapted_base, stored_config
 from .training.families import Base
@@ -96,14 +96,14 @@ def export_contexts(
         _check_format(base, models, file_format)
     for path, context in files.items():
         if file_format == "peft":
-            with _complete_or_absent(path) as unfinished:
-                for name, model in models.items():
-                    save_baked(model, context, unfinished if name == base.denoiser_name else unfinished / name)
+            baked = {name: bake(model, context) for name, model in models.items()}  # refuses before anything is written
+            with complete_or_absent(path) as unfinished:
+                for name, lora in baked.items():
+                    write_adapter(unfinished if name == base.denoiser_name else unfinished / name, *lora)
             continue
         loras = {name: _lora(name, model, context) for name, model in models.items()}
         state = _kohya_state(base, loras) if file_format == "kohya" else {}
-        output_dir.mkdir(parents=True, exist_ok=True)  # after all refusals
-        with _complete_or_absent(path) as unfinished:
+        with complete_or_absent(path) as unfinished:
             if file_format == "kohya":
                 save_file(state, unfinished, metadata=_kohya_metadata(base, loras, path.stem))
             else:
@@ -253,18 +253,3 @@ def _kohya_metadata(base: Base, loras: dict[str, _Lora], title: str) -> dict[str
     if isinstance(width, int) and width in _KOHYA_MODELS:
         metadata["ss_base_model_version"] = _KOHYA_MODELS[width]
     return metadata
-
-
-@contextmanager
-def _complete_or_absent(path: Path) -> Iterator[Path]:
-    """A name beside a file or folder to write, which gets its own name when it is complete."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        yield unfinished
-        unfinished.rename(path)
-    except BaseException:
-        if unfinished.is_dir():
-            shutil.rmtree(unfinished, ignore_errors=True)
-        else:
-            unfinished.unlink(missing_ok=True)
-        raise

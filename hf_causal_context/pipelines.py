@@ -20,7 +20,7 @@ from torch import nn
 from .adapter.compatibility import check_fits
 from .adapter.conditioning import conditionings
 from .adapter.config import CausalContextConfig
-from .adapter.layer import CausalContextLayer
+from .adapter.layer import adapted_layers
 from .adapter.pipeline import follow, unfollow
 from .contexts import quoted
 
@@ -111,7 +111,7 @@ def unload_context_adapter(pipe: DiffusionPipeline, adapter_name: str | None = N
         )
     names = loaded if adapter_name is None else {adapter_name}
     for component, module in owners.items():
-        for layer in _layers(module).values():
+        for layer in adapted_layers(module).values():
             if names & set(layer.merged_adapters):
                 raise ValueError(
                     f"Adapters {layer.merged_adapters} are merged into the weights of pipe.{component}. Call "
@@ -210,7 +210,7 @@ def _check(module: nn.Module, component: str, folder: Path, config: CausalContex
 
 
 def _attach(module: nn.Module, folder: Path, config: CausalContextConfig, adapter_name: str) -> None:
-    before = next((list(layer.active_adapters) for layer in _layers(module).values()), [])
+    before = next((list(layer.active_adapters) for layer in adapted_layers(module).values()), [])
     # PEFT freezes what it adapts; a pipeline that is only used shall stay as it is.
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     config.inference_mode = True
@@ -219,7 +219,7 @@ def _attach(module: nn.Module, folder: Path, config: CausalContextConfig, adapte
         inject_adapter_in_model(config, module, adapter_name)
     for parameter in trainable:
         parameter.requires_grad_(True)
-    layers = _layers(module)
+    layers = adapted_layers(module)
     loaded = set_peft_model_state_dict(module, load_file(folder / _WEIGHTS), adapter_name)
     missing = [key for key in loaded.missing_keys if f".{adapter_name}." in key]
     if missing or loaded.unexpected_keys:
@@ -235,7 +235,7 @@ def _attach(module: nn.Module, folder: Path, config: CausalContextConfig, adapte
 
 
 def _detach(module: nn.Module, adapter_name: str) -> None:
-    layers = _layers(module)
+    layers = adapted_layers(module)
     for layer in layers.values():
         if adapter_name in layer.causal_context_down:
             layer.delete_adapter(adapter_name)
@@ -255,7 +255,3 @@ def _detach(module: nn.Module, adapter_name: str) -> None:
                 module.set_submodule(path, cast(nn.Module, inner.original_module))
         for attribute in ("peft_config", "_hf_peft_config_loaded"):
             module.__dict__.pop(attribute, None)
-
-
-def _layers(module: nn.Module) -> dict[str, CausalContextLayer]:
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, CausalContextLayer)}

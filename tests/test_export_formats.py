@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from hf_causal_context import CausalContextConfig, intervene
 from hf_causal_context import export as module
+from hf_causal_context.adapter import saving
 from hf_causal_context.cli import main
 from hf_causal_context.contexts import file_name
 from hf_causal_context.export import export_contexts
@@ -286,12 +287,8 @@ def test_a_file_is_complete_or_absent(file_format, tmp_path, monkeypatch):
         Path(place).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    def full_folder(model, context, folder):
-        folder.mkdir()
-        full_disk(None, folder / "half")
-
     monkeypatch.setattr(module, "save_file", full_disk)
-    monkeypatch.setattr(module, "save_baked", full_folder)
+    monkeypatch.setattr(saving, "save_file", full_disk)
     monkeypatch.setattr("safetensors.torch.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         export_contexts(base, ["size"], tmp_path, file_format=file_format)

@@ -321,6 +321,11 @@ class ConvNd(nn.Module, CausalContextLayer):
         return super().merge_refusal(adapter_name)
 
 
+def adapted_layers(model: nn.Module) -> dict[str, CausalContextLayer]:
+    """The adapted layers inside a model by their paths."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, CausalContextLayer)}
+
+
 def adapted_class(module: nn.Module) -> type[Linear] | type[TransposedLinear] | type[ConvNd] | None:
     """The form of the adapter for a module, None if there is none."""
     if isinstance(module, BaseTunerLayer):

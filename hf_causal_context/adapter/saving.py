@@ -12,6 +12,8 @@ import shutil
 import tempfile
 import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -48,11 +50,11 @@ class _SavePretrained:
         self.__dict__ = state | {"_model": weakref.ref(state["_model"])}
 
     def __call__(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
-        from .layer import CausalContextLayer
+        from .layer import adapted_layers
 
         model: Any = self._model()
         save = type(model).save_pretrained
-        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, CausalContextLayer)}
+        layers = adapted_layers(model)
         # transformers' own integration of PEFT saves the adapter only, as its users expect.
         if not layers or (getattr(model, "_hf_peft_config_loaded", False) and hasattr(model, "get_adapter_state_dict")):
             return save(model, save_directory, *args, **kwargs)
@@ -90,18 +92,21 @@ class _SavePretrained:
 
 def write_adapter(folder: Path, config: PeftConfig, weights: dict[str, Tensor]) -> None:
     """Write what `PeftModel.from_pretrained` reads; the folder appears complete, over an earlier one, or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with complete_or_absent(folder) as unfinished:
         config.save_pretrained(str(unfinished))
         save_file(weights, unfinished / "adapter_model.safetensors", metadata={"format": "pt"})
-        unfinished.chmod(0o755)  # mkdtemp's folder is private
         if folder.exists():
             shutil.rmtree(folder)
-        unfinished.rename(folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+
+
+@contextmanager
+def complete_or_absent(path: Path) -> Iterator[Path]:
+    """Where to write a file or folder that shall appear at `path` when it is complete, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as place:
+        unfinished = Path(place) / path.name
+        yield unfinished
+        unfinished.rename(path)
 
 
 def _is_ours(config: object) -> bool:
