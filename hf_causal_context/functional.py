@@ -7,7 +7,7 @@ identity without loss of generality, because the representation layer before it 
 
 Shapes: B rows, T tokens or pixels (any number of dimensions, none included), K concepts, W width per concept (in and
 out where a map changes it), R = K W features, concept by concept. The intervention mask m (B, K) broadcasts over T and
-W; B = 1 serves any batch.
+W; B = 1 serves any batch. Where it meets features (B, T, R), `per_feature(m)` may be passed instead.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from torch import Tensor
 
 
 def per_feature(mask: Tensor, features_BTR: Tensor) -> Tensor:
-    """Repeat a mask (B, K) over the W features of each concept: (B, 1..., R), in the dtype of the features."""
+    """Repeat a mask (B, K) over the W features of each concept: (B, 1..., R), in the dtype of the features.
+
+    What was repeated already is returned as it is, so that callers may keep it and pass it instead of the mask.
+    """
+    features = features_BTR.shape[-1], features_BTR.ndim, features_BTR.dtype
+    if (mask.shape[-1], mask.ndim, mask.dtype) == features:
+        return mask
     width = features_BTR.shape[-1] // mask.shape[-1]
     mask_BR = mask.to(features_BTR.dtype).repeat_interleave(width, dim=-1)
     return mask_BR.view(mask_BR.shape[0], *(1,) * (features_BTR.ndim - 2), mask_BR.shape[-1])
@@ -29,6 +35,8 @@ def linear(features: Tensor, weight: Tensor) -> Tensor:
     For strided features torch.matmul chooses between one product and a batch of them by `requires_grad`, which rounds
     differently: a loaded adapter would not reproduce the trained one bit for bit.
     """
+    if features.is_contiguous():  # always one product, and generation of single tokens notices two calls more
+        return torch.nn.functional.linear(features, weight)
     rows = torch.nn.functional.linear(features.reshape(-1, features.shape[-1]), weight)
     return rows.view(*features.shape[:-1], weight.shape[0])
 
@@ -36,7 +44,9 @@ def linear(features: Tensor, weight: Tensor) -> Tensor:
 def block_linear(features_BTR: Tensor, blocks_KWW: Tensor) -> Tensor:
     """Apply one W x W map per concept, (B, T, R) -> (B, T, R); concepts never mix."""
     # K small products cost more to launch than one R x R product, whose zeros are few at the sizes of an adapter.
-    return linear(features_BTR, torch.block_diag(*blocks_KWW))
+    blocks_KWKW = torch.diag_embed(blocks_KWW.permute(1, 2, 0)).permute(2, 0, 3, 1)
+    num_features = features_BTR.shape[-1]
+    return linear(features_BTR, blocks_KWKW.reshape(num_features, num_features))
 
 
 def expressive(features_BTR: Tensor, blocks_DKWW: Tensor) -> Tensor:
@@ -81,7 +91,7 @@ def group_norm(weight_RR: Tensor, num_concepts: int) -> Tensor:
 
 def intervened(z_BTR: Tensor, mask: Tensor, shift_KWW: Tensor) -> Tensor:
     """e_k = z_k + m_k (U_ivn_k - U_obs_k) z_k with U_obs = 1 and `shift` = U_ivn - U_obs: linear in the strength."""
-    return z_BTR + per_feature(mask, z_BTR) * block_linear(z_BTR, shift_KWW)
+    return torch.addcmul(z_BTR, per_feature(mask, z_BTR), block_linear(z_BTR, shift_KWW))
 
 
 def reduced(
@@ -94,7 +104,7 @@ def reduced(
 
     Both matrices must have zero diagonal blocks.
     """
-    cut = per_feature(mask.clamp(0, 1), e_BTR)
+    cut = per_feature(mask, e_BTR).clamp(0, 1)
     open_ = 1 - cut
     from_observed = linear(e_BTR * open_, observational_RR)
     from_intervened = linear(e_BTR * cut, interventional_RR)
@@ -111,7 +121,7 @@ def structural(
     Imperfect (soft) interventions cut nothing: they only shift e. `steps` substitutions are exact when no directed path
     of A is longer; K - 1 are enough for any acyclic A.
     """
-    open_ = 1 - per_feature(mask.clamp(0, 1), e_BTR)
+    open_ = 1 - per_feature(mask, e_BTR).clamp(0, 1)
     c_BTR = e_BTR
     for _ in range(steps):
         effects = linear(c_BTR, coefficients_RR)

@@ -138,12 +138,13 @@ class CausalLayer(nn.Module):
 
     def forward(self, z_BTR: Tensor, mask: Tensor) -> Tensor:
         """What the adapter adds, before its output layer: c(m), or c(m) - c(0) when anchored; (B, T, R)."""
+        mask = F.per_feature(mask, z_BTR)
         c_BTR = self.concepts(z_BTR, mask)
         if not self.anchored:
             return c_BTR
         anchor = self.concepts(z_BTR, torch.zeros_like(mask[:1]))
         # The product makes rows of the empty context exactly zero, whatever the two calls rounded.
-        return (c_BTR - anchor) * F.per_feature((mask != 0).any(-1, keepdim=True).expand_as(mask), z_BTR)
+        return (c_BTR - anchor) * (mask != 0).any(-1, keepdim=True)
 
     def matrix(self, mask: Tensor) -> Tensor:
         """The (R, R) matrix M(m) with forward(z, m) = M(m) z, for the one context of a mask (1, K)."""

@@ -32,8 +32,8 @@ def check_fits(model: nn.Module, config: CausalContextConfig, shapes: Mapping[st
     name = type(model).__name__
     if trained_for is not None and trained_for != name:
         raise ValueError(
-            f"{source} was trained for a {trained_for}{base}, and this is a {name}. Load it into a pipeline with a "
-            f"{trained_for}."
+            f"{source} was trained for a {trained_for}{base}, and this is a {name}. Load it into a "
+            f"{trained_for}, or a pipeline with one."
         )
     differences = [text for key, shape in shapes.items() if (text := _difference(model, key, tuple(shape)))]
     if not any(PREFIX in key for key in shapes):
@@ -42,7 +42,7 @@ def check_fits(model: nn.Module, config: CausalContextConfig, shapes: Mapping[st
         more = f", and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
         raise ValueError(
             f"{source} does not fit this {name}: {'; '.join(differences[:_SHOWN])}{more}. It was trained for another "
-            f"base{base}: load it into a pipeline with that one."
+            f"base{base}: load it into that one."
         )
 
 

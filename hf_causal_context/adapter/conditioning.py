@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..contexts import ConceptSet, Context, ContextBatch, quoted
+from ..functional import per_feature
 from .request import AdapterContext, Request, check_names, check_one_adapter_per_mask, normalise
-from .rows import called_by_generate, input_rows, match_layer_rows, refuse_sequence_first
+from .rows import input_rows, match_layer_rows, prompts_of_generate, refuse_sequence_first
 from .saving import keep_adapters_out_of_base, restore_save_pretrained
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Frame:
     ragged: bool = False  # rows inside the model need not be whole multiples per sample
     device: torch.device | None = None
     masks: dict[str, Tensor] = field(default_factory=dict)
+    repeated: dict[tuple, Tensor] = field(default_factory=dict)  # masks per feature, for layers alike
 
 
 class _Box:
@@ -146,6 +148,18 @@ class Conditioning:
             return None
         return match_layer_rows(mask.to(x.device), num_rows, layer.name, frame is not None and frame.ragged)
 
+    def repeated(self, mask: Tensor, adapter_name: str, z_nTR: Tensor) -> Tensor:
+        """`functional.per_feature` of a mask from `mask_for`: computed once for all layers that need the same."""
+        frame = _STATE.box.frame
+        # Tensors that need gradients stay inside the checkpoint that made them; compilers find repetitions themselves.
+        shared = frame is not None and mask is frame.masks.get(adapter_name) and not mask.requires_grad
+        if frame is None or not shared or torch.compiler.is_compiling():
+            return per_feature(mask, z_nTR)
+        key = adapter_name, z_nTR.shape[-1], z_nTR.ndim, z_nTR.dtype
+        if key not in frame.repeated:
+            frame.repeated[key] = per_feature(mask, z_nTR)
+        return frame.repeated[key]
+
     def _mask_outside_forward(self, adapter_name: str, concepts: ConceptSet, x: Tensor, num_rows: int) -> Tensor | None:
         # An encoder that generate() calls, or vae.decode(): a part of the model runs without the model's forward.
         if _in_backward():
@@ -154,7 +168,7 @@ class Conditioning:
         if request is None:
             return None
         context = request.find(adapter_name, concepts)
-        return None if context is None else context.to(x.device).rows(num_rows, lambda: False, request.call)
+        return None if context is None else context.to(x.device).rows(num_rows, prompts_of_generate, request.call)
 
     def _resolve(self, frame: Frame, request: Request, adapter_name: str, concepts: ConceptSet) -> Tensor | None:
         context = request.find(adapter_name, concepts)
@@ -162,7 +176,7 @@ class Conditioning:
             return None
         assert frame.device is not None
         frame.masks[adapter_name] = mask = context.to(frame.device).rows(
-            frame.num_rows, called_by_generate, request.call
+            frame.num_rows, prompts_of_generate, request.call
         )
         if mask.shape[0] > 1:
             refuse_sequence_first(frame.model)

@@ -1,15 +1,17 @@
-"""Reads learnt influence between concepts out of an adapter. It is not a causal graph.
+"""Reads out of an adapter how concepts influence each other, and which layers carry them. It is not a causal graph.
 
 Shapes: L layers, K concepts, W width per concept, R = K W.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from ..layers import OutputLayer, RepresentationLayer
@@ -18,19 +20,26 @@ from .layer import CausalContextLayer
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_LONGEST_NAME = 48  # characters of a layer's name in a picture
+
 
 @dataclass(frozen=True)
 class CausalEffects:
     """Sizes of the paths from concept j's coordinates (column) to concept i's output (row), per layer.
 
     `observational` (L, K, K): in the empty context. `interventional` (L, K, K): column j under an intervention on j
-    alone. Both are float32 on the CPU; the number is the Frobenius norm of Up_i M_ij Down_j, times the adapter's scale.
+    alone. The number is the Frobenius norm of Up_i M_ij Down_j, times the adapter's scale.
+
+    `changes` (L, K): how much do(k) changes each layer: the Frobenius norm of W(do(k)) - W(no intervention), over that
+    of the layer's frozen weight, so that layers compare. W(m), the weight in a context, is the frozen one plus
+    Up M(m) Down. Without mixing this is the diagonal of `interventional`. All are float32 on the CPU.
     """
 
     concepts: tuple[str, ...]
     layers: tuple[str, ...]
     observational: Tensor
     interventional: Tensor
+    changes: Tensor
 
     def mean(self) -> tuple[Tensor, Tensor]:
         """Observational and interventional effects averaged over layers, (K, K) each."""
@@ -42,13 +51,8 @@ class CausalEffects:
         Raises:
             ImportError: without matplotlib.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("Plots need matplotlib: pip install 'hf-causal-context[plot]'.") from error
-
         size = 2.2 + 0.45 * len(self.concepts)
-        figure = Figure(figsize=(2 * size, size), layout="constrained")
+        figure = _figure(2 * size, size)
         titles = ("no intervention", "under do(column)")
         means = self.mean()
         top = max(float(values.max()) for values in means) or 1.0
@@ -56,8 +60,9 @@ class CausalEffects:
         images = [ax.imshow(values, vmin=0, vmax=top, cmap="viridis") for ax, values in zip(axes, means, strict=True)]
         for ax, title, values in zip(axes, titles, means, strict=True):
             ticks = range(len(self.concepts))
-            ax.set_xticks(ticks, self.concepts, rotation=45, ha="right")
-            ax.set_yticks(ticks, self.concepts)
+            # Names may hold dollar signs, which would begin a formula.
+            ax.set_xticks(ticks, self.concepts, rotation=45, ha="right", parse_math=False)
+            ax.set_yticks(ticks, self.concepts, parse_math=False)
             ax.set(title=title, xlabel="cause", ylabel="effect")
             if len(self.concepts) <= 12:
                 for i in ticks:
@@ -68,6 +73,43 @@ class CausalEffects:
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure
+
+    def plot_layers(self, path: str | Path | None = None) -> Figure:
+        """Draw `changes` as a heat map, layers from top to bottom; with a path, save the picture too.
+
+        Raises:
+            ImportError: without matplotlib.
+        """
+        names = _short_names(self.layers)
+        label_width = 0.075 * max(map(len, names))
+        figure = _figure(2.2 + label_width + 0.45 * len(self.concepts), 1.6 + 0.16 * max(len(names), 10))
+        ax = figure.subplots()
+        image = ax.imshow(self.changes, vmin=0, vmax=float(self.changes.max()) or 1.0, cmap="viridis", aspect="auto")
+        ax.set_xticks(range(len(self.concepts)), self.concepts, rotation=45, ha="right", parse_math=False)
+        ax.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
+        figure.colorbar(image).set_label("relative change under do(concept)", fontsize=9)
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: pip install 'hf-causal-context[plot]'.") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _short_names(paths: Sequence[str]) -> list[str]:
+    """Paths without the components that all begin with, and with the middle of very long ones left out."""
+    parts = [path.split(".") for path in paths]
+    shared = 0
+    while all(len(path) > shared + 1 and path[shared] == parts[0][shared] for path in parts):
+        shared += 1
+    names = [".".join(path[shared:]) for path in parts]
+    half = _LONGEST_NAME // 2
+    return [name if len(name) <= _LONGEST_NAME else f"{name[:half]}...{name[-half:]}" for name in names]
 
 
 def causal_effects(model: nn.Module, adapter_name: str = "default") -> CausalEffects:
@@ -81,8 +123,9 @@ def causal_effects(model: nn.Module, adapter_name: str = "default") -> CausalEff
 
     Example:
         >>> causal_effects(model).plot("effects.png")   # doctest: +SKIP
+        >>> causal_effects(model).plot_layers("layers.png")   # doctest: +SKIP
     """
-    names, observational, interventional = [], [], []
+    names, observational, interventional, changes = [], [], [], []
     concepts: tuple[str, ...] = ()
     for name, layer in model.named_modules():
         if not isinstance(layer, CausalContextLayer) or adapter_name not in layer.causal_context_down:
@@ -97,17 +140,40 @@ def causal_effects(model: nn.Module, adapter_name: str = "default") -> CausalEff
         observational.append(_path_sizes(layer, adapter_name, nothing))
         columns = [_path_sizes(layer, adapter_name, mask)[:, j] for j, mask in enumerate(each)]
         interventional.append(torch.stack(columns, dim=1))
+        changes.append(_relative_changes(layer, adapter_name, nothing, each))
     if not names:
         raise ValueError(f"The model has no causal context adapter {adapter_name!r}.")
-    return CausalEffects(concepts, tuple(names), torch.stack(observational), torch.stack(interventional))
+    return CausalEffects(
+        concepts, tuple(names), torch.stack(observational), torch.stack(interventional), torch.stack(changes)
+    )
+
+
+@torch.no_grad()
+def _relative_changes(layer: CausalContextLayer, adapter_name: str, nothing: Tensor, each: Sequence[Tensor]) -> Tensor:
+    """(K,) Frobenius norms of Up (M(do(k)) - M(no intervention)) Down over that of the frozen weight."""
+    down, up = _weights(layer, adapter_name)
+    up_gram, down_gram = up.T @ up, down @ down.T
+    matrix = layer.causal(adapter_name).matrix
+    differences = torch.stack([matrix(mask).double() - matrix(nothing).double() for mask in each])
+    squares = torch.einsum("ab,kbc,cd,kad->k", up_gram, differences, down_gram, differences)
+    frozen = dequantize_module_weight(layer.get_base_layer()).double().norm()
+    # Nothing to relate to where the frozen weight is zero.
+    relative = squares.clamp(min=0).sqrt() * abs(layer.scaling[adapter_name]) / (frozen if frozen > 0 else 1)
+    return relative.float().cpu()
+
+
+def _weights(layer: CausalContextLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """Down (R, in) and Up (out, R) in float64."""
+    down = cast(RepresentationLayer, layer.causal_context_down[adapter_name]).weight
+    up = cast(OutputLayer, layer.causal_context_up[adapter_name]).weight
+    return down.double().flatten(1), up.double()
 
 
 @torch.no_grad()
 def _path_sizes(layer: CausalContextLayer, adapter_name: str, mask: Tensor) -> Tensor:
     """(K, K) Frobenius norms of Up_i M_ij Down_j, from Gram matrices of R x R instead of products of D x D."""
     K = mask.shape[1]
-    down = cast(RepresentationLayer, layer.causal_context_down[adapter_name]).weight.double().flatten(1)
-    up = cast(OutputLayer, layer.causal_context_up[adapter_name]).weight.double()
+    down, up = _weights(layer, adapter_name)
     mixing = _blocks(layer.causal(adapter_name).matrix(mask).double(), K)  # (i, j, W, W)
     up_gram = torch.stack([_blocks(up.T @ up, K)[k, k] for k in range(K)])
     down_gram = torch.stack([_blocks(down @ down.T, K)[k, k] for k in range(K)])

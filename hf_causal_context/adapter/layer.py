@@ -109,7 +109,7 @@ class CausalContextLayer(BaseTunerLayer):
         z = self._down(x if batched else x[None], down)
         if adapter_name in self.causal_context_expressive:
             z = self.causal_context_expressive[adapter_name](z)
-        c = causal(z, mask)
+        c = causal(z, self.conditioning.repeated(mask, adapter_name, z))
         scaling = self.scaling[adapter_name]
         output = self._up(c if scaling == 1 else c * scaling, up)
         return result + (output if batched else output[0])

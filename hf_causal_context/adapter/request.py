@@ -45,12 +45,14 @@ class AdapterContext:
             self.mask = self.mask.to(device)
         return self
 
-    def rows(self, num_rows: int, expanded_by_generate: Callable[[], bool], call: PipelineCall | None = None) -> Tensor:
+    def rows(
+        self, num_rows: int, prompts_of_generate: Callable[[], int | None], call: PipelineCall | None = None
+    ) -> Tensor:
         """The mask for N rows of the model's input: (1, K) or (N, K); see `rows.match_samples`."""
         if self.uniform and num_rows % self.mask.shape[0] == 0:
             return self.mask[:1]
         return match_samples(
-            self.mask, num_rows, self.images_per_prompt, self.guidance_copies, expanded_by_generate, call
+            self.mask, num_rows, self.images_per_prompt, self.guidance_copies, prompts_of_generate, call
         )
 
 

@@ -59,12 +59,13 @@ def match_samples(
     num_rows: int,
     images_per_prompt: int,
     guidance_copies: int,
-    expanded_by_generate: Callable[[], bool],
+    prompts_of_generate: Callable[[], int | None],
     call: PipelineCall | None,
 ) -> Tensor:
     """Turn a mask (S, K) into one for the N rows of the model's input: (1, K) or (N, K).
 
     Args:
+        prompts_of_generate: see `prompts_of_generate`.
         call: the running call of a followed pipeline, which knows how it multiplies samples.
 
     Raises:
@@ -75,12 +76,20 @@ def match_samples(
         return mask
     if call is not None and (expanded := call.rows(mask, num_rows)) is not None:
         return expanded
+    # Compiled forwards have no call stack to look at; the first one, of the prompts, is not compiled.
+    prompts = None if torch.compiler.is_compiling() else prompts_of_generate()
+    if prompts is not None and prompts != samples:
+        raise ValueError(
+            f"{samples} contexts were given, but generate() was called with {prompts} "
+            f"{'prompt' if prompts == 1 else 'prompts'}. Pass one context, or one per prompt. A pipeline of "
+            "transformers runs prompts one by one; to give each a context, call it with batch_size=len(prompts)."
+        )
     if samples == num_rows:
         return mask
     images = samples * images_per_prompt
     if num_rows in (images, images * guidance_copies):
         return mask.repeat_interleave(images_per_prompt, 0).repeat(num_rows // images, 1)
-    if num_rows % samples == 0 and expanded_by_generate():
+    if prompts is not None and num_rows % prompts == 0:
         return mask.repeat_interleave(num_rows // samples, 0)  # beams and returned sequences are interleaved
     raise ValueError(
         f"{samples} contexts were given, but the model's input has {num_rows} rows, and {samples} contexts x "
@@ -159,10 +168,10 @@ def _has_ragged_images(model: nn.Module, kwargs: dict[str, Any], num_rows: int) 
     return bool((per_sample != per_sample[:1]).any())
 
 
-def called_by_generate() -> bool:
-    """Whether transformers' generate() is running, which repeats every sample in place.
+def prompts_of_generate() -> int | None:
+    """How many prompts transformers' generate(), which repeats every one in place, was called with; None outside it.
 
-    Looks up the call stack, since nothing in the model's inputs tells; only asked when the rows do not match.
+    Looks up the call stack, since nothing in the model's inputs tells.
     """
     from transformers.generation import utils
 
@@ -171,6 +180,6 @@ def called_by_generate() -> bool:
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code is code:
-            return True
+            return frame.f_locals.get("batch_size")
         frame = frame.f_back
-    return False
+    return None

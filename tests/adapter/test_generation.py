@@ -1,0 +1,283 @@
+"""Generation by language models, compared with separate runs: one per sample."""
+
+import threading
+
+import pytest
+import torch
+import transformers
+from peft import AutoPeftModelForCausalLM, PeftModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer, pipeline
+
+from hf_causal_context import intervene, save_baked
+
+from ..architectures import ARCHITECTURES
+from .small import VARIANTS, adapted, config
+
+CONTEXTS = [("thick",), (), {"slant": 2.0, "size": -1.0}, "thick+slant"]
+MODELS = ("llama", "gpt2", "qwen3", "t5", "bart")
+CAUSAL = ("llama", "gpt2", "qwen3")
+PROMPTS = ["w3 w9 w17", "w40 w5 w33", "w8 w50 w21", "w60 w4 w11"]
+
+
+def bart():
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = transformers.BartConfig(vocab_size=64, max_position_embeddings=40, init_std=0.3, **sizes, **heads)
+    return transformers.BartForConditionalGeneration(config).eval()
+
+
+def base_model(name):
+    model = bart() if name == "bart" else ARCHITECTURES[name].build()
+    # No early ends: all rows have the same length.
+    model.generation_config.eos_token_id = model.generation_config.forced_eos_token_id = None
+    model.generation_config.pad_token_id = model.config.pad_token_id = 0
+    model.generation_config.decoder_start_token_id = 0 if model.config.is_encoder_decoder else None
+    return model
+
+
+def build(name, **kwargs):
+    task = "CAUSAL_LM" if name in CAUSAL else "SEQ_2_SEQ_LM"
+    return adapted(base_model(name), task_type=task, **kwargs)
+
+
+@pytest.fixture(params=MODELS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(3, 62, (len(CONTEXTS), 4), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *(f"w{n}" for n in range(3, 64))])}
+    backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )
+
+
+def generate(model, ids, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    kwargs = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)} | kwargs
+    return model.generate(input_ids=ids, **kwargs)
+
+
+def separately(model, ids, **kwargs):
+    """One call of generate per sample."""
+    rows = [generate(model, ids[i : i + 1], context=context, **kwargs) for i, context in enumerate(CONTEXTS)]
+    return torch.cat(rows)
+
+
+def differing(rows):
+    return len({tuple(row.tolist()) for row in rows})
+
+
+@pytest.mark.parametrize("variant", ["independent", "reduced", "structural, anchored, ordered"])
+def test_greedy_in_mixed_contexts(name, ids, variant):
+    model = build(name, **VARIANTS[variant])
+    together = generate(model, ids, context=CONTEXTS)
+    assert torch.equal(together, separately(model, ids))
+    assert not torch.equal(together, generate(model, ids, context=()))
+    same_prompt = ids[:1].expand(len(CONTEXTS), -1)
+    assert differing(generate(model, same_prompt, context=CONTEXTS)) > 1
+
+
+@pytest.mark.parametrize("kwargs", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
+def test_beams(name, ids, kwargs):
+    model = build(name)
+    together = generate(model, ids, context=CONTEXTS, **kwargs)
+    assert together.shape[0] == len(CONTEXTS) * kwargs.get("num_return_sequences", 1)
+    assert torch.equal(together, separately(model, ids, **kwargs))
+
+
+def test_sampling(name, ids):
+    model = build(name)
+    kwargs = {"do_sample": True, "top_k": 0}
+    for i, context in enumerate(CONTEXTS):
+        with intervene(model, context):
+            expected = generate(model, ids[i : i + 1], seed=3, num_return_sequences=3, **kwargs)
+        listed = generate(model, ids[i : i + 1], seed=3, context=[context], num_return_sequences=3, **kwargs)
+        assert torch.equal(listed, expected)
+        assert differing(expected) == 3
+    # Random numbers are drawn for the whole batch, so draws without a choice show who got which context.
+    kwargs = {"do_sample": True, "top_k": 1, "num_return_sequences": 3}
+    assert torch.equal(generate(model, ids, context=CONTEXTS, **kwargs), separately(model, ids, **kwargs))
+    kwargs = {"do_sample": True, "top_k": 0}
+    uniform = generate(model, ids, seed=5, context=["thick"] * 4, **kwargs)
+    assert torch.equal(uniform, generate(model, ids, seed=5, context="thick", **kwargs))
+
+
+def test_with_and_without_the_cache(name, ids):
+    model = build(name, mechanism="reduced")
+    cached = generate(model, ids, context=CONTEXTS)
+    assert torch.equal(generate(model, ids, context=CONTEXTS, use_cache=False), cached)
+    assert torch.equal(generate(model, ids, context=CONTEXTS, cache_implementation="static"), cached)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_left_padding(name, ids):
+    model, lengths = build(name), (2, 4, 1, 3)
+    mask = torch.tensor([[0] * (4 - n) + [1] * n for n in lengths])
+    together = generate(model, ids * mask, context=CONTEXTS, attention_mask=mask)[:, 4:]
+    for i, (context, n) in enumerate(zip(CONTEXTS, lengths, strict=True)):
+        alone = generate(model, ids[i : i + 1, 4 - n :], context=context)[:, n:]
+        assert torch.equal(together[i : i + 1], alone)
+    base = generate(base_model(name), ids * mask, attention_mask=mask)[:, 4:]
+    assert torch.equal(together[1], base[1])
+    assert not torch.equal(together, base)
+
+
+@pytest.mark.parametrize("mechanism", ["independent", "reduced"])
+def test_layers_of_different_sizes_share_one_forward(ids, mechanism):
+    ranks = {"q_proj": 2, "down_proj": 3, "lm_head": 1}
+    targets = ["q_proj", "v_proj", "down_proj", "lm_head"]
+    model = build("llama", mechanism=mechanism, target_modules=targets, rank_pattern=ranks)
+    model.add_adapter("other", config(concepts=("calm", "joy", "dry"), mechanism=mechanism, target_modules=targets))
+    model.base_model.set_adapter(["default", "other"])
+    model.eval()
+    contexts = [("thick",), (), {"joy": -1.0}, "thick+joy"]
+    together = model(ids, context=contexts).logits
+    apart = torch.cat([model(ids[i : i + 1], context=context).logits for i, context in enumerate(contexts)])
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
+    if mechanism == "independent":  # each adapter acts in its own contexts alone
+        for name, i, context in (("default", 0, "thick"), ("other", 2, {"joy": -1.0})):
+            model.set_adapter(name)
+            torch.testing.assert_close(model(ids, context=context).logits[i], apart[i], rtol=1e-4, atol=1e-4)
+
+
+def test_the_empty_context_has_the_logits_of_the_base(name, ids):
+    model, kwargs = build(name), {"output_logits": True, "return_dict_in_generate": True}
+    # Frozen, as get_peft_model leaves it: torch.matmul rounds strided features by `requires_grad` of the weight.
+    frozen = base_model(name).requires_grad_(False)
+    base, empty, mixed = (
+        torch.stack(generate(m, ids, **kwargs, **context).logits, 1)
+        for m, context in ((frozen, {}), (model, {"context": ()}), (model, {"context": CONTEXTS}))
+    )
+    assert torch.equal(empty, base)
+    assert torch.equal(mixed[1], base[1])
+    assert not torch.equal(mixed[0], base[0])
+
+
+def test_baked_and_merged_equal_the_context(name, ids, tmp_path):
+    model, context = build(name, mechanism="reduced"), {"thick": 1.0, "slant": 0.5}
+    expected = generate(model, ids, context=context)
+    assert not torch.equal(expected, generate(model, ids, context=()))
+    baked = PeftModel.from_pretrained(base_model(name), save_baked(model, context, tmp_path / "baked")).eval()
+    assert torch.equal(generate(baked, ids), expected)
+    assert torch.equal(generate(baked.merge_and_unload(), ids), expected)
+    with intervene(model, context):
+        assert torch.equal(generate(model.merge_and_unload(), ids), expected)
+
+
+def test_after_saving_and_loading(ids, tmp_path):
+    model = build("llama")
+    model.get_base_model().save_pretrained(tmp_path / "base")
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert torch.equal(generate(loaded, ids, context=CONTEXTS), generate(model, ids, context=CONTEXTS))
+
+
+class TestCounts:
+    """A wrong number of contexts is found while the prompts are read."""
+
+    @pytest.fixture(params=[2, 3, 8])
+    def contexts(self, request):
+        return (CONTEXTS + CONTEXTS[::-1])[: request.param]
+
+    @pytest.mark.parametrize("kwargs", [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}])
+    def test_none_fits_by_accident(self, name, ids, contexts, kwargs):
+        model, count = build(name), []
+        model.get_base_model().lm_head.register_forward_hook(lambda *_: count.append(1))
+        message = f"{len(contexts)} contexts were given, but generate.. was called with 4 prompts. Pass one context, or"
+        with pytest.raises(ValueError, match=message):
+            generate(model, ids, context=contexts, **kwargs)
+        assert not count
+
+    def test_equal_contexts_are_one(self, ids):
+        model = build("llama")
+        assert torch.equal(
+            generate(model, ids, context=["thick", "thick"], num_beams=2),
+            generate(model, ids, context="thick", num_beams=2),
+        )
+
+
+class TestStreamers:
+    def test_text_streamer(self, ids, tokenizer, capsys):
+        model = build("llama")
+        expected = generate(model, ids[2:3], context=CONTEXTS[2])
+        streamer = TextStreamer(tokenizer, skip_prompt=True)
+        assert torch.equal(generate(model, ids[2:3], context=CONTEXTS[2], streamer=streamer), expected)
+        assert capsys.readouterr().out.split() == tokenizer.decode(expected[0, 4:]).split()
+
+    def test_in_threads(self, ids, tokenizer):
+        model = build("llama")
+        expected = separately(model, ids)
+        streamers = [TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=20) for _ in CONTEXTS]
+
+        def run(i):
+            model.generate(
+                input_ids=ids[i : i + 1],
+                attention_mask=torch.ones(1, 4),
+                context=CONTEXTS[i],
+                streamer=streamers[i],
+                max_new_tokens=6,
+                do_sample=False,
+            )
+
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(len(CONTEXTS))]
+        for thread in threads:
+            thread.start()
+        texts = ["".join(streamer) for streamer in streamers]
+        for thread in threads:
+            thread.join()
+        assert [text.split() for text in texts] == [tokenizer.decode(row[4:]).split() for row in expected]
+
+
+PIPELINE_OPTIONS = {"max_new_tokens": 6, "do_sample": False, "return_full_text": False}
+
+
+class TestPipeline:
+    @pytest.fixture
+    def model(self):
+        return build("llama")
+
+    @pytest.fixture
+    def pipe(self, model, tokenizer):
+        return pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+
+    @pytest.fixture
+    def expected(self, model, tokenizer):
+        rows = separately(model, torch.tensor(tokenizer(PROMPTS)["input_ids"]))
+        return [tokenizer.decode(row[3:]) for row in rows]
+
+    @staticmethod
+    def texts(outputs):
+        return [output[0]["generated_text"].strip() for output in outputs]
+
+    def test_one_context(self, pipe, model, expected):
+        assert self.texts([pipe(PROMPTS[0], context="thick", **PIPELINE_OPTIONS)]) == expected[:1]
+        with intervene(model, CONTEXTS[2]):
+            assert self.texts(pipe(PROMPTS, **PIPELINE_OPTIONS))[2] == expected[2]
+        assert self.texts(pipe(PROMPTS, context=CONTEXTS[3], **PIPELINE_OPTIONS))[3] == expected[3]
+
+    def test_a_context_per_prompt(self, pipe, model, expected):
+        kwargs = PIPELINE_OPTIONS | {"batch_size": len(PROMPTS)}
+        assert self.texts(pipe(PROMPTS, context=CONTEXTS, **kwargs)) == expected
+        with intervene(model, CONTEXTS):
+            assert self.texts(pipe(PROMPTS, **kwargs)) == expected
+
+    def test_prompts_one_by_one(self, pipe, model):
+        message = r"4 contexts were given, but generate\(\) was called with 1 prompt\. .*batch_size=len\(prompts\)"
+        with pytest.raises(ValueError, match=message):
+            pipe(PROMPTS, context=CONTEXTS, **PIPELINE_OPTIONS)
+        with intervene(model, CONTEXTS), pytest.raises(ValueError, match=message):
+            pipe(PROMPTS, **PIPELINE_OPTIONS)
