@@ -8,6 +8,7 @@ from .adapter.export import bake, save_baked
 from .adapter.intervening import intervene
 from .adapter.model import CausalContextModel, acyclicity_penalty
 from .adapter.registration import register
+from .collating import ContextCollator
 from .context_module import ContextModule
 from .contexts import ConceptSet, Context
 from .pipelines import load_context_adapter, unload_context_adapter
@@ -24,6 +25,7 @@ __all__ = [
     "CausalEffects",
     "ConceptSet",
     "Context",
+    "ContextCollator",
     "ContextModule",
     "Counterfactual",
     "acyclicity_penalty",

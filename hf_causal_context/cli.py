@@ -14,8 +14,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, tuple[str, Callable[[list[str]], None]]] = {
         "quickstart": ("train, compose and score an adapter on handwritten digits, in minutes on a CPU", _quickstart),
         "train": ("fine-tune an adapter on a diffusers pipeline", _train),
+        "train-text": ("fine-tune an adapter on a language model of transformers", _train_text),
         "train-autoencoder": ("train the paper's autoencoder on pictures in contexts", _train_autoencoder),
         "generate": ("make pictures in chosen contexts", _generate),
+        "generate-text": ("write texts in chosen contexts", _generate_text),
         "export": ("write contexts as plain LoRA files for other tools", _export),
         "demo": ("show an adapter on a web page", _demo),
         "evaluate": ("measure an adapter on its data: does it compose?", _evaluate),
@@ -48,6 +50,13 @@ def _train(arguments: list[str]) -> None:
     print(f"The adapter is in {train(_parse(TrainingArguments, 'train', arguments))}.")
 
 
+def _train_text(arguments: list[str]) -> None:
+    from .training.arguments import TextArguments
+    from .training.language import train_text
+
+    print(f"The adapter is in {train_text(_parse(TextArguments, 'train-text', arguments))}.")
+
+
 def _train_autoencoder(arguments: list[str]) -> None:
     from .training.arguments import AutoencoderArguments
     from .training.autoencoder import train_autoencoder
@@ -69,10 +78,9 @@ def _evaluate(arguments: list[str]) -> None:
 
 def _check_data(arguments: list[str]) -> None:
     from .data import check_data
-    from .training.arguments import DataArguments
-    from .training.finetune import load_data
+    from .training.load_data import AnyDataArguments, load_any_data
 
-    report = check_data(load_data(_parse(DataArguments, "check-data", arguments)))
+    report = check_data(load_any_data(_parse(AnyDataArguments, "check-data", arguments)))
     print(report.table())
     report.raise_for_errors()
 
@@ -91,6 +99,7 @@ def _parse(settings: type, command: str, arguments: list[str]) -> Any:
 def _generate(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="hf-causal-context generate")
     _add_adapter_and_base(parser)
+    _add_variant(parser)
     parser.add_argument(
         "--contexts", nargs="+", required=True, help='such as obs thick thick+slant "thick=0.5,slant=-1"'
     )
@@ -112,9 +121,33 @@ def _generate(arguments: list[str]) -> None:
         print(path)
 
 
+def _generate_text(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="hf-causal-context generate-text")
+    _add_adapter_and_base(parser)
+    parser.add_argument(
+        "--contexts", nargs="+", required=True, help='such as obs formal formal+brief "formal=0.5,brief=-1"'
+    )
+    parser.add_argument("--prompt", required=True, help='what the texts begin with; "" for nothing')
+    parser.add_argument("--output_file", type=Path, required=True, help="such as texts.jsonl: a JSON line per text")
+    parser.add_argument("--max_new_tokens", type=int, default=60)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one text per context and seed")
+    parser.add_argument("--temperature", type=float, help="by default the model's own")
+    parser.add_argument("--top_p", type=float, help="by default the model's own")
+    parser.add_argument("--greedy", action="store_true", help="the likeliest tokens instead of draws")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message to a chat model")
+    parser.add_argument("--observational_name", default="obs", help="what the empty context is called")
+    parsed = parser.parse_args(arguments)
+
+    from .generate_text import generate_text_file, json_line
+
+    for row in generate_text_file(**vars(parsed)):
+        print(json_line(row), end="")
+
+
 def _export(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="hf-causal-context export")
     _add_adapter_and_base(parser)
+    _add_variant(parser)
     parser.add_argument(
         "--context",
         dest="contexts",
@@ -156,10 +189,13 @@ def _add_adapter_and_base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", required=True, help="folder or Hub id of the adapter")
     parser.add_argument("--pretrained_model_name_or_path", help="its base; by default the one it names")
     parser.add_argument("--revision", help="of the base on the Hub")
-    parser.add_argument("--variant", help="of the base's files, such as fp16")
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the base, and of files"
     )
+
+
+def _add_variant(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--variant", help="of the base's files, such as fp16")
 
 
 def _quickstart(arguments: list[str]) -> None:

@@ -295,6 +295,22 @@ def _split_concepts(text: str) -> Iterator[str]:
     yield text[start:]
 
 
+def context_text(value: object, observational_name: str) -> str:
+    """The printed form of a context as a dataset writes it: text, a list of names, or a mapping to strengths.
+
+    Raises:
+        TypeError: for another type.
+        ValueError: for None, or names and strengths that are not valid.
+    """
+    if value is None:
+        raise ValueError(f"The context is missing (None). Observational rows say {observational_name!r} or ''.")
+    if isinstance(value, dict):
+        value = {name: strength for name, strength in value.items() if strength is not None}
+    elif value == observational_name or value == [observational_name]:
+        return ""
+    return str(as_context(value))
+
+
 def quoted(names: Iterable[str]) -> str:
     """Names as error messages list them."""
     return ", ".join(repr(name) for name in names)

@@ -16,6 +16,8 @@ from .training.checkpoints import checkpoint_steps
 from .training.families import Base
 from .training.generation import generate, picture_grid, to_image
 
+LANGUAGE_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+
 
 def generate_files(
     adapter: str,
@@ -87,19 +89,35 @@ def load_adapted_base(
         OSError: for an adapter or base that cannot be read.
     """
     config = stored_config(adapter)
-    base_name = pretrained_model_name_or_path or config.base_model_name_or_path
-    if base_name is None:
-        raise ValueError(f"{adapter} does not name its base. Give --pretrained_model_name_or_path.")
-    if pretrained_model_name_or_path is None and Path(base_name).is_absolute() and not Path(base_name).exists():
-        raise FileNotFoundError(
-            f"{adapter} was trained on the base {base_name}, which is not here. Give --pretrained_model_name_or_path."
+    if config.task_type in LANGUAGE_TASKS:
+        raise ValueError(
+            f"{adapter} is an adapter of a language model, not of a diffusers pipeline. `hf-causal-context "
+            "generate-text` writes texts with it; save_baked(model, context, folder) in Python exports it."
         )
+    base_name = base_of(adapter, config, pretrained_model_name_or_path)
     ConceptSet(config.concepts).mask(contexts)  # refuses unknown names before anything is loaded
     torch_dtype = None if dtype == "float32" else getattr(torch, dtype)
     base = load_base(base_name, revision=revision, variant=variant, torch_dtype=torch_dtype)
     base.pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     load_context_adapter(base.pipe, adapter)
     return base
+
+
+def base_of(adapter: str, config: CausalContextConfig, given: str | None) -> str:
+    """Folder or Hub id of an adapter's base: the given one, by default the one that the adapter names.
+
+    Raises:
+        ValueError: if neither is known.
+        FileNotFoundError: for a folder that is not on this machine.
+    """
+    name = given or config.base_model_name_or_path
+    if name is None:
+        raise ValueError(f"{adapter} does not name its base. Give --pretrained_model_name_or_path.")
+    if given is None and Path(name).is_absolute() and not Path(name).exists():
+        raise FileNotFoundError(
+            f"{adapter} was trained on the base {name}, which is not here. Give --pretrained_model_name_or_path."
+        )
+    return name
 
 
 def stored_config(adapter: str) -> CausalContextConfig:

@@ -23,13 +23,7 @@ Concepts: {concepts}.{reweighted}
 {picture}## Use
 
 ```python
-from diffusers import DiffusionPipeline
-
-from hf_causal_context import intervene, load_context_adapter
-{setup}
-pipe = load_context_adapter(pipe, {repo})
-with intervene(pipe, {example}):
-    {call}
+{usage}
 ```
 
 {results}## Limits
@@ -40,6 +34,26 @@ the base it was trained for.
 Method: Markham, Hirsch, Chang, Solus, Aragam, "Intervening to Learn and Compose Causally Disentangled Representations",
 CLeaR 2026, [arXiv 2507.04754](https://arxiv.org/abs/2507.04754).
 """
+
+_BASES = {"diffusers": "diffusers pipeline", "transformers": "language model"}
+
+_DIFFUSERS_USAGE = """from diffusers import DiffusionPipeline
+
+from hf_causal_context import intervene, load_context_adapter
+{setup}
+pipe = load_context_adapter(pipe, {repo})
+with intervene(pipe, {example}):
+    {call}"""
+
+_TRANSFORMERS_USAGE = """import hf_causal_context  # before PEFT reads the adapter
+from peft import {auto_class}
+from transformers import AutoTokenizer
+
+model = {auto_class}.from_pretrained({repo})
+tokenizer = AutoTokenizer.from_pretrained({repo})
+inputs = {inputs}
+texts = model.generate(**inputs, context={example}, do_sample=True, max_new_tokens=40)
+print(tokenizer.batch_decode(texts, skip_special_tokens=True))"""
 
 
 def write_card(
@@ -53,7 +67,7 @@ def write_card(
     reweighted: Sequence[str] = (),
     results: str = "",
 ) -> None:
-    """Write README.md, the card that the Hub shows, over PEFT's generic one.
+    """Write README.md, the card of a pipeline's adapter that the Hub shows, over PEFT's generic one.
 
     Args:
         folder: the adapter's.
@@ -65,27 +79,76 @@ def write_card(
         reweighted: combinations that were trained on rows of single interventions.
         results: Markdown with what was measured.
     """
+    usage = _DIFFUSERS_USAGE.format(
+        setup=setup or f"\npipe = DiffusionPipeline.from_pretrained({_quoted(base)})",
+        repo=_quoted(folder.name),
+        example=_quoted("+".join(concepts[:2])),
+        call=call,
+    )
+    _save(
+        folder,
+        concepts,
+        base,
+        "diffusers",
+        usage,
+        reweighted,
+        picture=f"![Samples in each context]({picture})\n\n" if picture else "",
+        results=f"## Measured\n\n{results.strip()}\n\n" if results else "",
+    )
+
+
+def write_text_card(
+    folder: Path,
+    *,
+    concepts: Sequence[str],
+    base: str,
+    auto_class: str,
+    inputs: str,
+    reweighted: Sequence[str] = (),
+) -> None:
+    """Write README.md, the card of a language model's adapter, over PEFT's generic one.
+
+    Args:
+        folder: the adapter's, with its tokenizer.
+        concepts: its concepts.
+        base: Hub id or folder of its base.
+        auto_class: class of PEFT that loads it.
+        inputs: Python code that calls `tokenizer` for the inputs.
+        reweighted: combinations that were trained on rows of single interventions.
+    """
+    usage = _TRANSFORMERS_USAGE.format(
+        auto_class=auto_class, repo=_quoted(folder.name), example=_quoted("+".join(concepts[:2])), inputs=inputs
+    )
+    _save(folder, concepts, base, "transformers", usage, reweighted)
+
+
+def _save(
+    folder: Path,
+    concepts: Sequence[str],
+    base: str,
+    library: str,
+    usage: str,
+    reweighted: Sequence[str],
+    picture: str = "",
+    results: str = "",
+) -> None:
     local = Path(base).exists()
+    names = ", ".join(f"`{context}`" for context in reweighted)
     metadata = ModelCardData(
         library_name="peft",
         base_model=None if local else base,
         base_model_relation=None if local else "adapter",
-        tags=["causal-context", "hf_causal_context", "diffusers"],
+        tags=["causal-context", "hf_causal_context", library],
     )
-    example = "+".join(concepts[:2])
-    names = ", ".join(f"`{context}`" for context in reweighted)
     text = _BODY.format(
         metadata=metadata.to_yaml(),
         title=folder.resolve().name,
-        base_text=f"`{base}`" if not local else "a local diffusers pipeline",
+        base_text=f"`{base}`" if not local else f"a local {_BASES[library]}",
         concepts=", ".join(f"`{concept}`" for concept in concepts),
+        usage=usage,
         reweighted=f" Rows of single interventions stood for {names}." if names else "",
-        picture=f"![Samples in each context]({picture})\n\n" if picture else "",
-        setup=setup or f"\npipe = DiffusionPipeline.from_pretrained({_quoted(base)})",
-        repo=_quoted(folder.name),
-        example=_quoted(example),
-        call=call,
-        results=f"## Measured\n\n{results.strip()}\n\n" if results else "",
+        picture=picture,
+        results=results,
     )
     unfinished = folder / ".README.md.unfinished"
     ModelCard(text).save(unfinished)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import get_peft_model
 from PIL import Image
 
@@ -56,6 +57,24 @@ def test_check_data_says_what_is_wrong(pictures, capsys):
     assert "observational" in capsys.readouterr().err
     assert main(["check-data"]) == 1
     assert "Give the data as either --train_data_dir" in capsys.readouterr().err
+
+
+def test_check_data_of_texts(tmp_path, capsys):
+    for context in ("obs", "rude"):
+        (tmp_path / "texts" / context).mkdir(parents=True)
+        (tmp_path / "texts" / context / "replies.txt").write_text(f"one in {context}\nthe same\n")
+    assert main(["check-data", "--train_data_dir", str(tmp_path / "texts")]) == 0
+    output = capsys.readouterr().out
+    assert "rude             train     2" in output
+    assert "1 texts are in two contexts" in output
+    (tmp_path / "texts" / "obs" / "replies.txt").write_bytes(b"caf\xe9")
+    assert main(["check-data", "--train_data_dir", str(tmp_path / "texts")]) == 1
+    assert "replies.txt' is not UTF-8" in capsys.readouterr().err
+
+    Dataset.from_dict({"body": ["a", "b"], "context": ["obs", "rude"]}).save_to_disk(tmp_path / "saved")
+    assert main(["check-data", "--dataset_name", str(tmp_path / "saved"), "--text_column", "body"]) == 0
+    assert main(["check-data", "--dataset_name", str(tmp_path / "saved")]) == 1
+    assert "no column 'image'" in capsys.readouterr().err
 
 
 def test_train_then_generate(pictures, base, tmp_path, capsys):

@@ -42,7 +42,7 @@ def ident_world(scale: str, folder: Path) -> World:
         if context in trained:
             return parts()[1].of(context)
         rows = data.held_out[str(context)]
-        return torch.from_numpy(np.stack([read_picture(p, 3, size) for p in cast(Any, rows)[data.image_column]]))
+        return torch.from_numpy(np.stack([read_picture(p, 3, size) for p in cast(Any, rows)[data.content_column]]))
 
     def real(context: Context, num: int, seed: int) -> torch.Tensor:
         available = pictures(context)

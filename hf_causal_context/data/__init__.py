@@ -1,10 +1,11 @@
 """Interventional data on the `datasets` library: reading, checks and sampling."""
 
-from .attributes import SELECTION_WARNING, contexts_from_attributes, from_attributes
+from .attributes import SELECTION_WARNING, contexts_from_attributes, from_attributes, texts_from_attributes
 from .checks import ContextCount, DataReport, check_data
 from .folders import load_folders
 from .interventional import InterventionalData, from_dataset, load_dataset_contexts, open_dataset
 from .sampling import ContextSampler, slots_of, stream_batches
+from .texts import load_text_folders, texts_from_dataset
 
 __all__ = [
     "SELECTION_WARNING",
@@ -18,7 +19,10 @@ __all__ = [
     "from_dataset",
     "load_dataset_contexts",
     "load_folders",
+    "load_text_folders",
     "open_dataset",
     "slots_of",
     "stream_batches",
+    "texts_from_attributes",
+    "texts_from_dataset",
 ]

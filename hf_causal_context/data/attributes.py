@@ -14,6 +14,7 @@ from datasets import Dataset
 from ..contexts import ConceptSet, Context, ContextLike, quoted
 from .columns import Rows, known_features, require_columns, with_text_column
 from .interventional import InterventionalData, from_dataset
+from .texts import texts_from_dataset
 
 SELECTION_WARNING = (
     "Contexts are made by selecting rows, and selecting is not intervening. An intervention do(x) would leave all "
@@ -76,7 +77,7 @@ def from_attributes(
     dataset: Rows,
     rules: Mapping[str, str],
     *,
-    image_column: str = "image",
+    content_column: str = "image",
     caption_column: str | None = None,
     held_out_contexts: Iterable[ContextLike] = (),
     training_contexts: Iterable[ContextLike] | None = None,
@@ -89,8 +90,31 @@ def from_attributes(
     data = from_dataset(
         contexts_from_attributes(dataset, rules),
         concepts=tuple(rules),
-        image_column=image_column,
+        content_column=content_column,
         caption_column=caption_column,
+        held_out_contexts=held_out_contexts,
+        training_contexts=training_contexts,
+    )
+    return replace(data, warnings=(SELECTION_WARNING, *data.warnings))
+
+
+def texts_from_attributes(
+    dataset: Rows,
+    rules: Mapping[str, str],
+    *,
+    text_column: str = "text",
+    held_out_contexts: Iterable[ContextLike] = (),
+    training_contexts: Iterable[ContextLike] | None = None,
+) -> InterventionalData:
+    """`contexts_from_attributes`, then `texts_from_dataset`; the concepts are those of the rules, in their order.
+
+    Raises:
+        ValueError: what both raise.
+    """
+    data = texts_from_dataset(
+        contexts_from_attributes(dataset, rules),
+        concepts=tuple(rules),
+        text_column=text_column,
         held_out_contexts=held_out_contexts,
         training_contexts=training_contexts,
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,13 @@ from tqdm.auto import tqdm
 from ..contexts import Context, quoted
 from .columns import BATCH_ROWS, Rows, known_features
 from .interventional import InterventionalData
+from .text_rows import columns_of, row_problem
 
 TINY = 50
 LOPSIDED = 10
 STREAM_ROWS = 200
 EXAMPLES = 5
+COINCIDENCES = 0.01  # of held-out texts, that may be trained on too
 
 TRAIN = "train"
 HELD_OUT = "held out"
@@ -64,18 +67,27 @@ class DataReport:
 
 
 def check_data(data: InterventionalData, *, decode: bool = True) -> DataReport:
-    """Count the rows per context, read and compare all pictures, and say what is wrong and how to mend it.
+    """Count the rows per context, read and compare all pictures or texts, and say what is wrong and how to mend it.
 
-    `decode=False` reads and compares the files but does not open them as pictures. Of streaming data the first
-    `STREAM_ROWS` rows of each context are checked.
+    `decode=False` reads and compares the files but does not open them as pictures. Texts are the same where the
+    whole row is: one prompt may have several completions. Of streaming data the first `STREAM_ROWS` rows of each
+    context are checked.
     """
-    seen = _Seen()
+    seen = _Seen(columns_of(data.content_column))
     train = _read(data, data.rows, data.contexts, TRAIN, decode, seen)
     held_out = Counter[str]()
     for context, rows in data.held_out.items():
         held_out[context] = _read(data, rows, (context,), HELD_OUT, decode, seen).total()
-    errors = [*_structure_errors(data, train), *_file_errors(seen.unreadable), *_leak_errors(seen)]
+    errors = [*_structure_errors(data, train, seen.noun), *_content_errors(seen)]
     warnings = [*data.warnings, *_size_warnings(data, train), *_duplicate_warnings(seen)]
+    leaks = seen.leaks()
+    if leaks:
+        # Short texts coincide by chance, pictures do not.
+        chance = bool(seen.texts) and len(leaks) <= COINCIDENCES * held_out.total()
+        (warnings if chance else errors).append(
+            f"{len(leaks)} held-out {seen.noun} are also trained on: {_examples(_same(leaks))}. Remove them from one "
+            "of the two, else the evaluation measures memory."
+        )
     if data.streaming:
         warnings.append(f"Streaming: only the first {STREAM_ROWS} rows of each context were checked.")
     table = [ContextCount(context, TRAIN, train[context]) for context in sorted({*data.contexts, *train})]
@@ -84,71 +96,90 @@ def check_data(data: InterventionalData, *, decode: bool = True) -> DataReport:
 
 
 class _Seen:
-    """What reading the files showed."""
+    """What reading the rows showed: pictures, or the texts in the columns `texts`."""
 
-    def __init__(self) -> None:
+    def __init__(self, texts: tuple[str, ...]) -> None:
+        self.texts = texts
+        self.noun = "texts" if texts else "pictures"
         self.unreadable: list[str] = []
-        # Digest of a picture -> the first row with it; every later one adds a pair.
+        # Digest of a row's content -> the first row with it; every later one adds a pair.
         self.first: dict[bytes, tuple[str, str, str]] = {}
         self.pairs: list[tuple[tuple[str, str, str], tuple[str, str, str]]] = []
 
-    def picture(self, digest: bytes, role: str, context: str, name: str) -> None:
+    def add(self, content: bytes, role: str, context: str, name: str) -> None:
         place = (role, context, name)
-        first = self.first.setdefault(digest, place)
+        first = self.first.setdefault(hashlib.blake2b(content, digest_size=16).digest(), place)
         if first[:2] != place[:2]:
             self.pairs.append((first, place))
+
+    def leaks(self) -> list[tuple[tuple[str, str, str], tuple[str, str, str]]]:
+        """Pairs of which one row is trained on and the other held out."""
+        return [pair for pair in self.pairs if {pair[0][0], pair[1][0]} == {TRAIN, HELD_OUT}]
 
 
 def _read(
     data: InterventionalData, rows: Rows, contexts: Sequence[str], role: str, decode: bool, seen: _Seen
 ) -> Counter[str]:
     _, features = known_features(rows)
-    feature = features[data.image_column]
-    opener = Image() if isinstance(feature, Image) and decode else None
+    opener = Image() if isinstance(features[data.content_column], Image) and decode else None
     counts = Counter[str]()
-    for number, context, value in _payloads(rows, data.image_column, contexts, role):
+    for number, context, values in _payloads(rows, seen.texts or (data.content_column,), contexts, role):
         counts[context] += 1
-        path = value.get("path") if isinstance(value, dict) else None
+        path = values[0].get("path") if isinstance(values[0], dict) else None
         name = str(path or f"row {number} of {repr(context) if context else 'the observational context'} ({role})")
         # Decoders raise whatever they like, and a damaged file must not hide the others.
         try:
-            content = _content(value)
+            content = _text(dict(zip(seen.texts, values, strict=True))) if seen.texts else _content(values[0])
             if opener is not None:
                 opener.decode_example({"bytes": content, "path": None})
         except Exception as error:
-            seen.unreadable.append(f"{name} ({type(error).__name__})")
+            seen.unreadable.append(f"{name} ({error if seen.texts else type(error).__name__})")
         else:
-            seen.picture(hashlib.blake2b(content, digest_size=16).digest(), role, context, name)
+            seen.add(content, role, context, name)
     return counts
 
 
-def _payloads(rows: Rows, column: str, contexts: Sequence[str], role: str) -> Iterator[tuple[int, str, Any]]:
+def _payloads(
+    rows: Rows, names: Sequence[str], contexts: Sequence[str], role: str
+) -> Iterator[tuple[int, str, tuple[Any, ...]]]:
     if isinstance(rows, IterableDataset):
-        yield from _first_of_stream(rows.decode(False), column, contexts)
+        yield from _first_of_stream(rows, names, contexts)
         return
-    columns = rows.with_format(None).select_columns([column, "context"])
-    if isinstance(columns.features[column], Image):
-        columns = columns.cast_column(column, Image(decode=False))
+    columns = rows.with_format(None).select_columns([*names, "context"])
+    for name in names:
+        if isinstance(columns.features[name], Image):
+            columns = columns.cast_column(name, Image(decode=False))
     # Shown only where the wait is felt.
     with tqdm(total=len(rows), desc=f"Checking ({role})", unit="row", delay=3) as progress:
         number = 0
         for batch in columns.iter(BATCH_ROWS):
             assert isinstance(batch, dict)
-            for context, value in zip(batch["context"], batch[column], strict=True):
-                yield number, context, value
+            for context, *values in zip(batch["context"], *(batch[name] for name in names), strict=True):
+                yield number, context, tuple(values)
                 number += 1
                 progress.update()
 
 
-def _first_of_stream(rows: IterableDataset, column: str, contexts: Sequence[str]) -> Iterator[tuple[int, str, Any]]:
+def _first_of_stream(
+    rows: IterableDataset, names: Sequence[str], contexts: Sequence[str]
+) -> Iterator[tuple[int, str, tuple[Any, ...]]]:
     left = dict.fromkeys(contexts, STREAM_ROWS)
-    for number, row in enumerate(rows):
+    _, features = known_features(rows)
+    # Pictures stay files, while JSON in texts must be read.
+    pictures = any(isinstance(features[name], Image) for name in names)
+    for number, row in enumerate(rows.decode(False) if pictures else rows):
         context = row["context"]
         if left.get(context, 0) > 0:
             left[context] -= 1
-            yield number, context, row[column]
+            yield number, context, tuple(row[name] for name in names)
         if not any(left.values()):
             return
+
+
+def _text(row: Mapping[str, Any]) -> bytes:
+    if problem := row_problem(row):
+        raise ValueError(problem)
+    return json.dumps(row).encode()
 
 
 def _content(value: Any) -> bytes:
@@ -162,10 +193,10 @@ def _content(value: Any) -> bytes:
     return value if isinstance(value, bytes) else repr(value).encode()
 
 
-def _structure_errors(data: InterventionalData, train: Counter[str]) -> Iterator[str]:
+def _structure_errors(data: InterventionalData, train: Counter[str], noun: str) -> Iterator[str]:
     if not train[""]:
         yield (
-            "There is no observational set, and every intervention is learnt against it. Add pictures in which nothing "
+            f"There is no observational set, and every intervention is learnt against it. Add {noun} in which nothing "
             "was intervened on: the folder 'obs', or rows with the context 'obs' or ''."
         )
     single = {targets[0] for context in train if len(targets := Context.parse(context).targets) == 1}
@@ -178,18 +209,10 @@ def _structure_errors(data: InterventionalData, train: Counter[str]) -> Iterator
         yield f"Held-out contexts are among the training rows: {quoted(both)}. Remove these rows from one of the two."
 
 
-def _file_errors(unreadable: list[str]) -> Iterator[str]:
-    if unreadable:
-        yield f"{len(unreadable)} pictures cannot be read: {_examples(unreadable)}. Replace or remove them."
-
-
-def _leak_errors(seen: _Seen) -> Iterator[str]:
-    leaks = [pair for pair in seen.pairs if {pair[0][0], pair[1][0]} == {TRAIN, HELD_OUT}]
-    if leaks:
-        yield (
-            f"{len(leaks)} held-out pictures are also trained on: {_examples(_same(leaks))}. Remove them from one of "
-            "the two, else the evaluation measures memory."
-        )
+def _content_errors(seen: _Seen) -> Iterator[str]:
+    if seen.unreadable:
+        wrong, remedy = ("are no training data", "Correct") if seen.texts else ("cannot be read", "Replace")
+        yield f"{len(seen.unreadable)} {seen.noun} {wrong}: {_examples(seen.unreadable)}. {remedy} or remove them."
 
 
 def _size_warnings(data: InterventionalData, train: Counter[str]) -> Iterator[str]:
@@ -210,7 +233,7 @@ def _duplicate_warnings(seen: _Seen) -> Iterator[str]:
     twice = [pair for pair in seen.pairs if pair[0][0] == pair[1][0]]
     if twice:
         yield (
-            f"{len(twice)} pictures are in two contexts: {_examples(_same(twice))}. What was intervened on is then "
+            f"{len(twice)} {seen.noun} are in two contexts: {_examples(_same(twice))}. What was intervened on is then "
             "ambiguous; keep each in one."
         )
 

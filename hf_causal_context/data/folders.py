@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from datasets import Dataset, Features, Image, Value
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-from ..contexts import ConceptSet, ContextLike, quoted
-from .interventional import InterventionalData, context_text, from_dataset
+from ..contexts import ConceptSet, ContextLike, context_text, quoted
+from .interventional import InterventionalData, from_dataset
 
 METADATA = "metadata.jsonl"
+PICTURE_SUFFIXES = frozenset(ImageFolder.EXTENSIONS)
 
 
 def load_folders(
@@ -39,7 +40,7 @@ def load_folders(
         ValueError: for no folders, folders without pictures, two folders of one context, bad metadata, captions in some
             folders only, and what `from_dataset` raises.
     """
-    folders = _context_folders(Path(root), observational_name, joint_separator)
+    folders = context_folders(Path(root), observational_name, joint_separator, "pictures")
     pictures = {context: _pictures(folder) for context, folder in folders.items()}
     captions = {
         context: _captions(folder, pictures[context])
@@ -74,10 +75,16 @@ def load_folders(
     return replace(data, rows=data.rows.to_iterable_dataset(), held_out=held_out)
 
 
-def _context_folders(root: Path, observational_name: str, joint_separator: str) -> dict[str, Path]:
+def context_folders(root: Path, observational_name: str, joint_separator: str, held: str) -> dict[str, Path]:
+    """The folder of each context; `held` is what they hold, for messages.
+
+    Raises:
+        FileNotFoundError: for a missing root.
+        ValueError: for no folders, a name that is no context, or two folders of one context.
+    """
     if not root.is_dir():
         raise FileNotFoundError(
-            f"{str(root)!r} is not a folder. Give the folder that holds one folder of pictures per context, such as "
+            f"{str(root)!r} is not a folder. Give the folder that holds one folder of {held} per context, such as "
             f"'{observational_name}', 'thick' and 'thick+slant'."
         )
     folders: dict[str, Path] = {}
@@ -91,25 +98,27 @@ def _context_folders(root: Path, observational_name: str, joint_separator: str) 
         if context in folders:
             raise ValueError(
                 f"The folders {folders[context].name!r} and {folder.name!r} in {str(root)!r} are the same context. "
-                "Put their pictures into one."
+                f"Put their {held} into one."
             )
         folders[context] = folder
     if not folders:
         raise ValueError(
-            f"{str(root)!r} has no folders. It must hold one folder of pictures per context, such as "
+            f"{str(root)!r} has no folders. It must hold one folder of {held} per context, such as "
             f"'{observational_name}', 'thick' and 'thick+slant'."
         )
     return folders
 
 
+def visible_files(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
+    """Files of these suffixes in a folder and below it, but none that is hidden, in any order."""
+    for path in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.suffix.lower() in suffixes and not hidden and path.is_file():
+            yield path
+
+
 def _pictures(folder: Path) -> list[Path]:
-    pictures = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in ImageFolder.EXTENSIONS
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+    pictures = sorted(visible_files(folder, PICTURE_SUFFIXES))
     if not pictures:
         raise ValueError(
             f"The folder {str(folder)!r} has no pictures. Allowed are the formats of Pillow, such as .png and .jpg. "

@@ -12,7 +12,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
 from numpy.typing import NDArray
 
-from ..contexts import ConceptSet, Context, ContextLike, as_context, quoted
+from ..contexts import ConceptSet, Context, ContextLike, context_text, quoted
 from .columns import (
     STREAM_BATCH_ROWS,
     Rows,
@@ -27,10 +27,11 @@ from .columns import (
 class InterventionalData:
     """Rows to train on and rows to evaluate on, each with the context it was drawn from.
 
-    `rows` have the columns `image_column`, "context" (the printed form of a `Context`, "" is observational), "caption"
-    if there are captions, and whatever else the dataset had. `contexts` are those of `rows`, sorted. `held_out` maps
-    contexts to rows that are never trained on. `counts` are the rows per training context, None where a stream does
-    not tell. `reweighted` maps combinations to the numbers of rows that stand for them in training.
+    `rows` have the columns `content_column` (pictures; or "text", "messages" or, next to "completion", "prompt": see
+    `texts_from_dataset`), "context" (the printed form of a `Context`, "" is observational), "caption" if there are
+    captions, and whatever else the dataset had. `contexts` are those of `rows`, sorted. `held_out` maps contexts to
+    rows that are never trained on. `counts` are the rows per training context, None where a stream does not tell.
+    `reweighted` maps combinations to the numbers of rows that stand for them in training.
     """
 
     rows: Rows
@@ -38,7 +39,7 @@ class InterventionalData:
     contexts: tuple[str, ...]
     held_out: dict[str, Rows]
     counts: dict[str, int] | None
-    image_column: str = "image"
+    content_column: str = "image"
     warnings: tuple[str, ...] = ()
     reweighted: dict[str, NDArray[np.int64]] = field(default_factory=dict)
 
@@ -58,7 +59,7 @@ def from_dataset(
     *,
     concepts: Sequence[str] | ConceptSet | None = None,
     context_column: str = "context",
-    image_column: str = "image",
+    content_column: str = "image",
     caption_column: str | None = None,
     observational_name: str = "obs",
     held_out_contexts: Iterable[ContextLike] = (),
@@ -80,10 +81,12 @@ def from_dataset(
             held out, or no rows to train on.
     """
     dataset, features = known_features(dataset)
-    columns = {context_column: "context_column=", image_column: "image_column="}
+    columns = {context_column: "context_column=", content_column: "content_column="}
     require_columns(features, columns | ({caption_column: "caption_column="} if caption_column else {}))
-    if len({context_column, image_column, caption_column}) < 3:
-        raise ValueError("context_column=, image_column= and caption_column= must be three different columns.")
+    if len({context_column, content_column, caption_column}) < 3:
+        raise ValueError("context_column=, content_column= and caption_column= must be three different columns.")
+    if context_column != "context" and "context" in (content_column, caption_column):
+        raise ValueError(f"The contexts of {context_column!r} go into a column 'context'. Rename the one there is.")
     known = None if concepts is None else _concept_set(concepts)
     if known is not None and observational_name in known:
         raise ValueError(
@@ -96,7 +99,7 @@ def from_dataset(
     read = _context_reader(features[context_column], observational_name, known)
     undecoded = dataset.decode(False) if isinstance(dataset, IterableDataset) else dataset
     rows = with_text_column(undecoded, "context", [context_column], read)
-    rows = _with_captions(rows, features, caption_column)
+    rows = _with_captions(rows, features, caption_column, content_column)
     if context_column != "context":
         rows = rows.remove_columns(context_column)
 
@@ -105,8 +108,8 @@ def from_dataset(
         restored = Features(
             {**plain, **{column: features[column] for column in plain if column not in ("context", "caption")}}
         )
-        return _stream_data(rows, restored, known, named_training, named_held_out, image_column)
-    return _table_data(rows, known, named_training, named_held_out, image_column)
+        return _stream_data(rows, restored, known, named_training, named_held_out, content_column)
+    return _table_data(rows, known, named_training, named_held_out, content_column)
 
 
 def open_dataset(
@@ -135,7 +138,7 @@ def load_dataset_contexts(
     streaming: bool = False,
     concepts: Sequence[str] | ConceptSet | None = None,
     context_column: str = "context",
-    image_column: str = "image",
+    content_column: str = "image",
     caption_column: str | None = None,
     observational_name: str = "obs",
     held_out_contexts: Iterable[ContextLike] = (),
@@ -152,7 +155,7 @@ def load_dataset_contexts(
         dataset,
         concepts=concepts,
         context_column=context_column,
-        image_column=image_column,
+        content_column=content_column,
         caption_column=caption_column,
         observational_name=observational_name,
         held_out_contexts=held_out_contexts,
@@ -162,22 +165,6 @@ def load_dataset_contexts(
 
 def _concept_set(concepts: Sequence[str] | ConceptSet) -> ConceptSet:
     return concepts if isinstance(concepts, ConceptSet) else ConceptSet(cast(tuple[str, ...], concepts))
-
-
-def context_text(value: object, observational_name: str) -> str:
-    """The printed form of a context as a dataset writes it: text, a list of names, or a mapping to strengths.
-
-    Raises:
-        TypeError: for another type.
-        ValueError: for None, or names and strengths that are not valid.
-    """
-    if value is None:
-        raise ValueError(f"The context is missing (None). Observational rows say {observational_name!r} or ''.")
-    if isinstance(value, dict):
-        value = {name: strength for name, strength in value.items() if strength is not None}
-    elif value == observational_name or value == [observational_name]:
-        return ""
-    return str(as_context(value))
 
 
 def _named(contexts: Iterable[ContextLike], observational_name: str) -> set[str]:
@@ -205,14 +192,14 @@ def _context_reader(feature: object, observational_name: str, known: ConceptSet 
     return read
 
 
-def _with_captions(rows: Rows, features: Features, caption_column: str | None) -> Rows:
+def _with_captions(rows: Rows, features: Features, caption_column: str | None, content_column: str) -> Rows:
     if caption_column is not None:
         feature = features[caption_column]
         if not isinstance(feature, Value) or "string" not in feature.dtype:
             raise ValueError(
                 f"The caption column {caption_column!r} holds {feature}; it must hold one text per row. Map it first."
             )
-    if caption_column == "caption":
+    if "caption" in (caption_column, content_column):
         return rows
     if "caption" in features:
         rows = rows.remove_columns("caption")
@@ -231,7 +218,7 @@ def _single_concepts(contexts: Iterable[str]) -> ConceptSet:
 
 
 def _table_data(
-    rows: Dataset, known: ConceptSet | None, training: set[str] | None, held_out: set[str], image_column: str
+    rows: Dataset, known: ConceptSet | None, training: set[str] | None, held_out: set[str], content_column: str
 ) -> InterventionalData:
     row_contexts = np.array(rows["context"][:], dtype=object)
     counts = Counter(row_contexts.tolist())
@@ -249,7 +236,7 @@ def _table_data(
         contexts=trained,
         held_out={context: rows.select(np.flatnonzero(row_contexts == context)) for context in kept_out},
         counts={context: counts[context] for context in trained},
-        image_column=image_column,
+        content_column=content_column,
     )
 
 
@@ -259,7 +246,7 @@ def _stream_data(
     concepts: ConceptSet | None,
     training: set[str] | None,
     held_out: set[str],
-    image_column: str,
+    content_column: str,
 ) -> InterventionalData:
     if concepts is None:
         raise ValueError(
@@ -275,7 +262,7 @@ def _stream_data(
         contexts=trained,
         held_out={context: of_contexts(plain, (context,)).cast(features) for context in kept_out},
         counts=None,
-        image_column=image_column,
+        content_column=content_column,
         warnings=(
             f"Streaming: only rows of the contexts {quoted(trained)} are trained on; other rows are skipped. "
             "Name further contexts in training_contexts= or held_out_contexts=.",

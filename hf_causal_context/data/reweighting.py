@@ -96,8 +96,9 @@ def reweight(
         logits = combination_logits(ratios, shares, targets)
         weights, mass = logits.softmax(0), float(logits.exp().mean())
         size = effective_sample_size(weights)
-        doubt = _doubt_of_numbers(size, mass) or _doubt_of_rows(found, codes, weights, targets, concepts)
-        rows = used[:0] if doubt else used[draw(weights, num, generator)]
+        capped = cap(weights)  # what is drawn by; in small sets it may spread to rows that lack a concept
+        doubt = _doubt_of_numbers(size, mass) or _doubt_of_rows(found, codes, capped, targets, concepts)
+        rows = used[:0] if doubt else used[draw(capped, num, generator)]
         drawn.append(ReweightedContext(context, rows, size, mass, doubt))
     return drawn
 
@@ -139,14 +140,19 @@ def effective_sample_size(weights: Tensor) -> float:
     return float(weights.sum().square() / weights.square().sum())
 
 
+def cap(weights: Tensor) -> Tensor:
+    """Weights (N,), summing to 1, of which no row has more than its largest share."""
+    largest = max(_LARGEST_SHARE, 4 / len(weights))
+    for _ in range(50):  # what is cut off goes to the others in proportion, which may pass the cap in turn
+        weights = (weights / weights.sum()).clamp(max=largest)
+    return weights / weights.sum()
+
+
 def draw(weights: Tensor, num: int, generator: torch.Generator) -> Tensor:
-    """Row numbers (num,) in proportion to weights (N,), the largest ones capped; each row floor or ceil of its share.
+    """Row numbers (num,) in proportion to weights (N,); each row floor or ceil of its share.
 
     Systematic resampling: less noise than independent draws.
     """
-    cap = max(_LARGEST_SHARE, 4 / len(weights))
-    for _ in range(50):  # what is cut off goes to the others in proportion, which may pass the cap in turn
-        weights = (weights / weights.sum()).clamp(max=cap)
     order = torch.randperm(len(weights), generator=generator)
     edges = (weights[order] / weights.sum()).cumsum(0)
     points = (torch.arange(num) + torch.rand((), generator=generator)) / num

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..contexts import Context
 from ..generate import load_adapted_base
-from ..training.finetune import load_data
+from ..training.load_data import load_data
 from .arguments import EvaluationArguments
 from .evaluator import evaluate
 from .features import load_vision_features, require_torchmetrics

@@ -43,11 +43,11 @@ def read_real_rows(
         readings[context].append(read(pictures, f"Real pictures of context {context!r}", num_examples))
 
     for context, row in tqdm(_rows(data, seed), desc="read real pictures", unit="picture"):
-        picture = row[data.image_column]
+        picture = row[data.content_column]
         if not isinstance(picture, Image.Image):
             raise ValueError(
-                f"A row of context {context!r} holds {type(picture).__name__} in the column {data.image_column!r}, not "
-                "a picture. Name another --image_column, or remove the row."
+                f"A row of context {context!r} holds {type(picture).__name__} in the column {data.content_column!r}, "
+                "not a picture. Name another --image_column, or remove the row."
             )
         pending[context].append(torch.tensor(read_picture(picture, channels, resolution)))
         if len(pending[context]) == _READ_AT_ONCE:

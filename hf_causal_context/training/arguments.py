@@ -26,15 +26,12 @@ def _argument(default: Any, meaning: str, **metadata: Any) -> Any:
 
 
 @dataclass
-class DataArguments:
-    """Where the interventional data is and how it is read."""
+class ContextDataArguments:
+    """Where interventional data is and which of its contexts are trained on."""
 
-    train_data_dir: str | None = _argument(None, "Folder with one sub-folder of pictures per context: obs/, thick/ ...")
+    train_data_dir: str | None = _argument(None, "Folder with one sub-folder per context: obs/, thick/ ...")
     dataset_name: str | None = _argument(None, "Instead: a dataset on the Hub or on disk with a context column.")
     dataset_config_name: str | None = _argument(None, "Its configuration.")
-    image_column: str = _argument("image", "Column of the pictures.")
-    caption_column: str | None = _argument(None, "Column of the captions, for bases that take text.")
-    class_column: str | None = _argument(None, "Column of the classes, for class-conditional bases.")
     context_column: str = _argument("context", "Column of the contexts.")
     attribute_rules: list[str] = _argument(
         [], "Contexts from attribute columns instead: 'smiling: Smiling == 1 and Eyeglasses == 0' ..."
@@ -50,6 +47,22 @@ class DataArguments:
 
 
 @dataclass
+class DataArguments(ContextDataArguments):
+    """Where interventional pictures are and how they are read."""
+
+    image_column: str = _argument("image", "Column of the pictures.")
+    caption_column: str | None = _argument(None, "Column of the captions, for bases that take text.")
+    class_column: str | None = _argument(None, "Column of the classes, for class-conditional bases.")
+
+
+@dataclass
+class TextDataArguments(ContextDataArguments):
+    """Where interventional texts are and how they are read."""
+
+    text_column: str = _argument("text", "Column of the texts; not where rows have messages, or prompt and completion.")
+
+
+@dataclass
 class OptimisationArguments:
     """How any model of this package is trained, checkpointed and watched.
 
@@ -57,7 +70,7 @@ class OptimisationArguments:
         ValueError: for a number out of range, or an unknown name.
     """
 
-    output_dir: str = _argument("", "Required. Folder for the result, its checkpoints and sample grids.")
+    output_dir: str = _argument("", "Required. Folder for the result, its checkpoints and samples.")
 
     train_batch_size: int = _argument(16, "Samples per step and process.")
     gradient_accumulation_steps: int = _argument(1, "Batches per optimiser step.")
@@ -78,9 +91,8 @@ class OptimisationArguments:
 
     validation_steps: int | None = _argument(None, "Optimiser steps between validations; by default only at the end.")
     validation_contexts: list[str] | None = _argument(
-        None, "Rows of the sample grids; by default obs, every single concept, held-out contexts (or some pairs)."
+        None, "Contexts of the samples; by default obs, every single concept, held-out contexts (or some pairs)."
     )
-    num_validation_images: int = _argument(8, "Pictures per row of a grid; 0 for no grids.")
     checkpointing_steps: int = _argument(500, "Optimiser steps between checkpoints.")
     checkpoints_total_limit: int | None = _argument(None, "How many checkpoints are kept.")
     resume_from_checkpoint: str | None = _argument(None, "A checkpoint's folder, or latest.")
@@ -116,39 +128,29 @@ class OptimisationArguments:
 
 
 @dataclass
-class TrainingArguments(OptimisationArguments, DataArguments):
-    """Settings of an adapter's run; `hf-causal-context train --help` prints them with their meaning.
+class AdapterArguments(OptimisationArguments, ContextDataArguments):
+    """What the adapters of all kinds of bases have in common.
 
     Raises:
-        ValueError: for a number out of range, or options that contradict each other.
+        ValueError: for a number out of range, without a base, or for options that contradict each other.
     """
 
-    pretrained_model_name_or_path: str = _argument("", "Required. Base: a diffusers pipeline, as a folder or a Hub id.")
+    pretrained_model_name_or_path: str = _argument("", "Required. The base, as a folder or a Hub id.")
     revision: str | None = _argument(None, "Revision of the base on the Hub.")
-    variant: str | None = _argument(None, "Variant of the base's files, such as fp16.")
-
-    instance_prompt: str = _argument("", "Caption of pictures that have none, for bases that take text.")
-    resolution: int | None = _argument(None, "Side of the pictures in pixels; by default the base's.")
-    dataloader_num_workers: int = _argument(0, "Processes that decode pictures (not of streams).")
-
     mechanism: str = _argument("independent", "How concepts act: " + ", ".join(MECHANISMS) + ".")
     concept_rank: int = _argument(4, "Width of each concept; the adapter's rank is concepts x width.")
+    target_modules: list[str] | None = _argument(None, "Modules to adapt; by default the base's attention.")
+    anchored: bool = _argument(False, "Keep the empty context exactly the base (always so for 'independent').")
+    gradient_checkpointing: bool = _argument(False, "Save memory by computing activations again.")
     reweighted_contexts: list[str] = _argument(
         [], "Combinations also trained on rows drawn from the single interventions: pairs, all, or a list of them."
     )
-    target_modules: list[str] | None = _argument(None, "Modules to adapt; by default the base's attention.")
-    anchored: bool = _argument(False, "Keep the empty context exactly the base (always so for 'independent').")
-
-    snr_gamma: float | None = _argument(None, "Min-SNR weighting of the loss (5.0 is usual); diffusion bases only.")
-    gradient_checkpointing: bool = _argument(False, "Save memory by computing activations again.")
-
-    validation_prompt: str = _argument("", "Prompt of the grids, for bases that take text.")
-    num_inference_steps: int = _argument(25, "Denoising steps of the grids.")
+    validation_prompt: str = _argument("", "Prompt of the samples, for bases that take text.")
 
     def __post_init__(self) -> None:
         required = ("pretrained_model_name_or_path", "output_dir")
         if missing := ", ".join(f"--{name}" for name in required if not getattr(self, name)):
-            raise ValueError(f"Missing: {missing}. Give the base pipeline and the folder for the results.")
+            raise ValueError(f"Missing: {missing}. Give the base and the folder for the results.")
         super().__post_init__()
         if self.reweighted_contexts and self.streaming:
             raise ValueError(
@@ -157,6 +159,58 @@ class TrainingArguments(OptimisationArguments, DataArguments):
 
     def _choices(self) -> dict[str, tuple[str | None, ...]]:
         return {"mechanism": MECHANISMS, **super()._choices()}
+
+
+@dataclass
+class TrainingArguments(AdapterArguments, DataArguments):
+    """Settings of an adapter's run; `hf-causal-context train --help` prints them with their meaning.
+
+    Raises:
+        ValueError: for a number out of range, or options that contradict each other.
+    """
+
+    pretrained_model_name_or_path: str = _argument("", "Required. Base: a diffusers pipeline, as a folder or a Hub id.")
+    variant: str | None = _argument(None, "Variant of the base's files, such as fp16.")
+
+    instance_prompt: str = _argument("", "Caption of pictures that have none, for bases that take text.")
+    resolution: int | None = _argument(None, "Side of the pictures in pixels; by default the base's.")
+    dataloader_num_workers: int = _argument(0, "Processes that decode pictures (not of streams).")
+
+    snr_gamma: float | None = _argument(None, "Min-SNR weighting of the loss (5.0 is usual); diffusion bases only.")
+    num_validation_images: int = _argument(8, "Pictures per row of a grid; 0 for no grids.")
+    num_inference_steps: int = _argument(25, "Denoising steps of the grids.")
+
+
+@dataclass
+class TextArguments(AdapterArguments, TextDataArguments):
+    """Settings of a language model's run; `hf-causal-context train-text --help` prints them with their meaning.
+
+    Raises:
+        ValueError: for a number out of range, or options that contradict each other.
+    """
+
+    pretrained_model_name_or_path: str = _argument(
+        "", "Required. Base: a causal or encoder-decoder model of transformers, as a folder or a Hub id."
+    )
+    pad_token: str | None = _argument(None, "Token to pad with, where the tokenizer has none.")
+    max_length: int | None = _argument(
+        None, "Tokens per row; longer texts are cut. By default 1024, or what the model allows."
+    )
+    packing: bool = _argument(False, "Fill rows with several texts of the same context.")
+    completion_only_loss: bool | None = _argument(
+        None, "Learn the completions only; by default where the data has prompts."
+    )
+    validation_prompt: str = _argument("", "Prompt of the sample texts.")
+    num_validation_texts: int = _argument(2, "Texts per context at validations; 0 for none.")
+    max_new_tokens: int = _argument(40, "Length of these texts.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.packing and self.streaming:
+            raise ValueError(
+                "--packing puts texts together before training, and a stream is read during it. Leave --streaming or "
+                "--packing out."
+            )
 
 
 MODES = ("end-to-end", "frozen", "fine-tune")
@@ -190,6 +244,7 @@ class AutoencoderArguments(OptimisationArguments, DataArguments):
     validation_fraction: float = _argument(0.3, "Share of the rows that is kept for validation.")
     early_stopping_patience: int | None = _argument(None, "Validations without a better loss after which to stop.")
     early_stopping_min_delta: float = _argument(1e-4, "What counts as a better loss, in nats per picture.")
+    num_validation_images: int = _argument(8, "Pictures per row of a grid; 0 for no grids.")
     compile: bool = _argument(False, "Compile the model with torch.compile; pays off on a GPU.")
 
     train_batch_size: int = _argument(512, "Pictures per step and process.")
@@ -238,6 +293,9 @@ _MINIMA: dict[str, float] = {
     "seed": 0,
     "validation_steps": 1,
     "num_validation_images": 0,
+    "num_validation_texts": 0,
+    "max_new_tokens": 1,
+    "max_length": 2,
     "num_inference_steps": 1,
     "checkpointing_steps": 1,
     "checkpoints_total_limit": 1,

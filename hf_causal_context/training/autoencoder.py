@@ -16,8 +16,8 @@ from ..models.encoder_decoders import KLAutoencoder
 from .arguments import AutoencoderArguments
 from .autoencoder_objective import AutoencoderObjective, PictureBatch, TrainingMode, bits_per_dimension
 from .early_stopping import EarlyStopping
-from .finetune import load_data
 from .grids import validation_contexts, write_grid
+from .load_data import load_data
 from .pictures import PictureBatches, PictureSet, to_floats
 from .trainer import fit, make_accelerator
 

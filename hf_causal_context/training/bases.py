@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from transformers import AutoConfig
 
 from ..contexts import quoted
 from .families import FAMILIES, Base
@@ -21,23 +22,45 @@ def load_base(
     """Load a pipeline from a folder or the Hub; only safetensors, and no code from the repository.
 
     Raises:
+        OSError, ValueError: what `check_base` raises.
+    """
+    check_base(name_or_path, revision)  # before the weights, which may be many gigabytes
+    pipe = DiffusionPipeline.from_pretrained(
+        name_or_path, revision=revision, variant=variant, torch_dtype=torch_dtype, use_safetensors=True
+    )
+    return as_base(pipe)
+
+
+def check_base(name_or_path: str, revision: str | None = None) -> None:
+    """Refuse what is no base, without loading it.
+
+    Raises:
         OSError: for something that is not a saved pipeline, such as a bare denoiser.
         ValueError: for a pipeline that is not supported.
     """
     try:
         index: Any = DiffusionPipeline.load_config(name_or_path, revision=revision)
     except OSError as error:
+        if _is_transformers_model(name_or_path, revision):
+            raise OSError(
+                f"{str(name_or_path)!r} is a model of transformers, not a diffusers pipeline. An adapter of a language "
+                "model is trained by `hf-causal-context train-text`."
+            ) from error
         raise OSError(
             f"{str(name_or_path)!r} is not a saved diffusers pipeline: {error} A base is a folder or Hub repository "
             "with a model_index.json. For a bare denoiser (a config.json and weights) save a pipeline around it, for "
             "example DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)."
         ) from error
-    # Before the weights, which may be many gigabytes.
     _family(index["_class_name"])
-    pipe = DiffusionPipeline.from_pretrained(
-        name_or_path, revision=revision, variant=variant, torch_dtype=torch_dtype, use_safetensors=True
-    )
-    return as_base(pipe)
+
+
+def _is_transformers_model(name_or_path: str, revision: str | None = None) -> bool:
+    """Whether a folder or repository holds a model that transformers knows."""
+    try:
+        AutoConfig.from_pretrained(name_or_path, revision=revision)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def as_base(pipe: DiffusionPipeline) -> Base:

@@ -6,7 +6,6 @@ What a frozen base computes (latents, text embeddings) is computed once for map-
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -25,17 +24,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..contexts import Context, quoted
+from ..contexts import Context
 from ..data import ContextSampler, InterventionalData, slots_of, stream_batches
 from .arguments import TrainingArguments
 from .draws import Draws
 from .families import Base
 from .interruption import ignore_interruptions
 from .objectives import Batch
+from .weights import batch_weights
 
 _ENCODED_AT_ONCE = 16
-# Of a reweighted combination in batches, at most, beside 1 for a context with rows of its own.
-REWEIGHTED_SHARE = 0.5
 
 
 class DenoiserBatches:
@@ -66,13 +64,9 @@ class DenoiserBatches:
         self._base, self._data, self._arguments, self._device = base, data, arguments, device
         self._num_batches, self._rank, self._world_size = num_batches, rank, world_size
         self._resolution = arguments.resolution or base.default_resolution
-        self._contexts = (*data.contexts, *data.reweighted)
-        given = parse_weights(arguments.context_weights, arguments.observational_name) or {}
-        self._check_weights(given)
-        # Many combinations together count no more than the real contexts.
-        share = min(REWEIGHTED_SHARE, len(data.contexts) / max(1, len(data.reweighted)))
-        self._weights = dict.fromkeys(data.reweighted, share) | given
-        self._masks = {context: data.concepts.mask([Context.parse(context)])[0] for context in self._contexts}
+        self._weights = batch_weights(data, arguments)
+        contexts = (*data.contexts, *data.reweighted)
+        self._masks = {context: data.concepts.mask([Context.parse(context)])[0] for context in contexts}
         self._captions: dict[str, dict[str, Tensor]] = {}
         self._check_conditions()
         self._rows: Dataset | None = None
@@ -85,7 +79,7 @@ class DenoiserBatches:
         process = (self._rank, self._world_size)
         if self._rows is None:
             rows = stream_batches(self._data, size, seed, start, *process, self._weights)
-            collate = partial(_collate, image_column=self._data.image_column, read=self._reader())
+            collate = partial(_collate, image_column=self._data.content_column, read=self._reader())
             loaded: Iterable[dict[str, Any]] = map(collate, rows)
         else:
             rows = _Rows(self._rows, self._data.reweighted)
@@ -148,7 +142,7 @@ class DenoiserBatches:
         return partial(read_picture, channels=self._base.image_channels, resolution=self._resolution)
 
     def _prepare(self, rows: Dataset) -> Dataset:
-        read, image_column = self._reader(), self._data.image_column
+        read, image_column = self._reader(), self._data.content_column
         if self._base.takes_captions and "caption" in rows.column_names:
             self._encode_captions(rows.unique("caption"))
         if not self._base.is_latent:
@@ -179,24 +173,13 @@ class DenoiserBatches:
         )
         return encoded.with_format("torch", columns=["clean"], output_all_columns=True)
 
-    def _check_weights(self, given: dict[str, float]) -> None:
-        contexts = self._contexts
-        if stray := sorted(set(given) - set(contexts)):
-            known = ", ".join(context or self._arguments.observational_name for context in contexts)
-            raise ValueError(f"--context_weights names {quoted(stray)}, which is not trained on. Contexts: {known}.")
-        if not all(0 <= weight < math.inf for weight in given.values()) or not any(given.get(c, 1) for c in contexts):
-            raise ValueError(
-                f"--context_weights {' '.join(self._arguments.context_weights)} must be finite numbers, none negative "
-                "and not all zero: shares of contexts in batches."
-            )
-
     def _check_conditions(self) -> None:
         base, column = self._base, self._arguments.class_column
         name = type(base.pipe).__name__
-        feature = (self._data.rows.features or {}).get(self._data.image_column)
+        feature = (self._data.rows.features or {}).get(self._data.content_column)
         if feature is not None and not isinstance(feature, ImageFeature):
             raise ValueError(
-                f"The column {self._data.image_column!r} holds {feature}, not pictures. Name another "
+                f"The column {self._data.content_column!r} holds {feature}, not pictures. Name another "
                 "--image_column, or cast it: dataset.cast_column(name, datasets.Image())."
             )
         columns = self._data.rows.column_names or []
@@ -238,22 +221,6 @@ def read_picture(picture: Image.Image, channels: int, resolution: int) -> np.nda
         upright = ImageOps.fit(upright, (resolution, resolution), Image.Resampling.LANCZOS)
     pixels = np.asarray(upright)
     return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def parse_weights(items: list[str], observational_name: str) -> dict[str, float] | None:
-    """``["obs=2", "thick+slant=0.5"]`` -> context -> weight; None for no items.
-
-    Raises:
-        ValueError: for something else.
-    """
-    weights = {}
-    for item in items:
-        name, _, number = item.rpartition("=")
-        try:
-            weights[str(Context.parse("" if name == observational_name else name))] = float(number)
-        except ValueError:
-            raise ValueError(f"--context_weights {item!r} must be a context and a number, such as obs=2.") from None
-    return weights or None
 
 
 def _file_versions(rows: Dataset, image_column: str) -> str:

@@ -30,6 +30,7 @@ _MAY_CHANGE = frozenset(
     {
         *("max_train_steps", "num_train_epochs", "learning_rate", "max_grad_norm"),
         *("validation_contexts", "validation_steps", "num_validation_images", "validation_prompt"),
+        *("num_validation_texts", "max_new_tokens"),
         *("num_inference_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
         *("report_to", "logging_dir", "output_dir", "dataloader_num_workers"),
         *("pretrained_model_name_or_path", "base", "train_data_dir", "dataset_name"),
@@ -76,13 +77,24 @@ def save_model(model: PeftModel | ModelMixin, folder: Path) -> None:
     Raises:
         CheckpointError: when they cannot be written.
     """
+    name = "adapter_model.safetensors" if isinstance(model, PeftModel) else SAFETENSORS_WEIGHTS_NAME
+    write_files(folder, name, lambda unfinished: _write(model, unfinished))
+
+
+def write_files(folder: Path, name: str, save: Callable[[Path], object]) -> None:
+    """Write what `save(other_folder)` writes into a folder that holds other things too.
+
+    Each file appears complete or not at all; `name` is the most important one, for messages.
+
+    Raises:
+        CheckpointError: when they cannot be written.
+    """
     try:
         with tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as unfinished:
-            _write(model, Path(unfinished))
+            save(Path(unfinished))
             for path in Path(unfinished).iterdir():
                 path.replace(folder / path.name)
     except Exception as error:  # safetensors has an error of its own for a full disk
-        name = "adapter_model.safetensors" if isinstance(model, PeftModel) else SAFETENSORS_WEIGHTS_NAME
         raise not_written(folder / name, folder, error) from error
 
 

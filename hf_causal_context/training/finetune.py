@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate.utils import set_seed
+from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
 
 from ..adapter.config import CausalContextConfig
-from ..data import InterventionalData, check_data, from_attributes, load_dataset_contexts, load_folders, open_dataset
+from ..data import InterventionalData, check_data
 from ..hub import write_card
 from ..layers import Mechanism
-from .arguments import DataArguments, TrainingArguments
-from .bases import load_base
+from .arguments import AdapterArguments, TrainingArguments
+from .bases import check_base, load_base
 from .batches import DenoiserBatches
 from .families import Base
+from .features import denoiser_features
 from .generation import check_conditions, generate
 from .grids import grid_name, validation_contexts, write_grid
+from .load_data import load_data
 from .objectives import denoising_objective
 from .reweighting import add_reweighted_contexts
 from .trainer import fit, make_accelerator
@@ -39,6 +44,8 @@ def train(arguments: TrainingArguments, base: Base | None = None, data: Interven
         TrainingDivergedError, TrainingInterrupted, CheckpointError, FileNotFoundError: see `fit`.
     """
     accelerator = make_accelerator(arguments)
+    if base is None:
+        check_base(arguments.pretrained_model_name_or_path, arguments.revision)
     data = data if data is not None else load_data(arguments)
     if accelerator.is_main_process:
         report = check_data(data)
@@ -53,12 +60,14 @@ def train(arguments: TrainingArguments, base: Base | None = None, data: Interven
     check_conditions(base, None, 0 if base.takes_classes else None, None, arguments.resolution)
     base.pipe.to(accelerator.device)
     set_seed(arguments.seed)  # the adapter's initial weights
-    model = attach_adapter(base, data, arguments)
+    model = attach_adapter(base.denoiser, data, arguments)
     if arguments.gradient_checkpointing:
         base.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
     if arguments.reweighted_contexts:
         with accelerator.main_process_first():  # it estimates what the others read
-            data = add_reweighted_contexts(data, base, model, arguments, accelerator)
+            look = partial(_features, base, model, data, arguments.resolution)
+            made_from = {"resolution": arguments.resolution}
+            data = add_reweighted_contexts(data, arguments, accelerator, look, made_from)
     num_steps = arguments.max_train_steps or arguments.num_train_epochs * _steps_per_epoch(
         data, arguments, accelerator.num_processes
     )
@@ -105,85 +114,37 @@ def train(arguments: TrainingArguments, base: Base | None = None, data: Interven
     return folder
 
 
-def load_data(arguments: DataArguments) -> InterventionalData:
-    """The data that the arguments name.
+def attach_adapter(
+    base: nn.Module, data: InterventionalData, arguments: AdapterArguments, task_type: str | None = None
+) -> PeftModel:
+    """Inject a fresh adapter into a denoiser or a language model, in place.
 
-    Raises:
-        ValueError: for none or two of them, and what the loaders in `data` raise.
+    `task_type` is PEFT's, of language models: it tells how the adapter is loaded, and that it generates.
     """
-    if (arguments.train_data_dir is None) == (arguments.dataset_name is None):
-        raise ValueError(
-            "Give the data as either --train_data_dir (a folder with one sub-folder of pictures per context) or "
-            f"--dataset_name (a dataset with a column of contexts); received {arguments.train_data_dir!r} and "
-            f"{arguments.dataset_name!r}."
-        )
-    shared: dict[str, Any] = {
-        "held_out_contexts": arguments.held_out_contexts,
-        "training_contexts": arguments.training_contexts,
-    }
-    if arguments.attribute_rules and (arguments.train_data_dir is not None or arguments.concepts is not None):
-        raise ValueError(
-            "--attribute_rules make contexts and concepts from the columns of a dataset: they go with --dataset_name, "
-            "and without --train_data_dir and --concepts."
-        )
-    if arguments.train_data_dir is not None:
-        return load_folders(
-            arguments.train_data_dir,
-            concepts=arguments.concepts,
-            observational_name=arguments.observational_name,
-            streaming=arguments.streaming,
-            **shared,
-        )
-    assert arguments.dataset_name is not None
-    columns: dict[str, Any] = {"image_column": arguments.image_column, "caption_column": arguments.caption_column}
-    if arguments.attribute_rules:
-        dataset = open_dataset(
-            arguments.dataset_name, config_name=arguments.dataset_config_name, streaming=arguments.streaming
-        )
-        return from_attributes(dataset, _parse_rules(arguments.attribute_rules), **columns, **shared)
-    return load_dataset_contexts(
-        arguments.dataset_name,
-        config_name=arguments.dataset_config_name,
-        streaming=arguments.streaming,
-        concepts=arguments.concepts,
-        context_column=arguments.context_column,
-        observational_name=arguments.observational_name,
-        **columns,
-        **shared,
-    )
-
-
-def attach_adapter(base: Base, data: InterventionalData, arguments: TrainingArguments) -> PeftModel:
-    """Inject a fresh adapter into the base's denoiser, in place."""
     config = CausalContextConfig(
         concepts=data.concepts.names,
         concept_rank=arguments.concept_rank,
         mechanism=cast(Mechanism, arguments.mechanism),
         anchored=arguments.anchored,
         target_modules=arguments.target_modules,
+        task_type=task_type,
+        revision=arguments.revision,
     )
-    model = cast(PeftModel, get_peft_model(cast(Any, base.denoiser), config))
-    config.base_model_name_or_path = base_name(arguments)  # PEFT looks at the denoiser only
+    model = cast(PeftModel, get_peft_model(cast(Any, base), config))
+    config.base_model_name_or_path = base_name(arguments)  # PEFT looks at the model only, such as a denoiser
     return model
 
 
-def base_name(arguments: TrainingArguments) -> str:
+def base_name(arguments: AdapterArguments) -> str:
     """What an adapter calls its base: a Hub id, or a folder wherever the adapter is used from."""
     folder = Path(arguments.pretrained_model_name_or_path)
     return str(folder.resolve()) if folder.exists() else arguments.pretrained_model_name_or_path
 
 
-def _parse_rules(items: list[str]) -> dict[str, str]:
-    rules = {}
-    for item in items:
-        concept, colon, rule = item.partition(":")
-        if not colon:
-            raise ValueError(
-                f"--attribute_rules {item!r} must be a concept, a colon and a rule, such as "
-                "'smiling: Smiling == 1 and Eyeglasses == 0'."
-            )
-        rules[concept.strip()] = rule.strip()
-    return rules
+def _features(base: Base, model: nn.Module, data: InterventionalData, resolution: int | None, rows: Dataset) -> Tensor:
+    """What the base sees in the pictures of rows, (N, D)."""
+    pictures = rows[data.content_column]
+    return denoiser_features(base, model, pictures, resolution or base.default_resolution, len(data.concepts))
 
 
 def _steps_per_epoch(data: InterventionalData, arguments: TrainingArguments, num_processes: int) -> int:

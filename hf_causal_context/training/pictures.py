@@ -20,8 +20,9 @@ from ..contexts import ConceptSet, Context, ContextLike, as_context, quoted
 from ..data import ContextSampler, InterventionalData, slots_of
 from .arguments import AutoencoderArguments
 from .autoencoder_objective import PictureBatch
-from .batches import parse_weights, read_picture
+from .batches import read_picture
 from .draws import generator_of
+from .weights import parse_weights
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,10 @@ class PictureSet:
         """
         if not isinstance(data.rows, Dataset):
             raise TypeError("A stream cannot be kept in memory. Load the data with streaming=False.")
-        rows = data.rows.select_columns([data.image_column, "context"])
+        rows = data.rows.select_columns([data.content_column, "context"])
         pictures = np.empty((len(rows), channels, size, size), dtype=np.uint8)
         for i, row in enumerate(tqdm(rows, desc="read pictures", disable=len(rows) < 2000)):
-            pictures[i] = read_picture(cast(Any, row)[data.image_column], channels, size)
+            pictures[i] = read_picture(cast(Any, row)[data.content_column], channels, size)
         contexts = np.array(rows["context"][:], dtype=object)
         return cls(torch.from_numpy(pictures), contexts, data.concepts)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -12,24 +12,26 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 from datasets import Dataset
-from torch import nn
+from torch import Tensor
 
 from ..contexts import quoted
 from ..data import InterventionalData
 from ..data.reweighting import ReweightedContext, check_sets, reweight, wanted_combinations
-from .arguments import TrainingArguments
+from .arguments import AdapterArguments
 from .checkpoints import checkpoint_steps, write_file
-from .families import Base
-from .features import denoiser_features
 
 FILE = "reweighted_contexts.json"
-# For features of pictures, of which there are many and whose rows are few; chosen on the digit world.
+# For features of a frozen base, of which there are many and whose rows are few; chosen on the digit world.
 _INPUT_NOISE = 0.8
 _DROPOUT = 0.5
 
 
 def add_reweighted_contexts(
-    data: InterventionalData, base: Base, model: nn.Module, arguments: TrainingArguments, accelerator: Accelerator
+    data: InterventionalData,
+    arguments: AdapterArguments,
+    accelerator: Accelerator,
+    look: Callable[[Dataset], Tensor],
+    made_from: Mapping[str, Any],
 ) -> InterventionalData:
     """The data with rows that stand for `--reweighted_contexts`; their numbers are kept in the output folder.
 
@@ -37,10 +39,10 @@ def add_reweighted_contexts(
 
     Args:
         data: with the observational set and one set per concept.
-        base: whose denoiser looks at the pictures.
-        model: the denoiser with a fresh adapter.
         arguments: the run's settings.
         accelerator: of the run.
+        look: rows -> features (N, D) that tell what was intervened on; called only where ratios are estimated.
+        made_from: what they depend on, as JSON, beside the contexts of the rows; another run's are refused.
 
     Raises:
         ValueError: for combinations that cannot be made, or a folder that holds another run's.
@@ -60,7 +62,7 @@ def add_reweighted_contexts(
     key = {
         "rows": blake2b("\n".join(contexts).encode(), digest_size=8).hexdigest(),
         "seed": arguments.seed,
-        "resolution": arguments.resolution,
+        **made_from,
         "combinations": [str(context) for context in wanted],
     }
     if path.exists() and (checkpoint_steps(output_dir) or not accelerator.is_main_process):
@@ -79,9 +81,8 @@ def add_reweighted_contexts(
         raise FileNotFoundError(f"{path} is not here. All processes must share the folder --output_dir.")
     else:
         output_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is found now
-        resolution = arguments.resolution or base.default_resolution
         with accelerator.autocast():
-            features = denoiser_features(base, model, data.rows[data.image_column], resolution, len(data.concepts))
+            features = look(data.rows)
         drawn = reweight(
             features,
             contexts,

@@ -196,13 +196,13 @@ def test_other_column_names(root, streaming):
         {"pic": pictures, "do": ["obs", "a"] * 5 + ["b"], "text": ["t"] * 11, "caption": ["old"] * 11}
     ).cast_column("pic", Image())
     dataset = dataset.to_iterable_dataset() if streaming else dataset
-    names = {"context_column": "do", "image_column": "pic"}
+    names = {"context_column": "do", "content_column": "pic"}
     data = from_dataset(dataset, concepts=("a", "b"), caption_column="text", **names)
 
     assert set(data.rows.column_names) == {"pic", "context", "caption"}
     row = next(iter(data.rows))
     assert isinstance(row["pic"], PIL.Image.Image)
-    assert (row["context"], row["caption"], data.image_column) == ("", "t", "pic")
+    assert (row["context"], row["caption"], data.content_column) == ("", "t", "pic")
     assert not from_dataset(dataset, concepts=("a", "b"), **names).has_captions
 
 
@@ -224,12 +224,12 @@ def test_dataset_errors():
     rows = table(["obs", "a"], text=[["x"], ["y"]])
     with pytest.raises(ValueError, match="no column 'ctx' .context_column=.. Its columns: 'image', 'context', 'text'"):
         from_dataset(rows, context_column="ctx")
-    with pytest.raises(ValueError, match="no column 'pixels' .image_column=.. .* Name one of them, or add the column"):
-        from_dataset(rows, image_column="pixels")
+    with pytest.raises(ValueError, match="no column 'pixels' .content_column=.. .* Name one of them, or add"):
+        from_dataset(rows, content_column="pixels")
     with pytest.raises(ValueError, match="no column 'words' .caption_column=."):
         from_dataset(rows, caption_column="words")
     with pytest.raises(ValueError, match="must be three different columns"):
-        from_dataset(rows, image_column="context")
+        from_dataset(rows, content_column="context")
     with pytest.raises(ValueError, match="caption column 'text' holds List.* must hold one text per row"):
         from_dataset(rows, caption_column="text")
     with pytest.raises(TypeError, match="DatasetDict is not a dataset. .* Choose one of its splits: 'train'"):

@@ -10,7 +10,8 @@ from PIL import Image
 from hf_causal_context.data import load_folders
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.bases import load_base
-from hf_causal_context.training.batches import DenoiserBatches, parse_weights, read_picture
+from hf_causal_context.training.batches import DenoiserBatches, read_picture
+from hf_causal_context.training.weights import parse_weights
 
 from .small import CONTEXTS, settings, write_folders
 

@@ -11,6 +11,7 @@ from hf_causal_context.data import density_ratios, load_folders, reweighting
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.bases import load_base
 from hf_causal_context.training.batches import DenoiserBatches, read_picture
+from hf_causal_context.training.features import denoiser_features
 from hf_causal_context.training.finetune import attach_adapter, train
 from hf_causal_context.training.reweighting import FILE, add_reweighted_contexts
 from hf_causal_context.training.trainer import make_accelerator
@@ -39,8 +40,13 @@ def add(given, **changes):
     base = load_base(arguments.pretrained_model_name_or_path)
     data = load_folders(arguments.train_data_dir, streaming=arguments.streaming)
     accelerator = make_accelerator(arguments)
-    model = attach_adapter(base, data, arguments)
-    return add_reweighted_contexts(data, base, model, arguments, accelerator), base, arguments
+    model = attach_adapter(base.denoiser, data, arguments)
+    made_from = {"resolution": arguments.resolution}
+
+    def look(rows):
+        return denoiser_features(base, model, rows["image"], base.default_resolution, len(data.concepts))
+
+    return add_reweighted_contexts(data, arguments, accelerator, look, made_from), base, arguments
 
 
 @pytest.mark.parametrize("weights", [[], ["slant+thick=2"]])

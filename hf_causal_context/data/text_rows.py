@@ -1,0 +1,127 @@
+"""Rows of texts: the shapes that TRL knows, what can be wrong with a row, and the files that hold them."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from datasets import Features, Json, LargeList, List, Value
+
+TEXT_SUFFIXES = frozenset({".txt", ".jsonl"})
+
+# The columns of each shape; where a row has several, the first counts.
+_SHAPES = (("messages",), ("prompt", "completion"), ("text",))
+_TEXT = Value("string")
+_MESSAGES = List({"role": Value("string"), "content": Value("string")})
+_ALLOWED = {"text": "text", "messages": "a list of messages"}
+
+
+def text_columns(names: Collection[str]) -> tuple[str, ...]:
+    """The columns with the texts, among those of a row or a dataset; none if there is no complete shape."""
+    return next((columns for columns in _SHAPES if set(columns) <= set(names)), ())
+
+
+def columns_of(content_column: str) -> tuple[str, ...]:
+    """All columns with texts, given the first; none if it is no such column."""
+    return next((columns for columns in _SHAPES if columns[0] == content_column), ())
+
+
+def is_text(feature: object) -> bool:
+    """Whether a column holds one text per row."""
+    return isinstance(feature, Value) and "string" in feature.dtype
+
+
+def holds_messages(feature: object) -> bool:
+    """Whether a column holds a list of messages per row; only reading tells it of JSON."""
+    if not isinstance(feature, List | LargeList):
+        return False
+    item = cast(object, feature.feature)
+    return isinstance(item, Json) or (
+        isinstance(item, Mapping) and all(is_text(item.get(key)) for key in ("role", "content"))
+    )
+
+
+def row_features(row: Mapping[str, Any]) -> Features:
+    """The shape of a row that `read_texts` yields."""
+    return Features({column: _TEXT if isinstance(value, str) else _MESSAGES for column, value in row.items()})
+
+
+def row_problem(row: Mapping[str, Any]) -> str | None:
+    """What is wrong with a row of texts and nothing else, if anything. Only prompts may be empty text."""
+    for column, value in row.items():
+        if problem := _problem(column, value):
+            return f"{column!r} {problem}"
+    if len({isinstance(value, str) for value in row.values()}) > 1:
+        return "of 'prompt' and 'completion' one is text and the other a list of messages"
+    return None
+
+
+def _problem(column: str, value: object) -> str | None:
+    if isinstance(value, str) and column != "messages":
+        return None if value.strip() or column == "prompt" else "is empty"
+    if not isinstance(value, list) or column == "text":
+        return f"must be {_ALLOWED.get(column, 'text or a list of messages')}; received {reprlib.repr(value)}"
+    for number, message in enumerate(value):
+        known = message if isinstance(message, Mapping) else {}
+        if not (known.get("role") and isinstance(known["role"], str) and isinstance(known.get("content"), str)):
+            return f"has a message {number} without 'role' and 'content' as text: {reprlib.repr(message)}"
+    if not value:
+        return "has no messages"
+    return None if column == "prompt" or any(message["content"].strip() for message in value) else "is empty"
+
+
+def read_texts(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers and rows of a file: of .txt one text per line, of .jsonl one object; blank lines are skipped.
+
+    Raises:
+        ValueError: for a line that is not UTF-8, not JSON, or has no text; it names file and line.
+    """
+    parse: Callable[[str], dict[str, Any]] = _parse_object if path.suffix.lower() == ".jsonl" else _parse_text
+    # Bytes, because text mode would also end lines where Unicode does.
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                if line.strip():
+                    yield number, parse(line)
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"Line {number} of {str(path)!r} is not UTF-8 ({error.reason}). Save the file as UTF-8."
+                ) from None
+            except ValueError as error:
+                raise ValueError(f"Line {number} of {str(path)!r}: {error}.") from None
+
+
+def _parse_text(line: str) -> dict[str, Any]:
+    return {"text": line}
+
+
+def _parse_object(line: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error}). Write one object per line") from None
+    columns = text_columns(entry) if isinstance(entry, dict) else ()
+    if not columns:
+        raise ValueError(
+            'it must be {"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}; received '
+            f"{reprlib.repr(entry)}"
+        )
+    if problem := row_problem({column: entry[column] for column in columns}):
+        raise ValueError(f"{problem}. Correct or remove the line")
+    row = {column: _plain(entry[column]) for column in columns}
+    if "\\ud" in line.lower():
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"half a character ({error.object[error.start]!a}). Correct or remove the line") from None
+    return row
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
+    return [{"role": message["role"], "content": message["content"]} for message in value]

@@ -1,0 +1,183 @@
+"""Interventional texts: folders of files, one per context, and datasets with a context column."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
+
+from ..contexts import ConceptSet, ContextLike
+from .columns import Rows, known_features, require_columns
+from .folders import METADATA, context_folders, visible_files
+from .interventional import InterventionalData, from_dataset
+from .text_rows import TEXT_SUFFIXES, holds_messages, is_text, read_texts, row_features, text_columns
+
+_PIECE_ROWS = 10_000
+
+
+def load_text_folders(
+    root: str | Path,
+    *,
+    concepts: Sequence[str] | ConceptSet | None = None,
+    observational_name: str = "obs",
+    joint_separator: str = "+",
+    held_out_contexts: Iterable[ContextLike] = (),
+    training_contexts: Iterable[ContextLike] | None = None,
+    streaming: bool = False,
+) -> InterventionalData:
+    """Read one folder of texts per context; folders are named as for `load_folders`.
+
+    Each ``.txt`` holds one text per line, each ``.jsonl`` (but ``metadata.jsonl``, which is for pictures) one object
+    per line: ``{"text"}``, ``{"prompt", "completion"}`` or ``{"messages"}``, the latter with ``role`` and ``content``;
+    prompts and completions may be lists of messages, too. Other keys are ignored. All rows must have one shape.
+
+    With `streaming`, all but the first row of each file is read and checked when it is used.
+
+    Raises:
+        FileNotFoundError: for a missing root.
+        ValueError: for no folders, folders or files without texts, two folders of one context, a bad line (with file
+            and number), rows of different shapes, and what `from_dataset` raises.
+    """
+    folders = context_folders(Path(root), observational_name, joint_separator, "texts")
+    places = [(str(file), context) for context, folder in folders.items() for file in _text_files(folder)]
+    features = _common_features([file for file, _ in places])
+    # Contexts are told apart and checked before the texts are read: file by file instead of row by row.
+    files = from_dataset(
+        Dataset.from_dict({"text": [file for file, _ in places], "context": [context for _, context in places]}),
+        concepts=concepts,
+        content_column="text",
+        observational_name=observational_name,
+        held_out_contexts=held_out_contexts,
+        training_contexts=training_contexts,
+    )
+    rows = _read(files.rows, features, streaming)
+    return replace(
+        files,
+        rows=rows,
+        held_out={context: _read(chosen, features, streaming) for context, chosen in files.held_out.items()},
+        counts=dict(Counter(rows["context"][:])) if isinstance(rows, Dataset) else None,
+        content_column=next(iter(features)),
+    )
+
+
+def texts_from_dataset(
+    dataset: Rows,
+    *,
+    text_column: str = "text",
+    concepts: Sequence[str] | ConceptSet | None = None,
+    context_column: str = "context",
+    observational_name: str = "obs",
+    held_out_contexts: Iterable[ContextLike] = (),
+    training_contexts: Iterable[ContextLike] | None = None,
+) -> InterventionalData:
+    """Read a dataset of texts; contexts, concepts and streams are those of `from_dataset`.
+
+    The texts are in the column "messages", else in "prompt" and "completion", else in `text_column`, which is renamed
+    to "text".
+
+    Raises:
+        TypeError, ValueError: for columns that are missing or hold something else, and what `from_dataset` raises.
+    """
+    dataset, features = known_features(dataset)
+    columns = text_columns(features)
+    if columns in ((), ("text",)):
+        columns = (text_column,)
+        require_columns(features, {text_column: "text_column=; or 'messages', or 'prompt' and 'completion'"})
+    _check_features(features, columns)
+    data = from_dataset(
+        dataset,
+        concepts=concepts,
+        context_column=context_column,
+        content_column=columns[0],
+        observational_name=observational_name,
+        held_out_contexts=held_out_contexts,
+        training_contexts=training_contexts,
+    )
+    if columns != (text_column,) or text_column == "text":
+        return data
+    return replace(
+        data,
+        rows=_renamed(data.rows, text_column),
+        held_out={context: _renamed(rows, text_column) for context, rows in data.held_out.items()},
+        content_column="text",
+    )
+
+
+def _text_files(folder: Path) -> list[Path]:
+    files = sorted(path for path in visible_files(folder, TEXT_SUFFIXES) if path.name != METADATA)
+    if not files:
+        raise ValueError(
+            f"The folder {str(folder)!r} has no texts. Allowed are .txt, with one text per line, and .jsonl, with one "
+            f"object per line, but not {METADATA}. Add texts, or remove the folder."
+        )
+    return files
+
+
+def _common_features(files: list[str]) -> Features:
+    """The shape of the first row of each file."""
+    expected = Features()
+    for file in files:
+        line, row = next(read_texts(Path(file)), (0, {}))
+        if not row:
+            raise ValueError(f"The file {file!r} has no texts. Add some, or remove it.")
+        expected = expected or row_features(row)
+        _check_shape(row, expected, line, file, files[0])
+    return expected
+
+
+def _check_shape(row: dict[str, Any], expected: Features, line: int, file: str, first: str) -> None:
+    if (found := row_features(row)) != expected:
+        raise ValueError(
+            f"Line {line} of {file!r} has {_shape(found)}, but {first!r} has {_shape(expected)}. All rows must have "
+            "one shape: change one of the two."
+        )
+
+
+def _shape(features: Features) -> str:
+    kind = "lists of messages" if not is_text(next(iter(features.values()))) else "text"
+    return f"{' and '.join(map(repr, features))} ({kind})"
+
+
+def _read(files: Rows, features: Features, streaming: bool) -> Rows:
+    assert isinstance(files, Dataset)
+    chosen = list(zip(files["text"][:], files["context"][:], strict=True))
+    with_context = Features({**features, "context": Value("string")})
+    given = {"files": chosen, "expected": features, "first": chosen[0][0]}
+    if streaming:
+        return IterableDataset.from_generator(_rows, features=with_context, gen_kwargs=given)
+    rows = _rows(**given)
+    # Piece by piece: as Python objects, texts take several times the memory.
+    pieces = iter(lambda: list(itertools.islice(rows, _PIECE_ROWS)), [])
+    return concatenate_datasets([Dataset.from_list(piece, features=with_context) for piece in pieces])
+
+
+def _rows(files: list[tuple[str, str]], expected: Features, first: str) -> Iterator[dict[str, Any]]:
+    for file, context in files:
+        for line, row in read_texts(Path(file)):
+            _check_shape(row, expected, line, file, first)
+            yield {**row, "context": context}
+
+
+def _check_features(features: Features, columns: tuple[str, ...]) -> None:
+    texts = all(is_text(features[column]) for column in columns)
+    messages = all(holds_messages(features[column]) for column in columns)
+    if columns == ("messages",):
+        fits, allowed = messages, "a list of messages, each with 'role' and 'content'. Map it first."
+    elif len(columns) > 1:
+        fits, allowed = texts or messages, "both one text per row, or both a list of messages. Map them first."
+    else:
+        fits, allowed = texts, "one text per row. Name another with text_column=, or map it first."
+    if not fits:
+        held = " and ".join(f"{column!r} holds {features[column]}" for column in columns)
+        raise ValueError(f"The column {held}; it must hold {allowed}")
+
+
+def _renamed(rows: Rows, text_column: str) -> Rows:
+    if "text" in (rows.column_names or ()):
+        rows = rows.remove_columns("text")
+    return rows.rename_column(text_column, "text")

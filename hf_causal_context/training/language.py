@@ -1,0 +1,215 @@
+"""Language models: a causal or encoder-decoder model of transformers and interventional texts -> an adapter."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate.utils import set_seed
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..contexts import ConceptSet, Context
+from ..data import InterventionalData, check_data
+from ..data.reweighting import check_sets
+from ..hub import write_text_card
+from .arguments import TextArguments
+from .checkpoints import write_files
+from .finetune import attach_adapter, base_name
+from .grids import validation_contexts
+from .language_objective import LanguageModelingObjective, perplexity
+from .load_data import load_text_data
+from .reweighting import add_reweighted_contexts
+from .text_batches import Collation, TextBatch, TextBatches, tokenise_all, tokenised
+from .text_features import text_features, tokens_digest
+from .text_samples import sample_prompt, sample_texts, write_texts
+from .tokens import Tokenisation, TokenRow, check_packing, prepare_tokenizer, row_length
+from .trainer import fit, make_accelerator
+
+_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_HELD_OUT_ROWS = 200  # of each context, for its perplexity
+
+
+def train_text(
+    arguments: TextArguments,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    data: InterventionalData | None = None,
+) -> Path:
+    """Fine-tune an adapter on a frozen language model and return the folder that holds it and the tokenizer.
+
+    Args:
+        arguments: the settings; `hf-causal-context train-text` makes them from its command line.
+        model: a base that is loaded already, instead of the one that `arguments` name.
+        tokenizer: its tokenizer; loaded from where `arguments` say by default.
+        data: data that is loaded already, instead of what `arguments` name.
+
+    Raises:
+        ValueError: for data that cannot be trained on, or arguments that do not fit the base.
+        TrainingDivergedError, TrainingInterrupted, CheckpointError, FileNotFoundError: see `fit`.
+    """
+    accelerator = make_accelerator(arguments)
+    if model is None:
+        check_language_model(arguments.pretrained_model_name_or_path, arguments.revision)
+    data = data if data is not None else load_text_data(arguments)
+    if data.streaming and arguments.max_train_steps is None:
+        raise ValueError("A stream has no known length, so it has no epochs. Give --max_train_steps.")
+    if accelerator.is_main_process:
+        report = check_data(data)
+        print(report.table(), flush=True)
+        report.raise_for_errors()
+    if model is None:
+        model = load_language_model(
+            arguments.pretrained_model_name_or_path, arguments.revision, _DTYPES[accelerator.mixed_precision]
+        )
+    if tokenizer is None:
+        tokenizer = cast(
+            PreTrainedTokenizerBase,
+            AutoTokenizer.from_pretrained(arguments.pretrained_model_name_or_path, revision=arguments.revision),
+        )
+    prepare_tokenizer(tokenizer, model, arguments.pad_token)
+    encoder_decoder = bool(model.config.is_encoder_decoder)
+    tokenise = Tokenisation(
+        tokenizer,
+        data.content_column,
+        encoder_decoder=encoder_decoder,
+        max_length=row_length(model, arguments.max_length),
+        completion_only=arguments.completion_only_loss,
+    )
+    prompt = sample_prompt(model, data, tokenise, arguments) if arguments.num_validation_texts else []
+    model.to(cast(Any, accelerator.device))
+    if arguments.packing:
+        check_packing(model, arguments.train_batch_size)
+    collation = partial(
+        Collation,
+        cast(int, tokenizer.pad_token_id),
+        accelerator.device,
+        decoder_inputs=cast(Any, model).prepare_decoder_input_ids_from_labels if encoder_decoder else None,
+    )
+    collate = collation(packed=arguments.packing)
+    process = (accelerator.process_index, accelerator.num_processes)
+    rows = tokenise_all(data.rows, tokenise, quiet=process[0] > 0) if isinstance(data.rows, Dataset) else None
+    held_out = {
+        context: list(tokenised(itertools.islice(rows, _HELD_OUT_ROWS), tokenise))
+        for context, rows in data.held_out.items()
+    }
+    shown = validation_contexts(arguments, arguments.observational_name, data.concepts, data.held_out)
+    set_seed(arguments.seed)  # the adapter's initial weights
+    adapted = attach_adapter(model, data, arguments, task_type="SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM")
+    if arguments.reweighted_contexts:
+        assert rows is not None  # the arguments refuse streams
+        with accelerator.main_process_first():  # it estimates what the others read
+            look = partial(_features, adapted, rows, collation(), data.concepts)
+            made_from = {"tokens": tokens_digest(rows)}
+            data = add_reweighted_contexts(data, arguments, accelerator, look, made_from)
+    batches = TextBatches(data, tokenise, collate, arguments, *process, rows)
+    num_steps = arguments.max_train_steps or arguments.num_train_epochs * arguments.steps_per_epoch(
+        cast(int, batches.num_rows), accelerator.num_processes
+    )
+    if arguments.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def validate(step: int) -> None:
+        values = {
+            f"validation_perplexity/{context or arguments.observational_name}": perplexity(
+                adapted, _chunks(rows, data.concepts.mask([Context.parse(context)]), collate, arguments)
+            )
+            for context, rows in held_out.items()
+        }
+        if values:
+            accelerator.log(values, step=step)
+        if prompt:
+            texts = sample_texts(adapted, tokenise, prompt, shown, arguments)
+            begin = cast(str, tokenizer.decode(prompt))
+            write_texts(accelerator, arguments.output_dir, begin, texts, shown, arguments.observational_name, step)
+
+    folder = fit(accelerator, adapted, LanguageModelingObjective(), batches, arguments, num_steps, validate)
+    if accelerator.is_main_process:
+        write_files(folder, "tokenizer_config.json", tokenizer.save_pretrained)
+        write_text_card(
+            folder,
+            concepts=data.concepts.names,
+            base=base_name(arguments),
+            auto_class=f"AutoPeftModelFor{'Seq2SeqLM' if encoder_decoder else 'CausalLM'}",
+            inputs=_example_inputs(data, arguments.validation_prompt),
+            reweighted=tuple(data.reweighted),
+        )
+    return folder
+
+
+def load_language_model(name_or_path: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a base from a folder or the Hub; only safetensors, and no code from the repository.
+
+    Raises:
+        OSError, ValueError: what `check_language_model` raises.
+    """
+    config = check_language_model(name_or_path, revision)
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return auto_class.from_pretrained(name_or_path, revision=revision, dtype=dtype, use_safetensors=True)
+
+
+def check_language_model(name_or_path: str, revision: str | None) -> PreTrainedConfig:
+    """The configuration of a base, without loading it.
+
+    Raises:
+        OSError: for something that transformers cannot read.
+        ValueError: for a model that does not write text.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"{name_or_path!r} is no model of transformers: {error} The base of train-text is a causal or "
+            "encoder-decoder language model. An adapter of a diffusers pipeline is trained by `hf-causal-context "
+            "train`."
+        ) from error
+    mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in mapping:
+        raise ValueError(
+            f"{name_or_path!r} is a {config.model_type}, which is neither a causal nor an encoder-decoder language "
+            "model. Choose a base that writes text."
+        )
+    return config
+
+
+def _features(
+    model: PeftModel, tokens: Sequence[TokenRow], collate: Collation, concepts: ConceptSet, rows: Dataset
+) -> Tensor:
+    """What the base sees in rows with these tokens, (N, D)."""
+    return text_features(model, tokens, collate, check_sets(rows["context"], concepts))
+
+
+def _chunks(
+    rows: Sequence[TokenRow], mask: Tensor, collate: Collation, arguments: TextArguments
+) -> Iterator[TextBatch]:
+    """Rows of one context, mask (1, K), in batches."""
+    for start in range(0, len(rows), arguments.train_batch_size):
+        some = rows[start : start + arguments.train_batch_size]
+        yield collate(some, mask.expand(len(some), -1))
+
+
+def _example_inputs(data: InterventionalData, prompt: str) -> str:
+    """Python code for the card."""
+    prompt = json.dumps(prompt or "Once upon a time", ensure_ascii=False)
+    if isinstance(next(iter(data.rows))[data.content_column], str):
+        return f'tokenizer({prompt}, return_tensors="pt")'
+    messages = f'[{{"role": "user", "content": {prompt}}}]'
+    options = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'
+    return f"tokenizer.apply_chat_template({messages}, {options})"

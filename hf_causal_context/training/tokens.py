@@ -1,0 +1,322 @@
+"""Text rows -> token ids and labels, and several texts in one row.
+
+Rows have a "text", "messages", or a "prompt" with its "completion" (both text, or both messages).
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from jinja2 import TemplateError
+from numpy.typing import NDArray
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..contexts import quoted
+
+IGNORED = -100
+DEFAULT_MAX_LENGTH = 1024
+# Under these names configurations hold the number of positions that a model knows.
+_MAXIMA = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+_SHAPES = ("text", "messages", "prompt")
+
+Ids = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One row for a model.
+
+    `ids` (T,): the input, of an encoder-decoder that of the encoder. `labels` (T,), or (L,) for a decoder: the ids to
+    learn, -100 where nothing is learnt. `lengths`: those of the texts in the row.
+    """
+
+    ids: Ids
+    labels: Ids
+    lengths: tuple[int, ...]
+
+
+class Tokenisation:
+    """How rows become tokens for one model.
+
+    A causal model's text ends with the end-of-sequence token, unless it is cut on the right; conversations end as their
+    chat template says. An encoder-decoder reads the prompt and learns the completion.
+
+    Args:
+        tokenizer: with a padding token.
+        content_column: "text", "messages" or "prompt".
+        encoder_decoder: whether the model is one.
+        max_length: tokens per row, of an encoder-decoder on each side.
+        completion_only: learn completions only, of messages the last one; None: where there are prompts.
+
+    Raises:
+        ValueError: for rows that such a model cannot learn from.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        content_column: str,
+        *,
+        encoder_decoder: bool = False,
+        max_length: int = DEFAULT_MAX_LENGTH,
+        completion_only: bool | None = None,
+    ) -> None:
+        if content_column not in _SHAPES:
+            raise ValueError(
+                f"Rows of the column {content_column!r} are no texts. Needed are rows with 'text', 'messages', or "
+                "'prompt' and 'completion'."
+            )
+        if encoder_decoder and content_column != "prompt":
+            raise ValueError(
+                f"An encoder-decoder reads a prompt and learns its completion, but the rows have {content_column!r}. "
+                "Give them the columns 'prompt' and 'completion', or take a causal model."
+            )
+        if encoder_decoder and completion_only is False:
+            raise ValueError(
+                "--completion_only_loss=False: an encoder-decoder learns completions only. Leave it out, or take a "
+                "causal model."
+            )
+        if completion_only and content_column == "text":
+            raise ValueError(
+                "--completion_only_loss: the rows have 'text', without completions. Give them 'prompt' and "
+                "'completion', or 'messages', or leave it out."
+            )
+        self.tokenizer, self.content_column, self.max_length = tokenizer, content_column, max_length
+        self.encoder_decoder = encoder_decoder
+        self.completion_only = content_column == "prompt" if completion_only is None else completion_only
+
+    def __call__(self, row: Mapping[str, Any]) -> TokenRow:
+        """The tokens of a row.
+
+        Raises:
+            ValueError: for a row of which nothing is left to learn, or one that is not as described above.
+        """
+        prompt, completion = self._ids(*self._parts(row))
+        if self.encoder_decoder:
+            if not prompt or not completion:
+                raise ValueError(f"The {'completion' if prompt else 'prompt'} has no tokens. Remove the row.")
+            labels = completion[: self.max_length]
+            return TokenRow(np.array(prompt, np.int32), np.array(labels, np.int32), (len(prompt),))
+        if prompt and len(prompt) >= self.max_length:
+            raise ValueError(
+                f"The prompt has {len(prompt)} tokens of --max_length={self.max_length}, which leaves no room for the "
+                "completion. Raise it, or shorten the prompt."
+            )
+        ids = np.array((prompt + completion)[: self.max_length], np.int32)
+        labels = ids
+        if self.completion_only:
+            labels = ids.copy()
+            labels[: len(prompt)] = IGNORED
+        if not (labels[1:] != IGNORED).any():
+            raise ValueError(
+                f"There is nothing to learn: {len(prompt)} tokens of prompt, {len(completion)} of text. The first "
+                "token of a row has nothing before it. Remove the row."
+            )
+        return TokenRow(ids, labels, (len(ids),))
+
+    def prompt_ids(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+        """The tokens that a completion follows, as in training."""
+        if isinstance(prompt, str):
+            ids = self._tokens(prompt)
+            if self.encoder_decoder:
+                return ids if len(ids) <= self.max_length else self._cut(ids)
+            if self._ends(ids) and not prompt.endswith(str(self.tokenizer.eos_token)):
+                del ids[-1]  # of tokenizers that end every text
+            return ids
+        return self._tokens(self._chat(prompt, add_generation_prompt=True), add_special_tokens=False)
+
+    def _ids(self, prompt: Any, completion: Any) -> tuple[list[int], list[int]]:
+        if isinstance(completion, str):
+            if self.encoder_decoder:
+                answer = self.tokenizer(text_target=completion)["input_ids"]
+                return self.prompt_ids(prompt), self._ended(list(answer))
+            if prompt is None:
+                return [], self._ended(self._tokens(completion))
+            return self.prompt_ids(prompt), self._ended(self._tokens(completion, add_special_tokens=False))
+        if prompt is None:
+            return [], self._tokens(self._chat(completion), add_special_tokens=False)
+        begin, whole = self._chat(prompt, add_generation_prompt=True), self._chat([*prompt, *completion])
+        if not whole.startswith(begin):
+            raise ValueError(
+                "The chat template writes the prompt in another way when the completion follows, so what the model "
+                "would see at inference is not what it learns. Use another template, or write the rows as text."
+            )
+        answer = self._tokens(whole.removeprefix(begin), add_special_tokens=False)
+        return self._tokens(begin, add_special_tokens=False), answer
+
+    def _parts(self, row: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Prompt and completion; no prompt where all is learnt alike."""
+        if self.content_column == "text":
+            return None, row["text"]
+        if self.content_column == "prompt":
+            prompt, completion = row["prompt"], row["completion"]
+            if isinstance(prompt, str) != isinstance(completion, str):
+                raise ValueError("prompt and completion must both be text, or both be messages.")
+            if self.encoder_decoder and not isinstance(prompt, str):
+                raise ValueError("An encoder-decoder takes prompt and completion as text, not as messages.")
+            return prompt, completion
+        messages = row["messages"]
+        if not self.completion_only:
+            return None, messages
+        if not messages or messages[-1]["role"] != "assistant":
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(
+                f"--completion_only_loss learns the last message, which must be the assistant's. Roles: {roles}."
+            )
+        return messages[:-1], messages[-1:]
+
+    def _tokens(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return list(cast(list[int], self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]))
+
+    def _chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> str:
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                "The rows are messages, but the tokenizer has no chat template. Take the model's instruction-tuned "
+                "version, set tokenizer.chat_template, or write the rows as 'text' or as 'prompt' and 'completion'."
+            )
+        plain = [dict(message) for message in messages]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                plain, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            raise ValueError(f"The chat template refuses these messages: {error}") from error
+        return cast(str, text)
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        """The first tokens of what an encoder reads; if it ends with the end of the sequence, it still does."""
+        return [*ids[: self.max_length - 1], ids[-1]] if self._ends(ids) else ids[: self.max_length]
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        eos = self.tokenizer.eos_token_id
+        return ids if eos is None or self._ends(ids) else [*ids, cast(int, eos)]
+
+    def _ends(self, ids: list[int]) -> bool:
+        return bool(ids) and ids[-1] == self.tokenizer.eos_token_id
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, pad_token: str | None) -> None:
+    """Give the tokenizer its padding token, and check that it fits the model.
+
+    Raises:
+        ValueError: without a padding token, with an unknown one, or for more tokens than the model has.
+    """
+    if pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
+            raise ValueError(
+                f"--pad_token={pad_token!r} is not in the tokenizer's vocabulary. Its special tokens: "
+                f"{quoted(tokenizer.all_special_tokens)}. Name one of its tokens."
+            )
+        tokenizer.pad_token = pad_token
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            "The tokenizer has no padding token. Name one of its tokens: --pad_token (tokenizer.pad_token in Python); "
+            f"its special tokens: {quoted(tokenizer.all_special_tokens)}. Padding is never learnt, so the "
+            "end-of-sequence token does."
+        )
+    embeddings: Any = model.get_input_embeddings()
+    if len(tokenizer) > embeddings.num_embeddings:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens, the model's embeddings {embeddings.num_embeddings}. Take the "
+            "tokenizer that belongs to the model."
+        )
+
+
+def known_positions(model: PreTrainedModel | PeftModel) -> int | None:
+    """How many tokens a row of this model may have; None where it does not say or does not mind."""
+    config = cast(Any, model).config.get_text_config()
+    if hasattr(config, "relative_attention_num_buckets"):  # T5: no position is too far away
+        return None
+    found = (getattr(config, name, None) for name in _MAXIMA)
+    return next((value for value in found if isinstance(value, int) and value > 0), None)
+
+
+def row_length(model: PreTrainedModel, max_length: int | None) -> int:
+    """Tokens per row: what was asked for, or the default within what the model allows.
+
+    Raises:
+        ValueError: for more than the model allows.
+    """
+    maximum = known_positions(model)
+    if max_length is not None and maximum is not None and max_length > maximum:
+        raise ValueError(f"--max_length={max_length}, but {type(model).__name__} knows {maximum} positions. Lower it.")
+    return max_length or min(DEFAULT_MAX_LENGTH, maximum or DEFAULT_MAX_LENGTH)
+
+
+def pack(rows: Sequence[TokenRow], max_length: int) -> list[TokenRow]:
+    """Fill rows of `max_length` tokens with several texts: the longest first, each where it fits best."""
+    packed: list[list[int]] = []
+    spaces: list[int] = []  # of rows that are not full, each size once, in order
+    with_space: defaultdict[int, list[int]] = defaultdict(list)
+    for number in sorted(range(len(rows)), key=lambda n: -len(rows[n].ids)):
+        length = len(rows[number].ids)
+        place = bisect.bisect_left(spaces, length)
+        if place == len(spaces):
+            space, row = max_length, len(packed)
+            packed.append([])
+        else:
+            space = spaces[place]
+            row = with_space[space].pop()
+            if not with_space[space]:
+                del spaces[place]
+        packed[row].append(number)
+        if left := space - length:
+            if not with_space[left]:
+                bisect.insort(spaces, left)
+            with_space[left].append(row)
+    return [_joined([rows[number] for number in numbers]) for numbers in packed]
+
+
+def _joined(rows: Sequence[TokenRow]) -> TokenRow:
+    labels = [row.labels.copy() for row in rows]
+    for label in labels:
+        label[0] = IGNORED  # the text before it is another one
+    ids = np.concatenate([row.ids for row in rows])
+    return TokenRow(ids, np.concatenate(labels), tuple(len(row.ids) for row in rows))
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel, batch_size: int = 2) -> None:
+    """Compare packed texts with the same texts alone, on the model itself.
+
+    transformers tells the texts of a row apart by their positions, where a model supports it and gets no mask; flash
+    attention only in batches of one row.
+
+    Raises:
+        ValueError: for a model whose texts would see each other.
+    """
+    name = type(model).__name__
+    refusal = f"--packing: {name} does not keep the texts of a row apart. Leave it out."
+    if model.config.is_encoder_decoder:
+        raise ValueError(refusal)
+    training, device = model.training, model.device
+    rows = min(batch_size, 2)
+    tokens = (
+        torch.arange(rows * 16, device=device).view(rows, 16) % cast(Any, model.get_input_embeddings()).num_embeddings
+    )
+    positions = torch.cat([torch.arange(7, device=device), torch.arange(9, device=device)]).expand(rows, -1)
+
+    def logits(ids: Tensor, **arguments: Any) -> Tensor:
+        return model(input_ids=ids, use_cache=False, **arguments).logits[:, -9:].float()
+
+    model.eval()
+    try:
+        alone, joined = logits(tokens[:, 7:]), logits(tokens)
+        packed = logits(tokens, position_ids=positions)
+    except TypeError as error:
+        raise ValueError(f"{refusal} ({error})") from error
+    finally:
+        model.train(training)
+    # What is left of the influence that the first text has on the second one without positions: 1e-6 where texts are
+    # kept apart, and rounding in half precision.
+    tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
+    if not (packed - alone).abs().max() <= tolerance * (joined - alone).abs().max():
+        raise ValueError(refusal)

@@ -1,0 +1,59 @@
+"""The shares of contexts in batches, as `--context_weights` gives them, or those of reweighted combinations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+
+from ..contexts import Context, quoted
+from ..data import InterventionalData
+from .arguments import AdapterArguments
+
+# Of a reweighted combination in batches, at most, beside 1 for a context with rows of its own.
+REWEIGHTED_SHARE = 0.5
+
+
+def batch_weights(data: InterventionalData, arguments: AdapterArguments) -> dict[str, float]:
+    """Context -> weight, where it is not 1: what was given, and a share for combinations drawn from other rows.
+
+    Raises:
+        ValueError: for weights of contexts that are not trained on, or numbers that are no shares.
+    """
+    given = parse_weights(arguments.context_weights, arguments.observational_name) or {}
+    check_weights(given, (*data.contexts, *data.reweighted), arguments.observational_name)
+    # Many combinations together count no more than the real contexts.
+    share = min(REWEIGHTED_SHARE, len(data.contexts) / max(1, len(data.reweighted)))
+    return dict.fromkeys(data.reweighted, share) | given
+
+
+def parse_weights(items: list[str], observational_name: str) -> dict[str, float] | None:
+    """``["obs=2", "thick+slant=0.5"]`` -> context -> weight; None for no items.
+
+    Raises:
+        ValueError: for something else.
+    """
+    weights = {}
+    for item in items:
+        name, _, number = item.rpartition("=")
+        try:
+            weights[str(Context.parse("" if name == observational_name else name))] = float(number)
+        except ValueError:
+            raise ValueError(f"--context_weights {item!r} must be a context and a number, such as obs=2.") from None
+    return weights or None
+
+
+def check_weights(given: Mapping[str, float], contexts: Collection[str], observational_name: str) -> None:
+    """Refuse weights of contexts that are not trained on, and numbers that are no shares.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    if stray := sorted(set(given) - set(contexts)):
+        known = ", ".join(context or observational_name for context in contexts)
+        raise ValueError(f"--context_weights names {quoted(stray)}, which is not trained on. Contexts: {known}.")
+    if not all(0 <= weight < math.inf for weight in given.values()) or not any(given.get(c, 1) for c in contexts):
+        items = " ".join(f"{context or observational_name}={weight:g}" for context, weight in given.items())
+        raise ValueError(
+            f"--context_weights {items} must be finite numbers, none negative and not all zero: shares of contexts in "
+            "batches."
+        )

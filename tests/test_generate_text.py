@@ -1,0 +1,299 @@
+"""Texts in chosen contexts, from Python and from the command line."""
+
+import json
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from hf_causal_context import CausalContextConfig, Context
+from hf_causal_context.cli import main
+from hf_causal_context.generate_text import generate_texts
+
+from .training.conftest import pipeline_folder  # noqa: F401 (a fixture)
+from .training.small_language import language_model, word_tokenizer
+
+CONTEXTS = [Context(), Context("formal"), Context("formal", "loud"), Context({"formal": 0.5, "loud": -2.0})]
+PROMPT = "the dog ran"
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def talkative(name):
+    """A tiny model that does not say the same whatever it reads, and seldom ends."""
+    model = language_model(name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.5)
+    return model
+
+
+def adapted(name, **kwargs):
+    model = talkative(name)
+    task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    given = {"concepts": ("formal", "loud"), "task_type": task, "init_weights": False, "mechanism": "reduced"}
+    return get_peft_model(model, CausalContextConfig(**given | kwargs)).eval()
+
+
+@pytest.fixture(params=["llama", "t5", "bart"])
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Saves a model, its tokenizer and its adapter, and returns the adapter's folder."""
+
+    def save(name="llama", tokenizer=None, with_adapter=False, **kwargs):
+        model, base = adapted(name, **kwargs), tmp_path / "base"
+        talkative(name).save_pretrained(base)
+        tokenizer = word_tokenizer() if tokenizer is None else tokenizer
+        tokenizer.save_pretrained(tmp_path / "adapter" if with_adapter else base)
+        model.peft_config["default"].base_model_name_or_path = str(base)
+        model.save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter"
+
+    return save
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Runs the command and returns its status, its rows and what it printed."""
+
+    def call(adapter, *options, contexts=("obs", "formal", "formal+loud", "formal=0.5,loud=-2"), prompt=PROMPT):
+        file = tmp_path / "made" / "texts.jsonl"
+        arguments = ["generate-text", "--adapter", str(adapter), "--contexts", *contexts, "--prompt", prompt]
+        status = main([*arguments, "--output_file", str(file), "--max_new_tokens", "8", *options])
+        rows = [json.loads(line) for line in file.read_text().splitlines()] if status == 0 else None
+        return status, rows, capsys.readouterr()
+
+    return call
+
+
+def alone(model, tokenizer, context, **kwargs):
+    """The text of one context from a plain call of generate."""
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    output = model.generate(
+        input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, context=context, max_new_tokens=8, **kwargs
+    )[0]
+    start = 0 if model.config.is_encoder_decoder else inputs.input_ids.shape[1]
+    return tokenizer.decode(output[start:], skip_special_tokens=True)
+
+
+def test_contexts_in_one_batch_are_those_of_separate_calls(name):
+    model, tokenizer = adapted(name), word_tokenizer()
+    prompts = ["a cat sat on the mat", PROMPT]
+    texts = generate_texts(model, tokenizer, prompts, CONTEXTS, max_new_tokens=8, seed=None)
+    assert [len(row) for row in texts] == [4, 4]
+    assert texts[1] == [alone(model, tokenizer, context, do_sample=False) for context in CONTEXTS]
+    assert len(set(texts[1])) > 1
+
+
+def test_draws_follow_the_seed_and_leave_the_random_state():
+    model, tokenizer = adapted("llama"), word_tokenizer()
+
+    def draw(seed, **kwargs):
+        return generate_texts(model, tokenizer, [PROMPT], CONTEXTS[1:2], max_new_tokens=8, seed=seed, **kwargs)[0][0]
+
+    torch.manual_seed(3)
+    expected = alone(model, tokenizer, "formal", do_sample=True)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    assert draw(3) == draw(3) == expected
+    assert torch.equal(torch.get_rng_state(), state)
+    assert draw(4) != expected
+    likeliest = generate_texts(model, tokenizer, [PROMPT], CONTEXTS[1:2], max_new_tokens=8, seed=None)[0][0]
+    assert draw(3, temperature=1e-4) == draw(3, top_p=1e-6) == likeliest != expected
+
+
+def test_messages_go_through_the_chat_template():
+    model, tokenizer = adapted("llama"), word_tokenizer()
+    chat = [{"role": "user", "content": PROMPT}]
+    texts = generate_texts(
+        model, tokenizer, [chat, f"user : {PROMPT} </s>assistant :"], CONTEXTS, max_new_tokens=8, seed=None
+    )
+    assert texts[0] == texts[1]
+    plain = word_tokenizer(chat=False)
+    with pytest.raises(ValueError, match="the tokenizer has no chat template"):
+        generate_texts(model, plain, [chat], CONTEXTS, max_new_tokens=8, seed=None)
+
+
+def test_the_command_writes_a_line_per_seed_and_context(store, run, name):
+    adapter = store(name)
+    status, rows, printed = run(adapter, "--seeds", "3", "4")
+    assert status == 0, printed.err
+    assert [json.loads(line) for line in printed.out.splitlines()] == rows
+    assert [(row["context"], row["seed"]) for row in rows] == [
+        (context, seed) for seed in (3, 4) for context in ("obs", "formal", "formal+loud", "formal=0.5+loud=-2.0")
+    ]
+    assert {row["prompt"] for row in rows} == {PROMPT}
+    model, tokenizer = adapted(name), word_tokenizer()
+    for seed, part in ((3, rows[:4]), (4, rows[4:])):
+        [texts] = generate_texts(model, tokenizer, [PROMPT], CONTEXTS, max_new_tokens=8, seed=seed)
+        assert [row["text"] for row in part] == texts
+    assert [path.name for path in (adapter.parent / "made").iterdir()] == ["texts.jsonl"]
+
+
+def test_options_of_the_command(store, run):
+    adapter = store()
+    model, tokenizer = adapted("llama"), word_tokenizer()
+
+    def expected(prompt=PROMPT, **kwargs):
+        return generate_texts(model, tokenizer, [prompt], CONTEXTS[:2], max_new_tokens=8, **kwargs)[0]
+
+    two = {"contexts": ("none", "formal")}
+    _, rows, _ = run(adapter, "--greedy", "--observational_name", "none", **two)
+    assert [(row["context"], row["seed"]) for row in rows] == [("none", None), ("formal", None)]
+    assert [row["text"] for row in rows] == expected(seed=None)
+    _, rows, _ = run(adapter, "--temperature", "0.5", "--top_p", "0.8", "--observational_name", "none", **two)
+    assert [row["text"] for row in rows] == expected(seed=0, temperature=0.5, top_p=0.8)
+    _, rows, _ = run(adapter, "--chat", "--greedy", "--observational_name", "none", **two)
+    assert [row["text"] for row in rows] == expected([{"role": "user", "content": PROMPT}], seed=None)
+    assert rows[0]["prompt"] == PROMPT
+    _, rows, _ = run(adapter, "--dtype", "bfloat16", "--greedy", "--observational_name", "none", **two)
+    assert len(rows) == 2
+
+
+def test_the_adapters_tokenizer_comes_before_that_of_the_base(store, run):
+    adapter = store(with_adapter=True)  # the base has none
+    status, rows, printed = run(adapter, "--greedy")
+    assert status == 0, printed.err
+    texts = generate_texts(adapted("llama"), word_tokenizer(), [PROMPT], CONTEXTS, max_new_tokens=8, seed=None)
+    assert [row["text"] for row in rows] == texts[0]
+
+
+def test_no_padding_token_is_needed(store, run):
+    tokenizer = word_tokenizer()
+    tokenizer.pad_token = None
+    status, rows, printed = run(store(tokenizer=tokenizer))
+    assert status == 0, printed.err
+    assert len(rows) == 4
+
+
+def test_texts_of_different_lengths_end_where_they_end():
+    model, tokenizer = adapted("llama"), word_tokenizer()
+    for pad in ("<pad>", None):
+        tokenizer.pad_token = pad
+        for seed in range(20):
+            texts = generate_texts(model, tokenizer, [PROMPT], CONTEXTS, max_new_tokens=20, seed=seed)[0]
+            lengths = {len(text.split()) for text in texts}
+            if len(lengths) > 2:
+                break
+        assert len(lengths) > 2
+        assert not any("<" in text for text in texts)
+
+
+def test_an_empty_prompt(store, run):
+    model = adapted("llama")
+    begun = [
+        generate_texts(model, word_tokenizer(bos), [""], CONTEXTS, max_new_tokens=8, seed=None) for bos in (True, False)
+    ]
+    assert begun[0] == begun[1]
+    tokenizer = word_tokenizer()
+    tokenizer.bos_token = None
+    status, _, printed = run(store(tokenizer=tokenizer), prompt="")
+    assert status == 1
+    assert (
+        "The prompt is empty, and the tokenizer has no beginning-of-sequence token to begin with. Give a --prompt"
+        in printed.err
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "new", "message"),
+    [
+        ("llama", 3, 62, r"knows 64 positions, and the prompt has 3 tokens, so max_new_tokens=62 .* at most 61"),
+        ("gpt2", 64, 1, r"The prompt has 64 tokens, and the model knows 64 positions. Shorten it"),
+        ("bart", 65, 4, r"The prompt has 65 tokens, and the model reads 64. Shorten it"),
+        ("bart", 3, 65, r"max_new_tokens=65 is too much. Give at most 64"),
+        ("llama", 3, 0, r"max_new_tokens=0 must be at least 1"),
+    ],
+)
+def test_no_room(name, words, new, message):
+    prompt = " ".join(["dog"] * words)
+    with pytest.raises(ValueError, match=message):
+        generate_texts(adapted(name), word_tokenizer(), [PROMPT, prompt], CONTEXTS, max_new_tokens=new, seed=0)
+
+
+@pytest.mark.parametrize(("name", "words", "new"), [("llama", 3, 61), ("bart", 64, 64), ("t5", 80, 80)])
+def test_just_enough_room(name, words, new):
+    prompt = " ".join(["dog"] * words)
+    assert generate_texts(adapted(name), word_tokenizer(), [prompt], CONTEXTS, max_new_tokens=new, seed=0)
+
+
+def test_refusals(store, run, tmp_path, pipeline_folder, monkeypatch):  # noqa: F811
+    adapter = store()
+
+    def refused(message, *args, **kwargs):
+        status, _, printed = run(*args, **kwargs)
+        assert status == 1
+        assert message in printed.err
+        assert not (tmp_path / "made").exists()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_causal_context.generate_text.load_language_model", None)  # before anything is loaded
+        refused("Unknown concept 'joyful'", adapter, contexts=("joyful",))
+        refused("is no folder here, and no adapter was found", "no/adapter")
+    refused("which is not here. Give --pretrained_model_name_or_path", _renamed_base(adapter, "/nowhere/base"))
+    other = tmp_path / "other"
+    language_model("gpt2").save_pretrained(other)
+    word_tokenizer().save_pretrained(other)
+    refused("does not fit this GPT2LMHeadModel", adapter, "--pretrained_model_name_or_path", str(other))
+    refused("is no model of transformers", adapter, "--pretrained_model_name_or_path", str(pipeline_folder("ddpm")))
+
+
+def _renamed_base(adapter, name):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}))
+    return adapter
+
+
+def test_adapters_of_the_other_kind(store, run, tmp_path, capsys, pipeline_folder):  # noqa: F811
+    from hf_causal_context.training.bases import load_base
+
+    base = str(pipeline_folder("ddpm"))
+    model = get_peft_model(load_base(base).denoiser, CausalContextConfig(concepts=("formal",), init_weights=False))
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(tmp_path / "pictures")
+    status, _, printed = run(tmp_path / "pictures")
+    assert status == 1
+    assert "is an adapter of a diffusion model. `hf-causal-context generate` makes pictures" in printed.err
+    command = ["generate", "--adapter", str(store()), "--contexts", "obs", "--output_dir", str(tmp_path / "made")]
+    assert main(command) == 1
+    assert (
+        "is an adapter of a language model, not of a diffusers pipeline. `hf-causal-context generate-text`"
+        in capsys.readouterr().err
+    )
+    status, _, printed = run(_with_task(tmp_path / "adapter", "TOKEN_CLS"))
+    assert status == 1
+    assert "is an adapter for TOKEN_CLS, which writes no texts" in printed.err
+
+
+def _with_task(adapter, task):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"task_type": task}))
+    return adapter
+
+
+def test_the_file_is_complete_or_absent(store, run, tmp_path, monkeypatch):
+    adapter = store()
+    assert run(adapter, "--greedy")[0] == 0
+    file = tmp_path / "made" / "texts.jsonl"
+    before = file.read_text()
+
+    def interrupted(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.write_text", interrupted)
+        assert run(adapter, "--greedy", contexts=("formal",))[0] == 1
+    assert file.read_text() == before
+    assert [path.name for path in file.parent.iterdir()] == ["texts.jsonl"]
+    file.unlink()
+    file.mkdir()
+    status, _, printed = run(adapter)
+    assert status == 1
+    assert "is a folder. Give a file in it, such as texts.jsonl" in printed.err

@@ -1,0 +1,56 @@
+"""What the settings refuse, before any work is lost."""
+
+import dataclasses
+
+import pytest
+
+from hf_causal_context.training.arguments import AutoencoderArguments, TextArguments, TrainingArguments
+
+BASE = {"pretrained_model_name_or_path": "base", "output_dir": "out"}
+
+
+@pytest.mark.parametrize("settings", [TrainingArguments, TextArguments])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pretrained_model_name_or_path": ""}, "Missing: --pretrained_model_name_or_path. Give the base and the"),
+        ({"output_dir": ""}, "Missing: --output_dir. Give the base and the folder"),
+        ({"mechanism": "magic"}, "--mechanism=magic is unknown. Allowed: independent, reduced, structural"),
+        ({"concept_rank": 0}, "--concept_rank=0 must be at least 1"),
+        ({"learning_rate": 0.0}, "--learning_rate=0.0 must be positive"),
+        ({"mixed_precision": "fp8"}, "--mixed_precision=fp8 is unknown. Allowed: no, fp16, bf16"),
+    ],
+)
+def test_adapters_of_all_bases(settings, changes, message):
+    with pytest.raises(ValueError, match=message):
+        settings(**(BASE | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_length": 1}, "--max_length=1 must be at least 2"),
+        ({"num_validation_texts": -1}, "--num_validation_texts=-1 must be at least 0"),
+        ({"max_new_tokens": 0}, "--max_new_tokens=0 must be at least 1"),
+        (
+            {"packing": True, "streaming": True},
+            "--packing puts texts together before .* Leave --streaming or --packing",
+        ),
+    ],
+)
+def test_texts(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TextArguments(**(BASE | changes))
+
+
+@pytest.mark.parametrize(
+    ("settings", "needed"), [(TrainingArguments, BASE), (AutoencoderArguments, {"output_dir": "o"})]
+)
+def test_pictures(settings, needed):
+    with pytest.raises(ValueError, match="--num_validation_images=-1 must be at least 0"):
+        settings(**needed, num_validation_images=-1)
+
+
+def test_texts_are_asked_nothing_about_pictures():
+    names = {field.name for field in dataclasses.fields(TextArguments)}
+    assert names.isdisjoint({"num_validation_images", "image_column", "caption_column", "class_column", "resolution"})

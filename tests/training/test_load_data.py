@@ -1,0 +1,61 @@
+"""The texts that arguments name, and how they are told from pictures."""
+
+import pytest
+
+from hf_causal_context.data import load_text_folders
+from hf_causal_context.training.arguments import TextDataArguments
+from hf_causal_context.training.load_data import AnyDataArguments, load_any_data, load_text_data
+from tests.data.small import write_picture
+from tests.data.small_texts import rows_of, table, texts, write, write_text_folders
+
+
+def test_text_arguments_name_folders_or_a_dataset(tmp_path):
+    folders = load_text_folders(write_text_folders(tmp_path / "texts", "prompt"))
+    named = load_text_data(TextDataArguments(train_data_dir=str(tmp_path / "texts")))
+    assert rows_of(named) == rows_of(folders)
+    chosen = {"held_out_contexts": ["happy", "happy+long"], "concepts": ["long", "happy"], "streaming": True}
+    held_out = load_text_data(TextDataArguments(train_data_dir=str(tmp_path / "texts"), **chosen))
+    assert (held_out.contexts, held_out.concepts.names) == (("", "long"), ("long", "happy"))
+    assert held_out.streaming
+
+    table("text", text="body", context="do").save_to_disk(tmp_path / "saved")
+    saved = str(tmp_path / "saved")
+    dataset = load_text_data(TextDataArguments(dataset_name=saved, text_column="body", context_column="do", **chosen))
+    assert dataset.content_column == "text"
+    assert [row["text"] for row in dataset.held_out["happy"]] == texts("happy", 3)
+    rules = ["happy: do == 'happy' or do == 'happy+long'", "long: do == 'long'"]
+    with pytest.warns(UserWarning, match="selecting is not intervening"):
+        selected = load_text_data(TextDataArguments(dataset_name=saved, text_column="body", attribute_rules=rules))
+    assert selected.counts == {"": 4, "happy": 5, "long": 2}
+
+
+def test_one_source_and_rules_that_fit():
+    for both in ({}, {"train_data_dir": "a", "dataset_name": "b"}):
+        with pytest.raises(ValueError, match="Give the data as either --train_data_dir"):
+            load_text_data(TextDataArguments(**both))
+    with pytest.raises(ValueError, match="--attribute_rules make contexts .* without --train_data_dir and --concepts"):
+        load_text_data(TextDataArguments(train_data_dir="a", attribute_rules=["a: b == 1"]))
+    with pytest.raises(ValueError, match="--attribute_rules 'b == 1' must be a concept, a colon and a rule"):
+        load_text_data(TextDataArguments(dataset_name="a", attribute_rules=["b == 1"]))
+
+
+@pytest.mark.parametrize("shape", ["messages", "prompt"])
+def test_pictures_and_texts_are_told_apart(tmp_path, shape):
+    write_text_folders(tmp_path / "texts", "text")
+    assert load_any_data(AnyDataArguments(train_data_dir=str(tmp_path / "texts"))).content_column == "text"
+    for context in ("obs", "a"):
+        write_picture(tmp_path / "pictures" / context / "0.png")
+        write(tmp_path / "pictures" / context / "notes.txt", "Made by hand.")
+    assert load_any_data(AnyDataArguments(train_data_dir=str(tmp_path / "pictures"))).content_column == "image"
+
+    table(shape).save_to_disk(tmp_path / "rows")
+    assert load_any_data(AnyDataArguments(dataset_name=str(tmp_path / "rows"))).content_column == shape
+    table("text").save_to_disk(tmp_path / "unnamed")
+    with pytest.raises(ValueError, match="no column 'image'"):
+        load_any_data(AnyDataArguments(dataset_name=str(tmp_path / "unnamed")))
+    table("text").add_column("image", [1] * 11).save_to_disk(tmp_path / "captioned")
+    captioned = str(tmp_path / "captioned")
+    assert load_any_data(AnyDataArguments(dataset_name=captioned)).content_column == "image"
+    assert load_any_data(AnyDataArguments(dataset_name=captioned, text_column="text")).content_column == "text"
+    table(shape).add_column("image", [1] * 11).save_to_disk(tmp_path / "seen")
+    assert load_any_data(AnyDataArguments(dataset_name=str(tmp_path / "seen"))).content_column == "image"
