@@ -12,7 +12,7 @@ from .contexts import ConceptSet, Context, context_text, quoted
 
 
 class ContextCollator:
-    """Wraps a collator: takes the contexts out of the features and adds `context` (B, K) to the batch.
+    """Wraps a collator that makes a row of each feature: adds `context` (B, K), the mask of the features' contexts.
 
     The trainer must keep the column: `remove_unused_columns=False` in its arguments. Where features are tokenised
     already, columns that hold text are left out, because no collator can stack them.
@@ -50,8 +50,9 @@ class ContextCollator:
         rows = {len(batch[name]) for name in ("input_ids", "labels") if name in batch}
         if rows - {len(features)}:
             raise ValueError(
-                f"The collator made {rows.pop()} rows of {len(features)} features, so it cannot be known which row has "
-                "which context. Leave packing and padding-free batches out."
+                f"The collator made {(rows - {len(features)}).pop()} rows of {len(features)} features, so it cannot be "
+                "known which row has which context. Take one that makes a row of each feature: without packing, "
+                "padding-free batches, or pairs of chosen and rejected texts."
             )
         batch["context"] = mask
         return batch

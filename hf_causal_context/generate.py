@@ -94,7 +94,7 @@ def load_adapted_base(
             f"{adapter} is an adapter of a language model, not of a diffusers pipeline. `hf-causal-context "
             "generate-text` writes texts with it; save_baked(model, context, folder) in Python exports it."
         )
-    base_name = base_of(adapter, config, pretrained_model_name_or_path)
+    base_name, revision = base_of(adapter, config, pretrained_model_name_or_path, revision)
     ConceptSet(config.concepts).mask(contexts)  # refuses unknown names before anything is loaded
     torch_dtype = None if dtype == "float32" else getattr(torch, dtype)
     base = load_base(base_name, revision=revision, variant=variant, torch_dtype=torch_dtype)
@@ -103,8 +103,10 @@ def load_adapted_base(
     return base
 
 
-def base_of(adapter: str, config: CausalContextConfig, given: str | None) -> str:
-    """Folder or Hub id of an adapter's base: the given one, by default the one that the adapter names.
+def base_of(
+    adapter: str, config: CausalContextConfig, given: str | None, revision: str | None
+) -> tuple[str, str | None]:
+    """Folder or Hub id of an adapter's base and its revision: what is given, by default what the adapter names.
 
     Raises:
         ValueError: if neither is known.
@@ -117,7 +119,7 @@ def base_of(adapter: str, config: CausalContextConfig, given: str | None) -> str
         raise FileNotFoundError(
             f"{adapter} was trained on the base {name}, which is not here. Give --pretrained_model_name_or_path."
         )
-    return name
+    return name, revision or (config.revision if given is None else None)
 
 
 def stored_config(adapter: str) -> CausalContextConfig:

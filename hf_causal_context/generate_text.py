@@ -55,6 +55,10 @@ def generate_text_file(
         ValueError: for another kind of adapter, unknown concepts, or what `generate_texts` refuses.
         OSError: for an adapter or base that cannot be read, or a file that cannot be written.
     """
+    if greedy and (temperature, top_p) != (None, None):
+        raise ValueError(
+            "--greedy draws nothing, so --temperature and --top_p have no effect. Leave one or the other out."
+        )
     if output_file.is_dir():
         raise IsADirectoryError(f"--output_file {output_file} is a folder. Give a file in it, such as texts.jsonl.")
     parsed = [Context() if name == observational_name else Context.parse(name) for name in contexts]
@@ -123,7 +127,7 @@ def generate_texts(
     encoder_decoder = bool(cast(Any, model).config.is_encoder_decoder)
     column = "prompt" if encoder_decoder else "text"
     tokenise = Tokenisation(tokenizer, column, encoder_decoder=encoder_decoder, max_length=sys.maxsize)
-    prompt_ids = [_prompt_ids(tokenise, prompt) for prompt in prompts]
+    prompt_ids = [tokenise.beginning(prompt) for prompt in prompts]
     for ids in prompt_ids:
         _check_room(model, ids, max_new_tokens, encoder_decoder)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": seed is not None}
@@ -145,19 +149,6 @@ def generate_texts(
             written = output if encoder_decoder else output[:, len(ids) :]
             results.append(tokenizer.batch_decode(written, skip_special_tokens=True))
     return results
-
-
-def _prompt_ids(tokenise: Tokenisation, prompt: Prompt) -> list[int]:
-    ids = tokenise.prompt_ids(prompt)
-    if ids:
-        return ids
-    first = tokenise.tokenizer.bos_token_id
-    if first is None:
-        raise ValueError(
-            "The prompt is empty, and the tokenizer has no beginning-of-sequence token to begin with. Give a --prompt: "
-            "the first words of the text."
-        )
-    return [cast(int, first)]
 
 
 def _check_room(model: PreTrainedModel | PeftModel, ids: Sequence[int], new: int, encoder_decoder: bool) -> None:
@@ -200,7 +191,7 @@ def load_adapted_language_model(
         )
     if config.task_type is not None and config.task_type not in LANGUAGE_TASKS:
         raise ValueError(f"{adapter} is an adapter for {config.task_type}, which writes no texts.")
-    base_name = base_of(adapter, config, pretrained_model_name_or_path)
+    base_name, revision = base_of(adapter, config, pretrained_model_name_or_path, revision)
     ConceptSet(config.concepts).mask(contexts)  # refuses unknown names before anything is loaded
     model = load_language_model(base_name, revision, getattr(torch, dtype))
     own = cached_file(

@@ -194,12 +194,12 @@ def test_an_empty_prompt(store, run):
     assert begun[0] == begun[1]
     tokenizer = word_tokenizer()
     tokenizer.bos_token = None
+    begun_at_the_end = generate_texts(model, tokenizer, [""], CONTEXTS, max_new_tokens=8, seed=None)
+    assert begun_at_the_end == generate_texts(model, word_tokenizer(), ["</s>"], CONTEXTS, max_new_tokens=8, seed=None)
+    tokenizer.eos_token = None
     status, _, printed = run(store(tokenizer=tokenizer), prompt="")
     assert status == 1
-    assert (
-        "The prompt is empty, and the tokenizer has no beginning-of-sequence token to begin with. Give a --prompt"
-        in printed.err
-    )
+    assert "tokenizer has no beginning- or end-of-sequence token to begin with. Give a --prompt" in printed.err
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,12 @@ def test_refusals(store, run, tmp_path, pipeline_folder, monkeypatch):  # noqa: 
     language_model("gpt2").save_pretrained(other)
     word_tokenizer().save_pretrained(other)
     refused("does not fit this GPT2LMHeadModel", adapter, "--pretrained_model_name_or_path", str(other))
-    refused("is no model of transformers", adapter, "--pretrained_model_name_or_path", str(pipeline_folder("ddpm")))
+    refused(
+        "could not be read as a model of transformers",
+        adapter,
+        "--pretrained_model_name_or_path",
+        str(pipeline_folder("ddpm")),
+    )
 
 
 def _renamed_base(adapter, name):

@@ -93,6 +93,8 @@ def write_files(folder: Path, name: str, save: Callable[[Path], object]) -> None
         with tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as unfinished:
             save(Path(unfinished))
             for path in Path(unfinished).iterdir():
+                if path.is_dir() and (folder / path.name).is_dir():
+                    shutil.rmtree(folder / path.name)  # folders, unlike files, are not replaced
                 path.replace(folder / path.name)
     except Exception as error:  # safetensors has an error of its own for a full disk
         raise not_written(folder / name, folder, error) from error

@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..contexts import ConceptSet, Context
+from ..contexts import ConceptSet, Context, quoted
 from ..data import InterventionalData, check_data
 from ..data.reweighting import check_sets
 from ..hub import write_text_card
@@ -110,6 +110,11 @@ def train_text(
         context: list(tokenised(itertools.islice(rows, _HELD_OUT_ROWS), tokenise))
         for context, rows in data.held_out.items()
     }
+    if empty := [context for context, own in held_out.items() if not own]:
+        raise ValueError(
+            f"The stream has no rows of the held-out contexts {quoted(empty)}. Add them, or leave them out of "
+            "--held_out_contexts."
+        )
     shown = validation_contexts(arguments, arguments.observational_name, data.concepts, data.held_out)
     set_seed(arguments.seed)  # the adapter's initial weights
     adapted = attach_adapter(model, data, arguments, task_type="SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM")
@@ -140,7 +145,9 @@ def train_text(
             begin = cast(str, tokenizer.decode(prompt))
             write_texts(accelerator, arguments.output_dir, begin, texts, shown, arguments.observational_name, step)
 
-    folder = fit(accelerator, adapted, LanguageModelingObjective(), batches, arguments, num_steps, validate)
+    folder = fit(
+        accelerator, adapted, LanguageModelingObjective(batches.tokens_per_row), batches, arguments, num_steps, validate
+    )
     if accelerator.is_main_process:
         write_files(folder, "tokenizer_config.json", tokenizer.save_pretrained)
         write_text_card(
@@ -176,9 +183,9 @@ def check_language_model(name_or_path: str, revision: str | None) -> PreTrainedC
         config = AutoConfig.from_pretrained(name_or_path, revision=revision)
     except (OSError, ValueError) as error:
         raise OSError(
-            f"{name_or_path!r} is no model of transformers: {error} The base of train-text is a causal or "
-            "encoder-decoder language model. An adapter of a diffusers pipeline is trained by `hf-causal-context "
-            "train`."
+            f"{name_or_path!r} could not be read as a model of transformers: {error} The base of train-text is a "
+            "causal or encoder-decoder language model. An adapter of a diffusers pipeline is trained by "
+            "`hf-causal-context train`."
         ) from error
     mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) not in mapping:

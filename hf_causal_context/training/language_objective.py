@@ -24,12 +24,22 @@ def negative_log_likelihoods(model: nn.Module, batch: TextBatch) -> tuple[Tensor
 
 
 class LanguageModelingObjective:
-    """The next token, or the completion of an encoder-decoder: the mean over a row's targets, in nats."""
+    """The next token, or the completion of an encoder-decoder: -log p of whole rows, in nats.
+
+    Losses are sums over a row's targets, divided by what all rows have on average: so the mean over rows is per token,
+    every token counts alike, and batches need not know of each other.
+
+    Args:
+        tokens_per_row: average number of targets.
+    """
+
+    def __init__(self, tokens_per_row: float) -> None:
+        self.tokens_per_row = tokens_per_row
 
     def __call__(self, model: nn.Module, batch: TextBatch) -> Tensor:
         """Losses (B,), one per row."""
-        sums, counts = negative_log_likelihoods(model, batch)
-        return sums / counts
+        sums, _ = negative_log_likelihoods(model, batch)
+        return sums / self.tokens_per_row
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..data import (
     texts_from_dataset,
 )
 from ..data.columns import Rows, known_features
-from ..data.folders import PICTURE_SUFFIXES, visible_files
+from ..data.folders import METADATA, PICTURE_SUFFIXES, visible_files
 from ..data.text_rows import TEXT_SUFFIXES, text_columns
 from .arguments import ContextDataArguments, DataArguments, TextDataArguments, _argument
 
@@ -64,8 +64,8 @@ def load_text_data(arguments: TextDataArguments) -> InterventionalData:
 def load_any_data(arguments: AnyDataArguments) -> InterventionalData:
     """The pictures or texts that the arguments name.
 
-    A folder holds texts if it has some and no pictures; a dataset, if `text_column` is given, or if it has "messages"
-    or "prompt" and "completion" and no `image_column`.
+    A folder holds texts if there are some and not all of its folders have pictures; a dataset, if `text_column` is
+    given, or if it has texts under one of the names that are looked for and no `image_column`.
 
     Raises:
         ValueError: see `load_data`.
@@ -77,8 +77,10 @@ def load_any_data(arguments: AnyDataArguments) -> InterventionalData:
         texts = True
     else:
         _, features = known_features(_open(arguments))
-        texts = arguments.image_column not in features and text_columns(features) not in ((), ("text",))
-    return load_text_data(arguments) if texts else load_data(arguments)
+        texts = arguments.image_column not in features and bool(text_columns(features))
+    if not texts:
+        return load_data(arguments)
+    return load_text_data(replace(arguments, text_column=arguments.text_column or "text"))
 
 
 def _require_one_source(arguments: ContextDataArguments) -> None:
@@ -128,12 +130,11 @@ def _dataset_options(arguments: ContextDataArguments) -> dict[str, Any]:
 
 
 def _holds_texts(root: Path) -> bool:
-    folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
-    pictures, texts = (
-        any(True for folder in folders for _ in visible_files(folder, suffixes))
-        for suffixes in (PICTURE_SUFFIXES, TEXT_SUFFIXES)
-    )
-    return texts and not pictures
+    paths = root.iterdir() if root.is_dir() else ()
+    folders = [path for path in paths if path.is_dir() and not path.name.startswith(".")]
+
+    texts = any(file.name != METADATA for folder in folders for file in visible_files(folder, TEXT_SUFFIXES))
+    return texts and not all(any(True for _ in visible_files(folder, PICTURE_SUFFIXES)) for folder in folders)
 
 
 def _parse_rules(items: list[str]) -> dict[str, str]:

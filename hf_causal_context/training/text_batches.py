@@ -83,6 +83,7 @@ class TextBatches:
     Map-style data is tokenised once and kept in memory (4 to 8 bytes per token and 300 per row); a stream is tokenised
     as it is read.
     `num_rows` are the rows of map-style data, after packing; those that stand for combinations do not count.
+    `tokens_per_row` is the average number of targets of a row, of a stream in the first batch.
 
     Args:
         data: what to train on.
@@ -118,6 +119,10 @@ class TextBatches:
             self._rows = [row for own in by_context.values() for row in own]
             self._contexts = [context for context, own in by_context.items() for _ in own]
             self.num_rows = sum(len(by_context[context]) for context in data.contexts)
+            self.tokens_per_row = self._mean_targets(self._rows)
+        else:
+            first = next(stream_batches(data, arguments.train_batch_size, arguments.seed, weights=self._weights))
+            self.tokens_per_row = self._mean_targets(list(tokenised(first, tokenise)))
 
     def __call__(self, start: int) -> Iterator[TextBatch]:
         """Batches from number `start` on."""
@@ -134,6 +139,10 @@ class TextBatches:
 
     def _batch(self, rows: list[TokenRow], contexts: list[str]) -> TextBatch:
         return self._collate(rows, torch.stack([self._masks[context] for context in contexts]))
+
+    def _mean_targets(self, rows: Sequence[TokenRow]) -> float:
+        predicted = 0 if self._tokenise.encoder_decoder else 1  # nothing comes before a causal model's first token
+        return float(np.mean([np.count_nonzero(row.labels[predicted:] != IGNORED) for row in rows]))
 
     def _by_context(self, rows: Sequence[TokenRow]) -> dict[str, list[TokenRow]]:
         """The rows of each context, and those that stand for combinations; packed, if they should be."""

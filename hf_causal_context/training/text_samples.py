@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -40,16 +40,7 @@ def sample_prompt(
         ValueError: where there is nothing to begin with, or no room after it.
     """
     prompt = _prompt(next(iter(data.rows)), data.content_column, arguments.validation_prompt)
-    tokenizer = tokenise.tokenizer
-    ids = tokenise.prompt_ids(prompt)
-    if not ids:
-        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        if first is None:
-            raise ValueError(
-                "There is nothing that sample texts could begin with: no --validation_prompt, and no beginning- or "
-                "end-of-sequence token. Give a --validation_prompt, or --num_validation_texts 0."
-            )
-        ids = [cast(int, first)]
+    ids = tokenise.beginning(prompt)
     if _room(model, tokenise, ids) < 1:
         raise ValueError(
             f"The prompt of the sample texts has {len(ids)} tokens, which leaves no room for an answer. Give a shorter "

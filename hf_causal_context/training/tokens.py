@@ -133,6 +133,21 @@ class Tokenisation:
             return ids
         return self._tokens(self._chat(prompt, add_generation_prompt=True), add_special_tokens=False)
 
+    def beginning(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+        """The tokens that a text begins with: of an empty prompt the beginning- or end-of-sequence token.
+
+        Raises:
+            ValueError: where there is neither.
+        """
+        ids = self.prompt_ids(prompt)
+        first = [n for n in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id) if n is not None][:1]
+        if not ids and not first:
+            raise ValueError(
+                "The prompt is empty, and the tokenizer has no beginning- or end-of-sequence token to begin with. Give "
+                "a --prompt (for the samples of train-text a --validation_prompt): the first words of the text."
+            )
+        return ids or cast(list[int], first)
+
     def _ids(self, prompt: Any, completion: Any) -> tuple[list[int], list[int]]:
         if isinstance(completion, str):
             if self.encoder_decoder:
@@ -140,7 +155,7 @@ class Tokenisation:
                 return self.prompt_ids(prompt), self._ended(list(answer))
             if prompt is None:
                 return [], self._ended(self._tokens(completion))
-            return self.prompt_ids(prompt), self._ended(self._tokens(completion, add_special_tokens=False))
+            return self._split(self.prompt_ids(prompt), prompt, completion, add_special_tokens=True)
         if prompt is None:
             return [], self._tokens(self._chat(completion), add_special_tokens=False)
         begin, whole = self._chat(prompt, add_generation_prompt=True), self._chat([*prompt, *completion])
@@ -149,8 +164,20 @@ class Tokenisation:
                 "The chat template writes the prompt in another way when the completion follows, so what the model "
                 "would see at inference is not what it learns. Use another template, or write the rows as text."
             )
-        answer = self._tokens(whole.removeprefix(begin), add_special_tokens=False)
-        return self._tokens(begin, add_special_tokens=False), answer
+        begin_ids = self._tokens(begin, add_special_tokens=False)
+        return self._split(begin_ids, begin, whole.removeprefix(begin), add_special_tokens=False)
+
+    def _split(
+        self, prompt_ids: list[int], prompt: str, completion: str, add_special_tokens: bool
+    ) -> tuple[list[int], list[int]]:
+        """A prompt's tokens, and those that continue it; conversations end as their template says."""
+        # Together where the boundary falls between tokens: alone, some tokenizers put a space before any text.
+        whole = self._tokens(prompt + completion, add_special_tokens=add_special_tokens)
+        if whole[: len(prompt_ids)] == prompt_ids:
+            answer = whole[len(prompt_ids) :]
+        else:
+            answer = self._tokens(completion, add_special_tokens=False)
+        return prompt_ids, self._ended(answer) if add_special_tokens else answer
 
     def _parts(self, row: Mapping[str, Any]) -> tuple[Any, Any]:
         """Prompt and completion; no prompt where all is learnt alike."""

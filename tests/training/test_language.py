@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from hf_causal_context.cli import main
 from hf_causal_context.contexts import Context
+from hf_causal_context.training.checkpoints import write_files
 from hf_causal_context.training.language import load_language_model, train_text
 from hf_causal_context.training.language_objective import (
     negative_log_likelihoods,
@@ -210,13 +211,25 @@ class TestTraining:
         tokenizer = word_tokenizer()
         tokenizer.bos_token = tokenizer.eos_token = None
         given = {"num_validation_texts": 1}
-        with pytest.raises(
-            ValueError, match="There is nothing that sample texts could begin with.*--validation_prompt"
-        ):
+        with pytest.raises(ValueError, match="no beginning- or end-of-sequence token.*--validation_prompt"):
             train_text(arguments(tmp_path, **given), language_model("llama"), tokenizer, text_data())
         long = given | {"validation_prompt": "a " * 64}
         with pytest.raises(ValueError, match="sample texts has 64 tokens, which leaves no room"):
             train_text(arguments(tmp_path, **long), language_model("llama"), tokenizer, text_data())
+
+    def test_a_stream_without_rows_of_a_held_out_context_is_refused(self, tmp_path):
+        data = text_data(streaming=True)
+        data.held_out["formal+loud"] = data.held_out["formal+loud"].to_iterable_dataset().filter(lambda row: False)
+        with pytest.raises(ValueError, match="no rows of the held-out contexts 'formal\\+loud'.*--held_out_contexts"):
+            train_text(arguments(tmp_path), language_model("llama"), word_tokenizer(), data)
+
+    def test_a_tokenizer_with_several_chat_templates_is_saved_again(self, tmp_path):
+        tokenizer = word_tokenizer()
+        tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+        for _ in range(2):
+            write_files(tmp_path, "tokenizer_config.json", tokenizer.save_pretrained)
+        assert [path.name for path in (tmp_path / "additional_chat_templates").iterdir()] == ["tool_use.jinja"]
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
     def test_a_stream_has_no_epochs(self, tmp_path):
         given = arguments(tmp_path, max_train_steps=None, streaming=True)
@@ -249,7 +262,7 @@ class TestCommand:
         language_model("llama").save_pretrained(tmp_path / "base")
         rest = ["--train_data_dir", str(texts), "--output_dir", str(tmp_path / "out")]
         assert main(["train-text", "--pretrained_model_name_or_path", pipeline_folder("ddpm"), *rest]) == 1
-        assert "is no model of transformers" in (error := capsys.readouterr().err)
+        assert "could not be read as a model of transformers" in (error := capsys.readouterr().err)
         assert "by `hf-causal-context train`" in error
         assert main(["train", "--pretrained_model_name_or_path", str(tmp_path / "base"), *rest]) == 1
         assert "is a model of transformers, not a diffusers pipeline" in (error := capsys.readouterr().err)

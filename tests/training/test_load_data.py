@@ -43,6 +43,9 @@ def test_one_source_and_rules_that_fit():
 def test_pictures_and_texts_are_told_apart(tmp_path, shape):
     write_text_folders(tmp_path / "texts", "text")
     assert load_any_data(AnyDataArguments(train_data_dir=str(tmp_path / "texts"))).content_column == "text"
+    write_picture(tmp_path / "texts" / "obs" / "cover.png")
+    (tmp_path / "texts" / ".cache").mkdir()
+    assert load_any_data(AnyDataArguments(train_data_dir=str(tmp_path / "texts"))).content_column == "text"
     for context in ("obs", "a"):
         write_picture(tmp_path / "pictures" / context / "0.png")
         write(tmp_path / "pictures" / context / "notes.txt", "Made by hand.")
@@ -51,8 +54,7 @@ def test_pictures_and_texts_are_told_apart(tmp_path, shape):
     table(shape).save_to_disk(tmp_path / "rows")
     assert load_any_data(AnyDataArguments(dataset_name=str(tmp_path / "rows"))).content_column == shape
     table("text").save_to_disk(tmp_path / "unnamed")
-    with pytest.raises(ValueError, match="no column 'image'"):
-        load_any_data(AnyDataArguments(dataset_name=str(tmp_path / "unnamed")))
+    assert load_any_data(AnyDataArguments(dataset_name=str(tmp_path / "unnamed"))).content_column == "text"
     table("text").add_column("image", [1] * 11).save_to_disk(tmp_path / "captioned")
     captioned = str(tmp_path / "captioned")
     assert load_any_data(AnyDataArguments(dataset_name=captioned)).content_column == "image"

@@ -23,6 +23,7 @@ from .small_language import (
     gradients,
     rows_and_masks,
     text_data,
+    tokenisation,
 )
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -36,7 +37,7 @@ class TestObjective:
     def test_padding_and_the_other_rows_change_nothing(self, name, shape):
         model = adapted(name)
         rows, masks = rows_and_masks(model, shape)
-        collate, objective = collation(model), LanguageModelingObjective()
+        collate, objective = collation(model), LanguageModelingObjective(5.0)
         together = objective(model, collate(rows, masks))
         alone = torch.cat([objective(model, collate([row], mask[None])) for row, mask in zip(rows, masks, strict=True)])
         torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
@@ -50,12 +51,26 @@ class TestObjective:
             ids, labels = (torch.tensor(x[None], dtype=torch.long) for x in (row.ids, row.labels))
             expected = model(input_ids=ids, labels=labels, context=mask[None]).loss
             batch = collation(model)([row], mask[None])
-            torch.testing.assert_close(LanguageModelingObjective()(model, batch)[0], expected, rtol=1e-5, atol=1e-6)
+            objective = LanguageModelingObjective(int((batch.targets != IGNORED).sum()))
+            torch.testing.assert_close(objective(model, batch)[0], expected, rtol=1e-5, atol=1e-6)
 
     def test_losses_are_float32(self):
         model = adapted("llama").to(torch.bfloat16)
         rows, masks = rows_and_masks(model, "text")
-        assert LanguageModelingObjective()(model, collation(model)(rows, masks)).dtype == torch.float32
+        assert LanguageModelingObjective(5.0)(model, collation(model)(rows, masks)).dtype == torch.float32
+
+    @pytest.mark.parametrize(("name", "shape"), [("llama", "text"), ("llama", "prompt"), ("t5", "prompt")])
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_the_mean_loss_is_per_token(self, name, shape, streaming, tmp_path):
+        model, data = adapted(name), text_data(shape, streaming=streaming)
+        rows = 12  # all of them
+        given = arguments(tmp_path, train_batch_size=rows)
+        batches = TextBatches(data, tokenisation(model, shape), collation(model), given)
+        batch = next(batches(0))
+        losses = LanguageModelingObjective(batches.tokens_per_row)(model, batch)
+        sums, counts = negative_log_likelihoods(model, batch)
+        assert len(set(counts.tolist())) > 1
+        torch.testing.assert_close(losses.mean(), sums.sum() / counts.sum(), rtol=1e-5, atol=0)
 
     @pytest.mark.parametrize("checkpointing", [False, True])
     @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])

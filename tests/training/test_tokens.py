@@ -5,8 +5,15 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from hf_causal_context.training.tokens import (
     IGNORED,
@@ -72,6 +79,20 @@ class TestCausal:
         assert tokenizer.decode(Tokenisation(tokenizer, "prompt").prompt_ids("a cat")) == f"{begin}a cat"
         everything = Tokenisation(tokenizer, "prompt", completion_only=False)(row)
         assert read(everything, tokenizer) == (f"{begin}a cat sat on </s>",) * 2
+
+    @pytest.mark.parametrize("prompt", ["a cat", [{"role": "user", "content": "a cat"}]])
+    def test_no_space_comes_between_prompt_and_completion(self, prompt):
+        """Some tokenizers put a space before any text; a completion follows another text."""
+        pieces = [("<pad>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("\u2581", -1.0), *((c, -1.0) for c in "acst:#")]
+        backend = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+        backend.decoder = decoders.Replace("\u2581", " ")
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
+        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}:{% endfor %}"
+        chat = isinstance(prompt, list)
+        row = {"prompt": prompt, "completion": [{"role": "assistant", "content": "sat"}] if chat else " sat"}
+        ids = Tokenisation(tokenizer, "prompt")(row).ids
+        assert tokenizer.decode(ids).strip() == ("a cat:sat:" if chat else "a cat sat</s>")
 
     def test_a_completion_is_cut_but_never_away(self):
         tokenizer = word_tokenizer()
