@@ -1,6 +1,7 @@
 """Every example runs as it stands, with fewer steps."""
 
 import os
+import random
 import runpy
 import subprocess
 import sys
@@ -23,6 +24,53 @@ def test_training_examples(monkeypatch, tmp_path, name):
     run(monkeypatch, name, "--output_dir", tmp_path, "--max_train_steps", 2)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     assert (tmp_path / "adapter" / "samples" / "step-000002.png").exists()
+
+
+def test_language_trainers(monkeypatch, tmp_path, capsys):
+    run(monkeypatch, "language_trainers.py", "--output_dir", tmp_path, "--max_steps", 2)
+    output = capsys.readouterr().out
+    for name in ("transformers", "trl"):
+        assert f"{name}: ['the cat" in output
+        assert (tmp_path / name / "adapter_model.safetensors").exists()
+
+
+@pytest.fixture
+def movie_reviews(tmp_path):
+    words = ["a", "warm", "and", "clever", "film", "about", "two", "brothers", "who", "lose", "their", "way"]
+    generator = random.Random(0)
+    for suffix in ("pos", "neg"):
+        lines = [" ".join(generator.sample(words, len(words))) for _ in range(300)]
+        (tmp_path / f"rt-polarity.{suffix}").write_text("\n".join(lines))
+    return tmp_path
+
+
+def test_reviews(monkeypatch, movie_reviews, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES / "reviews")  # as for a script in that folder
+    for name in ("base", "methods"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.chdir(movie_reviews)
+    data = ("--data_dir", movie_reviews)
+    run(monkeypatch, "reviews/base.py", *data, "--max_steps", 2)
+    run(monkeypatch, "reviews/adapter.py", *data, "--max_steps", 2)
+    assert (movie_reviews / "reviews-context" / "adapter_model.safetensors").exists()
+    assert (movie_reviews / "reviews-context" / "layers.png").exists()
+    methods = ("base", "adapter", "stacked LoRAs", "control tokens", "steering vectors")
+    run(monkeypatch, "reviews/compare.py", *data, "--max_steps", 2, "--num_samples", 2, "--methods", *methods)
+    run(monkeypatch, "reviews/selection.py", *data)
+    output = capsys.readouterr().out
+    assert "ebert+question" in output
+    for method in (
+        "base",
+        "adapter, reweighted pairs",
+        "stacked LoRAs",
+        "control tokens",
+        "steering vectors",
+        "oracle",
+    ):
+        assert f"| {method} |" in output
+    assert "| selected: positive |" in output
+    table = (movie_reviews / "reviews-compare" / "results.md").read_text()
+    assert table in output
 
 
 def test_resume(monkeypatch, tmp_path, capsys):
