@@ -103,7 +103,7 @@ class TestEndToEnd:
         assert [path.name for path in samples] == ["step-000003.png", "step-000006.png"]
         assert Image.open(samples[0]).height == 4 * 68 + 4
 
-        (events,) = (folder / "logs").rglob("events.out.*.0")
+        (events,) = (folder / "logs" / "hf_causal_context").glob("events.out.*")  # hyperparameters have folders
         log = EventAccumulator(str(events.parent)).Reload()
         assert [event.step for event in log.Scalars("loss")] == list(range(1, 7))
         assert [event.value for event in log.Scalars("learning_rate")] == pytest.approx([1e-2] * 6)
