@@ -3,7 +3,7 @@
     python examples/reviews/base.py --data_dir movie_reviews --output_dir reviews-base
     python examples/reviews/adapter.py --data_dir movie_reviews --base reviews-base --output_dir reviews-context
 
-Two minutes on two CPU cores, after four for the base. Writes the adapter, its card and samples, the perplexity of true
+Four minutes on two CPU cores, after five for the base. Writes the adapter, its card and samples, the perplexity of true
 pairs in the log, and layers.png: which layers carry which concept.
 """
 

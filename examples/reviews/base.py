@@ -2,7 +2,7 @@
 
     python examples/reviews/base.py --data_dir movie_reviews --output_dir reviews-base
 
-About four minutes on two CPU cores. `movie_reviews` holds rt-polarity.pos and rt-polarity.neg; without --data_dir the
+About five minutes on two CPU cores. `movie_reviews` holds rt-polarity.pos and rt-polarity.neg; without --data_dir the
 same corpus is read from the Hub.
 """
 
