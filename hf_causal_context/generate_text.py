@@ -23,7 +23,7 @@ from .adapter.saving import complete_or_absent
 from .contexts import ConceptSet, Context
 from .generate import LANGUAGE_TASKS, base_of, stored_config
 from .training.language import load_language_model
-from .training.tokens import Tokenisation, known_positions
+from .training.tokens import Tokenisation, known_positions, room_after
 
 Prompt = str | Sequence[Mapping[str, str]]
 
@@ -157,7 +157,7 @@ def _check_room(model: PreTrainedModel | PeftModel, ids: Sequence[int], new: int
         return
     if encoder_decoder and len(ids) > known:
         raise ValueError(f"The prompt has {len(ids)} tokens, and the model reads {known}. Shorten it.")
-    room = known if encoder_decoder else known - len(ids)
+    room = room_after(model, ids)
     if room < 1:
         raise ValueError(f"The prompt has {len(ids)} tokens, and the model knows {known} positions. Shorten it.")
     if new > room:

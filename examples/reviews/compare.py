@@ -27,6 +27,7 @@ from sklearn.preprocessing import FunctionTransformer
 from transformers import AutoTokenizer, set_seed
 
 from hf_causal_context import ConceptSet, Context
+from hf_causal_context.adapter.saving import complete_or_absent
 from hf_causal_context.data.worlds.reviews import CONCEPTS, Sentence, read_sentences, write_reviews
 
 
@@ -138,7 +139,8 @@ def main() -> None:
         method = make(setting, data)
         made = time.perf_counter()
         results[name] = measure(method, setting, classifiers, true, options.num_samples)
-        write(stored, json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
+        with complete_or_absent(stored) as unfinished:
+            unfinished.write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
         shares = [np.mean([results[name][str(context)]["share"] for context in some]) for some in (SINGLES, PAIRS)]
         print(
             f"{name}: present {shares[0]:.3f} / {shares[1]:.3f} (singles / pairs); made in {made - start:.0f} s, "
@@ -147,20 +149,15 @@ def main() -> None:
         )
     text = table({name: results[name] for name in runs}, accuracies)
     print("\n" + text)
-    write(options.output_dir / "results.md", text + "\n")
+    with complete_or_absent(options.output_dir / "results.md") as unfinished:
+        unfinished.write_text(text + "\n")
     samples = [
         f"- {name}, {context or 'obs'}: {json.dumps(values['samples'][0])}"
         for name in runs
         for context, values in results[name].items()
     ]
-    write(options.output_dir / "samples.md", "\n".join(samples) + "\n")
-
-
-def write(path: Path, text: str) -> None:
-    """Write a whole file or none."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    with complete_or_absent(options.output_dir / "samples.md") as unfinished:
+        unfinished.write_text("\n".join(samples) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Shapes: P tokens of the prompt.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from ..contexts import Context
 from ..data import InterventionalData
 from .arguments import TextArguments
 from .checkpoints import write_file
-from .tokens import Tokenisation, known_positions
+from .tokens import Tokenisation, room_after
 
 _LOGGED_AS_TEXT = ("tensorboard", "wandb")  # trackers
 
@@ -41,20 +40,12 @@ def sample_prompt(
     """
     prompt = _prompt(next(iter(data.rows)), data.content_column, arguments.validation_prompt)
     ids = tokenise.beginning(prompt)
-    if _room(model, tokenise, ids) < 1:
+    if room_after(model, ids) < 1:
         raise ValueError(
             f"The prompt of the sample texts has {len(ids)} tokens, which leaves no room for an answer. Give a shorter "
             "--validation_prompt, or --num_validation_texts 0."
         )
     return ids
-
-
-def _room(model: PreTrainedModel | PeftModel, tokenise: Tokenisation, prompt: Sequence[int]) -> float:
-    """How many tokens may follow a prompt."""
-    positions = known_positions(model)
-    if positions is None:
-        return math.inf
-    return positions - (0 if tokenise.encoder_decoder else len(prompt))
 
 
 def _prompt(row: Mapping[str, Any], content_column: str, given: str) -> str | list[dict[str, str]]:
@@ -78,7 +69,7 @@ def sample_texts(
 ) -> list[list[str]]:
     """Texts for each context, drawn with the same random numbers; the random state of the run stays as it was."""
     ids = torch.tensor([list(prompt)] * arguments.num_validation_texts, device=model.device)
-    room = min(arguments.max_new_tokens, _room(model, tokenise, prompt))
+    room = min(arguments.max_new_tokens, room_after(model, prompt))
     texts = []
     for context in contexts:
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):

@@ -6,6 +6,7 @@ Rows have a "text", "messages", or a "prompt" with its "completion" (both text, 
 from __future__ import annotations
 
 import bisect
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -264,6 +265,14 @@ def known_positions(model: PreTrainedModel | PeftModel) -> int | None:
         return None
     found = (getattr(config, name, None) for name in _MAXIMA)
     return next((value for value in found if isinstance(value, int) and value > 0), None)
+
+
+def room_after(model: PreTrainedModel | PeftModel, prompt: Sequence[int]) -> float:
+    """How many tokens may follow a prompt; infinite for a model that does not mind, or does not say."""
+    positions = known_positions(model)
+    if positions is None:
+        return math.inf
+    return positions - (0 if cast(Any, model).config.is_encoder_decoder else len(prompt))
 
 
 def row_length(model: PreTrainedModel, max_length: int | None) -> int:

@@ -14,19 +14,18 @@ from hf_causal_context.contexts import ConceptSet
 from hf_causal_context.data import InterventionalData, density_ratios, reweighting
 from hf_causal_context.training import text_batches
 from hf_causal_context.training import text_features as features_module
-from hf_causal_context.training.arguments import TextArguments
 from hf_causal_context.training.language import train_text
 from hf_causal_context.training.reweighting import FILE
 from hf_causal_context.training.text_batches import Collation, TextBatches, tokenise_all
 from hf_causal_context.training.text_features import text_features, tokens_digest
 from hf_causal_context.training.tokens import Tokenisation
 
+from . import small_language
 from .small import adapter_weights
-from .small_language import language_model, word_tokenizer
+from .small_language import CPU, language_model, word_tokenizer
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
-CPU = torch.device("cpu")
 CONCEPTS = ("formal", "loud")
 MARKS = ("indeed", "loudly")  # what shows the concepts
 NEUTRAL = ["a", "cat", "dog", "sat", "ran", "on", "the", "mat", "and", "then", "it"]
@@ -67,15 +66,7 @@ def texts_of(data):
 
 
 def arguments(tmp_path, **changes):
-    given = {
-        "pretrained_model_name_or_path": str(tmp_path / "base"),
-        "output_dir": str(tmp_path / "out"),
-        "train_batch_size": 7,
-        "max_train_steps": 2,
-        "num_validation_texts": 0,
-        "reweighted_contexts": ["pairs"],
-    }
-    return TextArguments(**given | changes)
+    return small_language.arguments(tmp_path, **{"train_batch_size": 7, "reweighted_contexts": ["pairs"]} | changes)
 
 
 def run(tmp_path, data, name="llama", **changes):
