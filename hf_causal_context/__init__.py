@@ -8,6 +8,7 @@ from .adapter.export import bake, save_baked
 from .adapter.intervening import intervene
 from .adapter.model import CausalContextModel, acyclicity_penalty
 from .adapter.registration import register
+from .adapter.stored import AdapterError
 from .collating import ContextCollator
 from .context_module import ContextModule
 from .contexts import ConceptSet, Context
@@ -20,6 +21,7 @@ register()
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdapterError",
     "CausalContextConfig",
     "CausalContextModel",
     "CausalEffects",

@@ -19,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "generate": ("make pictures in chosen contexts", _generate),
         "generate-text": ("write texts in chosen contexts", _generate_text),
         "export": ("write contexts as plain LoRA files for other tools", _export),
+        "push": ("put an adapter on the Hub, with samples and a card", _push),
         "demo": ("show an adapter on a web page", _demo),
         "evaluate": ("measure an adapter on its data: does it compose?", _evaluate),
         "check-data": ("count contexts and find what would spoil a training", _check_data),
@@ -99,6 +100,7 @@ def _parse(settings: type, command: str, arguments: list[str]) -> Any:
 def _generate(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="hf-causal-context generate")
     _add_adapter_and_base(parser)
+    parser.add_argument("--adapter_revision", help="branch, tag or commit of the adapter on the Hub")
     _add_variant(parser)
     parser.add_argument(
         "--contexts", nargs="+", required=True, help='such as obs thick thick+slant "thick=0.5,slant=-1"'
@@ -124,6 +126,7 @@ def _generate(arguments: list[str]) -> None:
 def _generate_text(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="hf-causal-context generate-text")
     _add_adapter_and_base(parser)
+    parser.add_argument("--adapter_revision", help="branch, tag or commit of the adapter on the Hub")
     parser.add_argument(
         "--contexts", nargs="+", required=True, help='such as obs formal formal+brief "formal=0.5,brief=-1"'
     )
@@ -147,6 +150,7 @@ def _generate_text(arguments: list[str]) -> None:
 def _export(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="hf-causal-context export")
     _add_adapter_and_base(parser)
+    parser.add_argument("--adapter_revision", help="branch, tag or commit of the adapter on the Hub")
     _add_variant(parser)
     parser.add_argument(
         "--context",
@@ -170,6 +174,57 @@ def _export(arguments: list[str]) -> None:
 
     for path in export_files(**vars(parsed)):
         print(path)
+
+
+def _push(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="hf-causal-context push")
+    _add_adapter_and_base(parser)
+    _add_variant(parser)
+    parser.add_argument("--repo_id", help="user/name; without it the folder is only made, to look at")
+    parser.add_argument("--private", action="store_true", default=None, help="a repository that is made now is private")
+    parser.add_argument("--branch", help="of the repository, by default main")
+    parser.add_argument("--output_dir", type=Path, help="the folder to make and upload; by default <adapter>-hub")
+    parser.add_argument("--evaluation", type=Path, help="folder that `hf-causal-context evaluate` wrote")
+    parser.add_argument("--license", help="of the adapter, by the Hub's name: apache-2.0, openrail ...")
+    parser.add_argument(
+        "--descriptions",
+        nargs="+",
+        default=[],
+        help="what concepts mean, for readers: 'thick: strokes are thicker' ...",
+    )
+    parser.add_argument(
+        "--contexts", nargs="+", default=[], help="combinations to show; by default held-out ones, or some pairs"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the samples")
+    parser.add_argument("--prompt", help="of the samples; by default --validation_prompt of the training")
+    parser.add_argument("--class_label", type=int, help="for class-conditional bases")
+    parser.add_argument("--num_inference_steps", type=int, help="of pictures, by default 25")
+    parser.add_argument("--guidance_scale", type=float)
+    parser.add_argument("--resolution", type=int)
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message to a chat model")
+    parser.add_argument("--max_new_tokens", type=int, help="of texts, by default 40")
+    parsed = vars(parser.parse_args(arguments))
+
+    from .generate import base_of, stored_config
+    from .hub import check_pushable, push, save
+
+    repo_id, private, branch = (parsed.pop(name) for name in ("repo_id", "private", "branch"))
+    adapter, output_dir = parsed.pop("adapter"), parsed.pop("output_dir")
+    parsed["descriptions"] = dict(_description(text) for text in parsed["descriptions"])
+    if repo_id is not None and Path(adapter).is_dir():  # before the samples are made
+        base = base_of(adapter, stored_config(adapter), parsed["pretrained_model_name_or_path"], None)[0]
+        check_pushable(repo_id, base, license=parsed["license"])
+    folder = save(adapter, output_dir or f"{adapter.rstrip('/')}-hub", **parsed)
+    print(f"The folder for the Hub is {folder}. Its README.md is the card; where you edit it, it is kept.")
+    if repo_id is not None:
+        print(push(folder, repo_id, private=private, revision=branch))
+
+
+def _description(text: str) -> tuple[str, str]:
+    concept, separator, meaning = text.partition(":")
+    if not separator or not meaning.strip():
+        raise ValueError(f"--descriptions {text!r} has not the form 'concept: what it means'.")
+    return concept.strip(), meaning.strip()
 
 
 def _demo(arguments: list[str]) -> None:

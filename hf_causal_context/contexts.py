@@ -6,9 +6,11 @@ Shapes: B rows (samples), K concepts.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from numbers import Real
 from typing import TypeAlias
 
@@ -16,6 +18,10 @@ import torch
 from torch import Tensor
 
 RESERVED_CHARACTERS = "+=,"
+MAX_CONCEPTS = 1_000
+MAX_NAME_LENGTH = 100
+# Letters and symbols by their category, but they show as nothing (fillers of Hangul and Khmer, an empty Braille cell).
+_INVISIBLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
 
 
 class Context:
@@ -169,7 +175,8 @@ class ConceptSet:
 
     Raises:
         TypeError: for a name that is not a string.
-        ValueError: for no names, duplicates, or names that are empty, padded, unprintable or contain "+", "=" or ",".
+        ValueError: for no names or more than MAX_CONCEPTS, duplicates, or names that are empty, padded, too long,
+            unprintable or contain "+", "=" or ",".
 
     Example:
         >>> ConceptSet(("thick", "slant")).mask([Context("slant"), Context({"thick": 0.5})])
@@ -181,10 +188,12 @@ class ConceptSet:
 
     def __post_init__(self) -> None:
         if isinstance(self.names, str) or not isinstance(self.names, Iterable):
-            raise TypeError(f"concepts={self.names!r} must be a sequence of names, such as ('thick', 'slant').")
-        object.__setattr__(self, "names", tuple(self.names))
+            raise TypeError(f"concepts={shown(self.names)} must be a sequence of names, such as ('thick', 'slant').")
+        object.__setattr__(self, "names", tuple(islice(self.names, MAX_CONCEPTS + 1)))
         if not self.names:
             raise ValueError("No concepts given. Name at least one, for example concepts=('thick', 'slant').")
+        if len(self.names) > MAX_CONCEPTS:
+            raise ValueError(f"More than {MAX_CONCEPTS:,} concepts given. Divide them among several adapters.")
         for name in self.names:
             _check_name(name)
         duplicates = [name for name, count in Counter(self.names).items() if count > 1]
@@ -274,7 +283,11 @@ def _strength_items(part: object) -> Iterator[tuple[str, float]]:
 
 def _check_name(name: object) -> None:
     if not isinstance(name, str):
-        raise TypeError(f"Concept name {name!r} is of type {type(name).__name__}; it must be a string.")
+        raise TypeError(f"Concept name {shown(name)} is of type {type(name).__name__}; it must be a string.")
+    if len(name) > MAX_NAME_LENGTH:
+        raise ValueError(
+            f"Concept name {shown(name)} has {len(name):,} characters; allowed are {MAX_NAME_LENGTH}. Shorten it."
+        )
     if not name or name != name.strip():
         raise ValueError(f"Concept name {name!r} must not be empty or begin or end with white space.")
     if not name.isprintable() or any(character in RESERVED_CHARACTERS for character in name):
@@ -282,6 +295,8 @@ def _check_name(name: object) -> None:
             f"Concept name {name!r} must not contain '+', '=', ',' or control characters: they separate concepts in "
             "contexts such as 'thick=0.5+slant'. Rename it."
         )
+    if not _INVISIBLE.isdisjoint(name):
+        raise ValueError(f"Concept name {name!a} contains characters that show as nothing. Rename it.")
 
 
 def _split_concepts(text: str) -> Iterator[str]:
@@ -309,6 +324,16 @@ def context_text(value: object, observational_name: str) -> str:
     elif value == observational_name or value == [observational_name]:
         return ""
     return str(as_context(value))
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = _SHORT.maxset = 8
+
+
+def shown(value: object) -> str:
+    """Any value as error messages show it: shortened, however long or deeply nested it is."""
+    return _SHORT.repr(value)
 
 
 def quoted(names: Iterable[str]) -> str:

@@ -47,6 +47,7 @@ def export_files(
     revision: str | None = None,
     variant: str | None = None,
     dtype: str = "float32",
+    adapter_revision: str | None = None,
 ) -> list[Path]:
     """Write one LoRA per context of a saved adapter, and return the paths; arguments as for `export_contexts`.
 
@@ -54,7 +55,8 @@ def export_files(
         ValueError: for another kind of adapter, an unknown base, or what `export_contexts` refuses.
         OSError: for an adapter or base that cannot be read, or files that exist or cannot be written.
     """
-    files = _files(stored_config(adapter), contexts, output_dir, file_format)  # refuses before the base is loaded
+    config = stored_config(adapter, adapter_revision=adapter_revision)
+    files = _files(config, contexts, output_dir, file_format)  # refuses before the base is loaded
     base = load_adapted_base(
         adapter,
         pretrained_model_name_or_path,
@@ -62,6 +64,7 @@ def export_files(
         revision=revision,
         variant=variant,
         dtype=dtype,
+        adapter_revision=adapter_revision,
     )
     return export_contexts(base, contexts, output_dir, file_format=file_format)
 

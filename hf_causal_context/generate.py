@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peft import PeftConfig
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from .adapter.config import CausalContextConfig
-from .contexts import ConceptSet, Context, file_name
-from .pipelines import load_context_adapter
+from .adapter.stored import CONFIG, AdapterError, download, read_config
+from .base_names import is_packaged
+from .contexts import ConceptSet, Context, file_name, shown
+from .pipelines import adapter_places, attach
 from .training.bases import load_base
 from .training.checkpoints import checkpoint_steps
 from .training.families import Base
@@ -37,6 +40,8 @@ def generate_files(
     batch_size: int = 8,
     observational_name: str = "obs",
     grid: bool = False,
+    adapter_revision: str | None = None,
+    token: str | bool | None = None,
 ) -> list[Path]:
     """Write one PNG per context and seed (``thick+slant-seed3.png``), or one grid, and return the paths.
 
@@ -46,7 +51,14 @@ def generate_files(
     """
     parsed = [Context() if name == observational_name else Context.parse(name) for name in contexts]
     base = load_adapted_base(
-        adapter, pretrained_model_name_or_path, contexts=parsed, revision=revision, variant=variant, dtype=dtype
+        adapter,
+        pretrained_model_name_or_path,
+        contexts=parsed,
+        revision=revision,
+        variant=variant,
+        dtype=dtype,
+        adapter_revision=adapter_revision,
+        token=token,
     )
     rows = generate(
         base,
@@ -81,14 +93,23 @@ def load_adapted_base(
     revision: str | None = None,
     variant: str | None = None,
     dtype: str = "float32",
+    adapter_revision: str | None = None,
+    token: str | bool | None = None,
 ) -> Base:
     """Load an adapter's base, by default the one it names, with the adapter attached, onto the GPU if there is one.
+
+    Args:
+        adapter: a folder, or the id of a repository on the Hub.
+        revision: of the base.
+        adapter_revision: of the adapter's repository.
+        token: for an adapter's private repository, as in huggingface_hub.
 
     Raises:
         ValueError: for another kind of adapter, an unknown base, or contexts with concepts that the adapter lacks.
         OSError: for an adapter or base that cannot be read.
     """
-    config = stored_config(adapter)
+    folder = download(adapter, revision=adapter_revision, token=token, places=adapter_places())
+    config = config_in(folder, adapter)
     if config.task_type in LANGUAGE_TASKS:
         raise ValueError(
             f"{adapter} is an adapter of a language model, not of a diffusers pipeline. `hf-causal-context "
@@ -99,7 +120,7 @@ def load_adapted_base(
     torch_dtype = None if dtype == "float32" else getattr(torch, dtype)
     base = load_base(base_name, revision=revision, variant=variant, torch_dtype=torch_dtype)
     base.pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    load_context_adapter(base.pipe, adapter)
+    attach(base.pipe, folder, adapter)
     return base
 
 
@@ -110,11 +131,14 @@ def base_of(
 
     Raises:
         ValueError: if neither is known.
+        AdapterError: for an adapter from the Hub that names a folder.
         FileNotFoundError: for a folder that is not on this machine.
     """
     name = given or config.base_model_name_or_path
-    if name is None:
+    if not name:
         raise ValueError(f"{adapter} does not name its base. Give --pretrained_model_name_or_path.")
+    if given is None and not Path(adapter).is_dir() and not is_packaged(name):
+        _check_repository(adapter, name)
     if given is None and Path(name).is_absolute() and not Path(name).exists():
         raise FileNotFoundError(
             f"{adapter} was trained on the base {name}, which is not here. Give --pretrained_model_name_or_path."
@@ -122,26 +146,41 @@ def base_of(
     return name, revision or (config.revision if given is None else None)
 
 
-def stored_config(adapter: str) -> CausalContextConfig:
+def _check_repository(adapter: str, base: str) -> None:
+    """Refuse folders on this machine (AdapterError): what an adapter from elsewhere names is on the Hub, too."""
+    try:
+        validate_repo_id(base)
+    except HFValidationError:
+        raise AdapterError(
+            f"{adapter} comes from the Hub, and the base that it names, {shown(base)}, is no repository there: it was "
+            "trained on a folder of another machine. Give --pretrained_model_name_or_path."
+        ) from None
+
+
+def stored_config(
+    adapter: str, *, adapter_revision: str | None = None, token: str | bool | None = None
+) -> CausalContextConfig:
     """The config of an adapter in a folder or on the Hub.
 
+    Args:
+        adapter: a folder, or the id of a repository on the Hub.
+        adapter_revision: of that repository.
+        token: for a private repository, as in huggingface_hub.
+
     Raises:
-        ValueError: for another kind of adapter.
-        OSError: for something that holds no adapter.
+        AdapterError: for another kind of adapter, or a config that cannot be used.
+        OSError: for something that holds no adapter, or cannot be reached.
     """
-    if Path(adapter).is_dir() and not Path(adapter, "adapter_config.json").exists():
-        checkpoints = ", ".join(str(path) for path in checkpoint_steps(Path(adapter)).values())
+    return config_in(download(adapter, revision=adapter_revision, token=token), adapter)
+
+
+def config_in(folder: Path, adapter: str) -> CausalContextConfig:
+    """The config of an adapter whose folder is known; see `stored_config`."""
+    if not (folder / CONFIG).exists():
+        checkpoints = ", ".join(str(path) for path in checkpoint_steps(folder).values())
         raise FileNotFoundError(
-            f"{adapter} holds no adapter (adapter_config.json). "
+            f"{adapter} holds no adapter: there is no {CONFIG} in it. "
             + (f"Its training is not finished: resume it, or use a checkpoint: {checkpoints}." if checkpoints else "")
+            + ("" if checkpoints else "Give the folder that a training wrote, or the id of a repository.")
         )
-    try:
-        config = PeftConfig.from_pretrained(adapter)
-    except ValueError as error:
-        raise FileNotFoundError(
-            f"{adapter} is no folder here, and no adapter was found under that name on the Hub ({error}). Give a "
-            "folder with an adapter_config.json, or the id of a repository: user/name."
-        ) from error
-    if not isinstance(config, CausalContextConfig):
-        raise ValueError(f"{adapter} is a {config.peft_type} adapter; only causal context adapters have contexts.")
-    return config
+    return read_config(folder, adapter)

@@ -13,15 +13,14 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from peft.utils.save_and_load import load_peft_weights
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.hub import cached_file
 
 from .adapter.compatibility import check_fits
 from .adapter.intervening import intervene
 from .adapter.saving import complete_or_absent
+from .adapter.stored import AdapterError, download, read_header, read_weights
 from .contexts import ConceptSet, Context
-from .generate import LANGUAGE_TASKS, base_of, stored_config
+from .generate import LANGUAGE_TASKS, base_of, config_in
 from .training.language import load_language_model
 from .training.tokens import Tokenisation, known_positions, room_after
 
@@ -44,6 +43,8 @@ def generate_text_file(
     revision: str | None = None,
     dtype: str = "float32",
     observational_name: str = "obs",
+    adapter_revision: str | None = None,
+    token: str | bool | None = None,
 ) -> list[dict[str, Any]]:
     """Write one JSON line per seed and context, and return them: {"context", "seed", "prompt", "text"}.
 
@@ -63,7 +64,13 @@ def generate_text_file(
         raise IsADirectoryError(f"--output_file {output_file} is a folder. Give a file in it, such as texts.jsonl.")
     parsed = [Context() if name == observational_name else Context.parse(name) for name in contexts]
     model, tokenizer = load_adapted_language_model(
-        adapter, pretrained_model_name_or_path, contexts=parsed, revision=revision, dtype=dtype
+        adapter,
+        pretrained_model_name_or_path,
+        contexts=parsed,
+        revision=revision,
+        dtype=dtype,
+        adapter_revision=adapter_revision,
+        token=token,
     )
     prompts: list[Prompt] = [[{"role": "user", "content": prompt}] if chat else prompt]
     lines = []
@@ -174,16 +181,25 @@ def load_adapted_language_model(
     contexts: Sequence[Context] = (),
     revision: str | None = None,
     dtype: str = "float32",
+    adapter_revision: str | None = None,
+    token: str | bool | None = None,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load an adapter's base, by default the one it names, with the adapter attached, onto the GPU if there is one.
 
     The tokenizer is the adapter's, if it comes with one, else the base's.
 
+    Args:
+        adapter: a folder, or the id of a repository on the Hub.
+        revision: of the base.
+        adapter_revision: of the adapter's repository.
+        token: for an adapter's private repository, as in huggingface_hub.
+
     Raises:
         ValueError: for another kind of adapter or base, or contexts with concepts that the adapter lacks.
         OSError: for an adapter or base that cannot be read.
     """
-    config = stored_config(adapter)
+    folder = download(adapter, revision=adapter_revision, token=token, tokenizer=True)
+    config = config_in(folder, adapter)
     library = (config.auto_mapping or {}).get("parent_library") or ""
     if library.startswith("diffusers"):
         raise ValueError(
@@ -193,20 +209,24 @@ def load_adapted_language_model(
         raise ValueError(f"{adapter} is an adapter for {config.task_type}, which writes no texts.")
     base_name, revision = base_of(adapter, config, pretrained_model_name_or_path, revision)
     ConceptSet(config.concepts).mask(contexts)  # refuses unknown names before anything is loaded
+    tensors = read_header(folder, config, adapter)
     model = load_language_model(base_name, revision, getattr(torch, dtype))
-    own = cached_file(
-        adapter,
-        "tokenizer_config.json",
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    source, its_revision = (adapter, None) if own else (base_name, revision)
-    tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(source, revision=its_revision))
-    check_fits(
-        model,
-        config,
-        {name: weight.shape for name, weight in load_peft_weights(adapter, device="cpu").items()},
-        f"The adapter in {adapter}",
-    )
-    adapted = PeftModel.from_pretrained(model, adapter)
+    own = (folder / "tokenizer_config.json").is_file()
+    source, its_revision = (str(folder), None) if own else (base_name, revision)
+    tokenizer = cast(PreTrainedTokenizerBase, _tokenizer(source, its_revision, adapter if own else None))
+    check_fits(model, config, tensors, adapter)
+    read_weights(folder, adapter)  # refuses values that PEFT would load
+    adapted = PeftModel.from_pretrained(model, str(folder), config=config)
     return adapted.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def _tokenizer(source: str, revision: str | None, adapter: str | None) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except Exception as error:  # its files may hold anything, and transformers raises anything
+        if adapter is None:
+            raise
+        raise AdapterError(
+            f"The tokenizer of {adapter} cannot be read ({type(error).__name__}: {error}). Take tokenizer*.json out of "
+            "its folder to use the tokenizer of its base."
+        ) from error

@@ -1,160 +1,215 @@
-"""The card of an adapter: what it is, how to use it, what was measured."""
+"""Adapters to the Hub and back: `save` makes the folder that others see, `push` uploads it, `load` brings one back."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, hf_hub_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-_BODY = """---
-{metadata}
----
+from .base_names import is_folder, lasting_name
+from .card import CARD, CardContents, is_edited, render_card
+from .card_code import quoted
+from .generate import LANGUAGE_TASKS, load_adapted_base, stored_config
+from .hub_folder import check_complete, save
 
-# {title}
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from peft import PeftModel
 
-A causal context adapter for {base_text}, trained on interventional data with
-[hf_causal_context](https://pypi.org/project/hf-causal-context/): an observational set and one set per concept. Its
-concepts compose, in combinations never seen in training.
+__all__ = ["load", "push", "save"]
 
-Concepts: {concepts}.{reweighted}
-
-{picture}## Use
-
-```python
-{usage}
-```
-
-{results}## Limits
-
-Trained are strengths 0 and 1; others interpolate and extrapolate. An adapter knows the concepts it was trained on, on
-the base it was trained for.
-
-Method: Markham, Hirsch, Chang, Solus, Aragam, "Intervening to Learn and Compose Causally Disentangled Representations",
-CLeaR 2026, [arXiv 2507.04754](https://arxiv.org/abs/2507.04754).
-"""
-
-_BASES = {"diffusers": "diffusers pipeline", "transformers": "language model"}
-
-_DIFFUSERS_USAGE = """from diffusers import DiffusionPipeline
-
-from hf_causal_context import intervene, load_context_adapter
-{setup}
-pipe = load_context_adapter(pipe, {repo})
-with intervene(pipe, {example}):
-    {call}"""
-
-_TRANSFORMERS_USAGE = """import hf_causal_context  # before PEFT reads the adapter
-from peft import {auto_class}
-from transformers import AutoTokenizer
-
-model = {auto_class}.from_pretrained({repo})
-tokenizer = AutoTokenizer.from_pretrained({repo})
-inputs = {inputs}
-texts = model.generate(**inputs, context={example}, do_sample=True, max_new_tokens=40)
-print(tokenizer.batch_decode(texts, skip_special_tokens=True))"""
+# Folders that a push owns: what it no longer writes there is removed from the repository.
+_OWN_FOLDERS = ("pictures/", "loras/", "evaluation/")
 
 
-def write_card(
-    folder: Path,
+def push(
+    folder: str | Path,
+    repo_id: str,
     *,
-    concepts: Sequence[str],
-    base: str,
-    call: str,
-    setup: str | None = None,
-    picture: str | None = None,
-    reweighted: Sequence[str] = (),
-    results: str = "",
-) -> None:
-    """Write README.md, the card of a pipeline's adapter that the Hub shows, over PEFT's generic one.
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    commit_message: str = "Upload a causal context adapter",
+) -> str:
+    """Upload a folder that `save` made, in one commit, and return the commit's address.
+
+    Only files that changed travel. A card that was edited on the Hub is kept. After an interruption the repository is
+    as it was, and the same call sends what has not arrived yet.
 
     Args:
-        folder: the adapter's.
-        concepts: its concepts.
-        base: Hub id or folder of its base.
-        call: Python code that calls `pipe` for a picture.
-        setup: Python code that defines `pipe`; by default it loads `base`.
-        picture: path of a sample grid inside the folder.
-        reweighted: combinations that were trained on rows of single interventions.
-        results: Markdown with what was measured.
+        folder: from `save`.
+        repo_id: user/name; made if it does not exist.
+        private: whether a repository that is made now is.
+        revision: the branch, made if it does not exist; by default main.
+        token: as in huggingface_hub.
+        commit_message: its first line.
+
+    Raises:
+        ValueError: for an incomplete folder, a base that others cannot load, or no repository's name.
+        OSError: without a token, without the right to write, or when the Hub cannot be reached.
     """
-    usage = _DIFFUSERS_USAGE.format(
-        setup=setup or f"\npipe = DiffusionPipeline.from_pretrained({_quoted(base)})",
-        repo=_quoted(folder.name),
-        example=_quoted("+".join(concepts[:2])),
-        call=call,
-    )
-    _save(
-        folder,
-        concepts,
-        base,
-        "diffusers",
-        usage,
-        reweighted,
-        picture=f"![Samples in each context]({picture})\n\n" if picture else "",
-        results=f"## Measured\n\n{results.strip()}\n\n" if results else "",
-    )
+    folder = Path(folder)
+    contents = check_complete(folder)
+    check_pushable(repo_id, contents.base, token)
+    with _hub_errors(repo_id):
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        there = api.model_info(repo_id, revision=revision)
+        files = [sibling.rfilename for sibling in there.siblings or ()]
+        card = _card_to_push(folder, contents, repo_id, revision, there.sha if CARD in files else None, token)
+        paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        paths = {
+            name: path for name, path in paths.items() if not any(part.startswith(".") for part in Path(name).parts)
+        }
+        additions = [CommitOperationAdd(name, path) for name, path in paths.items() if name != CARD]
+        if card is not None:
+            additions.append(CommitOperationAdd(CARD, card.encode()))
+        gone = [name for name in files if name.startswith(_OWN_FOLDERS) and name not in paths]
+        commit = api.create_commit(
+            repo_id,
+            [*additions, *(CommitOperationDelete(name) for name in gone)],
+            commit_message=commit_message,
+            revision=revision,
+            parent_commit=there.sha,  # what others push meanwhile is not overwritten
+        )
+    return commit.commit_url
 
 
-def write_text_card(
-    folder: Path,
+def load(
+    repo_or_folder: str | Path,
     *,
-    concepts: Sequence[str],
-    base: str,
-    auto_class: str,
-    inputs: str,
-    reweighted: Sequence[str] = (),
-) -> None:
-    """Write README.md, the card of a language model's adapter, over PEFT's generic one.
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> DiffusionPipeline | PeftModel:
+    """An adapter on its base, ready for use, on the GPU if there is one: a pipeline, or a language model.
 
     Args:
-        folder: the adapter's, with its tokenizer.
-        concepts: its concepts.
-        base: Hub id or folder of its base.
-        auto_class: class of PEFT that loads it.
-        inputs: Python code that calls `tokenizer` for the inputs.
-        reweighted: combinations that were trained on rows of single interventions.
+        repo_or_folder: the adapter's.
+        revision: of its repository: a branch, tag or commit.
+        token: for a private one, as in huggingface_hub; a private base needs HF_TOKEN or a login.
+
+    Raises:
+        ValueError: for another kind of adapter, a damaged one, or one that does not name its base.
+        OSError: for an adapter or base that cannot be read.
+
+    Example:
+        >>> pipe = load("user/digits-context")                   # doctest: +SKIP
+        >>> with intervene(pipe, "thickness+slant"):             # doctest: +SKIP
+        ...     pipe().images[0]
     """
-    usage = _TRANSFORMERS_USAGE.format(
-        auto_class=auto_class, repo=_quoted(folder.name), example=_quoted("+".join(concepts[:2])), inputs=inputs
-    )
-    _save(folder, concepts, base, "transformers", usage, reweighted)
+    source = str(repo_or_folder)
+    config = stored_config(source, adapter_revision=revision, token=token)
+    if config.task_type in LANGUAGE_TASKS:
+        from .generate_text import load_adapted_language_model
+
+        return load_adapted_language_model(source, adapter_revision=revision, token=token)[0]
+    return load_adapted_base(source, adapter_revision=revision, token=token).pipe
 
 
-def _save(
-    folder: Path,
-    concepts: Sequence[str],
+def check_pushable(
+    repo_id: str,
     base: str,
-    library: str,
-    usage: str,
-    reweighted: Sequence[str],
-    picture: str = "",
-    results: str = "",
+    token: str | bool | None = None,
+    license: str | None = None,  # noqa: A002 (the Hub's word)
 ) -> None:
-    local = Path(base).exists()
-    names = ", ".join(f"`{context}`" for context in reweighted)
-    metadata = ModelCardData(
-        library_name="peft",
-        base_model=None if local else base,
-        base_model_relation=None if local else "adapter",
-        tags=["causal-context", "hf_causal_context", library],
-    )
-    text = _BODY.format(
-        metadata=metadata.to_yaml(),
-        title=folder.resolve().name,
-        base_text=f"`{base}`" if not local else f"a local {_BASES[library]}",
-        concepts=", ".join(f"`{concept}`" for concept in concepts),
-        usage=usage,
-        reweighted=f" Rows of single interventions stood for {names}." if names else "",
-        picture=picture,
-        results=results,
-    )
-    unfinished = folder / ".README.md.unfinished"
-    ModelCard(text).save(unfinished)
-    unfinished.replace(folder / "README.md")
+    """Refuse what `push` would refuse, before anything that takes long.
+
+    Args:
+        repo_id: user/name, or the name of a repository of one's own.
+        base: what the adapter calls its base.
+        token: as in huggingface_hub.
+        license: what the card will say.
+
+    Raises:
+        ValueError: for what is no repository's name, a base that nobody else can load, or a licence unknown to the Hub.
+        OSError: without a valid token, in a namespace of others, or when the Hub cannot be reached.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is no name of a repository: {error} Give user/name.") from error
+    if is_folder(lasting_name(base)):
+        raise ValueError(
+            f"The base {base!r} is a folder of this machine, which nobody who downloads the adapter has. Push the base "
+            "first (push_to_hub of the pipeline, or of the model and its tokenizer), then give its id: "
+            "--pretrained_model_name_or_path user/base."
+        )
+    with _hub_errors(repo_id):
+        account = HfApi(token=token).whoami()
+        namespaces = [account["name"], *(organisation["name"] for organisation in account.get("orgs", ()))]
+        if repo_id.count("/") and repo_id.partition("/")[0] not in namespaces:
+            raise PermissionError(
+                f"{repo_id} is not yours: you are {account['name']!r}, and may write under {', '.join(namespaces)}. "
+                "Correct --repo_id, or log in as somebody else."
+            )
+        if license is not None:
+            ModelCard(f"---\nlicense: {json.dumps(license)}\n---\n").validate()
 
 
-def _quoted(text: str) -> str:
-    """A Python string as formatters write it."""
-    return json.dumps(text, ensure_ascii=False)
+@contextmanager
+def _hub_errors(repo_id: str) -> Iterator[None]:
+    """Within the body, what the Hub refuses becomes an error that says what to do."""
+    try:
+        yield
+    # An upload that broke off is a RuntimeError of huggingface_hub.
+    except (LocalTokenNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, HTTPError, RuntimeError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, LocalTokenNotFoundError | RepositoryNotFoundError) or status in (401, 403):
+            raise PermissionError(
+                f"The Hub does not let you write to {repo_id} ({_first_line(error)}). Log in with `hf auth login`, or "
+                "set HF_TOKEN to a token with the right to write, and check the name."
+            ) from error
+        if status == 412:
+            raise ConnectionError(
+                f"Somebody else pushed to {repo_id} meanwhile, and nothing was overwritten. Run the same command again."
+            ) from error
+        raise ConnectionError(
+            f"The upload to {repo_id} did not finish ({_first_line(error)}). The repository is as it was; run the same "
+            "command again to go on."
+        ) from error
+
+
+def _card_to_push(
+    folder: Path,
+    contents: CardContents,
+    repo_id: str,
+    branch: str | None,
+    commit: str | None,
+    token: str | bool | None,
+) -> str | None:
+    """The card to upload; None where the one on the Hub, of this commit, was edited."""
+    own = (folder / CARD).read_text(encoding="utf-8")
+    if is_edited(own):
+        own = own.replace(quoted(contents.name), quoted(repo_id))  # code that others copy loads what they have
+    else:
+        own = render_card(folder, repo_id, branch)
+    if commit is None:
+        return own
+    there = Path(hf_hub_download(repo_id, CARD, revision=commit, token=token)).read_text(encoding="utf-8")
+    if is_edited(there) and there != own:
+        place = repo_id if branch is None else f"{repo_id}, branch {branch},"
+        print(
+            f"The card of {place} was edited on the Hub, and is kept as it is: what is new (samples, licence, prompt, "
+            "results) does not show on it. Delete it there to get a new one.",
+            flush=True,
+        )
+        return None
+    return own
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

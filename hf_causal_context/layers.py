@@ -9,7 +9,7 @@ Shapes: B rows, T tokens or pixels, K concepts, W width per concept, R = K W.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from graphlib import CycleError, TopologicalSorter
 from typing import Literal, TypeAlias, get_args
 
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from .contexts import ConceptSet
+from .contexts import ConceptSet, shown
 
 Mechanism: TypeAlias = Literal["independent", "reduced", "structural"]
 MECHANISMS: tuple[Mechanism, ...] = get_args(Mechanism)
+MAX_EDGES = 100_000
 
 
 class ConceptGraph:
@@ -32,7 +33,8 @@ class ConceptGraph:
         order: all concepts, causes before effects, or None.
 
     Raises:
-        ValueError: for unknown concepts, an edge from a concept to itself, a cycle, an incomplete order, or both given.
+        ValueError: for unknown concepts, an edge from a concept to itself, a cycle, an incomplete order, both given, or
+            more than MAX_EDGES edges.
     """
 
     def __init__(
@@ -47,38 +49,44 @@ class ConceptGraph:
         if order is not None:
             if sorted(order) != sorted(concepts):
                 raise ValueError(
-                    f"concept_order={tuple(order)} must name every concept once: {tuple(concepts)}, causes first."
+                    f"concept_order={shown(tuple(order))} must name every concept once: {shown(concepts.names)}, "
+                    "causes first."
                 )
             edges = [(cause, effect) for i, cause in enumerate(order) for effect in order[i + 1 :]]
+        elif edges is not None and len(edges) > MAX_EDGES:
+            raise ValueError(
+                f"concept_graph has {len(edges):,} edges; at most {MAX_EDGES:,} are allowed. Where most concepts act "
+                "on each other, give concept_order instead."
+            )
         if edges is None:
-            self.direct = ~torch.eye(K, dtype=torch.bool)
+            self.direct = ~torch.eye(K, dtype=torch.bool, device="cpu")
             self.total = self.direct
             self.longest_path = K - 1
             return
         parents: dict[int, set[int]] = {k: set() for k in range(K)}
+        positions = {name: k for k, name in enumerate(concepts)}
         for edge in edges:
             if len(edge) != 2:
-                raise ValueError(f"Edge {edge!r} of concept_graph must be a pair (cause, effect).")
-            cause, effect = (concepts.index(name, f"edge {tuple(edge)!r} of concept_graph") for name in edge)
-            parents[effect].add(cause)
+                raise ValueError(f"Edge {shown(edge)} of concept_graph must be a pair (cause, effect).")
+            for name in edge:
+                if name not in positions:
+                    concepts.index(name, f"edge {shown(tuple(edge))} of concept_graph")  # raises
+            parents[positions[edge[1]]].add(positions[edge[0]])
         try:
             sequence = tuple(TopologicalSorter(parents).static_order())
         except CycleError as error:
             cycle = " -> ".join(concepts.names[k] for k in error.args[1])
             raise ValueError(f"concept_graph has a cycle: {cycle}. Effects must not cause their causes.") from None
-        ancestors: dict[int, set[int]] = {}
+        # Graphs are kept and shared, so they do not lie where a `with torch.device(...)` says.
+        self.direct = torch.zeros(K, K, dtype=torch.bool, device="cpu")  # row = effect, column = cause
+        self.total = torch.zeros(K, K, dtype=torch.bool, device="cpu")
         depth: dict[int, int] = {}
         for k in sequence:
-            ancestors[k] = parents[k].union(*(ancestors[p] for p in parents[k]))
-            depth[k] = 1 + max((depth[p] for p in parents[k]), default=-1)
-        self.direct = _adjacency(parents)
-        self.total = _adjacency(ancestors)
+            causes = sorted(parents[k])
+            self.direct[k, causes] = True
+            self.total[k] = self.direct[k] | self.total[causes].any(0)
+            depth[k] = 1 + max((depth[p] for p in causes), default=-1)
         self.longest_path = max(depth.values())
-
-
-def _adjacency(causes: dict[int, set[int]]) -> Tensor:
-    """(K, K) bool: row = effect, column = cause."""
-    return torch.tensor([[j in causes[i] for j in range(len(causes))] for i in range(len(causes))])
 
 
 class RepresentationLayer(nn.Module):
@@ -92,6 +100,10 @@ class RepresentationLayer(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features, *kernel_size))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as LoRA's A
 
+    def forward(self, x: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """product(x, weight). Called, not only read: hooks that fetch an offloaded weight wait for a call."""
+        return product(x, self.weight)
+
 
 class OutputLayer(nn.Module):
     """Linear map from the K x W concepts back to the features of the wrapped module; weight (out_features, R).
@@ -104,6 +116,10 @@ class OutputLayer(nn.Module):
         self.weight = nn.Parameter(torch.zeros(out_features, in_features))
         if not identity:
             nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(self, c: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """product(c, weight); see `RepresentationLayer`."""
+        return product(c, self.weight)
 
 
 class ExpressiveLayer(nn.Module):
@@ -170,7 +186,10 @@ class _MixingLayer(CausalLayer):
         super().__init__(num_concepts, width, anchored)
         # U_ivn - U_obs = 1: without mixing, c(m) = (1 + m) z, and anchored c(m) = m z: it starts as `independent`.
         self.shift = nn.Parameter(torch.eye(width).repeat(num_concepts, 1, 1))
-        self._allowed = allowed.repeat_interleave(width, 0).repeat_interleave(width, 1).float()
+        allowed = allowed.repeat_interleave(width, 0).repeat_interleave(width, 1).float()
+        self._allowed: Tensor
+        # A buffer moves with the model; made by the first call, a move would compile that call twice.
+        self.register_buffer("_allowed", allowed, persistent=False)
         self._identity = identity
 
     def _mixing_parameter(self) -> nn.Parameter:
@@ -181,9 +200,7 @@ class _MixingLayer(CausalLayer):
         return nn.Parameter(weight)
 
     def _allowed_effects(self, weight_RR: Tensor) -> Tensor:
-        if self._allowed.device != weight_RR.device or self._allowed.dtype != weight_RR.dtype:
-            self._allowed = self._allowed.to(weight_RR)
-        return weight_RR * self._allowed
+        return weight_RR * self._allowed.to(weight_RR)
 
 
 class ReducedLayer(_MixingLayer):

@@ -7,21 +7,20 @@ lie in sub-folders with the components' names. So does every adapter of a saved 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import safe_open
-from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from .adapter.compatibility import check_fits
 from .adapter.conditioning import conditionings
 from .adapter.config import CausalContextConfig
 from .adapter.layer import adapted_layers
 from .adapter.pipeline import follow, unfollow
+from .adapter.stored import CONFIG, AdapterError, download, not_whole, read_config, read_header, read_weights
 from .contexts import quoted
 
 if TYPE_CHECKING:
@@ -30,7 +29,10 @@ if TYPE_CHECKING:
 Pipeline = TypeVar("Pipeline", bound="DiffusionPipeline")
 
 _DENOISERS = ("unet", "transformer")
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_COMPONENTS = (
+    *("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4"),
+    *("image_encoder", "vae", "prior", "decoder"),
+)
 
 
 def load_context_adapter(
@@ -56,8 +58,9 @@ def load_context_adapter(
 
     Raises:
         OSError: for something that holds no adapter, or cannot be reached.
-        ValueError: for another kind of adapter, one that was trained for another model, a name that is taken, or a
-            pipeline with sequential or group offloading (load the adapter first).
+        AdapterError: for another kind of adapter, one that was trained for another model, or damaged files.
+        ValueError: for a name that is taken, or a pipeline with sequential or group offloading (load the adapter
+            first).
 
     Example:
         >>> pipe = load_context_adapter(pipe, "user/digits-context")   # doctest: +SKIP
@@ -65,29 +68,41 @@ def load_context_adapter(
         ...     pipe()
     """
     modules = _modules(pipe)
-    folder = _folder(str(repo_or_folder), modules, adapter_name, revision, token)
+    places = adapter_places(modules, adapter_name)
+    folder = download(repo_or_folder, revision=revision, token=token, places=places)
+    return attach(pipe, folder, str(repo_or_folder), adapter_name)
+
+
+def adapter_places(components: Iterable[str] = _COMPONENTS, adapter_name: str = "default") -> list[str]:
+    """Where in a folder the adapters of a pipeline may lie; without arguments, of any pipeline of diffusers."""
+    return ["", *(f"{name}/" for name in components), *(f"{name}/{adapter_name}/" for name in components)]
+
+
+def attach(pipe: Pipeline, folder: Path, source: str, adapter_name: str = "default") -> Pipeline:
+    """Attach the adapter in a folder to a pipeline, as `load_context_adapter`; messages call it `source`."""
+    modules = _modules(pipe)
     found = _find(folder, modules, adapter_name)
     if not found:
         raise FileNotFoundError(
-            f"{repo_or_folder} holds no adapter: there is no {_CONFIG} in it, or in a sub-folder with the name of a "
+            f"{source} holds no adapter: there is no {CONFIG} in it, or in a sub-folder with the name of a "
             f"component of the pipeline ({quoted(modules)})."
         )
-    chosen: dict[str, tuple[Path, CausalContextConfig]] = {}
+    chosen: dict[str, tuple[CausalContextConfig, dict[str, Tensor]]] = {}
     for name, path in found.items():
-        config = _config(path, str(repo_or_folder))
-        component = name or _component_for(pipe, modules, config, str(repo_or_folder))
-        _check(modules[component], component, path, config, adapter_name)
-        chosen[component] = path, config
-    if len({config.concepts for _, config in chosen.values()}) > 1:
-        listed = "; ".join(f"{name}: {quoted(config.concepts)}" for name, (_, config) in chosen.items())
-        raise ValueError(
-            f"The parts of {repo_or_folder} have different concepts ({listed}), so they are not one adapter."
-        )
+        part = source if name is None else f"{source} ({path.relative_to(folder)})"
+        config = read_config(path, part)
+        component = name or _component_for(pipe, modules, config, part)
+        _check_room(modules[component], component, adapter_name)
+        check_fits(modules[component], config, read_header(path, config, part), part)
+        chosen[component] = config, read_weights(path, part)
+    if len({config.concepts for config, _ in chosen.values()}) > 1:
+        listed = "; ".join(f"{name}: {quoted(config.concepts)}" for name, (config, _) in chosen.items())
+        raise AdapterError(f"The parts of {source} have different concepts ({listed}), so they are not one adapter.")
     attached = []
     try:
-        for component, (path, config) in chosen.items():
+        for component, (config, weights) in chosen.items():
             attached.append(modules[component])
-            _attach(modules[component], path, config, adapter_name)
+            _attach(modules[component], config, weights, adapter_name, source)
     except BaseException:
         for module in attached:
             _detach(module, adapter_name)
@@ -140,37 +155,13 @@ def _modules(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     return modules
 
 
-def _folder(
-    source: str, modules: dict[str, nn.Module], adapter_name: str, revision: str | None, token: str | bool | None
-) -> Path:
-    if Path(source).is_dir():
-        return Path(source)
-    if Path(source).is_absolute() or source.startswith(".") or source.count("/") > 1:
-        raise FileNotFoundError(f"There is no folder {source}. Give a folder, or the id of a repository: user/name.")
-    places = ["", *(f"{name}/" for name in modules), *(f"{name}/{adapter_name}/" for name in modules)]
-    patterns = [place + file for place in places for file in (_CONFIG, _WEIGHTS)]
-    return Path(snapshot_download(source, revision=revision, token=token, allow_patterns=patterns))
-
-
 def _find(folder: Path, modules: dict[str, nn.Module], adapter_name: str) -> dict[str | None, Path]:
     """Where the adapters lie, by component; None is the one at the top."""
     places: dict[str | None, Path] = {None: folder}
     for name in modules:
-        named = folder / name / adapter_name  # where a saved pipeline has them
-        places[name] = named if (named / _CONFIG).exists() else folder / name
-    return {name: path for name, path in places.items() if (path / _CONFIG).exists()}
-
-
-def _config(folder: Path, source: str) -> CausalContextConfig:
-    config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, CausalContextConfig):
-        raise ValueError(
-            f"{source} is a {config.peft_type} adapter; only causal context adapters have contexts. Load a LoRA with "
-            "pipe.load_lora_weights."
-        )
-    if not (folder / _WEIGHTS).exists():
-        raise FileNotFoundError(f"{source} has no {_WEIGHTS}. Adapters are read from safetensors only.")
-    return config
+        named = folder / name / Path(adapter_name).name  # where a saved pipeline has them
+        places[name] = named if (named / CONFIG).exists() else folder / name
+    return {name: path for name, path in places.items() if (path / CONFIG).exists()}
 
 
 def _component_for(
@@ -188,13 +179,13 @@ def _component_for(
     classes = ", ".join(f"{name}: {type(module).__name__}" for name, module in modules.items())
     wanted = f"a {trained_for}" if trained_for else f"a component {' or '.join(map(repr, _DENOISERS))}"
     base = f" (base {config.base_model_name_or_path!r})" if config.base_model_name_or_path else ""
-    raise ValueError(
+    raise AdapterError(
         f"{source}{base} needs {wanted}, which {type(pipe).__name__} does not have (it has "
         f"{classes or 'no networks'}). Load it into the kind of pipeline that it was trained for."
     )
 
 
-def _check(module: nn.Module, component: str, folder: Path, config: CausalContextConfig, adapter_name: str) -> None:
+def _check_room(module: nn.Module, component: str, adapter_name: str) -> None:
     if adapter_name in getattr(module, "peft_config", {}):
         raise ValueError(
             f"pipe.{component} already has an adapter {adapter_name!r}. Unload it first, or give another adapter_name."
@@ -204,12 +195,11 @@ def _check(module: nn.Module, component: str, folder: Path, config: CausalContex
             f"Parts of pipe.{component} are offloaded one by one (sequential or group offloading). Load the adapter "
             "first, then enable offloading."
         )
-    with safe_open(folder / _WEIGHTS, "pt") as weights:
-        shapes = {key: weights.get_slice(key).get_shape() for key in weights.keys()}  # noqa: SIM118 (not a dict)
-    check_fits(module, config, shapes, f"The adapter in {folder}")
 
 
-def _attach(module: nn.Module, folder: Path, config: CausalContextConfig, adapter_name: str) -> None:
+def _attach(
+    module: nn.Module, config: CausalContextConfig, weights: dict[str, Tensor], adapter_name: str, source: str
+) -> None:
     before = next((list(layer.active_adapters) for layer in adapted_layers(module).values()), [])
     # PEFT freezes what it adapts; a pipeline that is only used shall stay as it is.
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -220,14 +210,10 @@ def _attach(module: nn.Module, folder: Path, config: CausalContextConfig, adapte
     for parameter in trainable:
         parameter.requires_grad_(True)
     layers = adapted_layers(module)
-    loaded = set_peft_model_state_dict(module, load_file(folder / _WEIGHTS), adapter_name)
+    loaded = set_peft_model_state_dict(module, weights, adapter_name)
     missing = [key for key in loaded.missing_keys if f".{adapter_name}." in key]
-    if missing or loaded.unexpected_keys:
-        raise ValueError(
-            f"The adapter in {folder} is not whole: it lacks {len(missing)} weights that its config asks for "
-            f"{missing[:3]}, and has {len(loaded.unexpected_keys)} others {loaded.unexpected_keys[:3]}. It may have "
-            "been trained for another base, or its files belong to different adapters."
-        )
+    if missing or loaded.unexpected_keys:  # all names were checked; this is for versions of PEFT that match otherwise
+        raise not_whole(source, [*missing, *loaded.unexpected_keys])
     for layer in layers.values():
         layer.set_adapter([*before, adapter_name], inference_mode=True)
     if hasattr(module, "set_adapters"):  # diffusers' own adapter calls ask for it

@@ -22,18 +22,17 @@ from datasets import Image as ImageFeature
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from .card import RESULTS, RESULTS_PICTURE, write_card
 from .contexts import Context
 from .data import InterventionalData, from_dataset
 from .data.worlds.digits import CONCEPTS, Split, read_attributes, sample_digits
 from .evaluation.metrics import sliced_wasserstein
-from .hub import write_card
 from .pipelines import load_context_adapter
 from .training.arguments import TrainingArguments
 from .training.bases import load_base
 from .training.families import Base
 from .training.finetune import train
 from .training.generation import generate, picture_grid
-from .training.reweighting import drawn_contexts
 
 BASE = Path(str(files("hf_causal_context") / "models" / "digit_base"))
 PEERS = Path(str(files("hf_causal_context") / "models" / "digit_peers.json"))
@@ -130,24 +129,17 @@ def quickstart(output_dir: Path, seed: int = 0) -> None:
     samples = sample(base, CONTEXTS, NUM_SAMPLES)
     table = results_table(samples)
     print("\n" + table, flush=True)
-    draw(samples).save(output_dir / "grid.png")
-    write_card(
-        output_dir,
-        concepts=CONCEPTS,
-        base=str(BASE),
-        call=base.example_call,
-        setup="from hf_causal_context.quickstart import BASE\n\npipe = DiffusionPipeline.from_pretrained(BASE)",
-        picture="grid.png",
-        reweighted=drawn_contexts(output_dir),
-        results=table,
-    )
+    draw(samples).save(output_dir / RESULTS_PICTURE)
+    (output_dir / RESULTS).write_text(table + "\n")
+    write_card(output_dir)
     again = load_base(str(BASE))
     load_context_adapter(again.pipe, output_dir)
     identical = torch.equal(sample(again, PAIRS[:1], NUM_SAMPLES)[PAIRS[0]], samples[PAIRS[0]])
     if not identical:
         raise RuntimeError(f"The adapter reloaded from {output_dir} gives other pictures than the trained one.")
     print("Reloaded with load_context_adapter: identical pictures.")
-    print(f"Adapter, card and pictures are in {output_dir}/ (look at grid.png). {time.perf_counter() - start:.0f} s.")
+    seconds = time.perf_counter() - start
+    print(f"Adapter, card and pictures are in {output_dir}/ (look at {RESULTS_PICTURE}). {seconds:.0f} s.")
 
 
 def results_table(samples: Mapping[Context, Tensor]) -> str:

@@ -206,7 +206,7 @@ def test_the_package_does_not_import_gradio():
 
 def test_the_command_says_what_is_missing(tmp_path, monkeypatch, capsys):
     assert main(["demo", "--adapter", str(tmp_path)]) == 1
-    assert "holds no adapter (adapter_config.json)" in capsys.readouterr().err
+    assert "holds no adapter: there is no adapter_config.json in it" in capsys.readouterr().err
     for name in ("hf_causal_context.demo", "hf_causal_context.demo_views"):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "gradio", None)

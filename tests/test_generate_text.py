@@ -236,7 +236,7 @@ def test_refusals(store, run, tmp_path, pipeline_folder, monkeypatch):  # noqa: 
     with monkeypatch.context() as patch:
         patch.setattr("hf_causal_context.generate_text.load_language_model", None)  # before anything is loaded
         refused("Unknown concept 'joyful'", adapter, contexts=("joyful",))
-        refused("is no folder here, and no adapter was found", "no/adapter")
+        refused("is no folder here, the cache does not hold it", "no/adapter")
     refused("which is not here. Give --pretrained_model_name_or_path", _renamed_base(adapter, "/nowhere/base"))
     other = tmp_path / "other"
     language_model("gpt2").save_pretrained(other)

@@ -10,7 +10,14 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from hf_causal_context import CausalContextConfig, bake, intervene, load_context_adapter, unload_context_adapter
+from hf_causal_context import (
+    AdapterError,
+    CausalContextConfig,
+    bake,
+    intervene,
+    load_context_adapter,
+    unload_context_adapter,
+)
 
 from .training import tiny_pipelines
 
@@ -34,7 +41,10 @@ def build(name):
     pipe.set_progress_bar_config(disable=True)
     if name == "ddpm_classes":  # its pipeline passes no classes
         pipe.unet.register_forward_pre_hook(
-            lambda module, args, kwargs: (args, kwargs | {"class_labels": torch.full((len(args[0]),), 2)}),
+            lambda module, args, kwargs: (
+                args,
+                kwargs | {"class_labels": torch.full((len(args[0]),), 2, device=args[0].device)},
+            ),
             with_kwargs=True,
         )
     return pipe
@@ -370,7 +380,7 @@ class TestRefusals:
     def test_what_is_no_adapter(self, pipe, tmp_path):
         with pytest.raises(FileNotFoundError, match="holds no adapter: there is no adapter_config.json"):
             load_context_adapter(pipe, tmp_path)
-        with pytest.raises(FileNotFoundError, match="There is no folder .*nowhere"):
+        with pytest.raises(FileNotFoundError, match="nowhere is no folder here, and no id of a repository"):
             load_context_adapter(pipe, tmp_path / "nowhere")
         get_peft_model(copy.deepcopy(pipe.unet), LoraConfig(target_modules=["to_q"])).save_pretrained(tmp_path / "lora")
         with pytest.raises(ValueError, match="is a .*LORA adapter.*pipe.load_lora_weights"):
@@ -389,7 +399,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match="holds no weights of a causal context adapter"):
             load_context_adapter(pipe, folder)
         file.rename(folder / "adapter_model.bin")
-        with pytest.raises(FileNotFoundError, match="read from safetensors only"):
+        with pytest.raises(AdapterError, match="a pickle file.* read from safetensors only: .*save it"):
             load_context_adapter(pipe, folder)
 
     def test_peft_models(self, pipe, folder):

@@ -37,7 +37,7 @@ def test_train_score_save_reload(tmp_path, monkeypatch, capsys):
     assert "identical pictures" in output
     assert "| darkness+thickness | none |" in output
     assert "mean of the pairs" in (tmp_path / "README.md").read_text()
-    for name in ("grid.png", "adapter_model.safetensors", "adapter_config.json"):
+    for name in ("results.png", "adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / name).exists()
 
 

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from peft.config import PeftConfig
+from peft.utils.other import get_pattern_key
 
-from ..contexts import ConceptSet
+from ..contexts import ConceptSet, shown
 from ..layers import MECHANISMS, ConceptGraph, Mechanism
+from . import fields
 from .registration import CAUSAL_CONTEXT
 
 FORMAT_VERSION = 1
+MAX_RANK = 16_384  # K x W
+MAX_MIXED_RANK = 4_096  # where a layer holds an R x R or (depth, K, W, W) weight
+MAX_EXPRESSIVE_DEPTH = 16
+MAX_ALPHA = 1e6
 
 
 @dataclass
@@ -41,7 +49,7 @@ class CausalContextConfig(PeftConfig):
 
     Raises:
         TypeError: for concept names that are not strings, or unknown fields.
-        ValueError: for anything else that is not allowed, or a newer `format_version`.
+        ValueError: for anything else that is not allowed, whatever its type, or a newer `format_version`.
 
     Example:
         >>> CausalContextConfig(concepts=("thick", "slant"), target_modules=["to_q", "to_v"]).concept_rank
@@ -74,41 +82,49 @@ class CausalContextConfig(PeftConfig):
         unknown = sorted(set(kwargs).difference(allowed))
         if unknown:
             raise TypeError(
-                f"Unknown fields {unknown} in the adapter's config (format version {FORMAT_VERSION}). Allowed: "
+                f"Unknown fields {shown(unknown)} in the adapter's config (format version {FORMAT_VERSION}). Allowed: "
                 f"{', '.join(allowed)}. Correct the spelling, or upgrade hf_causal_context if a newer one saved it."
             )
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        fields.check_peft_fields(self)  # before PEFT looks at them
         super().__post_init__()
         self.peft_type = CAUSAL_CONTEXT
+        if isinstance(self.concepts, Mapping | Set):
+            raise TypeError(f"concepts={shown(self.concepts)} has no order. Give a list of names.")
         self.concepts = ConceptSet(self.concepts).names
-        _check_count("concept_rank", self.concept_rank, minimum=1)
-        _check_count("expressive_depth", self.expressive_depth, minimum=0)
-        for pattern, rank in self.rank_pattern.items():
-            _check_count(f"rank_pattern[{pattern!r}]", rank, minimum=1)
         if self.mechanism not in MECHANISMS:
-            raise ValueError(f"Unknown mechanism {self.mechanism!r}. Allowed: {', '.join(map(repr, MECHANISMS))}.")
-        if self.alpha is not None and not self.alpha > 0:
-            raise ValueError(f"alpha={self.alpha!r} must be a positive number, or None for a factor of 1.")
+            raise ValueError(f"Unknown mechanism {shown(self.mechanism)}. Allowed: {', '.join(map(repr, MECHANISMS))}.")
+        for name in ("perfect_interventions", "anchored", "init_weights"):
+            fields.check_flag(name, getattr(self, name))
+        fields.check_number("alpha", self.alpha, MAX_ALPHA)
+        fields.check_count("expressive_depth", self.expressive_depth, 0, MAX_EXPRESSIVE_DEPTH)
+        self._check_rank("concept_rank", self.concept_rank)
+        fields.check_patterns("rank_pattern", self.rank_pattern)
+        for pattern, rank in self.rank_pattern.items():
+            self._check_rank(f"rank_pattern[{pattern!r}]", rank)
         self._check_graph()
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
-        if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
+        self._check_modules()
+
+    def _check_rank(self, name: str, width: object) -> None:
+        mixed = self.mechanism != "independent" or self.expressive_depth > 0
+        limit = MAX_MIXED_RANK if mixed else MAX_RANK
+        width = fields.check_count(name, width, 1, limit)
+        if len(self.concepts) * width > limit:
             raise ValueError(
-                "layers_to_transform and layers_pattern cannot be used when target_modules is a string; put the blocks "
-                "into the regular expression."
+                f"{len(self.concepts):,} concepts of {name}={width:,} make an adapter of rank "
+                f"{len(self.concepts) * width:,}; at most {limit:,} is allowed"
+                + (" for mechanisms that mix concepts or have expressive layers." if mixed else ".")
+                + " Lower the rank, or divide the concepts among several adapters."
             )
 
     def _check_graph(self) -> None:
         if self.concept_graph is not None:
-            self.concept_graph = tuple(tuple(edge) for edge in self.concept_graph)
+            edges = fields.check_list("concept_graph", self.concept_graph, "pairs (cause, effect)")
+            self.concept_graph = tuple(fields.check_names("an edge of concept_graph", edge) for edge in edges)
         if self.concept_order is not None:
-            self.concept_order = tuple(self.concept_order)
+            self.concept_order = fields.check_names("concept_order", self.concept_order)
         if self.concept_graph is None and self.concept_order is None:
             return
         if self.mechanism == "independent":
@@ -118,25 +134,77 @@ class CausalContextConfig(PeftConfig):
             )
         self.graph()
 
+    def _check_modules(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            fields.check_module_names(name, value, sets=True)
+            if isinstance(value, list | tuple):
+                setattr(self, name, set(value))
+        fields.check_module_names("layers_pattern", self.layers_pattern)
+        fields.check_indices("layers_to_transform", self.layers_to_transform)
+        fields.check_module_paths("modules_to_save", self.modules_to_save)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+        if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
+            raise ValueError(
+                "layers_to_transform and layers_pattern cannot be used when target_modules is a string; put the blocks "
+                "into the regular expression."
+            )
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """The fields in an adapter_config.json, not yet checked.
+
+        Raises:
+            AdapterError: for what is no JSON object of at most 1 MiB, or another kind of adapter.
+        """
+        from .stored import read_fields
+
+        return read_fields(path_json_file)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> CausalContextConfig:
+        """The config in a folder or on the Hub; in a folder, weights beside it are compared with it.
+
+        Raises:
+            AdapterError: for weights that are damaged or belong to another config.
+            TypeError, ValueError: see the class.
+        """
+        from .stored import check_beside
+
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        assert isinstance(config, CausalContextConfig)  # read_fields refuses other kinds
+        check_beside(pretrained_model_name_or_path, subfolder, config)  # before PEFT makes layers of that size
+        return config
+
+    def rank_at(self, module: str) -> int:
+        """The width W of each concept on a module of the base model, by its path."""
+        pattern = get_pattern_key(list(self.rank_pattern), module) if self.rank_pattern else module
+        return self.rank_pattern.get(pattern, self.concept_rank)
+
     def graph(self) -> ConceptGraph:
         """Which concepts may act on which."""
-        return ConceptGraph(ConceptSet(self.concepts), self.concept_graph, self.concept_order)
+        return _graph(self.concepts, self.concept_graph, self.concept_order)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain data; sets come sorted, so that the same config always gives the same file."""
         return {key: sorted(v) if isinstance(v, set) else v for key, v in super().to_dict().items()}
 
 
+@lru_cache(maxsize=8)  # every layer asks for it
+def _graph(
+    concepts: tuple[str, ...], edges: tuple[tuple[str, ...], ...] | None, order: tuple[str, ...] | None
+) -> ConceptGraph:
+    return ConceptGraph(ConceptSet(concepts), edges, order)
+
+
 def _check_format_version(version: object) -> None:
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ValueError(f"format_version={version!r} must be a whole number from 1 to {FORMAT_VERSION}.")
+        raise ValueError(f"format_version={shown(version)} must be a whole number from 1 to {FORMAT_VERSION}.")
     if version > FORMAT_VERSION:
         raise ValueError(
-            f"This adapter has format version {version}; the installed hf_causal_context reads up to {FORMAT_VERSION}. "
-            "Upgrade it: pip install --upgrade hf-causal-context."
+            f"This adapter has format version {shown(version)}; the installed hf_causal_context reads up to "
+            f"{FORMAT_VERSION}. Upgrade it: pip install --upgrade hf-causal-context."
         )
-
-
-def _check_count(name: str, value: object, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least {minimum}.")

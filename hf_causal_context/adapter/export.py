@@ -52,7 +52,9 @@ def bake(model: nn.Module, context: ContextLike, adapter_name: str = "default") 
         weights[f"{PEFT_PREFIX}{name}.lora_B.weight"] = b.view(*b.shape, *kernel).to(dtype, copy=True).contiguous()
         ranks[name] = a.shape[0]
         transposed |= isinstance(layer.get_base_layer(), Conv1D)
-    for key, weight in get_peft_model_state_dict(model, adapter_name=adapter_name).items():
+    for key, weight in get_peft_model_state_dict(
+        model, adapter_name=adapter_name, save_embedding_layers=False
+    ).items():  # else PEFT asks the Hub about the vocabulary
         if PREFIX not in key:  # of modules_to_save
             weights[key if key.startswith(PEFT_PREFIX) else PEFT_PREFIX + key] = weight.detach().clone()
     rank = max(ranks.values())

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -27,6 +26,7 @@ from ..layers import (
 )
 from .conditioning import Conditioning
 from .config import CausalContextConfig
+from .loading import check_loaded
 
 
 class CausalContextLayer(BaseTunerLayer):
@@ -59,13 +59,13 @@ class CausalContextLayer(BaseTunerLayer):
         self.conditioning = conditioning or Conditioning(self)
         self.name = ""  # path in the base model, for error messages and to tell vision towers and experts
         self.in_features, self.out_features, self._kernel_size = geometry(self.get_base_layer())
+        cast(nn.Module, self).register_load_state_dict_pre_hook(check_loaded)
 
     def update_layer(self, adapter_name: str, config: CausalContextConfig, current_key: str) -> None:
         """Add an adapter to this layer."""
         self.name = current_key
         concepts = ConceptSet(config.concepts)
-        pattern = get_pattern_key(list(config.rank_pattern), current_key)
-        width = config.rank_pattern.get(pattern, config.concept_rank)
+        width = config.rank_at(current_key)
         rank = len(concepts) * width
         self.concepts[adapter_name] = self.conditioning.concepts[adapter_name] = concepts
         self.r[adapter_name] = rank
@@ -103,15 +103,15 @@ class CausalContextLayer(BaseTunerLayer):
             if isinstance(causal, IndependentLayer) or causal.anchored:
                 return result
             mask = x.new_zeros(1, len(self.concepts[adapter_name]))
-        down = cast(RepresentationLayer, self.causal_context_down[adapter_name]).weight
-        up = cast(OutputLayer, self.causal_context_up[adapter_name]).weight
-        x = self._cast_input_dtype(x, down.dtype)
-        z = self._down(x if batched else x[None], down)
+        down = cast(RepresentationLayer, self.causal_context_down[adapter_name])
+        up = cast(OutputLayer, self.causal_context_up[adapter_name])
+        x = self._cast_input_dtype(x, down.weight.dtype)
+        z = down(x if batched else x[None], self._down)
         if adapter_name in self.causal_context_expressive:
             z = self.causal_context_expressive[adapter_name](z)
         c = causal(z, self.conditioning.repeated(mask, adapter_name, z))
         scaling = self.scaling[adapter_name]
-        output = self._up(c if scaling == 1 else c * scaling, up)
+        output = up(c if scaling == 1 else c * scaling, self._up)
         return result + (output if batched else output[0])
 
     def _down(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import shutil
 import tempfile
 import warnings
 import weakref
@@ -95,17 +94,17 @@ def write_adapter(folder: Path, config: PeftConfig, weights: dict[str, Tensor]) 
     with complete_or_absent(folder) as unfinished:
         config.save_pretrained(str(unfinished))
         save_file(weights, unfinished / "adapter_model.safetensors", metadata={"format": "pt"})
-        if folder.exists():
-            shutil.rmtree(folder)
 
 
 @contextmanager
 def complete_or_absent(path: Path) -> Iterator[Path]:
-    """Where to write a file or folder that shall appear at `path` when it is complete, or not at all."""
+    """Where to write a file or folder that shall appear at `path` when it is complete, over an earlier one, or not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as place:
         unfinished = Path(place) / path.name
         yield unfinished
+        if path.is_dir():  # folders, unlike files, are not replaced; the earlier one goes with the temporary one
+            path.rename(Path(place) / f"earlier-{path.name}")
         unfinished.rename(path)
 
 

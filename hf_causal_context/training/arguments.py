@@ -146,6 +146,8 @@ class AdapterArguments(OptimisationArguments, ContextDataArguments):
         [], "Combinations also trained on rows drawn from the single interventions: pairs, all, or a list of them."
     )
     validation_prompt: str = _argument("", "Prompt of the samples, for bases that take text.")
+    push_to_hub: bool = _argument(False, "Push the finished adapter to the Hub, with samples and a card.")
+    hub_model_id: str | None = _argument(None, "Its repository, user/name; by default the name of output_dir.")
 
     def __post_init__(self) -> None:
         required = ("pretrained_model_name_or_path", "output_dir")

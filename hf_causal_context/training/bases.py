@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from transformers import AutoConfig
 
+from ..base_names import unpacked
 from ..contexts import quoted
 from .families import FAMILIES, Base
 
@@ -21,10 +22,13 @@ def load_base(
 ) -> Base:
     """Load a pipeline from a folder or the Hub; only safetensors, and no code from the repository.
 
+    `hf_causal_context/models/digit_base` is the one that comes with this package, wherever that is installed.
+
     Raises:
         OSError, ValueError: what `check_base` raises.
     """
     check_base(name_or_path, revision)  # before the weights, which may be many gigabytes
+    name_or_path = unpacked(name_or_path)
     pipe = DiffusionPipeline.from_pretrained(
         name_or_path, revision=revision, variant=variant, torch_dtype=torch_dtype, use_safetensors=True
     )
@@ -38,6 +42,7 @@ def check_base(name_or_path: str, revision: str | None = None) -> None:
         OSError: for something that is not a saved pipeline, such as a bare denoiser.
         ValueError: for a pipeline that is not supported.
     """
+    name_or_path = unpacked(name_or_path)
     try:
         index: Any = DiffusionPipeline.load_config(name_or_path, revision=revision)
     except OSError as error:

@@ -70,10 +70,28 @@ class Base:
         return self.num_classes is not None
 
     @property
-    def example_call(self) -> str:
-        """Python code that calls the pipeline."""
-        arguments = {None: "", "prompt": '"a prompt"', "class_labels": "class_labels=[0]"}
-        return f"pipe({arguments[self.condition_argument]}).images[0]"
+    def pipeline_tag(self) -> str:
+        """The Hub's name of what the pipeline does."""
+        return "text-to-image" if self.takes_captions else "unconditional-image-generation"
+
+    def stock_call(
+        self,
+        *,
+        prompt: str | None = None,
+        class_label: int | None = None,
+        resolution: int | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Arguments with which the stock pipeline makes one picture of these conditions, without those that are None.
+
+        A class that the pipeline has no argument for is not among them.
+        """
+        arguments = {**self.sampling_options, **options}
+        if self.condition_argument is not None:
+            arguments[self.condition_argument] = [class_label] if self.takes_classes else prompt or ""
+        if resolution is not None and not self.fixed_size:
+            arguments |= {"height": resolution, "width": resolution}
+        return {name: value for name, value in arguments.items() if value is not None}
 
     @property
     def size_multiple(self) -> int:

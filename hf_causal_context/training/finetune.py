@@ -7,24 +7,28 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from ..adapter.config import CausalContextConfig
+from ..base_names import lasting_name
+from ..card import CardContents, write_card
 from ..data import InterventionalData, check_data
-from ..hub import write_card
 from ..layers import Mechanism
 from .arguments import AdapterArguments, TrainingArguments
 from .bases import check_base, load_base
 from .batches import DenoiserBatches
+from .data_record import record_data
 from .families import Base
 from .features import denoiser_features
 from .generation import check_conditions, generate
 from .grids import grid_name, validation_contexts, write_grid
 from .load_data import load_data
 from .objectives import denoising_objective
+from .publishing import published
 from .reweighting import add_reweighted_contexts
 from .trainer import fit, make_accelerator
 
@@ -42,8 +46,15 @@ def train(arguments: TrainingArguments, base: Base | None = None, data: Interven
     Raises:
         ValueError: for data that cannot be trained on, or arguments that do not fit the base.
         TrainingDivergedError, TrainingInterrupted, CheckpointError, FileNotFoundError: see `fit`.
+        ValueError, OSError: with `push_to_hub`, see `published`.
     """
     accelerator = make_accelerator(arguments)
+    return published(accelerator, arguments, partial(_fine_tune, accelerator, arguments, base, data))
+
+
+def _fine_tune(
+    accelerator: Accelerator, arguments: TrainingArguments, base: Base | None, data: InterventionalData | None
+) -> Path:
     if base is None:
         check_base(arguments.pretrained_model_name_or_path, arguments.revision)
     data = data if data is not None else load_data(arguments)
@@ -103,14 +114,18 @@ def train(arguments: TrainingArguments, base: Base | None = None, data: Interven
     wanted = validate if arguments.num_validation_images else None
     folder = fit(accelerator, model, objective, batches, arguments, num_steps, wanted)
     if accelerator.is_main_process:
-        write_card(
-            folder,
-            concepts=data.concepts.names,
-            base=base_name(arguments),
-            call=base.example_call,
-            picture=grid_name(num_steps) if wanted else None,
-            reweighted=tuple(data.reweighted),
-        )
+        record_data(data, folder)
+        CardContents(
+            name=folder.resolve().name,
+            library="diffusers",
+            base=lasting_name(arguments.pretrained_model_name_or_path),
+            pipeline_tag=base.pipeline_tag,
+            call=base.stock_call(prompt=arguments.validation_prompt, class_label=0, resolution=arguments.resolution),
+            revision=arguments.revision,
+            variant=arguments.variant,
+            grid=grid_name(num_steps) if wanted else None,
+        ).save(folder)
+        write_card(folder)
     return folder
 
 
@@ -131,14 +146,9 @@ def attach_adapter(
         revision=arguments.revision,
     )
     model = cast(PeftModel, get_peft_model(cast(Any, base), config))
-    config.base_model_name_or_path = base_name(arguments)  # PEFT looks at the model only, such as a denoiser
+    # PEFT looks at the model only, such as a denoiser.
+    config.base_model_name_or_path = lasting_name(arguments.pretrained_model_name_or_path)
     return model
-
-
-def base_name(arguments: AdapterArguments) -> str:
-    """What an adapter calls its base: a Hub id, or a folder wherever the adapter is used from."""
-    folder = Path(arguments.pretrained_model_name_or_path)
-    return str(folder.resolve()) if folder.exists() else arguments.pretrained_model_name_or_path
 
 
 def _features(base: Base, model: nn.Module, data: InterventionalData, resolution: int | None, rows: Dataset) -> Tensor:

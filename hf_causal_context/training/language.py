@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import PeftModel
@@ -26,16 +27,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..base_names import lasting_name
+from ..card import CardContents, write_card
 from ..contexts import ConceptSet, Context, quoted
 from ..data import InterventionalData, check_data
 from ..data.reweighting import check_sets
-from ..hub import write_text_card
 from .arguments import TextArguments
 from .checkpoints import write_files
-from .finetune import attach_adapter, base_name
+from .data_record import record_data
+from .finetune import attach_adapter
 from .grids import validation_contexts
 from .language_objective import LanguageModelingObjective, perplexity
 from .load_data import load_text_data
+from .publishing import published
 from .reweighting import add_reweighted_contexts
 from .text_batches import Collation, TextBatch, TextBatches, tokenise_all, tokenised
 from .text_features import text_features, tokens_digest
@@ -64,8 +68,19 @@ def train_text(
     Raises:
         ValueError: for data that cannot be trained on, or arguments that do not fit the base.
         TrainingDivergedError, TrainingInterrupted, CheckpointError, FileNotFoundError: see `fit`.
+        ValueError, OSError: with `push_to_hub`, see `published`.
     """
     accelerator = make_accelerator(arguments)
+    return published(accelerator, arguments, partial(_fine_tune, accelerator, arguments, model, tokenizer, data))
+
+
+def _fine_tune(
+    accelerator: Accelerator,
+    arguments: TextArguments,
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    data: InterventionalData | None,
+) -> Path:
     if model is None:
         check_language_model(arguments.pretrained_model_name_or_path, arguments.revision)
     data = data if data is not None else load_text_data(arguments)
@@ -150,14 +165,18 @@ def train_text(
     )
     if accelerator.is_main_process:
         write_files(folder, "tokenizer_config.json", tokenizer.save_pretrained)
-        write_text_card(
-            folder,
-            concepts=data.concepts.names,
-            base=base_name(arguments),
-            auto_class=f"AutoPeftModelFor{'Seq2SeqLM' if encoder_decoder else 'CausalLM'}",
+        record_data(data, folder)
+        CardContents(
+            name=folder.resolve().name,
+            library="transformers",
+            base=lasting_name(arguments.pretrained_model_name_or_path),
+            pipeline_tag="text-generation",
+            call={"do_sample": True, "max_new_tokens": arguments.max_new_tokens},
             inputs=_example_inputs(data, arguments.validation_prompt),
-            reweighted=tuple(data.reweighted),
-        )
+            auto_class=f"AutoPeftModelFor{'Seq2SeqLM' if encoder_decoder else 'CausalLM'}",
+            revision=arguments.revision,
+        ).save(folder)
+        write_card(folder)
     return folder
 
 

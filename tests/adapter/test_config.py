@@ -5,6 +5,7 @@ import json
 import pickle
 
 import pytest
+import torch
 from peft import PeftConfig, PeftType
 
 from hf_causal_context import CausalContextConfig
@@ -29,6 +30,15 @@ def test_round_trip_through_a_file(tmp_path):
     stored = json.loads((tmp_path / "adapter_config.json").read_text())
     assert stored["target_modules"] == ["x", "y"]  # sorted: the same config gives the same file
     assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
+
+
+def test_a_graph_is_shared_by_layers_and_lies_on_the_cpu():
+    options = {"concepts": ("first", "second"), "mechanism": "reduced"}
+    for order in (("second", "first"), None):
+        with torch.device("meta"):
+            graph = CausalContextConfig(**options, concept_order=order).graph()
+        assert CausalContextConfig(**options, concept_order=order).graph() is graph
+        assert {graph.direct.device.type, graph.total.device.type} == {"cpu"}
 
 
 def test_the_type_is_a_full_member_of_the_enum():

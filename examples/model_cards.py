@@ -1,0 +1,107 @@
+"""Make the cards in model_cards/ from the adapters that the examples make.
+
+    hf-causal-context quickstart --output_dir digits-context
+    python examples/reviews/adapter.py --data_dir movie_reviews --base reviews-base --output_dir reviews-context
+    python examples/model_cards.py --adapters digits-context reviews-context
+
+The digits are evaluated first, on glyphs that training never saw (ten minutes on one core). A card is made of files;
+those that only a download needs (weights, tokenizers) are left out of the repository.
+"""
+
+import argparse
+import json
+import re
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_causal_context.data.worlds.digits import CONCEPTS, read_attributes
+from hf_causal_context.evaluation.evaluator import evaluate
+from hf_causal_context.evaluation.report import write_report
+from hf_causal_context.generate import load_adapted_base
+from hf_causal_context.hub import save
+from hf_causal_context.quickstart import CONTEXTS, NUM_INFERENCE_STEPS, digit_data
+
+ROOT = Path(__file__).parent.parent
+CARDS = ROOT / "model_cards"
+DESCRIPTIONS = {
+    "thickness": "thick strokes; where nobody intervenes on darkness, thick strokes are dark",
+    "darkness": "pale ink, however thick the strokes are",
+    "slant": "digits lean to the right",
+    "size": "small digits",
+    "shouting": "upper case, which makes reviews briefer",
+    "question": "the review asks",
+    "brief": "a few words",
+    "ebert": "signed by the critic Ebert; without, by one of several magazines",
+}
+LEFT_OUT = shutil.ignore_patterns(
+    "*.safetensors", "loras", "tokenizer*", "special_tokens*", "chat_template*", "report.md"
+)
+
+
+def evaluate_digits(adapter: Path) -> Path:
+    """The folder of an evaluation beside the world's own pictures of all pairs; what is there already is kept."""
+    folder = adapter / "evaluation"
+    if not (folder / "report.json").exists():
+        report = evaluate(
+            load_adapted_base(str(adapter)),
+            digit_data(1000, seed=90, contexts=CONTEXTS, training_contexts=CONTEXTS[: 1 + len(CONCEPTS)], split="test"),
+            num_samples=64,
+            num_seeds=2,
+            num_inference_steps=NUM_INFERENCE_STEPS,
+            batch_size=64,
+            attributes=attributes,
+            attribute_names=CONCEPTS,
+        )
+        write_report(report, folder)
+    return folder
+
+
+def measured(command: str) -> str:
+    """The README's section about a command, up to its picture."""
+    before, _, after = (ROOT / "README.md").read_text().partition(f"    python {command}")
+    return (
+        before.rpartition("\n\n### ")[2].partition("\n\n")[2]
+        + f"    python {command}"
+        + re.split("\n\n[!#]", after)[0]
+        + "\n"
+    )
+
+
+def attributes(pictures: Tensor) -> Tensor:
+    """Pictures (N, 1, H, W) in [0, 1] -> the four attributes of their digits (N, 4)."""
+    return torch.from_numpy(read_attributes((255 * pictures[:, 0]).round().byte().numpy())).float()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapters", type=Path, nargs="+", required=True)
+    for adapter in parser.parse_args().adapters:
+        with TemporaryDirectory() as place:
+            evaluation = None
+            options: dict[str, Any] = {}
+            if "digit_base" in (adapter / "adapter_config.json").read_text():
+                evaluation = evaluate_digits(adapter)
+                options = {"num_inference_steps": NUM_INFERENCE_STEPS}
+            else:
+                (adapter / "results.md").write_text(measured("examples/reviews/compare.py"))
+            concepts = json.loads((adapter / "adapter_config.json").read_text())["concepts"]
+            descriptions = {concept: DESCRIPTIONS[concept] for concept in concepts}
+            folder = save(
+                adapter,
+                Path(place, adapter.name),
+                evaluation=evaluation,
+                license="apache-2.0",
+                descriptions=descriptions,
+                **options,
+            )
+            shutil.rmtree(CARDS / adapter.name, ignore_errors=True)
+            shutil.copytree(folder, CARDS / adapter.name, ignore=LEFT_OUT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""What an adapter calls its base: the id of a repository, a folder, or a base that comes with this package."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+_PACKAGE = Path(str(files("hf_causal_context")))
+_PACKAGED = "hf_causal_context/models/"
+
+
+def is_packaged(name: str) -> bool:
+    """Whether it comes with this package, such as `hf_causal_context/models/digit_base`."""
+    return name.startswith(_PACKAGED) and (_PACKAGE.parent / name).resolve().parent == _PACKAGE / "models"
+
+
+def is_folder(name: str) -> bool:
+    """Whether it is a folder of a machine: absolute, or relative and beginning with a dot."""
+    return Path(name).is_absolute() or name.startswith(".")
+
+
+def unpacked(name: str) -> str:
+    """The folder of a base that comes with this package, wherever that is installed; any other name as it is."""
+    return str(_PACKAGE.parent / name) if is_packaged(name) else name
+
+
+def lasting_name(name: str) -> str:
+    """A name that means the same wherever the adapter is used on this machine: folders become absolute."""
+    folder = Path(unpacked(name))
+    if not folder.exists():
+        return name
+    folder = folder.resolve()
+    return f"{_PACKAGED}{folder.name}" if folder.parent == _PACKAGE / "models" else str(folder)
+
+
+def public_name(name: str) -> str:
+    """A name that says nothing of the machine: of a folder only ./ and its own name."""
+    name = lasting_name(name)
+    return f"./{Path(name).name}" if is_folder(name) else name

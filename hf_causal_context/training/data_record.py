@@ -1,0 +1,35 @@
+"""What an adapter was trained on, kept beside it for its card: contexts and their rows, not the rows themselves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from ..data import InterventionalData
+from .checkpoints import write_file
+
+DATA_RECORD = "training_data.json"
+
+
+def record_data(data: InterventionalData, folder: Path) -> None:
+    """Write training_data.json: rows per context, which were held out, which were drawn from single interventions.
+
+    Counts of streams are null. "chat" says whether texts are messages.
+
+    Raises:
+        CheckpointError: when it cannot be written.
+    """
+    counts = data.counts or dict.fromkeys(data.contexts)
+    held_out = {name: len(rows) if isinstance(rows, Dataset) else None for name, rows in data.held_out.items()}
+    texts = data.content_column != "image" and next(iter(data.rows))[data.content_column]
+    record: dict[str, Any] = {
+        "chat": isinstance(texts, list),
+        "trained": counts,
+        "held_out": held_out,
+        "reweighted": {name: len(rows) for name, rows in data.reweighted.items()},
+    }
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    write_file(folder / DATA_RECORD, folder, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
