@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from datasets import IterableDataset
+from datasets import Features, IterableDataset
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
@@ -143,7 +143,16 @@ def _stream_batches(
         chosen, _ = schedule(shares, batch * batch_size, (batch + 1) * batch_size)
         examples = [next(streams[context]) for context in chosen.tolist()]
         if batch % world_size == rank and batch // world_size >= start:
-            yield [features.decode_example(example) for example in examples]
+            yield [_decoded(example, features) for example in examples]
+
+
+def _decoded(example: dict[str, Any], features: Features) -> dict[str, Any]:
+    try:
+        return features.decode_example(example)
+    except Exception as error:  # decoders raise whatever they like, and seldom which file it was
+        paths = [value["path"] for value in example.values() if isinstance(value, dict) and value.get("path")]
+        where = ", ".join(paths) or f"A row of the context {example['context']!r}"
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _endless(rows: IterableDataset, context: str, seed: int) -> Iterator[dict[str, Any]]:

@@ -82,7 +82,7 @@ class DenoiserBatches:
             collate = partial(_collate, image_column=self._data.content_column, read=self._reader())
             loaded: Iterable[dict[str, Any]] = map(collate, rows)
         else:
-            rows = _Rows(self._rows, self._data.reweighted)
+            rows = _Rows(self._rows, self._data.reweighted, self._data.content_column)
             sampler = ContextSampler(
                 rows.contexts,
                 size,
@@ -200,8 +200,8 @@ class DenoiserBatches:
 class _Rows(torch.utils.data.Dataset):
     """Prepared rows, followed by those that stand for combinations: other rows under the combination's name."""
 
-    def __init__(self, rows: Dataset, reweighted: Mapping[str, NDArray[np.int64]]) -> None:
-        self._rows = rows
+    def __init__(self, rows: Dataset, reweighted: Mapping[str, NDArray[np.int64]], content_column: str) -> None:
+        self._rows, self._content_column = rows, content_column
         self._standing = np.concatenate([np.arange(len(rows)), *reweighted.values()])
         names = [name for name, numbers in reweighted.items() for _ in numbers]
         self.contexts: list[str] = [*rows["context"], *names]
@@ -210,8 +210,27 @@ class _Rows(torch.utils.data.Dataset):
         return len(self._standing)
 
     def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
-        rows = cast(Any, self._rows).__getitems__(self._standing[numbers].tolist())
+        chosen = self._standing[numbers].tolist()
+        try:
+            rows = cast(Any, self._rows).__getitems__(chosen)
+        except Exception as error:  # decoders raise whatever they like, and seldom which file it was
+            raise ValueError(f"{self._unreadable(chosen)}: {error}") from error
         return [row | {"context": self.contexts[number]} for number, row in zip(numbers, rows, strict=True)]
+
+    def _unreadable(self, numbers: list[int]) -> str:
+        """The first of these rows that cannot be read, by the name of its file where it has one."""
+        for number in numbers:
+            try:
+                self._rows[number]
+            except Exception:  # see above
+                path = None
+                if self._content_column in self._rows.column_names:  # else it was encoded before
+                    undecoded = self._rows.with_format(None).cast_column(
+                        self._content_column, ImageFeature(decode=False)
+                    )
+                    path = undecoded[number][self._content_column]["path"]
+                return path or f"row {number} of the data"
+        return f"one of the rows {numbers} of the data"
 
 
 def read_picture(picture: Image.Image, channels: int, resolution: int) -> np.ndarray:

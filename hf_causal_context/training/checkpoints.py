@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +25,7 @@ from safetensors.torch import load_file
 
 from ..adapter.config import CausalContextConfig
 from .arguments import ARGUMENTS, OptimisationArguments
+from .damage import damage
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 # What a resumed run may change: its length, how it is watched, where its files are, and the rate of learning.
@@ -40,7 +43,7 @@ _MAY_CHANGE = frozenset(
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written; the ones before it are untouched."""
+    """A checkpoint could not be written, or is damaged; the others are untouched."""
 
 
 def register_model_hooks(accelerator: Accelerator) -> None:
@@ -106,22 +109,39 @@ def checkpoint_steps(output_dir: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def find_checkpoint(output_dir: Path, wanted: str) -> tuple[int, Path] | None:
+def find_checkpoint(output_dir: Path, wanted: str, say: Callable[[str], object]) -> tuple[int, Path] | None:
     """The checkpoint to resume from: "latest" (None if there is none yet), a name in `output_dir`, or a folder.
+
+    "latest" passes over damaged ones, each of which `say` is told of.
 
     Raises:
         FileNotFoundError: for a checkpoint that does not exist.
+        CheckpointError: for a damaged one, or if all are.
     """
     checkpoints = checkpoint_steps(output_dir)
     if wanted == "latest":
-        return next(reversed(checkpoints.items()), None)
+        for step, folder in reversed(checkpoints.items()):
+            if (found := damage(folder)) is None:
+                return step, folder
+            say(f"{folder} is damaged ({found}): it is passed over for the one before it.")
+        if checkpoints:
+            raise CheckpointError(
+                f"All checkpoints in {output_dir} are damaged: {', '.join(p.name for p in checkpoints.values())}. "
+                "Restore one from a copy, or remove them to start from the beginning."
+            )
+        return None
     path = output_dir / wanted if (output_dir / wanted).is_dir() else Path(wanted)
     match = _NAME.fullmatch(path.name)
+    there = ", ".join(p.name for p in checkpoints.values()) or "none"
     if not path.is_dir() or not match:
-        there = ", ".join(p.name for p in checkpoints.values()) or "none"
         raise FileNotFoundError(
             f"--resume_from_checkpoint={wanted} is not a checkpoint. In {output_dir} there are: {there}. Give one of "
             "them, or latest."
+        )
+    if (found := damage(path)) is not None:
+        raise CheckpointError(
+            f"--resume_from_checkpoint={wanted} is damaged ({found}). In {output_dir} there are: {there}. Give another "
+            "one, or latest, which takes the newest that is whole."
         )
     return int(match[1]), path
 
@@ -177,22 +197,31 @@ def save_checkpoint(accelerator: Accelerator, arguments: OptimisationArguments, 
     output_dir, limit = Path(arguments.output_dir), arguments.checkpoints_total_limit
     folder = output_dir / f"checkpoint-{step}"
     unfinished = output_dir / f".{folder.name}.unfinished"
-    try:
+    # Waiting is no writing: when another process is gone, that is not an error of the disk.
+    with _writing(folder, unfinished):
         unfinished.mkdir(exist_ok=True)
-        accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()
+    with _writing(folder, unfinished):
         accelerator.save_state(str(unfinished))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with _writing(folder, unfinished):
             arguments.save(unfinished)
             unfinished.rename(folder)
-    except Exception as error:  # torch and safetensors each have an error of their own for a full disk
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise not_written(folder, output_dir, error) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and limit is not None:
         for old in list(checkpoint_steps(output_dir).values())[:-limit]:
             remove_checkpoint(old)
     return folder
+
+
+@contextmanager
+def _writing(folder: Path, unfinished: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # torch and safetensors each have an error of their own for a full disk
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise not_written(folder, folder.parent, error) from error
 
 
 def not_written(path: Path, output_dir: Path, error: Exception) -> CheckpointError:
@@ -223,6 +252,22 @@ def clean_up(output_dir: Path) -> None:
     for pattern in (".checkpoint-*.unfinished", ".checkpoint-*.removed", ".model-*"):
         for path in output_dir.glob(pattern):
             shutil.rmtree(path)
+
+
+def check_writable(output_dir: Path) -> None:
+    """Refuse to start where nothing could be written; creates nothing.
+
+    Raises:
+        CheckpointError: naming what is in the way.
+    """
+    there = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise CheckpointError(f"--output_dir={output_dir}: {there} is a file, not a folder. Choose another folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise CheckpointError(
+            f"--output_dir={output_dir}: {there} cannot be written to. {last_checkpoint(output_dir)} Make it writable, "
+            "or choose another folder."
+        )
 
 
 def check_space(output_dir: Path, needed: int) -> None:

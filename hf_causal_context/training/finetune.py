@@ -28,6 +28,7 @@ from .generation import check_conditions, generate
 from .grids import grid_name, validation_contexts, write_grid
 from .load_data import load_data
 from .objectives import denoising_objective
+from .processes import main_process_first
 from .publishing import published
 from .reweighting import add_reweighted_contexts
 from .trainer import fit, make_accelerator
@@ -75,7 +76,7 @@ def _fine_tune(
     if arguments.gradient_checkpointing:
         base.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
     if arguments.reweighted_contexts:
-        with accelerator.main_process_first():  # it estimates what the others read
+        with main_process_first(accelerator, Path(arguments.output_dir)):  # it estimates what the others read
             look = partial(_features, base, model, data, arguments.resolution)
             made_from = {"resolution": arguments.resolution}
             data = add_reweighted_contexts(data, arguments, accelerator, look, made_from)
@@ -83,7 +84,7 @@ def _fine_tune(
         data, arguments, accelerator.num_processes
     )
     objective = denoising_objective(base, arguments.snr_gamma)
-    with accelerator.main_process_first():  # it fills the cache of latents that the others read
+    with main_process_first(accelerator, Path(arguments.output_dir)):  # it fills the cache that the others read
         batches = DenoiserBatches(
             base,
             data,
@@ -99,20 +100,23 @@ def _fine_tune(
 
     def validate(step: int) -> None:
         base.move_encoders(accelerator.device)
-        rows = generate(
-            base,
-            validation,
-            seeds=range(arguments.num_validation_images),
-            prompt=arguments.validation_prompt if base.takes_captions else None,
-            class_label=0 if base.takes_classes else None,
-            num_inference_steps=arguments.num_inference_steps,
-            resolution=arguments.resolution,
-        )
-        base.move_encoders(resting)
+        try:
+            rows = generate(
+                base,
+                validation,
+                seeds=range(arguments.num_validation_images),
+                prompt=arguments.validation_prompt if base.takes_captions else None,
+                class_label=0 if base.takes_classes else None,
+                num_inference_steps=arguments.num_inference_steps,
+                resolution=arguments.resolution,
+            )
+        finally:
+            base.move_encoders(resting)
         write_grid(accelerator, arguments.output_dir, rows, validation, arguments.observational_name, step)
 
     wanted = validate if arguments.num_validation_images else None
     folder = fit(accelerator, model, objective, batches, arguments, num_steps, wanted)
+    grid = grid_name(num_steps)
     if accelerator.is_main_process:
         record_data(data, folder)
         CardContents(
@@ -123,7 +127,7 @@ def _fine_tune(
             call=base.stock_call(prompt=arguments.validation_prompt, class_label=0, resolution=arguments.resolution),
             revision=arguments.revision,
             variant=arguments.variant,
-            grid=grid_name(num_steps) if wanted else None,
+            grid=grid if (folder / grid).exists() else None,
         ).save(folder)
         write_card(folder)
     return folder

@@ -39,6 +39,7 @@ from .finetune import attach_adapter
 from .grids import validation_contexts
 from .language_objective import LanguageModelingObjective, perplexity
 from .load_data import load_text_data
+from .processes import main_process_first
 from .publishing import published
 from .reweighting import add_reweighted_contexts
 from .text_batches import Collation, TextBatch, TextBatches, tokenise_all, tokenised
@@ -135,7 +136,7 @@ def _fine_tune(
     adapted = attach_adapter(model, data, arguments, task_type="SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM")
     if arguments.reweighted_contexts:
         assert rows is not None  # the arguments refuse streams
-        with accelerator.main_process_first():  # it estimates what the others read
+        with main_process_first(accelerator, Path(arguments.output_dir)):  # it estimates what the others read
             look = partial(_features, adapted, rows, collation(), data.concepts)
             made_from = {"tokens": tokens_digest(rows)}
             data = add_reweighted_contexts(data, arguments, accelerator, look, made_from)
@@ -160,10 +161,7 @@ def _fine_tune(
             begin = cast(str, tokenizer.decode(prompt))
             write_texts(accelerator, arguments.output_dir, begin, texts, shown, arguments.observational_name, step)
 
-    folder = fit(
-        accelerator, adapted, LanguageModelingObjective(batches.tokens_per_row), batches, arguments, num_steps, validate
-    )
-    if accelerator.is_main_process:
+    def finish(folder: Path) -> None:
         write_files(folder, "tokenizer_config.json", tokenizer.save_pretrained)
         record_data(data, folder)
         CardContents(
@@ -177,7 +175,9 @@ def _fine_tune(
             revision=arguments.revision,
         ).save(folder)
         write_card(folder)
-    return folder
+
+    objective = LanguageModelingObjective(batches.tokens_per_row)
+    return fit(accelerator, adapted, objective, batches, arguments, num_steps, validate, finish=finish)
 
 
 def load_language_model(name_or_path: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:

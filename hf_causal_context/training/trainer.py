@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils.memory import clear_device_cache
 from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -26,6 +27,7 @@ from .arguments import OptimisationArguments
 from .checkpoints import (
     check_same_run,
     check_space,
+    check_writable,
     checkpoint_steps,
     clean_up,
     find_checkpoint,
@@ -38,10 +40,16 @@ from .checkpoints import (
 from .early_stopping import EarlyStopping
 from .interruption import noted_interruptions
 from .objectives import Objective
+from .processes import watched_processes
+from .trackers import start_trackers
 
 
 class TrainingDivergedError(FloatingPointError):
     """A loss or a gradient became NaN or infinite; nothing was saved after it."""
+
+
+class UnreadableDataError(ValueError):
+    """The data could be read before the training, but not during it."""
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -66,7 +74,9 @@ def make_accelerator(arguments: OptimisationArguments) -> Accelerator:
 
     Raises:
         ValueError: for a tracker that is not installed, or fp16 without a GPU.
+        CheckpointError: for an `output_dir` that cannot be written to.
     """
+    check_writable(Path(arguments.output_dir))
     # Under torchrun without an accelerator, Accelerate runs every process on its own unless told to use the CPU.
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     accelerator = Accelerator(
@@ -100,6 +110,7 @@ def fit(
     validate: Callable[[int], float | None] | None = None,
     early_stopping: EarlyStopping | None = None,
     hooks: StepHooks | None = None,
+    finish: Callable[[Path], object] | None = None,
 ) -> Path:
     """Train the parameters of `model` that require gradients, and save the model to `output_dir`.
 
@@ -110,23 +121,45 @@ def fit(
         batches: endless batches of this process from the n-th on; the n-th is the same in every run.
         arguments: the run's settings.
         num_steps: optimiser steps of the whole run.
-        validate: called with the step, in eval mode and with the weights that would be saved; may return a loss.
+        validate: called with the step, in eval mode and with the weights that would be saved; may return a loss. If it
+            runs out of memory, the training goes on without it.
         early_stopping: looks at that loss.
         hooks: what happens around every step.
+        finish: writes what belongs beside the model, in the main process; before the last validation, which may fail.
 
     Raises:
         TrainingDivergedError: when a loss or gradient becomes NaN or infinite.
         TrainingInterrupted: on Ctrl-C or SIGTERM, after saving a checkpoint.
-        CheckpointError: when a checkpoint cannot be written.
+        UnreadableDataError: when batches can no longer be made.
+        ProcessLostError: when another process of the run is gone.
+        CheckpointError: when a checkpoint cannot be written, or is damaged.
         FileNotFoundError: for a checkpoint to resume from that does not exist.
         FileExistsError: for checkpoints of another run in `output_dir`.
         ValueError: for a checkpoint of a run with other settings.
     """
-    hooks = hooks or StepHooks()
+    hooks, finish = hooks or StepHooks(), finish or (lambda folder: None)
+    with watched_processes(accelerator, Path(arguments.output_dir)):
+        return _fit(
+            accelerator, model, objective, batches, arguments, num_steps, validate, early_stopping, hooks, finish
+        )
+
+
+def _fit(
+    accelerator: Accelerator,
+    model: PeftModel | ModelMixin,
+    objective: Objective,
+    batches: Callable[[int], Iterator[Any]],
+    arguments: OptimisationArguments,
+    num_steps: int,
+    validate: Callable[[int], float | None] | None,
+    early_stopping: EarlyStopping | None,
+    hooks: StepHooks,
+    finish: Callable[[Path], object],
+) -> Path:
     output_dir = Path(arguments.output_dir)
     parameters = [p for p in model.parameters() if p.requires_grad]
     resumed = arguments.resume_from_checkpoint
-    found = find_checkpoint(output_dir, resumed) if resumed else None
+    found = find_checkpoint(output_dir, resumed, accelerator.print) if resumed else None
     if found is not None:
         check_same_run(found[1], arguments, model)
     elif resumed:
@@ -179,7 +212,7 @@ def fit(
                     remove_checkpoint(later)
     if arguments.report_to:
         settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in asdict(arguments).items()}
-        accelerator.init_trackers("hf_causal_context", settings)
+        start_trackers(accelerator, settings, output_dir, arguments.report_to)
 
     def stopped(problem: str, step: int) -> TrainingDivergedError:
         rate = schedule.get_last_lr()[0]
@@ -189,14 +222,32 @@ def fit(
             "--max_grad_norm; the same settings would end here again."
         )
 
+    told: set[type[Exception]] = set()
+
     def validated(step: int) -> bool:
         """Whether the run should end."""
         stop = torch.zeros((), device=accelerator.device)
         if validate is not None and accelerator.is_main_process:
+            loss = None
             wrapped.eval()
-            with averaged(ema, parameters):
-                loss = validate(step)
-            wrapped.train()
+            try:
+                with averaged(ema, parameters):
+                    loss = validate(step)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if type(error) not in told:
+                    accelerator.print(
+                        f"Validation ran out of memory at step {step} ({str(error).partition(chr(10))[0]}). Training "
+                        f"goes on without it, and tries again when the next is due. {last_checkpoint(output_dir)} Let "
+                        "it make less at once: fewer --num_validation_images or --num_validation_texts, or a smaller "
+                        "--max_new_tokens."
+                    )
+                told.add(type(error))
+            finally:
+                wrapped.train()
+            if told:
+                clear_device_cache(garbage_collection=True)  # what a failed one held
             if loss is not None:
                 accelerator.log({"validation_loss": loss}, step=step)
                 stop += early_stopping is not None and early_stopping.should_stop(loss)
@@ -204,6 +255,19 @@ def fit(
             stop = cast(Tensor, accelerator.reduce(stop, "sum"))
         accelerator.wait_for_everyone()
         return bool(stop.item())
+
+    def read(step: int) -> Any:
+        """The next batch."""
+        try:
+            return next(stream)
+        except Exception as error:  # decoders raise whatever they like
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):  # of the device
+                raise
+            raise UnreadableDataError(
+                f"The data of step {step + 1} cannot be read: {error} {last_checkpoint(output_dir)} Put back what was "
+                "there when the run began (if a worker was killed: lower --dataloader_num_workers, which takes less "
+                "memory), then resume with --resume_from_checkpoint latest."
+            ) from error
 
     def is_due(step: int) -> bool:
         return bool(arguments.validation_steps) and step % arguments.validation_steps == 0 and 0 < step < num_steps
@@ -221,7 +285,7 @@ def fit(
             hooks.start_step(step)
             total = torch.zeros((), device=accelerator.device)
             for _ in range(accumulation):
-                batch = next(stream)
+                batch = read(step)
                 with accelerator.accumulate(wrapped):
                     with accelerator.autocast():
                         loss = objective(wrapped, batch).mean()
@@ -267,9 +331,18 @@ def fit(
         ema.copy_to(parameters)
     if accelerator.is_main_process:
         save_model(accelerator.unwrap_model(wrapped), output_dir)
+        finish(output_dir)
     validated(done)
     accelerator.end_training()
     return output_dir
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the device or of the machine."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
+    )
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, arguments: OptimisationArguments, num_steps: int) -> LambdaLR:

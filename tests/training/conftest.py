@@ -1,6 +1,8 @@
 """Saved tiny pipelines, and training runs on them."""
 
 import multiprocessing
+import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,3 +81,22 @@ def start(tmp_path_factory, monkeypatch):
     for run in runs:
         run.process.kill()
         run.process.join()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function: size -> a file system of its own of that size, mounted for real."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = []
+
+    def mount(size):
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a file system is not permitted here")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for path in mounted:
+        subprocess.run(["umount", str(path)], check=True)

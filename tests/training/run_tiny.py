@@ -4,11 +4,13 @@ The processes come from a fork server, which imports the libraries once for all 
 """
 
 import faulthandler
+import hashlib
 import io
 import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,7 +23,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from hf_causal_context.training import finetune
+from hf_causal_context.training import checkpoints, finetune, trainer
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.families import FAMILIES
 
@@ -35,6 +37,10 @@ class Faults:
     signal_after_step: tuple[int, int] | None = None  # (step, number of the signal), before a checkpoint is saved
     signal_in_microbatch: tuple[int, int] | None = None
     kill_while_saving: int | None = None  # the step whose optimiser is written half
+    kill_at_call: tuple[str, int] | None = None  # so many calls, in C too, after this function began
+    calls_file: str | None = None  # how many calls there were in `_fit`, and how many of them in `save_checkpoint`
+    fail_first: bool = False  # where the main process prepares what the others read
+    seen_file: str | None = None  # one line for each micro-batch: digests of its pictures
     ready_file: str | None = None  # written after step 1; every step then takes a while
 
 
@@ -84,6 +90,26 @@ def _install(faults: Faults) -> None:
         os.kill(os.getpid(), number)
 
     log, make_objective, save = Accelerator.log, finetune.denoising_objective, accelerate.checkpointing.save
+    if faults.kill_at_call:
+        where, number = faults.kill_at_call
+        module = checkpoints if where == "remove_checkpoint" else trainer
+        begin = getattr(module, where)
+
+        def kill_later(*args):
+            if sys.getprofile() is None:
+                left = itertools.count(number - 1, -1)
+                sys.setprofile(lambda frame, event, arg: None if next(left) else raise_signal(signal.SIGKILL))
+            return begin(*args)
+
+        setattr(module, where, kill_later)
+    if faults.calls_file:
+        _count_calls(faults.calls_file)
+    if faults.fail_first:
+
+        def fail(*args):
+            raise RuntimeError("no batches")
+
+        finetune.DenoiserBatches = fail
 
     def log_with_faults(self, values, step):
         log(self, values, step=step)
@@ -97,6 +123,10 @@ def _install(faults: Faults) -> None:
         objective, numbers = make_objective(*args), itertools.count(1)
 
         def call(model, batch):
+            if faults.seen_file:
+                digests = [hashlib.blake2b(row.numpy().tobytes(), digest_size=6).hexdigest() for row in batch.clean]
+                with open(faults.seen_file, "a") as file:
+                    file.write(" ".join(digests) + "\n")
             if faults.signal_in_microbatch and next(numbers) == faults.signal_in_microbatch[0]:
                 raise_signal(faults.signal_in_microbatch[1])
             return objective(model, batch)
@@ -114,3 +144,23 @@ def _install(faults: Faults) -> None:
     Accelerator.log = log_with_faults
     finetune.denoising_objective = objective_with_faults
     accelerate.checkpointing.save = save_half
+
+
+def _count_calls(path: str) -> None:
+    calls, in_saving = itertools.count(), []
+    fit, save_checkpoint = trainer._fit, trainer.save_checkpoint
+
+    def counted_fit(*args):
+        sys.setprofile(lambda frame, event, arg: next(calls) and None)
+        folder = fit(*args)
+        sys.setprofile(None)
+        Path(path).write_text(f"{next(calls)} {sum(in_saving)}")
+        return folder
+
+    def counted_save(*args):
+        before = next(calls)
+        folder = save_checkpoint(*args)
+        in_saving.append(next(calls) - before)
+        return folder
+
+    trainer._fit, trainer.save_checkpoint = counted_fit, counted_save

@@ -2,9 +2,7 @@
 
 import itertools
 import os
-import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -191,25 +189,6 @@ class TestDivergence:
             base.denoiser.conv_in.weight[0, 0, 0, 0] = torch.inf
         with pytest.raises(TrainingDivergedError, match="The loss became nan at step 1"):
             train(TrainingArguments(**settings(pipeline_folder("ddpm"), data, tmp_path / "out")), base=base)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A function: size -> a file system of its own of that size, mounted for real."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = []
-
-    def mount(size):
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("mounting a file system is not permitted here")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for path in mounted:
-        subprocess.run(["umount", str(path)], check=True)
 
 
 def fill(folder):

@@ -1,0 +1,44 @@
+"""Whether a checkpoint's files are whole, found without making tensors of them."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from .arguments import ARGUMENTS
+
+_REQUIRED = (ARGUMENTS, "optimizer.bin", "custom_checkpoint_0.pkl", "random_states_0.pkl")
+_WEIGHTS = (("adapter_model.safetensors", "adapter_config.json"), (SAFETENSORS_WEIGHTS_NAME, "config.json"))
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint; None if they are whole."""
+    there = {path.name for path in folder.iterdir()}
+    required = {*_REQUIRED, *next((pair for pair in _WEIGHTS if there.intersection(pair)), _WEIGHTS[0])}
+    if missing := sorted(required - there):
+        return f"{', '.join(missing)} missing"
+    for path in sorted(folder.iterdir()):
+        try:
+            _check(path)
+        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
+            return f"{path.name}: {error}"
+    if json.loads((folder / ARGUMENTS).read_text()).get("use_ema") and "custom_checkpoint_1.pkl" not in there:
+        return "custom_checkpoint_1.pkl missing"  # the average
+    return None
+
+
+def _check(path: Path) -> None:
+    """Raise what reading a damaged file raises."""
+    if path.suffix == ".json":
+        json.loads(path.read_text())
+    elif path.suffix == ".safetensors":
+        with safe_open(path, framework="pt"):  # compares the header with the size
+            pass
+    elif path.suffix in (".bin", ".pkl", ".pt"):  # of torch.save: archives with checksums
+        with zipfile.ZipFile(path) as archive:
+            if spoilt := archive.testzip():
+                raise ValueError(f"the checksum of {spoilt} is wrong")
