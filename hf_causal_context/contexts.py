@@ -5,14 +5,13 @@ Shapes: B rows (samples), K concepts.
 
 from __future__ import annotations
 
-import math
 import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from numbers import Real
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch import Tensor
 RESERVED_CHARACTERS = "+=,"
 MAX_CONCEPTS = 1_000
 MAX_NAME_LENGTH = 100
+MAX_STRENGTH = torch.finfo(torch.float32).max  # the dtype of masks
 # Letters and symbols by their category, but they show as nothing (fillers of Hangul and Khmer, an empty Braille cell).
 _INVISIBLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
 
@@ -143,7 +143,7 @@ def as_context(value: object) -> Context:
             return Context(*value)
         case _:
             raise TypeError(
-                f"{value!r} of type {type(value).__name__} is not a context. Allowed: a Context, a name such as "
+                f"{shown(value)} of type {type(value).__name__} is not a context. Allowed: a Context, a name such as "
                 "'thick' or 'thick+slant', a mapping to strengths, or a tuple of names; for a batch a list of them, "
                 "or a float tensor (rows, number of concepts)."
             )
@@ -270,14 +270,16 @@ def _strength_items(part: object) -> Iterator[tuple[str, float]]:
     elif isinstance(part, Mapping):
         for name, strength in part.items():
             _check_name(name)
-            if isinstance(strength, Real) and math.isfinite(strength):
-                yield name, float(strength)
-            else:
-                raise ValueError(f"Strength {strength!r} of concept {name!r} must be a finite number, such as 0.5.")
+            if not isinstance(strength, Real) or not abs(cast(float, strength)) <= MAX_STRENGTH:
+                raise ValueError(
+                    f"Strength {shown(strength)} of concept {name!r} must be a finite number (in float32), such as 0.5."
+                )
+            yield name, float(strength)
     else:
         raise TypeError(
-            f"{part!r} of type {type(part).__name__} cannot be part of a context. Allowed: names and mappings name -> "
-            "strength. Different contexts for the samples of a batch go into a list: [('thick',), {'slant': 0.5}]."
+            f"{shown(part)} of type {type(part).__name__} cannot be part of a context. Allowed: names and mappings "
+            "name -> strength. Different contexts for the samples of a batch go into a list: "
+            "[('thick',), {'slant': 0.5}]."
         )
 
 
@@ -326,7 +328,13 @@ def context_text(value: object, observational_name: str) -> str:
     return str(as_context(value))
 
 
-_SHORT = reprlib.Repr()
+class _ShortRepr(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to print more than 4,300 digits.
+        return super().repr_int(x, level) if x.bit_length() < 4_096 else f"<a number of {x.bit_length():,} bits>"
+
+
+_SHORT = _ShortRepr()
 _SHORT.maxstring = _SHORT.maxother = 100
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = _SHORT.maxset = 8
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import diffusers
 import pytest
@@ -211,6 +212,17 @@ class TestVariants:
                 apart.append(run((row,)))
         torch.testing.assert_close(together, torch.cat(apart), **CLOSE)
         assert (together - run((0, 1))).abs().max() > 1e-3
+        assert type(other) is stock
+
+    def test_of_two_threads_the_last_stops_following_them(self, pipe):
+        other = diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
+        stock = type(other)
+        first = intervene(other, "slant")
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(first.__enter__).result()
+            with intervene(other, "thick"):
+                thread.submit(first.__exit__, None, None, None).result()
+                assert type(other) is not stock
         assert type(other) is stock
 
     def test_they_are_saved_whole(self, pipe, tmp_path):

@@ -11,7 +11,9 @@ import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 # What says how many prompts a call has, first match first.
 _PROMPTS = ("prompt", "prompt_embeds", "class_labels", "batch_size", "image")
 _IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
+
+_LOCK = Lock()
+_VISITS: WeakKeyDictionary[DiffusionPipeline, int] = WeakKeyDictionary()  # by how many each is followed for a while
 
 
 class _Followed:
@@ -52,15 +57,22 @@ def unfollow(pipe: DiffusionPipeline) -> None:
 
 @contextmanager
 def following(pipe: DiffusionPipeline) -> Iterator[None]:
-    """Follow a pipeline for a while, if it is not followed anyway."""
-    if isinstance(pipe, _Followed):
-        yield
-        return
-    follow(pipe)
+    """Follow a pipeline for a while, if it is not followed anyway; in several threads, until the last is done."""
+    with _LOCK:
+        visits = _VISITS.get(pipe, 0)
+        for_a_while = visits > 0 or not isinstance(pipe, _Followed)
+        if for_a_while:
+            _VISITS[pipe] = visits + 1
+            follow(pipe)
     try:
         yield
     finally:
-        unfollow(pipe)
+        if for_a_while:
+            with _LOCK:
+                _VISITS[pipe] -= 1
+                if not _VISITS[pipe]:
+                    del _VISITS[pipe]
+                    unfollow(pipe)
 
 
 def stock_class(cls: type) -> type:

@@ -11,7 +11,7 @@ from pathlib import Path
 from datasets import Dataset, Features, Image, Value
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-from ..contexts import ConceptSet, ContextLike, context_text, quoted
+from ..contexts import ConceptSet, ContextLike, context_text, quoted, shown
 from .interventional import InterventionalData, from_dataset
 
 METADATA = "metadata.jsonl"
@@ -130,24 +130,32 @@ def _pictures(folder: Path) -> list[Path]:
 def _captions(folder: Path, pictures: list[Path]) -> list[str]:
     captions: dict[Path, str] = {}
     known = set(pictures)
-    for number, line in enumerate((folder / METADATA).read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
+    # Bytes, because text mode would also end lines where Unicode does.
+    for number, raw in enumerate((folder / METADATA).read_bytes().split(b"\n"), start=1):
+        if not raw.strip():
             continue
         where = f"Line {number} of {str(folder / METADATA)!r}"
         try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where} is not UTF-8 ({error.reason}). Save the file as UTF-8.") from None
+        except (ValueError, RecursionError) as error:  # too many digits, too many brackets
             raise ValueError(f"{where} is not JSON ({error}). Write one object per line.") from None
         name, text = (entry.get("file_name"), entry.get("text")) if isinstance(entry, dict) else (None, None)
         if not isinstance(name, str) or not isinstance(text, str):
-            raise ValueError(f'{where} must be {{"file_name": "...", "text": "..."}}; received {line.strip()!r}.')
+            raise ValueError(f'{where} must be {{"file_name": "...", "text": "..."}}; received {shown(line)}.')
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"{where}: the text holds half a character. Correct it.")
         relative = os.path.normpath(name)
         # Judged by name, not resolved: pictures that are links, as in the cache of the Hub, are the user's own.
         if os.path.isabs(relative) or relative.split(os.sep)[0] == os.pardir:
-            raise ValueError(f"{where}: file_name {name!r} leaves the folder. Only pictures inside it can be named.")
+            raise ValueError(
+                f"{where}: file_name {shown(name)} leaves the folder. Only pictures inside it can be named."
+            )
         path = folder / relative
         if path not in known:
-            raise FileNotFoundError(f"{where}: there is no picture {name!r} in the folder. Correct file_name.")
+            raise FileNotFoundError(f"{where}: there is no picture {shown(name)} in the folder. Correct file_name.")
         if path in captions:
             raise ValueError(f"{where}: {name!r} has a second caption. Keep one line per picture.")
         captions[path] = text

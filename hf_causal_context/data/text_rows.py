@@ -102,7 +102,7 @@ def _parse_text(line: str) -> dict[str, Any]:
 def _parse_object(line: str) -> dict[str, Any]:
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # too many digits, too many brackets
         raise ValueError(f"not JSON ({error}). Write one object per line") from None
     columns = text_columns(entry) if isinstance(entry, dict) else ()
     if not columns:
