@@ -129,18 +129,8 @@ def save(
                 shutil.copyfile(adapter / name, folder / name)
         if arguments:
             _write_json(folder / ARGUMENTS, _public_arguments(arguments, public))
-        for place in _adapter_folders(adapter):
-            target = folder / place
-            target.mkdir(exist_ok=True, parents=True)
-            shutil.copyfile(adapter / place / _WEIGHTS, target / _WEIGHTS)
-            stored = _read_json(adapter / place / _CONFIG)
-            _write_json(target / _CONFIG, stored | {"base_model_name_or_path": public, "revision": revision})
-        for path in (folder / "loras").rglob(_CONFIG):
-            lora = _read_json(path)
-            # PEFT writes a set: in another order each time, so that every push would have something new.
-            _write_json(
-                path, lora | {"base_model_name_or_path": public, "target_modules": sorted(lora["target_modules"])}
-            )
+        _copy_adapter(adapter, folder, {"base_model_name_or_path": public, "revision": revision})
+        _name_base_of_loras(folder / "loras", public)
         if report:
             _copy_evaluation(Path(str(evaluation)), report, folder / "evaluation")
         made = dataclasses.replace(
@@ -194,12 +184,24 @@ def _check_output(adapter: Path, output_dir: Path) -> None:
         raise FileExistsError(f"{output_dir} exists and holds other things. Choose another --output_dir.")
 
 
-def _adapter_folders(adapter: Path) -> list[str]:
-    """Where in an adapter's folder adapters lie: at the top, and those of further components in sub-folders."""
+def _copy_adapter(adapter: Path, folder: Path, changes: dict[str, Any]) -> None:
+    """Weights and configs: at the top, and those of further components (text encoders) in sub-folders."""
     inner = [
         path.parent.name for path in adapter.glob(f"*/{_CONFIG}") if not path.parent.name.startswith("checkpoint-")
     ]
-    return [".", *sorted(inner)]
+    for place in (".", *inner):
+        target = folder / place
+        target.mkdir(exist_ok=True)
+        shutil.copyfile(adapter / place / _WEIGHTS, target / _WEIGHTS)
+        _write_json(target / _CONFIG, _read_json(adapter / place / _CONFIG) | changes)
+
+
+def _name_base_of_loras(loras: Path, base: str) -> None:
+    for path in loras.rglob(_CONFIG):
+        config = _read_json(path)
+        # PEFT writes a set: in another order each time, so that every push would have something new.
+        targets = sorted(config["target_modules"])
+        _write_json(path, config | {"base_model_name_or_path": base, "target_modules": targets})
 
 
 def _public_arguments(arguments: Mapping[str, Any], base: str) -> dict[str, Any]:

@@ -44,6 +44,7 @@ def movie_reviews(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_reviews(monkeypatch, movie_reviews, capsys):
     monkeypatch.syspath_prepend(EXAMPLES / "reviews")  # as for a script in that folder
     for name in ("base", "methods"):
@@ -73,6 +74,7 @@ def test_resume(monkeypatch, tmp_path, capsys):
     assert "identical weights: True" in output
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(monkeypatch, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
     command += [str(EXAMPLES / "two_processes.py"), "--output_dir", str(tmp_path / "two"), "--max_train_steps", "2"]

@@ -68,6 +68,7 @@ class Watched(StepHooks):
             self.taken.append(Footprint())
 
 
+@pytest.mark.slow
 def test_two_thousand_steps_of_training_hold_no_more_than_the_first(on_cpu, tmp_path):  # noqa: F811
     model = adapted(mechanism="structural", concept_rank=1)
     contexts = itertools.cycle([["thick", (), {"slant": 0.5}], ["size", "thick+slant", ()]])

@@ -19,6 +19,7 @@ KILLS = 10  # in each of two runs
 STEPS = 24
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [None, 2])  # of checkpoints
 def test_kills_at_random_moments_change_nothing(limit, start, pipeline_folder, tmp_path):
     random.seed(limit)
