@@ -20,6 +20,7 @@ from urllib.parse import quote
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import EvalResult
 
+from .adapter.saving import complete_or_absent
 from .base_names import is_folder, is_packaged
 from .card_code import quoted, usage_code
 from .card_tables import data_table, evaluation_results, evaluation_table, markdown_text, settings_table
@@ -87,9 +88,8 @@ class CardContents:
     def save(self, folder: Path) -> None:
         """Write card.json."""
         text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
-        unfinished = folder / f".unfinished-{CARD_CONTENTS}"
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(folder / CARD_CONTENTS)
+        with complete_or_absent(folder / CARD_CONTENTS) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> CardContents:
@@ -118,9 +118,8 @@ def write_card(folder: Path) -> None:
     path = folder / CARD
     if path.exists() and is_edited(path.read_text(encoding="utf-8")) and not _is_of_peft(path):
         return
-    unfinished = folder / f".unfinished-{CARD}"
-    unfinished.write_text(render_card(folder), encoding="utf-8", newline="\n")
-    unfinished.replace(path)
+    with complete_or_absent(path) as unfinished:
+        unfinished.write_text(render_card(folder), encoding="utf-8", newline="\n")
 
 
 def render_card(folder: Path, repo_id: str | None = None, branch: str | None = None) -> str:

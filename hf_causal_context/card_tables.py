@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from .evaluation.markdown import table
 
 _SETTINGS = {
     "mechanism": "mechanism",
@@ -42,7 +44,7 @@ def data_table(data: Mapping[str, Any]) -> str:
     for context, count in data.get("reweighted", {}).items():
         contexts.setdefault(context, []).append(f"{count:,} draws from rows of single interventions, trained on")
     rows = [(_label(context), "; ".join(uses)) for context, uses in contexts.items()]
-    return "\n".join(["The data:", "", *_table(("context", "rows"), rows)])
+    return "\n".join(["The data:", "", *table(("context", "rows"), rows)])
 
 
 def settings_table(arguments: Mapping[str, Any], config: Mapping[str, Any]) -> str:
@@ -61,7 +63,7 @@ def settings_table(arguments: Mapping[str, Any], config: Mapping[str, Any]) -> s
     if not rows:
         return ""
     intro = "The settings (all of them are in [training_arguments.json](training_arguments.json)):"
-    return "\n".join([intro, "", *_table(("setting", "value"), rows)])
+    return "\n".join([intro, "", *table(("setting", "value"), rows)])
 
 
 def evaluation_table(report: Mapping[str, Any]) -> str:
@@ -81,7 +83,7 @@ def evaluation_table(report: Mapping[str, Any]) -> str:
             "real rows, 0 at the base), and *conformity*, the share of samples in which classifiers find every "
             "requested concept.",
             "",
-            *_table(header, rows),
+            *table(header, rows),
             *(f"\n{markdown_text(note)}" for note in report["notes"]),
         ]
     )
@@ -121,10 +123,3 @@ def _estimate(value: Mapping[str, float | None]) -> str:
 
 def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(header)} |"
-    yield "|" + "---|" * len(header)
-    for row in rows:
-        yield f"| {' | '.join(row)} |"

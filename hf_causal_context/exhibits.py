@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,25 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from .adapter.effects import causal_effects
 from .adapter.export import adapter_config, save_baked
 from .card import STRENGTHS, CardContents
-from .contexts import ConceptSet, Context, file_name
+from .card_code import quoted
+from .contexts import Context, file_name
 from .training.tokens import Tokenisation
 
 SEEDS_OF_GRID = 4
-_SHOWN_PAIRS = 6
 _LONGEST_NAME = 50  # characters of a file's name; file systems count bytes, up to 255
-
-
-def shown_contexts(concepts: ConceptSet, wanted: Sequence[str], held_out: Sequence[str]) -> list[Context]:
-    """No intervention, every concept, and combinations: those wanted, else those held out, else the first pairs.
-
-    Raises:
-        ValueError: for unknown concepts.
-    """
-    singles = [Context(name) for name in concepts]
-    chosen = [Context.parse(name) for name in wanted or held_out]
-    concepts.mask(chosen)  # refuses unknown names
-    chosen = chosen or [a | b for a, b in combinations(singles, 2)][:_SHOWN_PAIRS]
-    return list(dict.fromkeys([Context(), *singles, *chosen]))
 
 
 def show_pictures(
@@ -200,7 +186,7 @@ def _inputs(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, encoder
                 f"The prompt {prompt!r} cannot be shown as text for this tokenizer. Give another --prompt."
             )
     shown = "".join(f", {name}={value}" for name, value in options.items())
-    code = f'tokenizer({json.dumps(text, ensure_ascii=False)}{shown}, return_tensors="pt")'
+    code = f'tokenizer({quoted(text)}{shown}, return_tensors="pt")'
     return code, tokenizer(text, return_tensors="pt", **options)
 
 

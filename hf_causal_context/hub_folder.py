@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from .adapter.saving import complete_or_absent
+from .adapter.stored import CONFIG, WEIGHTS
 from .base_names import public_name
 from .card import CARD, CARD_CONTENTS, RESULTS, RESULTS_PICTURE, CardContents, is_edited, render_card
 from .contexts import ConceptSet, Context, quoted
 from .generate import LANGUAGE_TASKS, base_of, load_adapted_base, stored_config
 from .training.arguments import ARGUMENTS
 from .training.data_record import DATA_RECORD
+from .training.grids import shown_contexts
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _EVALUATION = ("report.json", "report.md", "report.png", "samples.png")
 # Settings that are folders of a machine, where they are no ids of the Hub.
 _PATHS = ("train_data_dir", "dataset_name", "output_dir", "resume_from_checkpoint")
@@ -92,9 +93,9 @@ def save(
     _check_output(adapter, output_dir)
     report = _read_evaluation(evaluation, config.concepts) if evaluation is not None else {}
     arguments, data = _read_json(adapter / ARGUMENTS), _read_json(adapter / DATA_RECORD)
-    from .exhibits import show_pictures, show_texts, shown_contexts
+    from .exhibits import show_pictures, show_texts
 
-    shown = shown_contexts(ConceptSet(config.concepts), contexts, list(data.get("held_out", {})))
+    shown = shown_contexts(ConceptSet(config.concepts), contexts or data.get("held_out", ()))
     base_name, revision = base_of(str(adapter), config, pretrained_model_name_or_path, revision)
     # One that was named for this command may be given as a folder; the card and the config then say so, too.
     public = public_name(base_name)
@@ -159,7 +160,7 @@ def check_complete(folder: Path) -> CardContents:
     Raises:
         FileNotFoundError: naming what is missing.
     """
-    needed = [_CONFIG, _WEIGHTS, CARD, CARD_CONTENTS]
+    needed = [CONFIG, WEIGHTS, CARD, CARD_CONTENTS]
     contents = None
     if (folder / CARD_CONTENTS).exists():
         contents = CardContents.load(folder)
@@ -186,18 +187,16 @@ def _check_output(adapter: Path, output_dir: Path) -> None:
 
 def _copy_adapter(adapter: Path, folder: Path, changes: dict[str, Any]) -> None:
     """Weights and configs: at the top, and those of further components (text encoders) in sub-folders."""
-    inner = [
-        path.parent.name for path in adapter.glob(f"*/{_CONFIG}") if not path.parent.name.startswith("checkpoint-")
-    ]
+    inner = [path.parent.name for path in adapter.glob(f"*/{CONFIG}") if not path.parent.name.startswith("checkpoint-")]
     for place in (".", *inner):
         target = folder / place
         target.mkdir(exist_ok=True)
-        shutil.copyfile(adapter / place / _WEIGHTS, target / _WEIGHTS)
-        _write_json(target / _CONFIG, _read_json(adapter / place / _CONFIG) | changes)
+        shutil.copyfile(adapter / place / WEIGHTS, target / WEIGHTS)
+        _write_json(target / CONFIG, _read_json(adapter / place / CONFIG) | changes)
 
 
 def _name_base_of_loras(loras: Path, base: str) -> None:
-    for path in loras.rglob(_CONFIG):
+    for path in loras.rglob(CONFIG):
         config = _read_json(path)
         # PEFT writes a set: in another order each time, so that every push would have something new.
         targets = sorted(config["target_modules"])

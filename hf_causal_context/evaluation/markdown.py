@@ -43,7 +43,7 @@ def _distances(report: EvaluationReport) -> Iterator[str]:
             numbers = [f"**{_number(value)}**" for value in (summary.samples, summary.floor, summary.base)]
             rows.append((f"**{name}**", trained, *numbers, f"**{_number(summary.gap_closed, 2)}**", "", ""))
     header = ("context", "data", "samples", "floor", "base", "gap closed", "diversity", "real rows")
-    yield from _table(header, rows)
+    yield from table(header, rows)
     if any(estimate.half_width is not None for estimate in _estimates(report)):
         yield from (
             "",
@@ -65,7 +65,7 @@ def _attributes(report: EvaluationReport) -> Iterator[str]:
         ours, real = result.attributes or {}, result.real_attributes or {}
         cells = [f"{_number(ours.get(name), 2)} / {_number(real.get(name), 2)}" for name in names]
         rows.append((*_head(result), *cells, *_distance_cells(result.attribute_distance, 3)))
-    yield from _table(("context", "data", *names, "distance", "floor", "base", "gap closed"), rows)
+    yield from table(("context", "data", *names, "distance", "floor", "base", "gap closed"), rows)
 
 
 def _features(report: EvaluationReport) -> Iterator[str]:
@@ -78,7 +78,7 @@ def _features(report: EvaluationReport) -> Iterator[str]:
         for result in report.contexts
     ]
     columns = [f"{metric} {of}".strip() for metric in ("FID", "KID") for of in ("", "floor", "base")]
-    yield from _table(("context", "data", *columns), rows)
+    yield from table(("context", "data", *columns), rows)
 
 
 def _conformity(report: EvaluationReport) -> Iterator[str]:
@@ -101,7 +101,7 @@ def _conformity(report: EvaluationReport) -> Iterator[str]:
     for summary, name, trained in _summaries(report):
         conformity = (f"**{summary.conformity:.2f}**", f"**{_number(summary.real_conformity, 2)}**")
         rows.append((f"**{name}**", trained, *conformity, *[""] * len(report.concepts)))
-    yield from _table(("context", "data", "conformity", "real", *report.concepts), rows)
+    yield from table(("context", "data", "conformity", "real", *report.concepts), rows)
 
 
 def _leakages(report: EvaluationReport) -> Iterator[str]:
@@ -117,7 +117,7 @@ def _leakage(item: Leakage) -> Iterator[str]:
         (f"do({cause})", *(f"{a:+.2f} / {b:+.2f}" for a, b in zip(ours, truth, strict=True)))
         for cause, ours, truth in zip(item.causes, item.samples, item.data, strict=True)
     ]
-    yield from _table(("", *item.effects), rows)
+    yield from table(("", *item.effects), rows)
     yield ""
     yield f"{worst_leak(item)}"
     yield ""
@@ -154,7 +154,7 @@ def _strengths(report: EvaluationReport) -> Iterator[str]:
             cells = {s: _number(value, 2) for s, value in zip(curve.strengths, curve.attribute, strict=True)}
             monotone = _yes(bool(curve.attribute_monotone))
             rows.append((f"{curve.concept} (attribute)", *(cells.get(s, "") for s in strengths), monotone))
-    yield from _table(("concept", *(f"{strength:g}" for strength in strengths), "monotone"), rows)
+    yield from table(("concept", *(f"{strength:g}" for strength in strengths), "monotone"), rows)
     yield ""
     falls = [curve.concept for curve in report.strength_curves if not curve.monotone]
     yield f"Not monotone between 0 and 1: {', '.join(falls)}." if falls else "All are monotone between 0 and 1."
@@ -216,7 +216,8 @@ def _yes(value: bool) -> str:
     return "yes" if value else "**no**"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """The lines of a table; cells are Markdown."""
     yield f"| {' | '.join(header)} |"
     yield "|" + "---|" * len(header)
     for row in rows:

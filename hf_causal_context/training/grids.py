@@ -33,11 +33,20 @@ def validation_contexts(
         chosen = [Context.parse(name) for name in names]
         concepts.mask(chosen)  # refuses unknown names
         return chosen
+    return shown_contexts(concepts, held_out)
+
+
+def shown_contexts(concepts: ConceptSet, combined: Iterable[str] = ()) -> list[Context]:
+    """No intervention, every concept, and combinations: those given, else the first pairs.
+
+    Raises:
+        ValueError: for unknown concepts.
+    """
     singles = [Context(name) for name in concepts]
-    unseen = [Context.parse(context) for context in held_out]
-    if not unseen:
-        unseen = [a | b for a, b in combinations(singles, 2)][:_SHOWN_PAIRS]
-    return [Context(), *singles, *unseen]
+    chosen = [Context.parse(context) for context in combined]
+    concepts.mask(chosen)  # refuses unknown names
+    chosen = chosen or [a | b for a, b in combinations(singles, 2)][:_SHOWN_PAIRS]
+    return list(dict.fromkeys([Context(), *singles, *chosen]))
 
 
 def grid_name(step: int) -> str:

@@ -5,12 +5,10 @@ import math
 import os
 from functools import partial
 
-import datasets
 import pytest
 import torch
 import transformers
 from accelerate import Accelerator, cpu_offload
-from accelerate.state import AcceleratorState, GradientState
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 
 from hf_causal_context import bake, intervene, load_context_adapter, unload_context_adapter
@@ -25,6 +23,7 @@ from hf_causal_context.training.language import train_text
 from ..adapter.small import MIXED, VARIANTS, adapted
 from ..architectures import ARCHITECTURES
 from ..test_pipelines import BUILDERS, CONTEXTS, build, denoiser, run, write_adapter
+from ..training.conftest import apart
 from ..training.small import adapter_weights
 from ..training.small_language import arguments, language_model, text_data, word_tokenizer
 
@@ -59,12 +58,7 @@ def _fresh_run(tmp_path, monkeypatch):
     """Runs know nothing of earlier ones, and have a cache of their own."""
     if not ON_GPU:
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    yield from apart(tmp_path, monkeypatch)
 
 
 @pytest.fixture

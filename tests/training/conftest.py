@@ -38,6 +38,11 @@ def pipeline_folder(tmp_path_factory):
 def on_cpu(tmp_path, monkeypatch):
     """Runs in this process compute on the CPU, know nothing of earlier ones, and have a cache of their own."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield from apart(tmp_path, monkeypatch)
+
+
+def apart(tmp_path, monkeypatch):
+    """While this generator waits, runs know nothing of earlier ones, and have a cache of their own."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
