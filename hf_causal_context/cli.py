@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print(f"\n{error or 'Interrupted.'}", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
+    except (ValueError, TypeError, OSError, MemoryError, FloatingPointError, ImportError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
     return 0

@@ -21,7 +21,8 @@ from hf_causal_context import (
 )
 from hf_causal_context.adapter.conditioning import _STATE
 from hf_causal_context.training.arguments import OptimisationArguments
-from hf_causal_context.training.trainer import StepHooks, fit, make_accelerator
+from hf_causal_context.training.processes import make_accelerator
+from hf_causal_context.training.trainer import StepHooks, fit
 
 from .adapter.small import CONCEPTS, adapted, gpt2, inputs
 from .training.conftest import on_cpu  # noqa: F401 (a fixture)

@@ -87,6 +87,7 @@ class OptimisationArguments:
     use_ema: bool = _argument(False, "Average the trained weights over steps; the average is what is saved.")
     ema_decay: float = _argument(0.999, "Largest decay of that average.")
     mixed_precision: str | None = _argument(None, "no, fp16 or bf16; by default what accelerate was told.")
+    compile: bool = _argument(False, "Compile the model with torch.compile; pays off on a GPU.")
     seed: int = _argument(0, "Of the initial weights, the order of the data and the noise.")
 
     validation_steps: int | None = _argument(None, "Optimiser steps between validations; by default only at the end.")
@@ -142,6 +143,7 @@ class AdapterArguments(OptimisationArguments, ContextDataArguments):
     target_modules: list[str] | None = _argument(None, "Modules to adapt; by default the base's attention.")
     anchored: bool = _argument(False, "Keep the empty context exactly the base (always so for 'independent').")
     gradient_checkpointing: bool = _argument(False, "Save memory by computing activations again.")
+    shard_base: bool = _argument(False, "Cut the frozen base into one piece per process (FSDP2): for large bases.")
     reweighted_contexts: list[str] = _argument(
         [], "Combinations also trained on rows drawn from the single interventions: pairs, all, or a list of them."
     )
@@ -158,6 +160,12 @@ class AdapterArguments(OptimisationArguments, ContextDataArguments):
             raise ValueError(
                 "--reweighted_contexts draws rows by number, which a stream has not. Leave --streaming or it out."
             )
+        if self.reweighted_contexts and self.shard_base:
+            raise ValueError(
+                "--reweighted_contexts looks at rows with a whole base in one process. Leave --shard_base or it out."
+            )
+        if self.compile and self.shard_base:
+            raise ValueError("--compile was not made to work with --shard_base. Leave one of them out.")
 
     def _choices(self) -> dict[str, tuple[str | None, ...]]:
         return {"mechanism": MECHANISMS, **super()._choices()}
@@ -247,7 +255,6 @@ class AutoencoderArguments(OptimisationArguments, DataArguments):
     early_stopping_patience: int | None = _argument(None, "Validations without a better loss after which to stop.")
     early_stopping_min_delta: float = _argument(1e-4, "What counts as a better loss, in nats per picture.")
     num_validation_images: int = _argument(8, "Pictures per row of a grid; 0 for no grids.")
-    compile: bool = _argument(False, "Compile the model with torch.compile; pays off on a GPU.")
 
     train_batch_size: int = _argument(512, "Pictures per step and process.")
     learning_rate: float = _argument(1e-3, "Peak learning rate.")

@@ -19,7 +19,8 @@ from .early_stopping import EarlyStopping
 from .grids import validation_contexts, write_grid
 from .load_data import load_data
 from .pictures import PictureBatches, PictureSet, to_floats
-from .trainer import fit, make_accelerator
+from .processes import make_accelerator
+from .trainer import fit
 
 _VALIDATED_AT_ONCE = 512
 

@@ -62,11 +62,13 @@ def write_grid(
     observational_name: str,
     step: int,
 ) -> None:
-    """Write one row of pictures (n, C, H, W) in [0, 1] for each context, and show them to the trackers.
+    """In the main process, write a row of pictures (n, C, H, W) in [0, 1] per context, and show them to the trackers.
 
     Raises:
         CheckpointError: when the file cannot be written.
     """
+    if not accelerator.is_main_process:
+        return
     grid = picture_grid(rows, [str(context) or observational_name for context in contexts])
     path = Path(output_dir, grid_name(step))
     path.parent.mkdir(exist_ok=True)

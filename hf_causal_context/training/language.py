@@ -39,14 +39,15 @@ from .finetune import attach_adapter
 from .grids import validation_contexts
 from .language_objective import LanguageModelingObjective, perplexity
 from .load_data import load_text_data
-from .processes import main_process_first
+from .processes import main_process_first, make_accelerator
 from .publishing import published
 from .reweighting import add_reweighted_contexts
+from .sharding import check_processes, shard_base
 from .text_batches import Collation, TextBatch, TextBatches, tokenise_all, tokenised
 from .text_features import text_features, tokens_digest
 from .text_samples import sample_prompt, sample_texts, write_texts
 from .tokens import Tokenisation, TokenRow, check_packing, prepare_tokenizer, row_length
-from .trainer import fit, make_accelerator
+from .trainer import fit
 
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _HELD_OUT_ROWS = 200  # of each context, for its perplexity
@@ -82,6 +83,8 @@ def _fine_tune(
     tokenizer: PreTrainedTokenizerBase | None,
     data: InterventionalData | None,
 ) -> Path:
+    if arguments.shard_base:
+        check_processes()
     if model is None:
         check_language_model(arguments.pretrained_model_name_or_path, arguments.revision)
     data = data if data is not None else load_text_data(arguments)
@@ -110,7 +113,8 @@ def _fine_tune(
         completion_only=arguments.completion_only_loss,
     )
     prompt = sample_prompt(model, data, tokenise, arguments) if arguments.num_validation_texts else []
-    model.to(cast(Any, accelerator.device))
+    if not arguments.shard_base:  # else a device may be too small for it
+        model.to(cast(Any, accelerator.device))
     if arguments.packing:
         check_packing(model, arguments.train_batch_size)
     collation = partial(
@@ -146,6 +150,10 @@ def _fine_tune(
     )
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if arguments.shard_base:
+        shard_base(adapted, accelerator.device)
+    if arguments.compile:
+        model.compile()
 
     def validate(step: int) -> None:
         values = {

@@ -1,20 +1,24 @@
-"""Several processes that train one model: what the others do when one of them fails or is gone."""
+"""The processes that train one model, and what the others do when one of them fails or is gone."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast
 from torch import Tensor
 from torch.distributed import DistError
 
-from .checkpoints import last_checkpoint
+from .arguments import OptimisationArguments
+from .checkpoints import check_writable, last_checkpoint
+from .sharding import check_configuration
 
 # How gloo, whose errors have no class of their own, says that a process is gone or silent.
 _GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Timed out waiting|[Ss]ocket [Tt]imeout")
@@ -22,6 +26,38 @@ _GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Timed out wai
 
 class ProcessLostError(ConnectionError):
     """Another process of the run failed, was killed or does not answer."""
+
+
+def make_accelerator(arguments: OptimisationArguments) -> Accelerator:
+    """Accelerate's view of the processes and devices of this run.
+
+    Raises:
+        ValueError: for a tracker that is not installed, fp16 without a GPU, or what `check_configuration` refuses.
+        CheckpointError: for an `output_dir` that cannot be written to.
+    """
+    check_writable(Path(arguments.output_dir))
+    check_configuration()
+    # Under torchrun without an accelerator, Accelerate runs every process on its own unless told to use the CPU.
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    accelerator = Accelerator(
+        cpu=several and not torch.accelerator.is_available(),
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        mixed_precision=arguments.mixed_precision,
+        log_with=arguments.report_to,
+        # The others wait while the main process checks pictures, fills caches and draws grids.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
+        project_config=ProjectConfiguration(
+            arguments.output_dir, str(Path(arguments.output_dir, arguments.logging_dir))
+        ),
+    )
+    if arguments.report_to and not accelerator.log_with:
+        raise ValueError(
+            f"--report_to={arguments.report_to}: this tracker is not installed, so nothing would be logged. Install it "
+            "(pip install ...), or leave the argument out."
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("--mixed_precision=fp16 needs a GPU. On the CPU use bf16 or no.")
+    return accelerator
 
 
 def is_lost_process(error: BaseException) -> bool:

@@ -96,11 +96,13 @@ def write_texts(
     observational_name: str,
     step: int,
 ) -> None:
-    """Write a table with one row for each context, and show it to trackers that take text.
+    """In the main process, write a table with a row per context, and show it to trackers that take text.
 
     Raises:
         CheckpointError: when the file cannot be written.
     """
+    if not accelerator.is_main_process:
+        return
     lines = [f"Prompt: {_cell(prompt)}", ""] if prompt else []
     lines += [
         f"| context |{''.join(f' {n} |' for n in range(1, len(texts[0]) + 1))}",

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from accelerate.utils.memory import clear_device_cache
 from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
@@ -27,7 +24,6 @@ from .arguments import OptimisationArguments
 from .checkpoints import (
     check_same_run,
     check_space,
-    check_writable,
     checkpoint_steps,
     clean_up,
     find_checkpoint,
@@ -41,11 +37,16 @@ from .early_stopping import EarlyStopping
 from .interruption import noted_interruptions
 from .objectives import Objective
 from .processes import watched_processes
+from .sharding import is_sharded
 from .trackers import start_trackers
 
 
 class TrainingDivergedError(FloatingPointError):
     """A loss or a gradient became NaN or infinite; nothing was saved after it."""
+
+
+class TrainingMemoryError(MemoryError):
+    """There is not enough memory for a step."""
 
 
 class UnreadableDataError(ValueError):
@@ -67,37 +68,6 @@ class StepHooks:
 
     def end_step(self) -> None:
         """After the optimiser changed the parameters."""
-
-
-def make_accelerator(arguments: OptimisationArguments) -> Accelerator:
-    """Accelerate's view of the processes and devices of this run.
-
-    Raises:
-        ValueError: for a tracker that is not installed, or fp16 without a GPU.
-        CheckpointError: for an `output_dir` that cannot be written to.
-    """
-    check_writable(Path(arguments.output_dir))
-    # Under torchrun without an accelerator, Accelerate runs every process on its own unless told to use the CPU.
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    accelerator = Accelerator(
-        cpu=several and not torch.accelerator.is_available(),
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        mixed_precision=arguments.mixed_precision,
-        log_with=arguments.report_to,
-        # The others wait while the main process checks pictures, fills caches and draws grids.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
-        project_config=ProjectConfiguration(
-            arguments.output_dir, str(Path(arguments.output_dir, arguments.logging_dir))
-        ),
-    )
-    if arguments.report_to and not accelerator.log_with:
-        raise ValueError(
-            f"--report_to={arguments.report_to}: this tracker is not installed, so nothing would be logged. Install it "
-            "(pip install ...), or leave the argument out."
-        )
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("--mixed_precision=fp16 needs a GPU. On the CPU use bf16 or no.")
-    return accelerator
 
 
 def fit(
@@ -122,13 +92,15 @@ def fit(
         arguments: the run's settings.
         num_steps: optimiser steps of the whole run.
         validate: called with the step, in eval mode and with the weights that would be saved; may return a loss. If it
-            runs out of memory, the training goes on without it.
+            runs out of memory, the training goes on without it. Called in the main process; in all if the model is
+            sharded, and then memory must suffice.
         early_stopping: looks at that loss.
         hooks: what happens around every step.
         finish: writes what belongs beside the model, in the main process; before the last validation, which may fail.
 
     Raises:
         TrainingDivergedError: when a loss or gradient becomes NaN or infinite.
+        TrainingMemoryError: when a step does not fit into memory.
         TrainingInterrupted: on Ctrl-C or SIGTERM, after saving a checkpoint.
         UnreadableDataError: when batches can no longer be made.
         ProcessLostError: when another process of the run is gone.
@@ -157,6 +129,7 @@ def _fit(
     finish: Callable[[Path], object],
 ) -> Path:
     output_dir = Path(arguments.output_dir)
+    sharded = is_sharded(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     resumed = arguments.resume_from_checkpoint
     found = find_checkpoint(output_dir, resumed, accelerator.print) if resumed else None
@@ -185,6 +158,7 @@ def _fit(
         betas=(arguments.adam_beta1, arguments.adam_beta2),
         weight_decay=arguments.adam_weight_decay,
         eps=arguments.adam_epsilon,
+        fused=True if accelerator.device.type == "cuda" else None,  # one kernel for all parameters
     )
     schedule = make_schedule(optimizer, arguments, num_steps)
     register_model_hooks(accelerator)
@@ -227,18 +201,20 @@ def _fit(
     def validated(step: int) -> bool:
         """Whether the run should end."""
         stop = torch.zeros((), device=accelerator.device)
-        if validate is not None and accelerator.is_main_process:
+        if validate is not None and (sharded or accelerator.is_main_process):
             loss = None
             wrapped.eval()
             try:
-                with averaged(ema, parameters):
+                # Samples come in other shapes than batches, so code would be compiled anew for them.
+                eager = torch.compiler.set_stance("force_eager") if arguments.compile else nullcontext()
+                with averaged(ema, parameters), eager:
                     loss = validate(step)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                if sharded or not is_out_of_memory(error):  # sharded: the other processes wait for this one's pieces
                     raise
                 if type(error) not in told:
                     accelerator.print(
-                        f"Validation ran out of memory at step {step} ({str(error).partition(chr(10))[0]}). Training "
+                        f"Validation ran out of memory at step {step} ({first_line(error)}). Training "
                         f"goes on without it, and tries again when the next is due. {last_checkpoint(output_dir)} Let "
                         "it make less at once: fewer --num_validation_images or --num_validation_texts, or a smaller "
                         "--max_new_tokens."
@@ -269,6 +245,28 @@ def _fit(
                 "memory), then resume with --resume_from_checkpoint latest."
             ) from error
 
+    def learn(step: int) -> Tensor:
+        """The gradients of a step are added up; its loss ()."""
+        total = torch.zeros((), device=accelerator.device)
+        try:
+            for _ in range(accumulation):
+                batch = read(step)
+                with accelerator.accumulate(wrapped):
+                    with accelerator.autocast():
+                        loss = objective(wrapped, batch).mean()
+                    accelerator.backward(loss)
+                    total += loss.detach() / accumulation
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainingMemoryError(
+                f"Step {step + 1} ran out of memory ({first_line(error)}). {last_checkpoint(output_dir)} Resume with "
+                "--gradient_checkpointing, which needs less; or start anew with a smaller --train_batch_size and more "
+                "--gradient_accumulation_steps, or --mixed_precision bf16. For a base that is too large for one device "
+                "there is --shard_base."
+            ) from error
+        return total
+
     def is_due(step: int) -> bool:
         return bool(arguments.validation_steps) and step % arguments.validation_steps == 0 and 0 < step < num_steps
 
@@ -283,15 +281,7 @@ def _fit(
         while done < num_steps and not stopping:
             step = done
             hooks.start_step(step)
-            total = torch.zeros((), device=accelerator.device)
-            for _ in range(accumulation):
-                batch = read(step)
-                with accelerator.accumulate(wrapped):
-                    with accelerator.autocast():
-                        loss = objective(wrapped, batch).mean()
-                    accelerator.backward(loss)
-                    total += loss.detach() / accumulation
-            value = cast(Tensor, accelerator.reduce(total, "mean")).item()
+            value = cast(Tensor, accelerator.reduce(learn(step), "mean")).item()
             if not math.isfinite(value):
                 raise stopped(f"The loss became {value}", step)
             hooks.end_backward()
@@ -343,6 +333,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
     )
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the trace that device errors append."""
+    return str(error).partition("\n")[0]
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, arguments: OptimisationArguments, num_steps: int) -> LambdaLR:

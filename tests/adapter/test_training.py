@@ -115,7 +115,8 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
             process.kill()
     model = adapted(mechanism="reduced").train()
     expected = gradients(model, lambda: 2 * model(inputs(), context=MIXED).square().mean())
-    for kind in ("whole", "sharded"):  # DistributedDataParallel; FSDP2, which keeps a half of every weight in each
+    # DistributedDataParallel; FSDP2, which keeps a half of every weight in each; a half of every frozen weight only.
+    for kind in ("whole", "sharded", "on_pieces"):
         for rank in range(2):
             assert_same(load_file(tmp_path / f"{kind}-{rank}.safetensors"), expected)
 

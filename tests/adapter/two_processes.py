@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_causal_context import intervene
 from hf_causal_context.adapter.layer import adapted_layers
+from hf_causal_context.training.sharding import shard_base
 
 from .small import MIXED, adapted, inputs
 
@@ -47,6 +48,13 @@ def main(rank: int, folder: str) -> None:
         fully_shard(cast(nn.Module, layer), mesh=mesh)
     fully_shard(sharded, mesh=mesh)
     save_file(gradients(sharded, sharded, rank), f"{folder}/sharded-{rank}.safetensors")
+    on_pieces = adapted(mechanism="reduced").train()
+    frozen = sum(p.numel() for p in on_pieces.parameters() if not p.requires_grad)
+    shard_base(on_pieces, torch.device("cpu"))
+    held = sum(p.to_local().numel() for p in on_pieces.parameters() if isinstance(p, DTensor))
+    assert 0.4 * frozen < held < 0.6 * frozen
+    on_pieces = DistributedDataParallel(on_pieces)
+    save_file(gradients(on_pieces, on_pieces.module, rank), f"{folder}/on_pieces-{rank}.safetensors")
     dist.barrier()
     dist.destroy_process_group()
     faulthandler.cancel_dump_traceback_later()

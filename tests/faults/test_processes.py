@@ -10,7 +10,7 @@ import pytest
 
 from hf_causal_context.training.checkpoints import checkpoint_steps
 
-from ..training.run_tiny import Faults, Place
+from ..training.run_tiny import Faults
 from ..training.small import adapter_weights, assert_close_to_largest, settings, write_folders
 from ..training.test_faults import assert_same_run
 
@@ -28,19 +28,6 @@ def data(tmp_path):
         for path in sorted((root / context).iterdir())[number:]:
             path.unlink()
     return root
-
-
-@pytest.fixture
-def together(start, tmp_path):
-    """A function: settings, number of processes, faults by rank -> the runs."""
-    numbers = itertools.count()
-
-    def begin(given, world_size, faults=None):
-        rendezvous = str(tmp_path / f"rendezvous-{next(numbers)}")
-        places = [Place(rank, world_size, rendezvous) for rank in range(world_size)]
-        return [start(given, (faults or {}).get(place.rank), place) for place in places]
-
-    return begin
 
 
 @pytest.mark.parametrize("streaming", [False, True])

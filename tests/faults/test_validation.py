@@ -103,7 +103,7 @@ def test_encoders_rest_again_after_it(pipeline_folder, given, monkeypatch):
     monkeypatch.setattr(finetune, "generate", fail([OUT_OF_MEMORY[0]]))
     changes = {"pretrained_model_name_or_path": pipeline_folder("stable_diffusion"), "validation_steps": None}
     train(TrainingArguments(**given | changes))
-    assert len(places) == 3  # before the training, and around the only validation
+    assert len(places) == 4  # to encode the data, at rest, and around the only validation
 
 
 def test_other_errors_end_the_training(given, monkeypatch):

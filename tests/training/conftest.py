@@ -1,5 +1,6 @@
 """Saved tiny pipelines, and training runs on them."""
 
+import itertools
 import multiprocessing
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from .run_tiny import Faults, main
+from .run_tiny import Faults, Place, main
 from .tiny_pipelines import PIPELINES
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +87,19 @@ def start(tmp_path_factory, monkeypatch):
     for run in runs:
         run.process.kill()
         run.process.join()
+
+
+@pytest.fixture
+def together(start, tmp_path):
+    """A function: settings, number of processes, faults by rank -> the runs."""
+    numbers = itertools.count()
+
+    def begin(given, world_size, faults=None):
+        rendezvous = str(tmp_path / f"rendezvous-{next(numbers)}")
+        places = [Place(rank, world_size, rendezvous) for rank in range(world_size)]
+        return [start(given, (faults or {}).get(place.rank), place) for place in places]
+
+    return begin
 
 
 @pytest.fixture

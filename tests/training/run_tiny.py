@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from hf_causal_context.training import checkpoints, finetune, trainer
-from hf_causal_context.training.arguments import TrainingArguments
+from hf_causal_context.training import checkpoints, finetune, language, trainer
+from hf_causal_context.training.arguments import TextArguments, TrainingArguments
 from hf_causal_context.training.families import FAMILIES
 
 LOADED = (diffusers.DDPMPipeline, diffusers.UNet2DModel, FAMILIES)  # diffusers imports a class when it is first used
@@ -64,7 +64,10 @@ def main(outcome: str, cache: str, settings: dict, faults: Faults, place: Place 
         _join(place)
     _install(faults)
     try:
-        message = str(finetune.train(TrainingArguments(**settings)))
+        if "max_new_tokens" in settings:
+            message = str(language.train_text(TextArguments(**settings)))
+        else:
+            message = str(finetune.train(TrainingArguments(**settings)))
     except BaseException as error:
         message = f"{type(error).__name__}: {error}"
     Path(outcome).write_text(message)

@@ -269,7 +269,7 @@ class TestRuns:
         generator = np.random.default_rng(0)
         grey = generator.integers(120, 256, (20, 1, 1, 1), dtype=np.uint8) * np.ones((1, 1, 16, 16), dtype=np.uint8)
         data = PictureSet.of_arrays({Context(): grey, Context("dark"): grey // 4, Context("tall"): grey}, CONCEPTS)
-        given = {"max_train_steps": 150, "learning_rate": 1e-2, "train_batch_size": 12, "beta": 10.0}
+        given = {"max_train_steps": 150, "learning_rate": 1e-2, "train_batch_size": 12, "beta": 10.0, "seed": 1}
         folder = train_autoencoder(arguments(tmp_path / "out", num_validation_images=2, **given), data)
         model = ContextAutoencoder.from_pretrained(folder)
         assert (folder / "samples" / "step-000150.png").exists()

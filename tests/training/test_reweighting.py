@@ -13,8 +13,8 @@ from hf_causal_context.training.bases import load_base
 from hf_causal_context.training.batches import DenoiserBatches, read_picture
 from hf_causal_context.training.features import denoiser_features
 from hf_causal_context.training.finetune import attach_adapter, train
+from hf_causal_context.training.processes import make_accelerator
 from hf_causal_context.training.reweighting import FILE, add_reweighted_contexts
-from hf_causal_context.training.trainer import make_accelerator
 
 from .small import adapter_weights, settings, write_folders
 
