@@ -191,7 +191,6 @@ class Conditioning:
         box = _STATE.box
         # First of all, so that the other hook finds its frame whatever is raised below.
         box.frame = frame = Frame(self, model, box.frame)
-        given = kwargs
         context, kwargs = take_context(kwargs)
         if self._takes_context and "context" in kwargs:
             context = kwargs["context"]
@@ -210,7 +209,7 @@ class Conditioning:
                     self._resolve(frame, frame.request, name, self.concepts[name])
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 _carry_frames_into_recomputation(model)
-        return (args, kwargs) if kwargs is not given else None
+        return args, kwargs
 
     def _leave_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         frame = _STATE.box.frame

@@ -109,7 +109,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     root = Path(__file__).parents[2]
     processes = [subprocess.Popen([*command, str(rank), str(tmp_path)], cwd=root) for rank in range(2)]
     try:
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+        assert [process.wait(timeout=220) for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()

@@ -34,7 +34,7 @@ def gradients(model: nn.Module, owner: nn.Module, rank: int) -> dict[str, torch.
 
 
 def main(rank: int, folder: str) -> None:
-    faulthandler.dump_traceback_later(100, exit=True)  # a hang shows where
+    faulthandler.dump_traceback_later(200, exit=True)  # a hang shows where
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group(

@@ -17,8 +17,8 @@ import diffusers.utils.hub_utils
 import huggingface_hub
 import pytest
 import transformers.utils.hub
-from huggingface_hub import constants, file_download, hf_api
-from huggingface_hub.utils import _http, disable_progress_bars, enable_progress_bars
+from huggingface_hub import constants, file_download, hf_api, repocard
+from huggingface_hub.utils import _http, disable_progress_bars, enable_progress_bars, get_session
 
 from .server import HubServer
 
@@ -28,7 +28,6 @@ class Client:
 
     def __init__(self, server: HubServer, home: Path, patch: pytest.MonkeyPatch) -> None:
         self.server, self.home, self._patch = server, home, patch
-        origin = _http._url_origin(server.endpoint)
         template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         for name, value in {
             "ENDPOINT": server.endpoint,
@@ -44,7 +43,9 @@ class Client:
             patch.setattr(constants, name, value)
         (home / ".agent_harnesses.json").write_text("{}")  # so that nobody asks the server for it
         patch.setattr(hf_api.api, "endpoint", server.endpoint)
-        patch.setattr(_http, "_HUB_ORIGINS", _http._HUB_ORIGINS | {origin})
+        if hasattr(_http, "_HUB_ORIGINS"):  # huggingface_hub 2
+            patch.setattr(_http, "_HUB_ORIGINS", _http._HUB_ORIGINS | {_http._url_origin(server.endpoint)})
+        patch.setattr(repocard, "get_session", lambda: SimpleNamespace(post=self._post))
         patch.setattr(transformers.utils.hub, "_hf_api", None)  # it remembers the endpoint
         hurried = SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None})
         for module in (_http, file_download):
@@ -53,6 +54,10 @@ class Client:
         self.new_cache()
         self.offline(False)
         self.login("hf_user")
+
+    def _post(self, url: str, **arguments: Any) -> Any:
+        # huggingface_hub 1 validates cards at the real Hub, whatever the endpoint.
+        return get_session().post(url.replace("https://huggingface.co", self.server.endpoint), **arguments)
 
     def login(self, token: str | None) -> None:
         """Use another token from now on, or none."""
