@@ -41,6 +41,13 @@ def linear(features: Tensor, weight: Tensor) -> Tensor:
     return rows.view(*features.shape[:-1], weight.shape[0])
 
 
+def row_linear(features_BTR: Tensor, weights_BRR: Tensor) -> Tensor:
+    """features W_b over the last dimension with a matrix for each row b, or one for all: (B, T, R), (B or 1, R, R)."""
+    if len(weights_BRR) == 1:
+        return linear(features_BTR, weights_BRR[0].T)
+    return torch.bmm(features_BTR.flatten(1, -2), weights_BRR).view(features_BTR.shape)
+
+
 def block_linear(features_BTR: Tensor, blocks_KWW: Tensor) -> Tensor:
     """Apply one W x W map per concept, (B, T, R) -> (B, T, R); concepts never mix."""
     # K small products cost more to launch than one R x R product, whose zeros are few at the sizes of an adapter.

@@ -155,6 +155,14 @@ class CausalLayer(nn.Module):
     def forward(self, z_BTR: Tensor, mask: Tensor) -> Tensor:
         """What the adapter adds, before its output layer: c(m), or c(m) - c(0) when anchored; (B, T, R)."""
         mask = F.per_feature(mask, z_BTR)
+        features = z_BTR.shape[-1]
+        if z_BTR.shape[1:-1].numel() <= features:
+            return self._anchored_concepts(z_BTR, mask)
+        # With more tokens than features, a product with each row's matrix is less work than all steps with all tokens.
+        identity = torch.eye(features, dtype=z_BTR.dtype, device=z_BTR.device)[None]
+        return F.row_linear(z_BTR, self._anchored_concepts(identity, mask.view(-1, 1, features)))
+
+    def _anchored_concepts(self, z_BTR: Tensor, mask: Tensor) -> Tensor:
         c_BTR = self.concepts(z_BTR, mask)
         if not self.anchored:
             return c_BTR

@@ -35,7 +35,25 @@ def test_matrix_is_the_layer(z, perfect, anchored):
             torch.testing.assert_close(output[i], expected, rtol=0, atol=1e-10)
 
 
-def test_the_empty_context_of_an_anchored_layer_is_exactly_zero(z):
+@pytest.mark.parametrize("mask", [MASKS, MASKS[3:4]], ids=["mixed", "one for all"])
+@pytest.mark.parametrize("tokens", [(30,), (6, 5)])
+@pytest.mark.parametrize("perfect", [True, False])
+@pytest.mark.parametrize("anchored", [True, False])
+def test_many_tokens_give_what_few_at_a_time_do(mask, tokens, perfect, anchored):
+    z = torch.randn(5, *tokens, K * W, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    z.requires_grad_()
+    for layer in random_layers(perfect_interventions=perfect, anchored=anchored):
+        inputs = [z, *layer.parameters()]
+        outputs = layer(z, mask), torch.cat([layer(part, mask) for part in z.flatten(1, -2).split(10, dim=1)], dim=1)
+        torch.testing.assert_close(outputs[0].flatten(1, -2), outputs[1], rtol=0, atol=1e-10)
+        gradients = [torch.autograd.grad(output.square().sum(), inputs) for output in outputs]
+        for actual, expected in zip(*gradients, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("tokens", [7, 30])
+def test_the_empty_context_of_an_anchored_layer_is_exactly_zero(tokens):
+    z = torch.randn(5, tokens, K * W, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for layer in random_layers(anchored=True):
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
             output = layer.to(dtype)(z.to(dtype), MASKS)

@@ -2,6 +2,7 @@
 
     python examples/benchmarks/gpu_training.py [--json results.json]
     python examples/benchmarks/gpu_training.py --device cpu --size tiny --batches 2 --rounds 2
+    python examples/benchmarks/gpu_training.py --parts compiled_steps compiled_calls
 
 The weights are random, so nothing is downloaded. A step is forward, backward and optimiser, under bfloat16 autocast
 on a bfloat16 base with float32 adapter weights, as `hf-causal-context train --mixed_precision bf16` does it; a call
@@ -46,6 +47,7 @@ CALLS = {
     "baked, merged": "base",
 }
 CALL_BATCH = 8
+PARTS = ("steps", "calls", "compiled_steps", "compiled_calls")
 SIZES: dict[str, dict[str, Any]] = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
     "tiny": {
@@ -233,8 +235,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--size", default="sd15", choices=SIZES)
-    parser.add_argument("--batches", type=int, nargs="*", default=[4, 16], help="of eager training steps")
-    parser.add_argument("--compiled_batches", type=int, nargs="*", default=[4], help="of compiled training steps")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--batches", type=int, nargs="+", default=[4, 16], help="of steps; compiled, the first")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", type=Path, help="write the numbers here too, after each table")
     arguments = parser.parse_args()
@@ -255,13 +257,14 @@ def main() -> None:
             unfinished.write_text(json.dumps(everything, indent=2))
             unfinished.replace(arguments.json)
 
-    for batch in arguments.batches:
-        report(f"Training step, batch {batch}, eager", training_rows(size, device, batch, rounds, compiled=False))
-    if arguments.batches:
-        report(f"Denoiser call, batch {CALL_BATCH}, eager", call_rows(size, device, rounds, compiled=False), CALLS)
-    for batch in arguments.compiled_batches:
-        report(f"Training step, batch {batch}, compiled", training_rows(size, device, batch, rounds, compiled=True))
-    report(f"Denoiser call, batch {CALL_BATCH}, compiled", call_rows(size, device, rounds, compiled=True), CALLS)
+    for part in arguments.parts:
+        compiled = part.startswith("compiled")
+        how = "compiled" if compiled else "eager"
+        if part.endswith("calls"):
+            report(f"Denoiser call, batch {CALL_BATCH}, {how}", call_rows(size, device, rounds, compiled), CALLS)
+        else:
+            for batch in arguments.batches[:1] if compiled else arguments.batches:
+                report(f"Training step, batch {batch}, {how}", training_rows(size, device, batch, rounds, compiled))
 
 
 if __name__ == "__main__":

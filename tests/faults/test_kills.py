@@ -1,6 +1,8 @@
 """SIGKILL at random moments, checkpoint writing included: no checkpoint is lost, and the end is the same."""
 
+import os
 import random
+import sys
 from pathlib import Path
 from signal import SIGKILL
 
@@ -8,8 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_causal_context.training import trainer
+from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.checkpoints import checkpoint_steps
 from hf_causal_context.training.damage import damage
+from hf_causal_context.training.finetune import train
 
 from ..training.run_tiny import Faults
 from ..training.small import settings, write_folders
@@ -72,6 +77,36 @@ def test_a_kill_while_an_old_checkpoint_is_removed_leaves_none_that_is_half_remo
     assert (tmp_path / "out" / ".checkpoint-1.removed").exists()
     assert start(given).wait() == given["output_dir"]
     assert not list((tmp_path / "out").glob(".*"))
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_at_no_call_within_saving_is_a_checkpoint_half_there(pipeline_folder, tmp_path, monkeypatch):
+    save, output_dir, states = trainer.save_checkpoint, tmp_path / "out", {}
+
+    def look(frame, event, arg):
+        if event != "c_call":  # files change in C
+            return
+        found = [name for name in os.listdir(output_dir) if name.startswith("checkpoint-")]
+        assert not states or found  # the last one goes when the next is there
+        for name in found:
+            files = frozenset((path.name, path.stat().st_size) for path in os.scandir(output_dir / name))
+            states.setdefault(name, set()).add(files)
+
+    def watched(*args):
+        sys.setprofile(look)  # it does not see its own calls
+        try:
+            return save(*args)
+        finally:
+            sys.setprofile(None)
+
+    monkeypatch.setattr(trainer, "save_checkpoint", watched)
+    changes = {"max_train_steps": 2, "checkpointing_steps": 1, "checkpoints_total_limit": 1, "use_ema": True}
+    train(
+        TrainingArguments(**settings(pipeline_folder("ddpm"), write_folders(tmp_path / "data"), output_dir, **changes))
+    )
+    assert list(states) == ["checkpoint-1", "checkpoint-2"]
+    assert all(len(seen) == 1 for seen in states.values())
+    assert_loads(output_dir / "checkpoint-2")
 
 
 def assert_loads(folder: Path):

@@ -2,83 +2,33 @@
 
 import copy
 import math
-import os
-from functools import partial
 
 import pytest
 import torch
 import transformers
-from accelerate import Accelerator, cpu_offload
+from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 
 from hf_causal_context import bake, intervene, load_context_adapter, unload_context_adapter
 from hf_causal_context.data.worlds.digits import CONCEPTS as DIGIT_CONCEPTS
-from hf_causal_context.quickstart import BASE, TARGET_MODULES, digit_data
-from hf_causal_context.training.arguments import TrainingArguments
+from hf_causal_context.quickstart import BASE
 from hf_causal_context.training.bases import load_base
-from hf_causal_context.training.finetune import train
 from hf_causal_context.training.generation import generate
 from hf_causal_context.training.language import train_text
 
 from ..adapter.small import MIXED, VARIANTS, adapted
 from ..architectures import ARCHITECTURES
 from ..test_pipelines import BUILDERS, CONTEXTS, build, denoiser, run, write_adapter
-from ..training.conftest import apart
 from ..training.small import adapter_weights
 from ..training.small_language import arguments, language_model, text_data, word_tokenizer
+from .conftest import DEVICE, ON_GPU, needs_gpu
 
-DEVICE = torch.device(os.environ.get("GPU_TEST_DEVICE", "cuda"))
-ON_GPU = DEVICE.type == "cuda"
 BACKEND = "inductor" if ON_GPU else "eager"  # on a CPU inductor takes minutes
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 SAME = {"rtol": 1e-4, "atol": 1e-5}  # float32 on one device, computed in another order
 ACROSS = {"rtol": 1e-3, "atol": 1e-3}  # float32 on two devices, through several steps of a sampler
 
 pytestmark = pytest.mark.skipif(ON_GPU and not torch.cuda.is_available(), reason="needs a GPU")
-needs_gpu = pytest.mark.skipif(not ON_GPU, reason="has no meaning on a CPU")
-
-
-@pytest.fixture(autouse=True)
-def _reproducible(monkeypatch):
-    """Full float32, and the algorithms that give the same bits each time."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    switches = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [switch.allow_tf32 for switch in switches]
-    for switch in switches:
-        switch.allow_tf32 = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    for switch, allowed in zip(switches, before, strict=True):
-        switch.allow_tf32 = allowed
-
-
-@pytest.fixture
-def _fresh_run(tmp_path, monkeypatch):
-    """Runs know nothing of earlier ones, and have a cache of their own."""
-    if not ON_GPU:
-        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    yield from apart(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def logged(monkeypatch):
-    """The losses of all steps that are taken."""
-    losses, log = [], Accelerator.log
-
-    def record(self, values, step):
-        losses.extend(values[name] for name in ("loss",) if name in values)
-        log(self, values, step=step)
-
-    monkeypatch.setattr(Accelerator, "log", record)
-    return losses
-
-
-@pytest.fixture
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def moved(values, device=DEVICE):
@@ -92,62 +42,6 @@ def small(name, **kwargs):
     model = adapted(architecture.build(), **{"alpha": 0.2} | targets | kwargs).to(DEVICE)
     values = moved(architecture.inputs(4))
     return model, lambda called=model, **more: architecture.output(called(**values, **more))
-
-
-@pytest.mark.usefixtures("_fresh_run")
-class TestTraining:
-    @pytest.fixture(scope="class")
-    def digits(self):
-        return digit_data(rows_per_context=12)
-
-    @pytest.fixture
-    def train_digits(self, digits, tmp_path):
-        def call(folder, steps=6, **changes):
-            given = {
-                "pretrained_model_name_or_path": str(BASE),
-                "output_dir": str(tmp_path / folder),
-                "target_modules": list(TARGET_MODULES),
-                "train_batch_size": 10,
-                "max_train_steps": steps,
-                "checkpointing_steps": 3,
-                "learning_rate": 3e-3,
-                "num_validation_images": 0,
-            }
-            return train(TrainingArguments(**given | changes), data=digits)
-
-        return call
-
-    @pytest.mark.parametrize("precision", ["no", "bf16", pytest.param("fp16", marks=needs_gpu)])
-    def test_a_resumed_run_is_the_same_bit_for_bit(self, train_digits, logged, precision):
-        options = {"mixed_precision": precision, "use_ema": True}
-        whole = adapter_weights(train_digits("whole", **options))
-        assert len(logged) == 6
-        assert all(math.isfinite(loss) for loss in logged)
-        assert {tensor.dtype for tensor in whole.values()} == {torch.float32}
-        assert any(tensor.abs().max() > 0 for name, tensor in whole.items() if "causal_context_up" in name)
-        train_digits("parts", steps=3, **options)
-        resumed = adapter_weights(train_digits("parts", resume_from_checkpoint="latest", **options))
-        assert logged[6:] == logged[:6]
-        assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
-
-    def test_checkpointing_and_a_gpu_trained_adapter_on_the_cpu(self, train_digits, logged):
-        whole = train_digits("whole")
-        train_digits("checkpointed", gradient_checkpointing=True)
-        torch.testing.assert_close(torch.tensor(logged[6:]), torch.tensor(logged[:6]), rtol=1e-4, atol=1e-6)
-        base = load_base(str(BASE))
-        load_context_adapter(base.pipe, whole)
-        options = {"contexts": [(), "thickness+slant"], "seeds": [0], "num_inference_steps": 2}
-        without, edited = generate(base, **options)
-        assert torch.isfinite(edited).all()
-        assert (edited - without).abs().max() > 0
-
-    @pytest.mark.parametrize("precision", ["no", "bf16", pytest.param("fp16", marks=needs_gpu)])
-    def test_the_fused_optimiser_does_the_same(self, train_digits, logged, precision, monkeypatch):
-        train_digits("default", mixed_precision=precision)
-        monkeypatch.setattr(torch.optim, "AdamW", partial(torch.optim.AdamW, fused=True))
-        train_digits("fused", mixed_precision=precision)
-        assert len(logged) == 12
-        torch.testing.assert_close(torch.tensor(logged[6:]), torch.tensor(logged[:6]), rtol=1e-2, atol=1e-4)
 
 
 class TestDenoisers:
