@@ -36,10 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         commands[chosen.command][1](chosen.arguments)
     except KeyboardInterrupt as error:
-        print(f"\n{error or 'Interrupted.'}", file=sys.stderr)
+        print(f"\n{str(error) or 'Interrupted.'}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, MemoryError, FloatingPointError, ImportError) as error:
-        print(f"\nerror: {error}", file=sys.stderr)
+        print(f"\nerror: {str(error) or type(error).__name__}", file=sys.stderr)
         return 1
     return 0
 

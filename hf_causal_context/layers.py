@@ -137,7 +137,7 @@ class ExpressiveLayer(nn.Module):
 
 
 class CausalLayer(nn.Module):
-    """Mixes concepts under an intervention mask: the interface of the three mechanisms.
+    """Mixes concepts under an intervention mask: the interface of the three mechanisms, all linear in the coordinates.
 
     `anchored` subtracts the observational output, c(m) - c(0), so that the empty context is exactly zero.
     """

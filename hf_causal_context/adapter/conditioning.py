@@ -209,7 +209,7 @@ class Conditioning:
                     self._resolve(frame, frame.request, name, self.concepts[name])
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 _carry_frames_into_recomputation(model)
-        return args, kwargs
+        return args, kwargs  # whether they changed or not: older compilers cannot trace a comparison of the two
 
     def _leave_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         frame = _STATE.box.frame
@@ -303,7 +303,7 @@ def requested(requests: Iterable[Request]) -> Iterator[None]:
 
 
 def take_context(arguments: Mapping[str, Any]) -> tuple[ContextBatch | None, dict[str, Any]]:
-    """A context inside a call's attention arguments, and the arguments without it (the same object without one)."""
+    """A context inside a call's attention arguments, and the arguments without it."""
     for name in _ATTENTION_KWARGS:
         inner = arguments.get(name)
         if isinstance(inner, dict) and "context" in inner:

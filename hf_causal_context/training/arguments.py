@@ -164,6 +164,11 @@ class AdapterArguments(OptimisationArguments, ContextDataArguments):
             raise ValueError(
                 "--reweighted_contexts looks at rows with a whole base in one process. Leave --shard_base or it out."
             )
+        if self.push_to_hub and self.shard_base:
+            raise ValueError(
+                "--push_to_hub makes samples with a whole base on one device. Leave it out, and push the adapter "
+                "afterwards, where a whole base fits (hf-causal-context push)."
+            )
         if self.compile and self.shard_base:
             raise ValueError("--compile was not made to work with --shard_base. Leave one of them out.")
 

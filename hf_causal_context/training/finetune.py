@@ -27,11 +27,12 @@ from .features import denoiser_features
 from .generation import check_conditions, generate
 from .grids import grid_name, validation_contexts, write_grid
 from .load_data import load_data
+from .memory import memory_for_base
 from .objectives import denoising_objective
 from .processes import main_process_first, make_accelerator
 from .publishing import published
 from .reweighting import add_reweighted_contexts
-from .sharding import check_processes, shard_base
+from .sharding import shard_base
 from .trainer import fit
 
 _DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -57,8 +58,6 @@ def train(arguments: TrainingArguments, base: Base | None = None, data: Interven
 def _fine_tune(
     accelerator: Accelerator, arguments: TrainingArguments, base: Base | None, data: InterventionalData | None
 ) -> Path:
-    if arguments.shard_base:
-        check_processes()
     if base is None:
         check_base(arguments.pretrained_model_name_or_path, arguments.revision)
     data = data if data is not None else load_data(arguments)
@@ -73,9 +72,10 @@ def _fine_tune(
         torch_dtype=_DTYPES[accelerator.mixed_precision],  # of the frozen weights; the adapter's are float32
     )
     check_conditions(base, None, 0 if base.takes_classes else None, None, arguments.resolution)
-    base.move_encoders(accelerator.device)
-    if not arguments.shard_base:  # else a device may be too small for it
-        base.denoiser.to(accelerator.device)
+    with memory_for_base(accelerator.device, arguments):
+        base.move_encoders(accelerator.device)
+        if not arguments.shard_base:  # else a device may be too small for it
+            base.denoiser.to(accelerator.device)
     set_seed(arguments.seed)  # the adapter's initial weights
     model = attach_adapter(base.denoiser, data, arguments)
     if arguments.gradient_checkpointing:
@@ -120,7 +120,8 @@ def _fine_tune(
         write_grid(accelerator, arguments.output_dir, rows, validation, arguments.observational_name, step)
 
     if arguments.shard_base:
-        shard_base(model, accelerator.device)
+        with memory_for_base(accelerator.device, arguments):
+            shard_base(model, accelerator.device)
     if arguments.compile:
         base.denoiser.compile()
     wanted = validate if arguments.num_validation_images else None

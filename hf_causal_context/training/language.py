@@ -39,10 +39,11 @@ from .finetune import attach_adapter
 from .grids import validation_contexts
 from .language_objective import LanguageModelingObjective, perplexity
 from .load_data import load_text_data
+from .memory import memory_for_base
 from .processes import main_process_first, make_accelerator
 from .publishing import published
 from .reweighting import add_reweighted_contexts
-from .sharding import check_processes, shard_base
+from .sharding import shard_base
 from .text_batches import Collation, TextBatch, TextBatches, tokenise_all, tokenised
 from .text_features import text_features, tokens_digest
 from .text_samples import sample_prompt, sample_texts, write_texts
@@ -83,8 +84,6 @@ def _fine_tune(
     tokenizer: PreTrainedTokenizerBase | None,
     data: InterventionalData | None,
 ) -> Path:
-    if arguments.shard_base:
-        check_processes()
     if model is None:
         check_language_model(arguments.pretrained_model_name_or_path, arguments.revision)
     data = data if data is not None else load_text_data(arguments)
@@ -114,9 +113,8 @@ def _fine_tune(
     )
     prompt = sample_prompt(model, data, tokenise, arguments) if arguments.num_validation_texts else []
     if not arguments.shard_base:  # else a device may be too small for it
-        model.to(cast(Any, accelerator.device))
-    if arguments.packing:
-        check_packing(model, arguments.train_batch_size)
+        with memory_for_base(accelerator.device, arguments):
+            model.to(cast(Any, accelerator.device))
     collation = partial(
         Collation,
         cast(int, tokenizer.pad_token_id),
@@ -151,7 +149,10 @@ def _fine_tune(
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if arguments.shard_base:
-        shard_base(adapted, accelerator.device)
+        with memory_for_base(accelerator.device, arguments):
+            shard_base(adapted, accelerator.device)
+    if arguments.packing:
+        check_packing(model, arguments.train_batch_size)
     if arguments.compile:
         model.compile()
 

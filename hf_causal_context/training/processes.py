@@ -18,7 +18,7 @@ from torch.distributed import DistError
 
 from .arguments import OptimisationArguments
 from .checkpoints import check_writable, last_checkpoint
-from .sharding import check_configuration
+from .sharding import check_configuration, check_processes
 
 # How gloo, whose errors have no class of their own, says that a process is gone or silent.
 _GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Timed out waiting|[Ss]ocket [Tt]imeout")
@@ -32,11 +32,11 @@ def make_accelerator(arguments: OptimisationArguments) -> Accelerator:
     """Accelerate's view of the processes and devices of this run.
 
     Raises:
-        ValueError: for a tracker that is not installed, fp16 without a GPU, or what `check_configuration` refuses.
+        ValueError: for a tracker that is not installed, fp16 without a GPU, or a way to shard that is not supported.
         CheckpointError: for an `output_dir` that cannot be written to.
     """
     check_writable(Path(arguments.output_dir))
-    check_configuration()
+    check_configuration(arguments)
     # Under torchrun without an accelerator, Accelerate runs every process on its own unless told to use the CPU.
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     accelerator = Accelerator(
@@ -50,6 +50,7 @@ def make_accelerator(arguments: OptimisationArguments) -> Accelerator:
             arguments.output_dir, str(Path(arguments.output_dir, arguments.logging_dir))
         ),
     )
+    check_processes(arguments)
     if arguments.report_to and not accelerator.log_with:
         raise ValueError(
             f"--report_to={arguments.report_to}: this tracker is not installed, so nothing would be logged. Install it "

@@ -18,6 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
+from .arguments import OptimisationArguments
+
 _OTHERS = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -25,49 +27,61 @@ _OTHERS = {
 }
 
 
-def check_configuration() -> None:
+def check_configuration(arguments: OptimisationArguments) -> None:
     """Refuse Accelerate's own ways to shard: they would cut, and save, the adapter together with its base.
 
     Raises:
         ValueError: with what to configure instead.
     """
+    offered = hasattr(arguments, "shard_base")
     for variable, name in _OTHERS.items():
         if parse_flag_from_env(variable):
             raise ValueError(
-                f"Accelerate is configured to use {name} ({variable}={os.environ[variable]}). Here only the frozen "
-                "base is sharded: configure plain data parallelism (accelerate config, or accelerate launch "
-                "--multi_gpu), and pass --shard_base."
+                f"Accelerate is configured to use {name} ({variable}={os.environ[variable]}), which is not supported. "
+                "Configure plain data parallelism (accelerate config, or accelerate launch --multi_gpu)"
+                + (", and pass --shard_base, which cuts the frozen base into pieces." if offered else ".")
             )
 
 
-def check_processes() -> None:
+def check_processes(arguments: OptimisationArguments) -> None:
     """Refuse to shard in a process that was not started as one of several.
 
     Raises:
         ValueError: with how to start them.
     """
-    if not dist.is_initialized():
+    if getattr(arguments, "shard_base", False) and not dist.is_initialized():
         raise ValueError(
             "--shard_base cuts the base into one piece per process, and this run has one process. Start several "
             "(accelerate launch --multi_gpu, or torchrun), or leave it out."
         )
 
 
-def shard_base(model: PeftModel, device: torch.device) -> None:
-    """Cut the frozen weights of `model` into one piece per process, on `device`, block by block.
+def blocks(base: nn.Module) -> list[nn.Module]:
+    """The parts that a base's class says must not be split (`_no_split_modules`), inner ones first."""
+    names = set(cast("list[str] | None", getattr(base, "_no_split_modules", None)) or ())
+    return [module for module in reversed(list(base.modules())) if type(module).__name__ in names]
 
-    Blocks are what the base's class says must not be split (`_no_split_modules`); all other weights are one more.
+
+def shard_base(model: PeftModel, device: torch.device) -> None:
+    """Cut the frozen weights of `model` into one piece per process, on `device`, block by block; the rest is one more.
+
+    Raises:
+        ValueError: for a base whose class names no blocks: then each process would gather all of it at once.
     """
+    base = model.get_base_model()
+    found = blocks(base)
+    if not found:
+        raise ValueError(
+            f"--shard_base: {type(base).__name__} does not name its blocks (_no_split_modules), so every process would "
+            "hold all of it whenever it runs. Leave it out."
+        )
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
     for parameter in trained:
         parameter.data = parameter.data.to(device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    base = model.get_base_model()
-    blocks = set(cast("list[str] | None", getattr(base, "_no_split_modules", None)) or ())
     original = type(base)
-    for module in reversed(list(base.modules())):  # inner ones first; the base itself comes last
-        if module is base or type(module).__name__ in blocks:
-            fully_shard(module, mesh=mesh, ignored_params=cast("set[nn.Parameter]", trained))
+    for module in (*found, base):
+        fully_shard(module, mesh=mesh, ignored_params=cast("set[nn.Parameter]", trained))
     if hasattr(base, "generate"):  # it calls an encoder alone, outside of the base's forward
         register_fsdp_forward_method(base, "generate")
     # The subclass that `fully_shard` makes is called otherwise, and the config of the adapter names the base's class.

@@ -35,6 +35,7 @@ from .checkpoints import (
 )
 from .early_stopping import EarlyStopping
 from .interruption import noted_interruptions
+from .memory import TrainingMemoryError, first_line, is_out_of_memory, less_memory, memory_for
 from .objectives import Objective
 from .processes import watched_processes
 from .sharding import is_sharded
@@ -43,10 +44,6 @@ from .trackers import start_trackers
 
 class TrainingDivergedError(FloatingPointError):
     """A loss or a gradient became NaN or infinite; nothing was saved after it."""
-
-
-class TrainingMemoryError(MemoryError):
-    """There is not enough memory for a step."""
 
 
 class UnreadableDataError(ValueError):
@@ -100,7 +97,7 @@ def fit(
 
     Raises:
         TrainingDivergedError: when a loss or gradient becomes NaN or infinite.
-        TrainingMemoryError: when a step does not fit into memory.
+        TrainingMemoryError: when a step does not fit into memory, or a validation of a sharded model.
         TrainingInterrupted: on Ctrl-C or SIGTERM, after saving a checkpoint.
         UnreadableDataError: when batches can no longer be made.
         ProcessLostError: when another process of the run is gone.
@@ -158,7 +155,8 @@ def _fit(
         betas=(arguments.adam_beta1, arguments.adam_beta2),
         weight_decay=arguments.adam_weight_decay,
         eps=arguments.adam_epsilon,
-        fused=True if accelerator.device.type == "cuda" else None,  # one kernel for all parameters
+        # One kernel for all parameters. With fp16's scaler it would skip steps without Accelerate seeing it.
+        fused=True if accelerator.device.type == "cuda" and accelerator.mixed_precision != "fp16" else None,
     )
     schedule = make_schedule(optimizer, arguments, num_steps)
     register_model_hooks(accelerator)
@@ -207,17 +205,24 @@ def _fit(
             try:
                 # Samples come in other shapes than batches, so code would be compiled anew for them.
                 eager = torch.compiler.set_stance("force_eager") if arguments.compile else nullcontext()
-                with averaged(ema, parameters), eager:
+                with eager, averaged(ema, parameters):
                     loss = validate(step)
             except (RuntimeError, MemoryError) as error:
-                if sharded or not is_out_of_memory(error):  # sharded: the other processes wait for this one's pieces
+                if not is_out_of_memory(error):
                     raise
+                said = f"Validation ran out of memory at step {step} ({first_line(error)})."
+                less = (
+                    "Let it make less at once: fewer --num_validation_images or --num_validation_texts, or a smaller "
+                    "--max_new_tokens."
+                )
+                if sharded:  # the other processes wait for this one's pieces
+                    raise TrainingMemoryError(
+                        f"{said} {last_checkpoint(output_dir)} {less} Then resume with --resume_from_checkpoint latest."
+                    ) from error
                 if type(error) not in told:
                     accelerator.print(
-                        f"Validation ran out of memory at step {step} ({first_line(error)}). Training "
-                        f"goes on without it, and tries again when the next is due. {last_checkpoint(output_dir)} Let "
-                        "it make less at once: fewer --num_validation_images or --num_validation_texts, or a smaller "
-                        "--max_new_tokens."
+                        f"{said} Training goes on without it, and tries again when the next is due. "
+                        f"{last_checkpoint(output_dir)} {less}"
                     )
                 told.add(type(error))
             finally:
@@ -237,35 +242,14 @@ def _fit(
         try:
             return next(stream)
         except Exception as error:  # decoders raise whatever they like
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):  # of the device
+            of_device = isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)
+            if of_device or isinstance(error, MemoryError):
                 raise
             raise UnreadableDataError(
                 f"The data of step {step + 1} cannot be read: {error} {last_checkpoint(output_dir)} Put back what was "
                 "there when the run began (if a worker was killed: lower --dataloader_num_workers, which takes less "
                 "memory), then resume with --resume_from_checkpoint latest."
             ) from error
-
-    def learn(step: int) -> Tensor:
-        """The gradients of a step are added up; its loss ()."""
-        total = torch.zeros((), device=accelerator.device)
-        try:
-            for _ in range(accumulation):
-                batch = read(step)
-                with accelerator.accumulate(wrapped):
-                    with accelerator.autocast():
-                        loss = objective(wrapped, batch).mean()
-                    accelerator.backward(loss)
-                    total += loss.detach() / accumulation
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise TrainingMemoryError(
-                f"Step {step + 1} ran out of memory ({first_line(error)}). {last_checkpoint(output_dir)} Resume with "
-                "--gradient_checkpointing, which needs less; or start anew with a smaller --train_batch_size and more "
-                "--gradient_accumulation_steps, or --mixed_precision bf16. For a base that is too large for one device "
-                "there is --shard_base."
-            ) from error
-        return total
 
     def is_due(step: int) -> bool:
         return bool(arguments.validation_steps) and step % arguments.validation_steps == 0 and 0 < step < num_steps
@@ -281,14 +265,23 @@ def _fit(
         while done < num_steps and not stopping:
             step = done
             hooks.start_step(step)
-            value = cast(Tensor, accelerator.reduce(learn(step), "mean")).item()
-            if not math.isfinite(value):
-                raise stopped(f"The loss became {value}", step)
-            hooks.end_backward()
-            norm = cast(Tensor, accelerator.clip_grad_norm_(parameters, arguments.max_grad_norm)).item()
-            if not math.isfinite(norm) and accelerator.mixed_precision != "fp16":  # whose scaler skips the step
-                raise stopped(f"The gradient's norm became {norm}", step)
-            optimizer.step()
+            total = torch.zeros((), device=accelerator.device)
+            with memory_for(f"Step {step + 1}", f"{last_checkpoint(output_dir)} {less_memory(arguments)}"):
+                for _ in range(accumulation):
+                    batch = read(step)
+                    with accelerator.accumulate(wrapped):
+                        with accelerator.autocast():
+                            loss = objective(wrapped, batch).mean()
+                        accelerator.backward(loss)
+                        total += loss.detach() / accumulation
+                value = cast(Tensor, accelerator.reduce(total, "mean")).item()
+                if not math.isfinite(value):
+                    raise stopped(f"The loss became {value}", step)
+                hooks.end_backward()
+                norm = cast(Tensor, accelerator.clip_grad_norm_(parameters, arguments.max_grad_norm)).item()
+                if not math.isfinite(norm) and accelerator.mixed_precision != "fp16":  # whose scaler skips the step
+                    raise stopped(f"The gradient's norm became {norm}", step)
+                optimizer.step()
             hooks.end_step()
             if not accelerator.optimizer_step_was_skipped:  # by the scaler of fp16
                 schedule.step()
@@ -325,19 +318,6 @@ def _fit(
     validated(done)
     accelerator.end_training()
     return output_dir
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Of the device or of the machine."""
-    said = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
-    )
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, without the trace that device errors append."""
-    return str(error).partition("\n")[0]
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, arguments: OptimisationArguments, num_steps: int) -> LambdaLR:

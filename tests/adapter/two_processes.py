@@ -49,6 +49,7 @@ def main(rank: int, folder: str) -> None:
     fully_shard(sharded, mesh=mesh)
     save_file(gradients(sharded, sharded, rank), f"{folder}/sharded-{rank}.safetensors")
     on_pieces = adapted(mechanism="reduced").train()
+    on_pieces.get_base_model()._no_split_modules = ["Linear"]
     frozen = sum(p.numel() for p in on_pieces.parameters() if not p.requires_grad)
     shard_base(on_pieces, torch.device("cpu"))
     held = sum(p.to_local().numel() for p in on_pieces.parameters() if isinstance(p, DTensor))

@@ -16,7 +16,7 @@ from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.bases import load_base
 from hf_causal_context.training.finetune import train
 from hf_causal_context.training.generation import generate
-from hf_causal_context.training.trainer import TrainingMemoryError
+from hf_causal_context.training.memory import TrainingMemoryError
 
 from ..training.small import adapter_weights, settings, write_folders
 from .conftest import ON_GPU, needs_gpu
@@ -89,7 +89,7 @@ def test_the_fused_optimiser_does_the_same(train_digits, logged, precision, monk
     train_digits("fused", mixed_precision=precision)
     monkeypatch.setattr(torch.optim, "AdamW", Plain)
     train_digits("plain", mixed_precision=precision)
-    assert made == [True if ON_GPU else None]
+    assert made == [True if ON_GPU and precision != "fp16" else None]
     assert len(logged) == 12
     torch.testing.assert_close(torch.tensor(logged[6:]), torch.tensor(logged[:6]), rtol=1e-2, atol=1e-4)
 

@@ -39,6 +39,7 @@ class Faults:
     kill_while_saving: int | None = None  # the step whose optimiser is written half
     kill_at_call: tuple[str, int] | None = None  # so many calls, in C too, after this function began
     calls_file: str | None = None  # how many calls there were in `_fit`, and how many of them in `save_checkpoint`
+    no_memory_to_generate: bool = False
     fail_first: bool = False  # where the main process prepares what the others read
     seen_file: str | None = None  # one line for each micro-batch: digests of its pictures
     ready_file: str | None = None  # written after step 1; every step then takes a while
@@ -107,6 +108,12 @@ def _install(faults: Faults) -> None:
         setattr(module, where, kill_later)
     if faults.calls_file:
         _count_calls(faults.calls_file)
+    if faults.no_memory_to_generate:
+
+        def out_of_memory(*args, **kwargs):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        finetune.generate = out_of_memory
     if faults.fail_first:
 
         def fail(*args):

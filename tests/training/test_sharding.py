@@ -9,13 +9,16 @@ import pytest
 from PIL import Image
 
 from hf_causal_context.training.arguments import TrainingArguments
+from hf_causal_context.training.bases import as_base
 from hf_causal_context.training.checkpoints import checkpoint_steps
 from hf_causal_context.training.finetune import train
+from hf_causal_context.training.sharding import blocks
 
 from .run_tiny import Faults
 from .small import adapter_weights, assert_close_to_largest, settings, write_folders
 from .small_language import language_model, word_tokenizer
 from .test_faults import assert_same_run
+from .tiny_pipelines import PIPELINES
 
 ONE_STEP = {"adam_epsilon": 1e-3}  # large enough that rounding is not amplified
 
@@ -26,7 +29,8 @@ def texts(tmp_path):
 
     def make(name):
         base = language_model(name)
-        base.config.dropout_rate = 0.0  # T5's
+        for dropout in ("dropout_rate", "attn_pdrop", "embd_pdrop", "resid_pdrop"):  # T5's, GPT-2's
+            setattr(base.config, dropout, 0.0)
         base.save_pretrained(tmp_path / "base")
         word_tokenizer().save_pretrained(tmp_path / "base")
         for context, begin in (
@@ -53,11 +57,11 @@ def texts(tmp_path):
     [
         ("stable_diffusion", {"use_ema": True, "gradient_accumulation_steps": 2, "mechanism": "reduced"}),
         ("flux", {"gradient_checkpointing": True, "resolution": 16}),
-        ("ddpm", {"mechanism": "structural"}),
+        ("pixart_sigma", {"mechanism": "structural", "use_ema": True}),
     ],
 )
 def test_two_halves_of_a_denoiser_train_as_a_whole_one(name, changes, start, together, pipeline_folder, tmp_path):
-    data = write_folders(tmp_path / "data", captions=name != "ddpm")
+    data = write_folders(tmp_path / "data", captions=True)
     given = settings(pipeline_folder(name), data, tmp_path / "one", **ONE_STEP, **changes)
     given |= {"train_batch_size": 6, "num_validation_images": 1, "num_inference_steps": 2, "validation_steps": 1}
     one = start(given)
@@ -73,16 +77,22 @@ def test_two_halves_of_a_denoiser_train_as_a_whole_one(name, changes, start, tog
 
 
 @pytest.mark.parametrize(
-    ("name", "shard_base", "held_out"),
-    [("llama", True, True), ("llama", False, True), ("t5", True, False), ("t5", False, True)],
+    ("name", "held_out", "changes"),
+    [
+        ("llama", True, {"shard_base": True, "gradient_checkpointing": True, "packing": True}),
+        ("llama", True, {}),
+        ("gpt2", True, {"shard_base": True}),  # its output layer is its embedding
+        ("t5", False, {"shard_base": True}),
+        ("t5", True, {}),
+    ],
 )
-def test_two_processes_train_a_language_model_as_one(name, shard_base, held_out, start, together, texts, tmp_path):
-    given = texts(name)
+def test_two_processes_train_a_language_model_as_one(name, held_out, changes, start, together, texts, tmp_path):
+    given = texts(name) | changes | {"shard_base": False}
     if not held_out:  # then texts are the first that a validation asks of the model
         shutil.rmtree(tmp_path / "texts" / "formal+loud")
         del given["held_out_contexts"]
     one = start(given)
-    two = given | {"output_dir": str(tmp_path / "two"), "train_batch_size": 3, "shard_base": shard_base}
+    two = given | {"output_dir": str(tmp_path / "two"), "train_batch_size": 3} | changes
     assert [run.wait() for run in together(two, 2)] == [two["output_dir"]] * 2
     assert one.wait() == given["output_dir"]
     assert_close_to_largest(adapter_weights(tmp_path / "two"), adapter_weights(tmp_path / "one"))
@@ -91,9 +101,9 @@ def test_two_processes_train_a_language_model_as_one(name, shard_base, held_out,
         assert one_said == two_said
 
 
-def test_a_run_goes_on_from_checkpoints_of_whole_and_sharded_bases(start, together, pipeline_folder, tmp_path):
-    data = write_folders(tmp_path / "data")
-    given = settings(pipeline_folder("ddpm"), data, tmp_path / "whole", use_ema=True, max_train_steps=6)
+def test_runs_on_whole_and_sharded_bases_go_on_from_each_other(start, together, pipeline_folder, tmp_path):
+    data = write_folders(tmp_path / "data", captions=True)
+    given = settings(pipeline_folder("stable_diffusion"), data, tmp_path / "whole", use_ema=True, max_train_steps=6)
     given |= {"checkpointing_steps": 2, "shard_base": True}
     whole = together(given, 2)
     killed = given | {"output_dir": str(tmp_path / "killed"), "resume_from_checkpoint": "latest"}
@@ -104,9 +114,50 @@ def test_a_run_goes_on_from_checkpoints_of_whole_and_sharded_bases(start, togeth
     assert [run.wait() for run in together(killed, 2)] == [killed["output_dir"]] * 2
     assert [run.wait() for run in whole] == [given["output_dir"]] * 2
     assert_same_run(killed["output_dir"], given["output_dir"])
-    longer = killed | {"max_train_steps": 8, "shard_base": False}
-    assert [run.wait() for run in together(longer, 2)] == [killed["output_dir"]] * 2
-    assert list(checkpoint_steps(tmp_path / "killed")) == [2, 4, 6, 8]
+    for steps, shard_base in ((8, False), (10, True)):
+        longer = killed | {"max_train_steps": steps, "shard_base": shard_base}
+        assert [run.wait() for run in together(longer, 2)] == [killed["output_dir"]] * 2
+    longer = given | {"max_train_steps": 10, "resume_from_checkpoint": "latest"}
+    assert [run.wait() for run in together(longer, 2)] == [given["output_dir"]] * 2
+    assert_close_to_largest(adapter_weights(killed["output_dir"]), adapter_weights(given["output_dir"]), 1e-4)
+
+
+def test_a_validation_without_memory_ends_all_processes(together, pipeline_folder, tmp_path):
+    data = write_folders(tmp_path / "data", captions=True)
+    given = settings(pipeline_folder("stable_diffusion"), data, tmp_path / "out", shard_base=True)
+    given |= {"num_validation_images": 1, "num_inference_steps": 2, "validation_steps": 1, "checkpointing_steps": 1}
+    failed, other = together(given, 2, {0: Faults(no_memory_to_generate=True)})
+    said = failed.wait()
+    assert said.startswith("TrainingMemoryError: Validation ran out of memory at step 1 (CUDA out of memory).")
+    assert f"The last complete checkpoint is {tmp_path}/out/checkpoint-1. Let it make less at once: fewer" in said
+    assert said.endswith("Then resume with --resume_from_checkpoint latest.")
+    assert other.wait().startswith("ProcessLostError: Another process")
+    without = given | {"num_validation_images": 0, "resume_from_checkpoint": "latest"}
+    assert [run.wait() for run in together(without, 2)] == [given["output_dir"]] * 2
+
+
+def test_a_base_without_named_blocks_is_refused(together, pipeline_folder, tmp_path):
+    given = settings(pipeline_folder("ddpm"), write_folders(tmp_path / "data"), tmp_path / "out", shard_base=True)
+    (run,) = together(given, 1)
+    said = run.wait()
+    assert said.startswith(
+        "ValueError: --shard_base: UNet2DModel does not name its blocks (_no_split_modules), so every"
+    )
+
+
+def test_blocks_hold_most_of_every_other_base():
+    unnamed = set()
+    for name, build in PIPELINES.items():
+        base = as_base(build()).denoiser
+        if found := blocks(base):
+            held = {id(p): p.numel() for block in found for p in block.parameters()}
+            assert sum(held.values()) > 0.3 * sum(p.numel() for p in base.parameters()), (
+                name
+            )  # tiny ones have little else
+        else:
+            unnamed.add(name)
+    assert unnamed == {"ddpm", "ddpm_classes", "ddim", "dit"}
+    assert all(blocks(language_model(name)) for name in ("llama", "gpt2", "t5", "bart"))
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -138,6 +189,7 @@ class TestRefusals:
         [
             ({"reweighted_contexts": ["pairs"]}, "looks at rows with a whole base in one process. Leave --shard_base"),
             ({"compile": True}, "--compile was not made to work with --shard_base"),
+            ({"push_to_hub": True}, "--push_to_hub makes samples with a whole base .* push the adapter afterwards"),
         ],
     )
     def test_options_that_need_a_whole_base(self, changes, message):

@@ -1,0 +1,59 @@
+"""Lack of memory, of the device or of the machine: a message that says what needs less."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+
+from .arguments import OptimisationArguments
+
+
+class TrainingMemoryError(MemoryError):
+    """There is not enough memory for the base, a step or a validation."""
+
+
+@contextmanager
+def memory_for(what: str, advice: str) -> Iterator[None]:
+    """Within the body, lack of memory is an error that says what it was for, and gives advice.
+
+    Raises:
+        TrainingMemoryError: instead of what torch, Python or an allocator raised.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or isinstance(error, TrainingMemoryError):
+            raise
+        raise TrainingMemoryError(f"{what} ran out of memory ({first_line(error)}). {advice}") from error
+
+
+def less_memory(arguments: OptimisationArguments) -> str:
+    """Which other settings need less memory, of those that a run has."""
+    changes = {"gradient_checkpointing": "", "shard_base": " (several processes)"}
+    offered = [f"--{name}{note}" for name, note in changes.items() if getattr(arguments, name, None) is False]
+    begin = f"Resume with {' or '.join(offered)}, or start anew with" if offered else "Start anew with"
+    return f"{begin} a smaller --train_batch_size and more --gradient_accumulation_steps, or --mixed_precision bf16."
+
+
+def memory_for_base(device: torch.device, arguments: OptimisationArguments) -> AbstractContextManager[None]:
+    """`memory_for` the base on its device."""
+    if getattr(arguments, "shard_base", None) is False:
+        advice = "Take --mixed_precision bf16, or cut the base into pieces: several processes with --shard_base."
+    else:
+        advice = "Take --mixed_precision bf16, or more processes."
+    return memory_for(f"Placing the base on {device}", advice)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the device or of the machine."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the trace that device errors append."""
+    return str(error).partition("\n")[0]
