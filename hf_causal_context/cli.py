@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,22 +49,27 @@ def _train(arguments: list[str]) -> None:
     from .training.arguments import TrainingArguments
     from .training.finetune import train
 
-    print(f"The adapter is in {train(_parse(TrainingArguments, 'train', arguments))}.")
+    _say_where("adapter", train(_parse(TrainingArguments, "train", arguments)))
 
 
 def _train_text(arguments: list[str]) -> None:
     from .training.arguments import TextArguments
     from .training.language import train_text
 
-    print(f"The adapter is in {train_text(_parse(TextArguments, 'train-text', arguments))}.")
+    _say_where("adapter", train_text(_parse(TextArguments, "train-text", arguments)))
 
 
 def _train_autoencoder(arguments: list[str]) -> None:
     from .training.arguments import AutoencoderArguments
     from .training.autoencoder import train_autoencoder
 
-    folder = train_autoencoder(_parse(AutoencoderArguments, "train-autoencoder", arguments))
-    print(f"The autoencoder is in {folder}.")
+    _say_where("autoencoder", train_autoencoder(_parse(AutoencoderArguments, "train-autoencoder", arguments)))
+
+
+def _say_where(what: str, folder: Path) -> None:
+    """Where a training left its result; of several processes one says so."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"The {what} is in {folder}.")
 
 
 def _evaluate(arguments: list[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -25,7 +26,7 @@ from safetensors.torch import load_file
 
 from ..adapter.config import CausalContextConfig
 from .arguments import ARGUMENTS, OptimisationArguments
-from .damage import damage
+from .damage import damage, read_record, write_record
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 # What a resumed run may change: its length, how it is watched, where its files are, and the rate of learning.
@@ -40,6 +41,9 @@ _MAY_CHANGE = frozenset(
         *("compile", "gradient_checkpointing", "shard_base"),
     }
 )
+
+
+_SIZES = frozenset({"train_batch_size", "gradient_accumulation_steps"})
 
 
 class CheckpointError(OSError):
@@ -123,7 +127,7 @@ def find_checkpoint(output_dir: Path, wanted: str, say: Callable[[str], object])
         for step, folder in reversed(checkpoints.items()):
             if (found := damage(folder)) is None:
                 return step, folder
-            say(f"{folder} is damaged ({found}): it is passed over for the one before it.")
+            say(f"{folder} is damaged ({found}): it is passed over.")
         if checkpoints:
             raise CheckpointError(
                 f"All checkpoints in {output_dir} are damaged: {', '.join(p.name for p in checkpoints.values())}. "
@@ -146,8 +150,12 @@ def find_checkpoint(output_dir: Path, wanted: str, say: Callable[[str], object])
     return int(match[1]), path
 
 
-def check_same_run(folder: Path, arguments: OptimisationArguments, model: PeftModel | ModelMixin) -> None:
+def check_same_run(
+    folder: Path, arguments: OptimisationArguments, model: PeftModel | ModelMixin, num_processes: int
+) -> None:
     """Refuse to go on from a checkpoint with settings that would make another run of it.
+
+    The rows of an adapter's step, and their noise, do not depend on how it is cut into batches and processes.
 
     Raises:
         ValueError: naming what differs.
@@ -158,9 +166,21 @@ def check_same_run(folder: Path, arguments: OptimisationArguments, model: PeftMo
     stored = {field.name: _default(field) for field in dataclasses.fields(arguments)} | stored
     differing = {
         f"--{name}": (stored[name], given[name])
-        for name in sorted(given.keys() - _MAY_CHANGE)
+        for name in sorted(given.keys() - _MAY_CHANGE - _SIZES)
         if stored[name] != given[name]
     }
+    sizes = [
+        [settings["train_batch_size"], settings["gradient_accumulation_steps"], processes]
+        for settings, processes in (
+            (stored, read_record(folder).get("num_processes", num_processes)),
+            (given, num_processes),
+        )
+    ]
+    of_steps = [math.prod(size) for size in sizes] if isinstance(model, PeftModel) else sizes
+    if of_steps[0] != of_steps[1]:
+        rows = "rows of a step, --train_batch_size x --gradient_accumulation_steps x processes"
+        then, now = (" x ".join(map(str, size)) for size in sizes)
+        differing[rows] = (then, now)
     # What the arguments leave to the data and the base.
     if isinstance(model, PeftModel):
         old, new = vars(CausalContextConfig.from_pretrained(str(folder))), vars(model.peft_config["default"])
@@ -207,6 +227,7 @@ def save_checkpoint(accelerator: Accelerator, arguments: OptimisationArguments, 
     if accelerator.is_main_process:
         with _writing(folder, unfinished):
             arguments.save(unfinished)
+            write_record(unfinished, accelerator.num_processes)
             unfinished.rename(folder)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and limit is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -13,6 +15,20 @@ from .arguments import ARGUMENTS
 
 _REQUIRED = (ARGUMENTS, "optimizer.bin", "custom_checkpoint_0.pkl", "random_states_0.pkl")
 _WEIGHTS = (("adapter_model.safetensors", "adapter_config.json"), (SAFETENSORS_WEIGHTS_NAME, "config.json"))
+
+
+RECORD = "checkpoint.json"
+
+
+def write_record(folder: Path, num_processes: int) -> None:
+    """Write checkpoint.json: the number of processes, and checksums of the weights, whose format has none."""
+    checksums = {path.name: _checksum(path) for path in sorted(folder.glob("*.safetensors"))}
+    (folder / RECORD).write_text(json.dumps({"num_processes": num_processes, "sha256": checksums}, indent=2) + "\n")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `write_record` wrote; empty for a checkpoint that is older."""
+    return json.loads((folder / RECORD).read_text()) if (folder / RECORD).exists() else {}
 
 
 def damage(folder: Path) -> str | None:
@@ -26,9 +42,17 @@ def damage(folder: Path) -> str | None:
             _check(path)
         except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
             return f"{path.name}: {error}"
+    for name, checksum in read_record(folder).get("sha256", {}).items():
+        if _checksum(folder / name) != checksum:
+            return f"{name}: its checksum is wrong"
     if json.loads((folder / ARGUMENTS).read_text()).get("use_ema") and "custom_checkpoint_1.pkl" not in there:
         return "custom_checkpoint_1.pkl missing"  # the average
     return None
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check(path: Path) -> None:

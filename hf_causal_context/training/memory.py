@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -15,8 +15,8 @@ class TrainingMemoryError(MemoryError):
 
 
 @contextmanager
-def memory_for(what: str, advice: str) -> Iterator[None]:
-    """Within the body, lack of memory is an error that says what it was for, and gives advice.
+def memory_for(what: str, advice: Callable[[], str]) -> Iterator[None]:
+    """Within the body, lack of memory is an error that says what it was for, and gives the advice.
 
     Raises:
         TrainingMemoryError: instead of what torch, Python or an allocator raised.
@@ -26,7 +26,7 @@ def memory_for(what: str, advice: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or isinstance(error, TrainingMemoryError):
             raise
-        raise TrainingMemoryError(f"{what} ran out of memory ({first_line(error)}). {advice}") from error
+        raise TrainingMemoryError(f"{what} ran out of memory ({first_line(error)}). {advice()}") from error
 
 
 def less_memory(arguments: OptimisationArguments) -> str:
@@ -39,11 +39,9 @@ def less_memory(arguments: OptimisationArguments) -> str:
 
 def memory_for_base(device: torch.device, arguments: OptimisationArguments) -> AbstractContextManager[None]:
     """`memory_for` the base on its device."""
-    if getattr(arguments, "shard_base", None) is False:
-        advice = "Take --mixed_precision bf16, or cut the base into pieces: several processes with --shard_base."
-    else:
-        advice = "Take --mixed_precision bf16, or more processes."
-    return memory_for(f"Placing the base on {device}", advice)
+    whole = getattr(arguments, "shard_base", None) is False
+    pieces = "cut the base into pieces: several processes with --shard_base" if whole else "more processes"
+    return memory_for(f"Placing the base on {device}", lambda: f"Take --mixed_precision bf16, or {pieces}.")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

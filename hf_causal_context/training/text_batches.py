@@ -77,6 +77,9 @@ class Collation:
         return TextBatch(moved, targets.to(self._device), context.to(self._device))
 
 
+_ROWS_LOOKED_AT = 64  # of a stream, for the average length
+
+
 class TextBatches:
     """Batches for the `LanguageModelingObjective`: `batches(n)` yields the n-th and all that follow, on the device.
 
@@ -121,7 +124,7 @@ class TextBatches:
             self.num_rows = sum(len(by_context[context]) for context in data.contexts)
             self.tokens_per_row = self._mean_targets(self._rows)
         else:
-            first = next(stream_batches(data, arguments.train_batch_size, arguments.seed, weights=self._weights))
+            first = next(stream_batches(data, _ROWS_LOOKED_AT, arguments.seed, weights=self._weights))
             self.tokens_per_row = self._mean_targets(list(tokenised(first, tokenise)))
 
     def __call__(self, start: int) -> Iterator[TextBatch]:

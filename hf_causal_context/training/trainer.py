@@ -131,7 +131,7 @@ def _fit(
     resumed = arguments.resume_from_checkpoint
     found = find_checkpoint(output_dir, resumed, accelerator.print) if resumed else None
     if found is not None:
-        check_same_run(found[1], arguments, model)
+        check_same_run(found[1], arguments, model, accelerator.num_processes)
     elif resumed:
         accelerator.print(f"There is no checkpoint in {output_dir} yet: the run starts from the beginning.")
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -266,7 +266,7 @@ def _fit(
             step = done
             hooks.start_step(step)
             total = torch.zeros((), device=accelerator.device)
-            with memory_for(f"Step {step + 1}", f"{last_checkpoint(output_dir)} {less_memory(arguments)}"):
+            with memory_for(f"Step {step + 1}", lambda: f"{last_checkpoint(output_dir)} {less_memory(arguments)}"):
                 for _ in range(accumulation):
                     batch = read(step)
                     with accelerator.accumulate(wrapped):

@@ -23,10 +23,13 @@ def cut(name):
     return spoil
 
 
-def flip_a_bit(folder):
-    content = bytearray((folder / "optimizer.bin").read_bytes())
-    content[len(content) // 2] ^= 1
-    (folder / "optimizer.bin").write_bytes(content)
+def flip_a_bit(name):
+    def spoil(folder):
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(content)
+
+    return spoil
 
 
 def fill_with_zeros(folder):
@@ -47,7 +50,12 @@ DAMAGES = {
     "cut average": (cut("custom_checkpoint_1.pkl"), "custom_checkpoint_1.pkl: File is not a zip file"),
     "cut arguments": (cut("training_arguments.json"), "training_arguments.json: "),
     "cut configuration": (cut("adapter_config.json"), "adapter_config.json: "),
-    "a wrong bit": (flip_a_bit, "optimizer.bin: the checksum of .* is wrong"),
+    "a wrong bit": (flip_a_bit("optimizer.bin"), "optimizer.bin: the checksum of .* is wrong"),
+    "a wrong bit of weights": (
+        flip_a_bit("adapter_model.safetensors"),
+        "adapter_model.safetensors: its checksum is wrong",
+    ),
+    "cut record": (cut("checkpoint.json"), "checkpoint.json: "),
     "zeros": (fill_with_zeros, "adapter_model.safetensors: .*header"),
     "an empty folder": (
         empty,
@@ -88,7 +96,7 @@ def test_latest_passes_over_a_damaged_checkpoint_and_says_so(spoil, found, copy,
     train(TrainingArguments(**given))
     assert_said(
         capsys.readouterr().out,
-        rf"{folder}/checkpoint-3 is damaged \({found}.*\): it is passed over for the one before it",
+        rf"{folder}/checkpoint-3 is damaged \({found}.*\): it is passed over",
         f"Resumed from {folder}/checkpoint-2",
     )
     assert list(checkpoint_steps(folder)) == [1, 2, 3]
@@ -107,6 +115,14 @@ def test_a_damaged_checkpoint_that_is_named_is_an_error(spoil, found, copy):
     with pytest.raises(CheckpointError, match=expected):
         train(TrainingArguments(**given | {"resume_from_checkpoint": "checkpoint-2"}))
     assert list(checkpoint_steps(folder)) == [1, 2, 3]
+
+
+def test_a_checkpoint_without_a_record_is_an_older_one(copy, trained):
+    folder, given = copy
+    (folder / "checkpoint-3" / "checkpoint.json").unlink()
+    train(TrainingArguments(**given))
+    name = "adapter_model.safetensors"
+    assert (folder / name).read_bytes() == (trained[0] / name).read_bytes()
 
 
 def test_two_damaged_checkpoints_are_passed_over(copy, trained, capsys):

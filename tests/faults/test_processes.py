@@ -89,6 +89,25 @@ def test_a_killed_process_ends_the_others_and_the_same_command_goes_on(
     assert_same_run(killed["output_dir"], given["output_dir"])
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_run_goes_on_with_other_processes_if_its_steps_have_as_many_rows(
+    streaming, start, together, pipeline_folder, data, tmp_path
+):
+    changes = {"use_ema": True, "adam_epsilon": 1e-3, "checkpointing_steps": 2, "streaming": streaming}
+    given = settings(pipeline_folder("ddpm"), data, tmp_path / "out", **changes, resume_from_checkpoint="latest")
+    runs = together(given | {"train_batch_size": 2, "max_train_steps": 2}, 2)
+    assert [run.wait() for run in runs] == [given["output_dir"]] * 2
+    other = given | {"train_batch_size": 2, "max_train_steps": 4}
+    expected = "processes: '2 x 1 x 2' then, '2 x 1 x 1' now). Resume with the same ones, or start anew"
+    assert expected in start(other).wait()
+    assert start(other | {"gradient_accumulation_steps": 2}).wait() == given["output_dir"]
+    runs = together(given | {"train_batch_size": 1, "max_train_steps": 6}, 4)
+    assert [run.wait() for run in runs] == [given["output_dir"]] * 4
+    whole = given | {"output_dir": str(tmp_path / "whole"), "train_batch_size": 4, "max_train_steps": 6}
+    assert start(whole).wait() == whole["output_dir"]
+    assert_close_to_largest(adapter_weights(tmp_path / "out"), adapter_weights(tmp_path / "whole"))
+
+
 def test_one_of_four_processes_ends_the_three_others(together, pipeline_folder, data, tmp_path):
     given = settings(pipeline_folder("ddpm"), data, tmp_path / "out", train_batch_size=1, max_train_steps=50)
     runs = together(given, 4, {2: Faults(signal_in_microbatch=(3, SIGKILL))})

@@ -38,7 +38,10 @@ def learning_rates(folder):
             {"seed": 1},
             "checkpoint-2 belongs to a run with other settings .--seed: 0 then, 1 now.. Resume with the same",
         ),
-        ({"gradient_accumulation_steps": 2}, "--gradient_accumulation_steps: 1 then, 2 now"),
+        (
+            {"gradient_accumulation_steps": 2},
+            "--train_batch_size x --gradient_accumulation_steps x processes: '3 x 1 x 1' then, '3 x 2 x 1'",
+        ),
         ({"use_ema": True}, "--use_ema: False then, True now"),
         ({"concepts": ["thick", "slant"]}, "--concepts: None then, .'thick', 'slant'. now"),
         ({"concept_rank": 2}, "--concept_rank: 4 then, 2 now"),
