@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from .adapter.stored import first_line
 from .base_names import is_folder, lasting_name
 from .card import CARD, CardContents, is_edited, render_card
 from .card_code import quoted
@@ -170,7 +171,7 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(error, LocalTokenNotFoundError | RepositoryNotFoundError) or status in (401, 403):
             raise PermissionError(
-                f"The Hub does not let you write to {repo_id} ({_first_line(error)}). Log in with `hf auth login`, or "
+                f"The Hub does not let you write to {repo_id} ({first_line(error)}). Log in with `hf auth login`, or "
                 "set HF_TOKEN to a token with the right to write, and check the name."
             ) from error
         if status == 412:
@@ -178,7 +179,7 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
                 f"Somebody else pushed to {repo_id} meanwhile, and nothing was overwritten. Run the same command again."
             ) from error
         raise ConnectionError(
-            f"The upload to {repo_id} did not finish ({_first_line(error)}). The repository is as it was; run the same "
+            f"The upload to {repo_id} did not finish ({first_line(error)}). The repository is as it was; run the same "
             "command again to go on."
         ) from error
 
@@ -209,7 +210,3 @@ def _card_to_push(
         )
         return None
     return own
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -141,8 +141,12 @@ def _status(error: BaseException | None) -> int | None:
 def _cause(error: BaseException) -> str:
     if isinstance(error.__cause__, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
-    text = str(error.__cause__ or error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return first_line(error.__cause__ or error)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without what clients and devices append to it; its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def read_config(folder: Path, source: str) -> CausalContextConfig:

@@ -43,6 +43,8 @@ def damage(folder: Path) -> str | None:
         except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
             return f"{path.name}: {error}"
     for name, checksum in read_record(folder).get("sha256", {}).items():
+        if name not in there:
+            return f"{name} missing"
         if _checksum(folder / name) != checksum:
             return f"{name}: its checksum is wrong"
     if json.loads((folder / ARGUMENTS).read_text()).get("use_ema") and "custom_checkpoint_1.pkl" not in there:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
+from ..adapter.stored import first_line
 from .arguments import OptimisationArguments
 
 
@@ -50,8 +51,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
     )
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, without the trace that device errors append."""
-    return str(error).partition("\n")[0]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
+from ..adapter.stored import first_line
 from .arguments import OptimisationArguments
 from .checkpoints import (
     check_same_run,
@@ -35,7 +36,7 @@ from .checkpoints import (
 )
 from .early_stopping import EarlyStopping
 from .interruption import noted_interruptions
-from .memory import TrainingMemoryError, first_line, is_out_of_memory, less_memory, memory_for
+from .memory import TrainingMemoryError, is_out_of_memory, less_memory, memory_for
 from .objectives import Objective
 from .processes import watched_processes
 from .sharding import is_sharded
