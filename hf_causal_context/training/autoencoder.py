@@ -41,7 +41,7 @@ def train_autoencoder(
 
     Raises:
         ValueError: for data that cannot be trained on, or arguments that do not fit the model.
-        TrainingDivergedError, TrainingInterrupted, CheckpointError, FileNotFoundError: see `fit`.
+        TrainingDivergedError, TrainingMemoryError, TrainingInterrupted, CheckpointError, FileNotFoundError: see `fit`.
     """
     accelerator = make_accelerator(arguments)
     set_seed(arguments.seed)  # the initial weights

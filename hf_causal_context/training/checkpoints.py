@@ -169,18 +169,12 @@ def check_same_run(
         for name in sorted(given.keys() - _MAY_CHANGE - _SIZES)
         if stored[name] != given[name]
     }
-    sizes = [
-        [settings["train_batch_size"], settings["gradient_accumulation_steps"], processes]
-        for settings, processes in (
-            (stored, read_record(folder).get("num_processes", num_processes)),
-            (given, num_processes),
-        )
-    ]
-    of_steps = [math.prod(size) for size in sizes] if isinstance(model, PeftModel) else sizes
-    if of_steps[0] != of_steps[1]:
+    then = _size(stored, read_record(folder).get("num_processes", num_processes))
+    now = _size(given, num_processes)
+    same_rows = math.prod(then) == math.prod(now) if isinstance(model, PeftModel) else then == now
+    if not same_rows:
         rows = "rows of a step, --train_batch_size x --gradient_accumulation_steps x processes"
-        then, now = (" x ".join(map(str, size)) for size in sizes)
-        differing[rows] = (then, now)
+        differing[rows] = (" x ".join(map(str, then)), " x ".join(map(str, now)))
     # What the arguments leave to the data and the base.
     if isinstance(model, PeftModel):
         old, new = vars(CausalContextConfig.from_pretrained(str(folder))), vars(model.peft_config["default"])
@@ -197,6 +191,10 @@ def check_same_run(
             f"{folder} belongs to a run with other settings ({listed}). Resume with the same ones, or "
             "start anew in another --output_dir."
         )
+
+
+def _size(settings: dict[str, Any], num_processes: int) -> tuple[int, int, int]:
+    return settings["train_batch_size"], settings["gradient_accumulation_steps"], num_processes
 
 
 def _default(field: dataclasses.Field) -> object:

@@ -48,7 +48,7 @@ def train(arguments: TrainingArguments, base: Base | None = None, data: Interven
 
     Raises:
         ValueError: for data that cannot be trained on, or arguments that do not fit the base.
-        TrainingDivergedError, TrainingInterrupted, CheckpointError, FileNotFoundError: see `fit`.
+        TrainingDivergedError, TrainingMemoryError, TrainingInterrupted, CheckpointError, FileNotFoundError: see `fit`.
         ValueError, OSError: with `push_to_hub`, see `published`.
     """
     accelerator = make_accelerator(arguments)

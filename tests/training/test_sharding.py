@@ -145,15 +145,14 @@ def test_a_base_without_named_blocks_is_refused(together, pipeline_folder, tmp_p
     )
 
 
-def test_blocks_hold_most_of_every_other_base():
+def test_every_other_base_names_blocks_that_hold_much_of_it():
     unnamed = set()
     for name, build in PIPELINES.items():
         base = as_base(build()).denoiser
         if found := blocks(base):
             held = {id(p): p.numel() for block in found for p in block.parameters()}
-            assert sum(held.values()) > 0.3 * sum(p.numel() for p in base.parameters()), (
-                name
-            )  # tiny ones have little else
+            share = sum(held.values()) / sum(p.numel() for p in base.parameters())
+            assert share > 0.3, name  # of tiny ones; of large ones it is nearly all
         else:
             unnamed.add(name)
     assert unnamed == {"ddpm", "ddpm_classes", "ddim", "dit"}
