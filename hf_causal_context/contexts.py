@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 RESERVED_CHARACTERS = "+=,"
+OBSERVATIONAL = "observational"  # the name, in contexts, of the strength of an adapter's observational part
 MAX_CONCEPTS = 1_000
 MAX_NAME_LENGTH = 100
 MAX_STRENGTH = torch.finfo(torch.float32).max  # the dtype of masks
@@ -30,6 +31,9 @@ class Context:
     Arguments are names (strength 1), mappings name -> strength, or other contexts; they are composed. Strength 0 is no
     intervention, so such concepts are left out.
 
+    `observational` is the strength of the adapter's observational part, also written as a name in texts and mappings:
+    1 is the world of the data, 0 that of the base model. It is not a concept, and 1 is left out.
+
     Raises:
         TypeError: for anything else than names, mappings and contexts.
         ValueError: for a strength that is not finite, or one concept with two strengths.
@@ -39,14 +43,16 @@ class Context:
         Context('slant=0.5+thick')
         >>> Context("thick") | Context("slant") == Context("slant", "thick")
         True
+        >>> Context("thick", observational=0)
+        Context('observational=0.0+thick')
     """
 
     __slots__ = ("_strengths",)
     _strengths: dict[str, float]
 
-    def __init__(self, *parts: str | Mapping[str, float] | Context) -> None:
+    def __init__(self, *parts: str | Mapping[str, float] | Context, observational: float | None = None) -> None:
         strengths: dict[str, float] = {}
-        for part in parts:
+        for part in parts if observational is None else (*parts, {OBSERVATIONAL: observational}):
             for name, strength in _strength_items(part):
                 if strengths.setdefault(name, strength) != strength:
                     raise ValueError(
@@ -54,7 +60,8 @@ class Context:
                         "Give it one."
                     )
         # Sorted, so that composing commutes down to the printed form.
-        object.__setattr__(self, "_strengths", {name: s for name, s in sorted(strengths.items()) if s != 0})
+        kept = {name: s for name, s in sorted(strengths.items()) if s != _unchanged(name)}
+        object.__setattr__(self, "_strengths", kept)
 
     @classmethod
     def parse(cls, text: str) -> Context:
@@ -86,12 +93,17 @@ class Context:
     @property
     def strengths(self) -> dict[str, float]:
         """Name -> strength of every target, in alphabetical order (a copy)."""
-        return dict(self._strengths)
+        return {name: s for name, s in self._strengths.items() if name != OBSERVATIONAL}
+
+    @property
+    def observational(self) -> float:
+        """Strength of the observational part; 1 unless it was given."""
+        return self._strengths.get(OBSERVATIONAL, 1.0)
 
     @property
     def targets(self) -> tuple[str, ...]:
         """The concepts this context acts on, in alphabetical order."""
-        return tuple(self._strengths)
+        return tuple(self.strengths)
 
     def __or__(self, other: Context) -> Context:
         if not isinstance(other, Context):
@@ -99,6 +111,7 @@ class Context:
         return Context(self, other)
 
     def __bool__(self) -> bool:
+        """Whether it differs from the observational context, (): in its targets, or in the observational part."""
         return bool(self._strengths)
 
     def __eq__(self, other: object) -> bool:
@@ -114,6 +127,7 @@ class Context:
         return Context, (self._strengths,)
 
     def __str__(self) -> str:
+        # A strength of 1 is not written; that of the observational part is there only if it is another one.
         return "+".join(name if s == 1 else f"{name}={s!r}" for name, s in self._strengths.items())
 
     def __repr__(self) -> str:
@@ -196,6 +210,11 @@ class ConceptSet:
             raise ValueError(f"More than {MAX_CONCEPTS:,} concepts given. Divide them among several adapters.")
         for name in self.names:
             _check_name(name)
+        if OBSERVATIONAL in self.names:
+            raise ValueError(
+                f"{OBSERVATIONAL!r} cannot be the name of a concept: in contexts it is the strength of the adapter's "
+                f"observational part, as in '{OBSERVATIONAL}=0.5+thick'. Rename the concept."
+            )
         duplicates = [name for name, count in Counter(self.names).items() if count > 1]
         if duplicates:
             raise ValueError(f"Duplicate concepts: {quoted(duplicates)}. Every concept needs a name of its own.")
@@ -227,17 +246,33 @@ class ConceptSet:
         """Intervention mask (B, K), float32 on the CPU: 0 not intervened, 1 intervened, other values are strengths.
 
         Raises:
+            ValueError: for a concept that is not in this set, or another strength of the observational part than 1,
+                which a mask has no column for: see `strengths`.
+        """
+        for context in contexts:
+            if context.observational != 1:
+                raise ValueError(
+                    f"Context {str(context)!r} sets the strength of the observational part, which belongs to an "
+                    "adapter at inference, not to data or masks. Leave it out here."
+                )
+        return self.strengths(contexts)[:, 1:].contiguous()
+
+    def strengths(self, contexts: Sequence[Context]) -> Tensor:
+        """Strengths (B, 1 + K), float32 on the CPU: of the observational part, then of the concepts as in `mask`.
+
+        Raises:
             ValueError: for a concept that is not in this set.
         """
-        rows = [[0.0] * len(self) for _ in contexts]
+        rows = [[context.observational, *[0.0] * len(self)] for context in contexts]
         for row, context in zip(rows, contexts, strict=True):
             for name, strength in context.strengths.items():
-                row[self.index(name, f"context {str(context)!r}")] = strength
-        return torch.tensor(rows, dtype=torch.float32)
+                row[1 + self.index(name, f"context {str(context)!r}")] = strength
+        return torch.tensor(rows, dtype=torch.float32).view(-1, 1 + len(self))
 
     def contexts(self, mask: Tensor) -> tuple[Context, ...]:
-        """The context of every row of a mask (B, K); the inverse of `mask`."""
-        return tuple(Context(dict(zip(self.names, row, strict=True))) for row in mask.tolist())
+        """The context of every row of a mask (B, K), or of strengths (B, 1 + K); the inverse of the two."""
+        names = self.names if mask.shape[1] == len(self) else (OBSERVATIONAL, *self.names)
+        return tuple(Context(dict(zip(names, row, strict=True))) for row in mask.tolist())
 
     def check_mask(self, mask: Tensor) -> Tensor:
         """Return a mask (B, K) as it is, and (K,) as (1, K).
@@ -261,9 +296,14 @@ class ConceptSet:
         return mask if mask.ndim == 2 else mask[None]
 
 
+def _unchanged(name: str) -> float:
+    """The strength that a context does not mention."""
+    return 1.0 if name == OBSERVATIONAL else 0.0
+
+
 def _strength_items(part: object) -> Iterator[tuple[str, float]]:
     if isinstance(part, Context):
-        yield from part.strengths.items()
+        yield from part._strengths.items()
     elif isinstance(part, str):
         _check_name(part)
         yield part, 1.0
@@ -317,7 +357,7 @@ def context_text(value: object, observational_name: str) -> str:
 
     Raises:
         TypeError: for another type.
-        ValueError: for None, or names and strengths that are not valid.
+        ValueError: for None, names and strengths that are not valid, or a strength of the observational part.
     """
     if value is None:
         raise ValueError(f"The context is missing (None). Observational rows say {observational_name!r} or ''.")
@@ -325,7 +365,13 @@ def context_text(value: object, observational_name: str) -> str:
         value = {name: strength for name, strength in value.items() if strength is not None}
     elif value == observational_name or value == [observational_name]:
         return ""
-    return str(as_context(value))
+    context = as_context(value)
+    if context.observational != 1:
+        raise ValueError(
+            f"The context {str(context)!r} of the data sets the strength of the observational part, which is for "
+            "inference only: all data belong to the observational world. Leave it out."
+        )
+    return str(context)
 
 
 class _ShortRepr(reprlib.Repr):

@@ -8,6 +8,9 @@ identity without loss of generality, because the representation layer before it 
 Shapes: B rows, T tokens or pixels (any number of dimensions, none included), K concepts, W width per concept (in and
 out where a map changes it), R = K W features, concept by concept. The intervention mask m (B, K) broadcasts over T and
 W; B = 1 serves any batch. Where it meets features (B, T, R), `per_feature(m)` may be passed instead.
+
+An adapter's observational part is N more features z_o in front of the concepts', (B, T, N + R), which no mechanism
+mixes; they are multiplied by the part's strength o, the first column of strengths (B, 1 + K).
 """
 
 from __future__ import annotations
@@ -16,16 +19,21 @@ import torch
 from torch import Tensor
 
 
-def per_feature(mask: Tensor, features_BTR: Tensor) -> Tensor:
+def per_feature(mask: Tensor, features_BTR: Tensor, observational_rank: int = 0) -> Tensor:
     """Repeat a mask (B, K) over the W features of each concept: (B, 1..., R), in the dtype of the features.
 
+    With `observational_rank` N > 0 it is strengths (B, 1 + K) over features (B, T, N + R): the first one N times.
     What was repeated already is returned as it is, so that callers may keep it and pass it instead of the mask.
     """
     features = features_BTR.shape[-1], features_BTR.ndim, features_BTR.dtype
     if (mask.shape[-1], mask.ndim, mask.dtype) == features:
         return mask
-    width = features_BTR.shape[-1] // mask.shape[-1]
-    mask_BR = mask.to(features_BTR.dtype).repeat_interleave(width, dim=-1)
+    mask = mask.to(features_BTR.dtype)
+    concepts = mask[:, 1:] if observational_rank else mask
+    width = (features_BTR.shape[-1] - observational_rank) // concepts.shape[-1]
+    mask_BR = concepts.repeat_interleave(width, dim=-1)
+    if observational_rank:
+        mask_BR = torch.cat([mask[:, :1].expand(-1, observational_rank), mask_BR], dim=-1)
     return mask_BR.view(mask_BR.shape[0], *(1,) * (features_BTR.ndim - 2), mask_BR.shape[-1])
 
 

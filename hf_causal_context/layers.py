@@ -3,7 +3,8 @@
 Every class keeps its parameters directly on itself and registers no buffers: PEFT reads the adapter's name from the
 last two parts of a parameter's name, and would save buffers.
 
-Shapes: B rows, T tokens or pixels, K concepts, W width per concept, R = K W.
+Shapes: B rows, T tokens or pixels, K concepts, W width per concept, R = K W, N rank of the observational part,
+S = N + R.
 """
 
 from __future__ import annotations
@@ -90,9 +91,10 @@ class ConceptGraph:
 
 
 class RepresentationLayer(nn.Module):
-    """Linear map from base features to the K x W exogenous coordinates, for Linear layers and convolutions.
+    """Linear map from base features to the coordinates of the observational part and the K x W exogenous ones.
 
-    Weight (R, in_features, *kernel); no bias, so that the adapter can become a plain LoRA.
+    For Linear layers and convolutions. Weight (S, in_features, *kernel); no bias, so that the adapter can become a
+    plain LoRA.
     """
 
     def __init__(self, in_features: int, out_features: int, kernel_size: tuple[int, ...] = ()) -> None:
@@ -106,9 +108,10 @@ class RepresentationLayer(nn.Module):
 
 
 class OutputLayer(nn.Module):
-    """Linear map from the K x W concepts back to the features of the wrapped module; weight (out_features, R).
+    """Linear map from the observational part and the K x W concepts back to the wrapped module's features.
 
-    Zero-initialised: a fresh adapter leaves the base model as it is. `identity=False` draws random weights, for tests.
+    Weight (out_features, S). Zero-initialised: a fresh adapter leaves the base model as it is. `identity=False` draws
+    random weights, for tests.
     """
 
     def __init__(self, in_features: int, out_features: int, identity: bool) -> None:
@@ -131,36 +134,50 @@ class ExpressiveLayer(nn.Module):
         if not identity:
             nn.init.normal_(self.weight, std=1 / math.sqrt(width))
 
-    def forward(self, z_BTR: Tensor) -> Tensor:
-        """(B, T, R) -> (B, T, R)."""
-        return F.expressive(z_BTR, self.weight)
+    def forward(self, z_BTS: Tensor) -> Tensor:
+        """(B, T, S) -> (B, T, S); the observational part, in front of the concepts, stays as it is."""
+        part = z_BTS.shape[-1] - self.weight.shape[1] * self.weight.shape[2]
+        if not part:
+            return F.expressive(z_BTS, self.weight)
+        return torch.cat([z_BTS[..., :part], F.expressive(z_BTS[..., part:], self.weight)], dim=-1)
 
 
 class CausalLayer(nn.Module):
     """Mixes concepts under an intervention mask: the interface of the three mechanisms, all linear in the coordinates.
 
     `anchored` subtracts the observational output, c(m) - c(0), so that the empty context is exactly zero.
+
+    With `observational_rank` N > 0 the first N of S = N + R coordinates are the observational part, which no concept
+    mixes with: o z_o. Masks are then strengths (B, 1 + K) with o in front.
     """
 
-    def __init__(self, num_concepts: int, width: int, anchored: bool = False) -> None:
+    def __init__(self, num_concepts: int, width: int, anchored: bool = False, observational_rank: int = 0) -> None:
         super().__init__()
         self.num_concepts = num_concepts
         self.width = width
         self.anchored = anchored
+        self.observational_rank = observational_rank
 
     def concepts(self, z_BTR: Tensor, mask: Tensor) -> Tensor:
         """Concepts c(m) before anchoring, (B, T, R), for exogenous coordinates (B, T, R) and a mask (B or 1, K)."""
         raise NotImplementedError
 
-    def forward(self, z_BTR: Tensor, mask: Tensor) -> Tensor:
-        """What the adapter adds, before its output layer: c(m), or c(m) - c(0) when anchored; (B, T, R)."""
-        mask = F.per_feature(mask, z_BTR)
-        features = z_BTR.shape[-1]
-        if z_BTR.shape[1:-1].numel() <= features:
-            return self._anchored_concepts(z_BTR, mask)
+    def forward(self, z_BTS: Tensor, mask: Tensor) -> Tensor:
+        """What the adapter adds, before its output layer: o z_o, then c(m), or c(m) - c(0) when anchored; (B, T, S)."""
+        mask = F.per_feature(mask, z_BTS, self.observational_rank)
+        features = z_BTS.shape[-1]
+        if z_BTS.shape[1:-1].numel() <= features:
+            return self._with_observational_part(z_BTS, mask)
         # With more tokens than features, a product with each row's matrix is less work than all steps with all tokens.
-        identity = torch.eye(features, dtype=z_BTR.dtype, device=z_BTR.device)[None]
-        return F.row_linear(z_BTR, self._anchored_concepts(identity, mask.view(-1, 1, features)))
+        identity = torch.eye(features, dtype=z_BTS.dtype, device=z_BTS.device)[None]
+        return F.row_linear(z_BTS, self._with_observational_part(identity, mask.view(-1, 1, features)))
+
+    def _with_observational_part(self, z_BTS: Tensor, mask: Tensor) -> Tensor:
+        N = self.observational_rank
+        if not N:
+            return self._anchored_concepts(z_BTS, mask)
+        c_BTR = self._anchored_concepts(z_BTS[..., N:], mask[..., N:])
+        return torch.cat([z_BTS[..., :N] * mask[..., :N], c_BTR], dim=-1)
 
     def _anchored_concepts(self, z_BTR: Tensor, mask: Tensor) -> Tensor:
         c_BTR = self.concepts(z_BTR, mask)
@@ -171,9 +188,10 @@ class CausalLayer(nn.Module):
         return (c_BTR - anchor) * (mask != 0).any(-1, keepdim=True)
 
     def matrix(self, mask: Tensor) -> Tensor:
-        """The (R, R) matrix M(m) with forward(z, m) = M(m) z, for the one context of a mask (1, K)."""
+        """The (S, S) matrix M(m) with forward(z, m) = M(m) z, for the one context of a mask (1, K) or (1, 1 + K)."""
         weight = next(self.parameters(), mask)
-        identity = torch.eye(self.num_concepts * self.width, dtype=weight.dtype, device=weight.device)
+        features = self.observational_rank + self.num_concepts * self.width
+        identity = torch.eye(features, dtype=weight.dtype, device=weight.device)
         return self(identity[None], mask.to(weight.device))[0].T
 
 
@@ -183,15 +201,24 @@ class IndependentLayer(CausalLayer):
     def concepts(self, z_BTR: Tensor, mask: Tensor) -> Tensor:
         return F.independent(z_BTR, mask)
 
-    def forward(self, z_BTR: Tensor, mask: Tensor) -> Tensor:
-        return self.concepts(z_BTR, mask)  # anchored already
+    def forward(self, z_BTS: Tensor, mask: Tensor) -> Tensor:
+        # Anchored already, and the observational part is nothing but more features with a strength of their own.
+        return F.per_feature(mask, z_BTS, self.observational_rank) * z_BTS
 
 
 class _MixingLayer(CausalLayer):
     """What `reduced` and `structural` share: the shift of an intervention and the mask of allowed effects."""
 
-    def __init__(self, num_concepts: int, width: int, allowed: Tensor, anchored: bool, identity: bool) -> None:
-        super().__init__(num_concepts, width, anchored)
+    def __init__(
+        self,
+        num_concepts: int,
+        width: int,
+        allowed: Tensor,
+        anchored: bool,
+        observational_rank: int,
+        identity: bool,
+    ) -> None:
+        super().__init__(num_concepts, width, anchored, observational_rank)
         # U_ivn - U_obs = 1: without mixing, c(m) = (1 + m) z, and anchored c(m) = m z: it starts as `independent`.
         self.shift = nn.Parameter(torch.eye(width).repeat(num_concepts, 1, 1))
         allowed = allowed.repeat_interleave(width, 0).repeat_interleave(width, 1).float()
@@ -222,9 +249,10 @@ class ReducedLayer(_MixingLayer):
         *,
         perfect_interventions: bool = True,
         anchored: bool = False,
+        observational_rank: int = 0,
         identity: bool = True,
     ) -> None:
-        super().__init__(num_concepts, width, graph.total, anchored, identity)
+        super().__init__(num_concepts, width, graph.total, anchored, observational_rank, identity)
         self.perfect_interventions = perfect_interventions
         self.observational = self._mixing_parameter()
         self.interventional = self._mixing_parameter()
@@ -250,9 +278,10 @@ class StructuralLayer(_MixingLayer):
         *,
         perfect_interventions: bool = True,
         anchored: bool = False,
+        observational_rank: int = 0,
         identity: bool = True,
     ) -> None:
-        super().__init__(num_concepts, width, graph.direct, anchored, identity)
+        super().__init__(num_concepts, width, graph.direct, anchored, observational_rank, identity)
         self.perfect_interventions = perfect_interventions
         self.steps = graph.longest_path
         self.coefficients = self._mixing_parameter()

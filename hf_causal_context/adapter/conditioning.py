@@ -1,12 +1,14 @@
-"""Delivers intervention masks to the layers: one pair of hooks on the base model, and what is asked of it.
+"""Delivers contexts to the layers: one pair of hooks on the base model, and what is asked of it.
 
     intervene(model, ...)  --> a request, on this thread        |  pre-hook: rows of the model's input are matched,
-    model(..., context=x)  --> a request, for this call         |  a frame holds the masks   --> layers read the frame
+    model(..., context=x)  --> a request, for this call         |  a frame holds strengths   --> layers read the frame
 
 Diffusers pipelines that cannot pass `context=` pass it inside the attention arguments of their denoiser.
 
 State lives in a box on a thread-local: attributes on layers would mix threads, context variables break compiled graphs,
 and attributes set directly on a thread-local give wrong results under torch.compile.
+
+Strengths (rows, 1 + K) are those of the observational part and of the concepts; a user's masks (S, K) have the latter.
 
 Shapes: S samples that have a context, N rows of the model's input, n rows of a layer's input, K concepts.
 """
@@ -28,7 +30,15 @@ from torch.utils.hooks import RemovableHandle
 
 from ..contexts import ConceptSet, Context, ContextBatch, quoted
 from ..functional import per_feature
-from .request import AdapterContext, Request, check_names, check_one_adapter_per_mask, normalise
+from .request import (
+    AdapterContext,
+    Request,
+    check_names,
+    check_one_adapter_per_mask,
+    normalise,
+    restricted,
+    with_observational,
+)
 from .rows import input_rows, match_layer_rows, prompts_of_generate, refuse_sequence_first
 from .saving import keep_adapters_out_of_base, restore_save_pretrained
 
@@ -47,8 +57,8 @@ class Frame:
     num_rows: int = 0
     ragged: bool = False  # rows inside the model need not be whole multiples per sample
     device: torch.device | None = None
-    masks: dict[str, Tensor] = field(default_factory=dict)
-    repeated: dict[tuple, Tensor] = field(default_factory=dict)  # masks per feature, for layers alike
+    strengths: dict[str, Tensor] = field(default_factory=dict)
+    repeated: dict[tuple, Tensor] = field(default_factory=dict)  # strengths per feature, for layers alike
 
 
 class _Box:
@@ -75,6 +85,7 @@ class Conditioning:
         # adapter was taken off by others (diffusers' unload_lora).
         self._layer = weakref.ref(layer)
         self.concepts: dict[str, ConceptSet] = {}
+        self.observational_ranks: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
         self._takes_context = True
 
@@ -123,8 +134,8 @@ class Conditioning:
             request = request.outer
         return request
 
-    def mask_for(self, layer: CausalContextLayer, adapter_name: str, x: Tensor, num_rows: int) -> Tensor | None:
-        """The mask (1, K) or (n, K) for a layer's input of n rows; None when no context is set at inference.
+    def strengths_for(self, layer: CausalContextLayer, adapter_name: str, x: Tensor, num_rows: int) -> Tensor | None:
+        """The strengths (1, 1 + K) or (n, 1 + K) for a layer's input of n rows; None without a context at inference.
 
         Raises:
             ValueError: without a context in training mode, or when rows cannot be matched.
@@ -133,12 +144,12 @@ class Conditioning:
         concepts = layer.concepts[adapter_name]
         frame = _STATE.box.frame
         if frame is not None and frame.owner is self:
-            mask = frame.masks.get(adapter_name)
-            if mask is None and frame.request is not None:
-                mask = self._resolve(frame, frame.request, adapter_name, concepts)
+            strengths = frame.strengths.get(adapter_name)
+            if strengths is None and frame.request is not None:
+                strengths = self._resolve(frame, frame.request, adapter_name, concepts)
         else:
-            mask = self._mask_outside_forward(adapter_name, concepts, x, num_rows)
-        if mask is None:
+            strengths = self._strengths_outside_forward(adapter_name, concepts, x, num_rows)
+        if strengths is None:
             if layer.training:
                 raise ValueError(
                     f"No context is set for adapter {adapter_name!r} in training mode. Train inside `with "
@@ -146,21 +157,27 @@ class Conditioning:
                     "For inference call model.eval()."
                 )
             return None
-        return match_layer_rows(mask.to(x.device), num_rows, layer.name, frame is not None and frame.ragged)
+        return match_layer_rows(strengths.to(x.device), num_rows, layer.name, frame is not None and frame.ragged)
 
-    def repeated(self, mask: Tensor, adapter_name: str, z_nTR: Tensor) -> Tensor:
-        """`functional.per_feature` of a mask from `mask_for`: computed once for all layers that need the same."""
+    def repeated(self, strengths: Tensor, adapter_name: str, z_nTS: Tensor) -> Tensor:
+        """`strengths_for` a layer, for each feature of an adapter: computed once for all layers that need the same."""
         frame = _STATE.box.frame
         # Tensors that need gradients stay inside the checkpoint that made them; compilers find repetitions themselves.
-        shared = frame is not None and mask is frame.masks.get(adapter_name) and not mask.requires_grad
+        shared = frame is not None and strengths is frame.strengths.get(adapter_name) and not strengths.requires_grad
         if frame is None or not shared or torch.compiler.is_compiling():
-            return per_feature(mask, z_nTR)
-        key = adapter_name, z_nTR.shape[-1], z_nTR.ndim, z_nTR.dtype
+            return self._per_feature(strengths, adapter_name, z_nTS)
+        key = adapter_name, z_nTS.shape[-1], z_nTS.ndim, z_nTS.dtype
         if key not in frame.repeated:
-            frame.repeated[key] = per_feature(mask, z_nTR)
+            frame.repeated[key] = self._per_feature(strengths, adapter_name, z_nTS)
         return frame.repeated[key]
 
-    def _mask_outside_forward(self, adapter_name: str, concepts: ConceptSet, x: Tensor, num_rows: int) -> Tensor | None:
+    def _per_feature(self, strengths: Tensor, adapter_name: str, z_nTS: Tensor) -> Tensor:
+        part = self.observational_ranks[adapter_name]
+        return per_feature(strengths if part else strengths[:, 1:], z_nTS, part)
+
+    def _strengths_outside_forward(
+        self, adapter_name: str, concepts: ConceptSet, x: Tensor, num_rows: int
+    ) -> Tensor | None:
         # An encoder that generate() calls, or vae.decode(): a part of the model runs without the model's forward.
         if _in_backward():
             raise _unknown_recomputation()
@@ -175,12 +192,12 @@ class Conditioning:
         if context is None:
             return None
         assert frame.device is not None
-        frame.masks[adapter_name] = mask = context.to(frame.device).rows(
+        frame.strengths[adapter_name] = strengths = context.to(frame.device).rows(
             frame.num_rows, prompts_of_generate, request.call
         )
-        if mask.shape[0] > 1:
+        if len(strengths) > 1:
             refuse_sequence_first(frame.model)
-        return mask
+        return strengths
 
     def _enter_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -221,11 +238,19 @@ class Conditioning:
         if request.checked_for is not None and request.checked_for != tuple(self.layer.active_adapters):
             self._check_names(request.contexts, self.active_adapters())
         if self.layer.merged:
-            self.layer.check_merged_context({name: context.mask for name, context in request.adapters.items()})
+            self.layer.check_merged_context({name: context.strengths for name, context in request.adapters.items()})
 
     def _check_names(self, contexts: tuple[Context, ...], addressed: dict[str, ConceptSet]) -> None:
         others = {name: concepts for name, concepts in self.concepts.items() if name not in addressed}
         check_names(contexts, addressed, others)
+
+    def _check_observational_part(self, addressed: dict[str, ConceptSet]) -> None:
+        if addressed and not any(self.observational_ranks[name] for name in addressed):
+            raise ValueError(
+                f"The strength of the observational part was given, but {quoted(addressed)} "
+                f"{'has' if len(addressed) == 1 else 'have'} none (observational_rank=0). Leave it out, or train the "
+                "adapter with such a part."
+            )
 
     def make_request(
         self,
@@ -233,12 +258,16 @@ class Conditioning:
         adapter_name: str | None = None,
         images_per_prompt: int = 1,
         guidance_copies: int = 1,
+        observational: float | None = None,
     ) -> Request:
         """Check a context and encode it for the adapters it concerns.
 
+        Where a context names concepts of other adapters only, an adapter's observational part is off.
+
         Raises:
-            ValueError: for unknown concepts or adapters, a shared concept without `adapter_name`, wrong masks, or a
-                context that differs from the one merged into the weights.
+            ValueError: for unknown concepts or adapters, a shared concept without `adapter_name`, wrong masks, a
+                strength of the observational part where there is none, or a context that differs from the one merged
+                into the weights.
         """
         for name, value in (("images_per_prompt", images_per_prompt), ("guidance_copies", guidance_copies)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -248,23 +277,25 @@ class Conditioning:
             if adapter_name not in self.concepts:
                 raise ValueError(f"Unknown adapter {adapter_name!r}. This model has: {quoted(self.concepts)}.")
             addressed = {adapter_name: self.concepts[adapter_name]}
-        contexts, mask = normalise(context)
+        contexts, mask = normalise(context, observational)
         if mask is not None:
             check_one_adapter_per_mask(mask, addressed)
         else:
             self._check_names(contexts, addressed)
+        if observational not in (None, 1) or any(context.observational != 1 for context in contexts):
+            self._check_observational_part(addressed)
 
         def encode(concepts: ConceptSet) -> AdapterContext:
             if mask is not None:
-                checked = concepts.check_mask(mask)
-                return AdapterContext(checked, checked.shape[0] == 1, images_per_prompt, guidance_copies, True)
-            own = [Context({n: s for n, s in c.strengths.items() if n in concepts}) for c in contexts]
+                strengths = with_observational(concepts.check_mask(mask), observational)
+                return AdapterContext(strengths, len(strengths) == 1, images_per_prompt, guidance_copies, True)
+            own = [restricted(context, concepts) for context in contexts]
             uniform = len(set(own)) == 1
-            return AdapterContext(concepts.mask(own), uniform, images_per_prompt, guidance_copies, False)
+            return AdapterContext(concepts.strengths(own), uniform, images_per_prompt, guidance_copies, False)
 
         outer = self.request()
         adapters = {name: encode(concepts) for name, concepts in addressed.items()}
-        self.layer.check_merged_context({name: context.mask for name, context in adapters.items()})
+        self.layer.check_merged_context({name: context.strengths for name, context in adapters.items()})
         if adapter_name is None:
             return Request(self, adapters, _STATE.box.request, encode, contexts, tuple(self.layer.active_adapters))
         if outer is None:

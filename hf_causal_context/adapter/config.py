@@ -32,8 +32,11 @@ class CausalContextConfig(PeftConfig):
         concept_rank: width W of each concept; the adapter's rank is K x W.
         mechanism: "independent" (no mixing), "reduced" (total effects, the paper's) or "structural" (direct effects).
         alpha: scale; the adapter's output is multiplied by alpha / W. None: W, so that the factor is 1.
+        observational_rank: rank of the observational part, which is on in every context, the empty one included, and
+            learns what the data differs from the base by, so that no concept has to. 0: no such part, for a base that
+            was trained on the observational set. None: concept_rank; of a stored adapter that does not say, 0.
         perfect_interventions: an intervened concept listens to no other concept. False: it still does.
-        anchored: subtract the observational output, so that the empty context is exactly the base model.
+        anchored: subtract the observational output, so that the concepts add nothing in the empty context.
             ("independent" always is.)
         expressive_depth: number of non-linear layers per concept. With 0 a context can be baked into a LoRA and merged.
         concept_graph: edges (cause, effect) between concepts. None: every concept may act on every other.
@@ -60,6 +63,7 @@ class CausalContextConfig(PeftConfig):
     concept_rank: int = 4
     mechanism: Mechanism = "independent"
     alpha: float | None = None
+    observational_rank: int | None = None
     perfect_interventions: bool = True
     anchored: bool = False
     expressive_depth: int = 0
@@ -89,6 +93,7 @@ class CausalContextConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         fields.check_peft_fields(self)  # before PEFT looks at them
+        stored = self.peft_type is not None  # only files name it
         super().__post_init__()
         self.peft_type = CAUSAL_CONTEXT
         if isinstance(self.concepts, Mapping | Set):
@@ -101,6 +106,10 @@ class CausalContextConfig(PeftConfig):
         fields.check_number("alpha", self.alpha, MAX_ALPHA)
         fields.check_count("expressive_depth", self.expressive_depth, 0, MAX_EXPRESSIVE_DEPTH)
         self._check_rank("concept_rank", self.concept_rank)
+        if self.observational_rank is None:
+            # Adapters that were stored before there was such a part do not name it.
+            self.observational_rank = 0 if stored else self.concept_rank
+        fields.check_count("observational_rank", self.observational_rank, 0, MAX_RANK)
         fields.check_patterns("rank_pattern", self.rank_pattern)
         for pattern, rank in self.rank_pattern.items():
             self._check_rank(f"rank_pattern[{pattern!r}]", rank)

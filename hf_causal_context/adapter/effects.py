@@ -153,8 +153,9 @@ def _relative_changes(layer: CausalContextLayer, adapter_name: str, nothing: Ten
     """(K,) Frobenius norms of Up (M(do(k)) - M(no intervention)) Down over that of the frozen weight."""
     down, up = _weights(layer, adapter_name)
     up_gram, down_gram = up.T @ up, down @ down.T
-    matrix = layer.causal(adapter_name).matrix
-    differences = torch.stack([matrix(mask).double() - matrix(nothing).double() for mask in each])
+    differences = torch.stack(
+        [_mixing(layer, adapter_name, mask) - _mixing(layer, adapter_name, nothing) for mask in each]
+    )
     squares = torch.einsum("ab,kbc,cd,kad->k", up_gram, differences, down_gram, differences)
     frozen = dequantize_module_weight(layer.get_base_layer()).double().norm()
     # Nothing to relate to where the frozen weight is zero.
@@ -163,10 +164,17 @@ def _relative_changes(layer: CausalContextLayer, adapter_name: str, nothing: Ten
 
 
 def _weights(layer: CausalContextLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
-    """Down (R, in) and Up (out, R) in float64."""
+    """Down (R, in) and Up (out, R) of the concepts in float64, without the observational part."""
     down = cast(RepresentationLayer, layer.causal_context_down[adapter_name]).weight
     up = cast(OutputLayer, layer.causal_context_up[adapter_name]).weight
-    return down.double().flatten(1), up.double()
+    part = layer.causal(adapter_name).observational_rank
+    return down.double().flatten(1)[part:], up.double()[:, part:]
+
+
+def _mixing(layer: CausalContextLayer, adapter_name: str, mask: Tensor) -> Tensor:
+    """M(m) (R, R) of the concepts in float64."""
+    part = layer.causal(adapter_name).observational_rank
+    return layer.matrix(adapter_name, mask).double()[part:, part:]
 
 
 @torch.no_grad()
@@ -174,7 +182,7 @@ def _path_sizes(layer: CausalContextLayer, adapter_name: str, mask: Tensor) -> T
     """(K, K) Frobenius norms of Up_i M_ij Down_j, from Gram matrices of R x R instead of products of D x D."""
     K = mask.shape[1]
     down, up = _weights(layer, adapter_name)
-    mixing = _blocks(layer.causal(adapter_name).matrix(mask).double(), K)  # (i, j, W, W)
+    mixing = _blocks(_mixing(layer, adapter_name, mask), K)  # (i, j, W, W)
     up_gram = torch.stack([_blocks(up.T @ up, K)[k, k] for k in range(K)])
     down_gram = torch.stack([_blocks(down @ down.T, K)[k, k] for k in range(K)])
     squares = torch.einsum("iab,ijbc,jcd,ijad->ij", up_gram, mixing, down_gram, mixing)

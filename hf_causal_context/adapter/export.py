@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..contexts import ConceptSet, ContextLike, as_context
-from ..layers import IndependentLayer
 from .config import CausalContextConfig
 from .layer import CausalContextLayer, ConvNd
 from .registration import PREFIX
@@ -19,6 +18,8 @@ from .saving import PEFT_PREFIX, write_adapter
 
 def bake(model: nn.Module, context: ContextLike, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
     """Turn an adapter under one context into a LoRA: lora_A = M(m) Down, lora_B = (alpha / W) Up.
+
+    The observational part comes along at its strength in the context, 1 by default.
 
     Exact in float32; weights of adapters in bf16 or fp16 are rounded once. Modules in `modules_to_save` come along.
 
@@ -32,11 +33,18 @@ def bake(model: nn.Module, context: ContextLike, adapter_name: str = "default") 
 
     Raises:
         ValueError: for an unknown adapter or concept, a mechanism that is not linear (`expressive_depth` > 0), or a
-            convolution that PEFT's LoRA does not compute the same way (groups, dilation, padding mode).
+            convolution that PEFT's LoRA does not compute the same way (groups, dilation, padding mode), or a strength
+            of the observational part where there is none.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     config = adapter_config(model, adapter_name)
-    mask = ConceptSet(config.concepts).mask([as_context(context)])
+    context = as_context(context)
+    if context.observational != 1 and not config.observational_rank:
+        raise ValueError(
+            f"Context {str(context)!r} sets the strength of the observational part, and adapter {adapter_name!r} has "
+            "none (observational_rank=0). Leave it out."
+        )
+    strengths = ConceptSet(config.concepts).strengths([context])
     weights: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     transposed = False
@@ -44,8 +52,8 @@ def bake(model: nn.Module, context: ContextLike, adapter_name: str = "default") 
         if not isinstance(layer, CausalContextLayer) or adapter_name not in layer.causal_context_down:
             continue
         _check_lora_computes_the_same(name, layer)
-        a, b = layer.lora_weights(adapter_name, mask)
-        a, b = _without_idle_concepts(layer, adapter_name, mask, a, b)
+        a, b = layer.lora_weights(adapter_name, strengths)
+        a, b = _without_idle_rows(a, b)
         dtype = cast(Tensor, layer.causal_context_up[adapter_name].weight).dtype
         kernel = (1,) * (a.ndim - 2)
         weights[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a.to(dtype, copy=True).contiguous()
@@ -129,12 +137,8 @@ def _check_lora_computes_the_same(name: str, layer: CausalContextLayer) -> None:
         )
 
 
-def _without_idle_concepts(
-    layer: CausalContextLayer, adapter_name: str, mask: Tensor, a: Tensor, b: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Without mixing, concepts that are not intervened on contribute nothing: leave their rows out."""
-    if not isinstance(layer.causal(adapter_name), IndependentLayer) or not bool(mask.any()):
-        return a, b
-    width = a.shape[0] // mask.shape[1]
-    used = (mask[0] != 0).repeat_interleave(width).to(a.device)
+def _without_idle_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Without the rows of lora_A that are zero, such as those of concepts that are not intervened on; one is kept."""
+    used = a.flatten(1).any(1)
+    used[0] |= not used.any()
     return a[used], b[:, used]

@@ -25,9 +25,12 @@ class intervene:  # noqa: N801 (reads like torch.no_grad)
             diffusers pipeline with such models: it knows by itself how it multiplies samples.
         context: one context for the batch (a `Context`, a name, ``"a+b"``, a mapping name -> strength, a tuple of
             names), a list with one per sample (of a pipeline: per prompt, or per image), or a float mask (S, K) with
-            the columns in the order of the adapter's concepts. ``()`` is the observational context.
+            the columns in the order of the adapter's concepts. ``()`` is the observational context: the world of the
+            data, with nothing intervened on. Outside of `intervene` the model is the base, bit for bit.
         adapter_name: the adapter meant, when several active ones share a concept; the others keep their context.
         images_per_prompt: for a model inside a pipeline: how many images the pipeline makes of each sample.
+        observational: strength of the adapter's observational part: 1 is the look of the data, 0 that of the base, for
+            "this concept, in the base's own style". By default 1, or what the contexts say themselves.
         guidance_copies: for a model inside a pipeline: copies of the batch that it stacks in one call for
             classifier-free guidance; calls without them are served too.
 
@@ -36,10 +39,13 @@ class intervene:  # noqa: N801 (reads like torch.no_grad)
 
     Raises:
         TypeError: for values that are not contexts, or for something that is neither a module nor a pipeline.
-        ValueError: for a model without the adapter, unknown names, a wrong mask, or a concept that two adapters share.
+        ValueError: for a model without the adapter, unknown names, a wrong mask, a concept that two adapters share, or
+            a strength of the observational part for adapters that have none.
 
     Example:
         >>> with intervene(model, [("thick",), (), {"slant": -0.5}]):   # doctest: +SKIP
+        ...     model(x)
+        >>> with intervene(model, "thick", observational=0):   # doctest: +SKIP
         ...     model(x)
     """
 
@@ -51,13 +57,15 @@ class intervene:  # noqa: N801 (reads like torch.no_grad)
         adapter_name: str | None = None,
         images_per_prompt: int = 1,
         guidance_copies: int = 1,
+        observational: float | None = None,
     ) -> None:
         owners = [find_conditioning(model)] if isinstance(model, nn.Module) else _of_pipeline(model)
         # Of several adapted components of a pipeline only some may have an adapter of that name.
         owners = [owner for owner in owners if adapter_name in owner.concepts] or owners
         self._pipe = None if isinstance(model, nn.Module) else model
         self._make_requests = [
-            partial(owner.make_request, context, adapter_name, images_per_prompt, guidance_copies) for owner in owners
+            partial(owner.make_request, context, adapter_name, images_per_prompt, guidance_copies, observational)
+            for owner in owners
         ]
         for make in self._make_requests:
             make()  # errors show here, before any work

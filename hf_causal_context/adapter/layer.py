@@ -1,6 +1,9 @@
-"""The adapter on one module: y = base(x) + (alpha / W) Up(c(m)) with z = Down(x).
+"""The adapter on one module: y = base(x) + (alpha / W) Up(o z_o, c(m)) with (z_o, z) = Down(x).
 
-Shapes: n rows, T tokens or pixels (spatial dimensions of convolutions), K concepts, W width, R = K W.
+z_o is the observational part, of strength o. Without any context nothing is added: that is the base, bit for bit.
+
+Shapes: n rows, T tokens or pixels (spatial dimensions of convolutions), K concepts, W width, R = K W, N rank of the
+observational part, S = N + R.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..contexts import ConceptSet
+from ..contexts import ConceptSet, Context
 from ..functional import linear
 from ..layers import (
     CausalLayer,
@@ -38,7 +41,7 @@ class CausalContextLayer(BaseTunerLayer):
         "causal_context_causal",
         "causal_context_up",
     )
-    other_param_names = ("r", "scaling", "concepts", "merged_masks")
+    other_param_names = ("r", "scaling", "concepts", "merged_strengths")
 
     base_layer: nn.Module
     training: bool  # of nn.Module, which the concrete classes inherit
@@ -52,7 +55,7 @@ class CausalContextLayer(BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.concepts: dict[str, ConceptSet] = {}
-        self.merged_masks: dict[str, Tensor] = {}
+        self.merged_strengths: dict[str, Tensor] = {}
         self._default_scaling: dict[str, float] = {}
         self._disable_adapters = False
         self.merged_adapters = []
@@ -66,8 +69,10 @@ class CausalContextLayer(BaseTunerLayer):
         self.name = current_key
         concepts = ConceptSet(config.concepts)
         width = config.rank_at(current_key)
-        rank = len(concepts) * width
+        part = cast(int, config.observational_rank)
+        rank = part + len(concepts) * width
         self.concepts[adapter_name] = self.conditioning.concepts[adapter_name] = concepts
+        self.conditioning.observational_ranks[adapter_name] = part
         self.r[adapter_name] = rank
         self._default_scaling[adapter_name] = 1.0 if config.alpha is None else config.alpha / width
         self.scaling[adapter_name] = self._default_scaling[adapter_name]
@@ -97,34 +102,40 @@ class CausalContextLayer(BaseTunerLayer):
 
     def _add_adapter_output(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
         batched = x.ndim > len(self._kernel_size) + 1
-        mask = self.conditioning.mask_for(self, adapter_name, x, x.shape[0] if batched else 1)
+        strengths = self.conditioning.strengths_for(self, adapter_name, x, x.shape[0] if batched else 1)
+        if strengths is None:  # no context, at inference
+            return result
         causal = self.causal(adapter_name)
-        if mask is None:  # observational, at inference
-            if isinstance(causal, IndependentLayer) or causal.anchored:
-                return result
-            mask = x.new_zeros(1, len(self.concepts[adapter_name]))
         down = cast(RepresentationLayer, self.causal_context_down[adapter_name])
         up = cast(OutputLayer, self.causal_context_up[adapter_name])
         x = self._cast_input_dtype(x, down.weight.dtype)
         z = down(x if batched else x[None], self._down)
         if adapter_name in self.causal_context_expressive:
             z = self.causal_context_expressive[adapter_name](z)
-        c = causal(z, self.conditioning.repeated(mask, adapter_name, z))
+        c = causal(z, self.conditioning.repeated(strengths, adapter_name, z))
         scaling = self.scaling[adapter_name]
         output = up(c if scaling == 1 else c * scaling, self._up)
         return result + (output if batched else output[0])
 
     def _down(self, x: Tensor, weight: Tensor) -> Tensor:
-        """(n, T, in) -> (n, T, R), or for convolutions (n, in, *T) -> (n, *T, R)."""
+        """(n, T, in) -> (n, T, S), or for convolutions (n, in, *T) -> (n, *T, S)."""
         raise NotImplementedError
 
     def _up(self, c: Tensor, weight: Tensor) -> Tensor:
-        """The inverse arrangement: (n, T, R) -> (n, T, out), or (n, *T, R) -> (n, out, *T)."""
+        """The inverse arrangement: (n, T, S) -> (n, T, out), or (n, *T, S) -> (n, out, *T)."""
         raise NotImplementedError
 
     def causal(self, adapter_name: str) -> CausalLayer:
         """The causal layer of an adapter."""
         return cast(CausalLayer, self.causal_context_causal[adapter_name])
+
+    def matrix(self, adapter_name: str, strengths: Tensor) -> Tensor:
+        """The (S, S) matrix between Down and Up for one context: strengths (1, 1 + K), or a mask (1, K)."""
+        causal = self.causal(adapter_name)
+        given = strengths.shape[1] - causal.num_concepts  # the columns of the observational part: 1 or 0
+        if causal.observational_rank and not given:
+            strengths = torch.cat([strengths.new_ones(1, 1), strengths], dim=1)
+        return causal.matrix(strengths if causal.observational_rank else strengths[:, given:])
 
     def merge_refusal(self, adapter_name: str) -> str | None:
         """Why an adapter cannot become a change of this layer's weight; None if it can."""
@@ -132,8 +143,11 @@ class CausalContextLayer(BaseTunerLayer):
             return "its mechanism is not linear (expressive_depth > 0)"
         return None
 
-    def lora_weights(self, adapter_name: str, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """lora_A (R, in, *kernel) and lora_B (out, R), with the scale in B, for the context of a mask (1, K); float32.
+    def lora_weights(self, adapter_name: str, strengths: Tensor) -> tuple[Tensor, Tensor]:
+        """lora_A (S, in, *kernel) and lora_B (out, S), with the scale in B, for one context; float32.
+
+        Args:
+            strengths: (1, 1 + K), see `ConceptSet.strengths`; or a mask (1, K), with the observational part at 1.
 
         Raises:
             ValueError: for a mechanism that is not linear.
@@ -144,22 +158,22 @@ class CausalContextLayer(BaseTunerLayer):
         with torch.no_grad():
             down = cast(RepresentationLayer, self.causal_context_down[adapter_name]).weight.float()
             up = cast(OutputLayer, self.causal_context_up[adapter_name]).weight.float()
-            mixing = self.causal(adapter_name).matrix(mask.to(down)).float()
+            mixing = self.matrix(adapter_name, strengths.to(down)).float()
             return (mixing @ down.flatten(1)).view_as(down), up * self.scaling[adapter_name]
 
-    def get_delta_weight(self, adapter_name: str, mask: Tensor | None = None) -> Tensor:
+    def get_delta_weight(self, adapter_name: str, strengths: Tensor | None = None) -> Tensor:
         """The change of the base weight for one context, in the base weight's shape and dtype.
 
         Args:
-            mask: (1, K); None takes the active context (see `merge`).
+            strengths: as of `lora_weights`; None takes the active context (see `merge`).
         """
-        a, b = self.lora_weights(adapter_name, self._merge_mask(adapter_name) if mask is None else mask)
+        a, b = self.lora_weights(adapter_name, self._merge_strengths(adapter_name) if strengths is None else strengths)
         return self._as_base_weight((b @ a.flatten(1)).view(-1, *a.shape[1:]))
 
     def _as_base_weight(self, delta: Tensor) -> Tensor:
         return delta
 
-    def _merge_mask(self, adapter_name: str) -> Tensor:
+    def _merge_strengths(self, adapter_name: str) -> Tensor:
         request = self.conditioning.request()
         context = request.find(adapter_name, self.concepts[adapter_name]) if request is not None else None
         if context is None:
@@ -168,13 +182,14 @@ class CausalContextLayer(BaseTunerLayer):
                     f"No context is set for merging adapter {adapter_name!r} in training mode. Merge inside `with "
                     "intervene(model, context):`."
                 )
-            return torch.zeros(1, len(self.concepts[adapter_name]))
-        if not context.uniform and not bool((context.mask == context.mask[:1]).all()):
+            return self.concepts[adapter_name].strengths([Context()])
+        strengths = context.strengths
+        if not context.uniform and not bool((strengths == strengths[:1]).all()):
             raise ValueError(
-                f"Only one context can be merged into a weight; {context.mask.shape[0]} different ones are set. Merge "
+                f"Only one context can be merged into a weight; {len(strengths)} different ones are set. Merge "
                 "inside `with intervene(model, context):` with a single context."
             )
-        return context.mask[:1]
+        return strengths[:1]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the active context's change to the base weight; the context is kept for `unmerge`.
@@ -189,14 +204,14 @@ class CausalContextLayer(BaseTunerLayer):
             if name not in self.causal_context_down:
                 continue
             weight = self._mergeable_weight(name)
-            mask = self._merge_mask(name)
-            merged = weight.data + self.get_delta_weight(name, mask).to(weight)
+            strengths = self._merge_strengths(name)
+            merged = weight.data + self.get_delta_weight(name, strengths).to(weight)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
                 )  # PEFT's words
             weight.data = merged
-            self.merged_masks[name] = mask.detach().clone()
+            self.merged_strengths[name] = strengths.detach().clone()
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
@@ -208,7 +223,7 @@ class CausalContextLayer(BaseTunerLayer):
             name = self.merged_adapters.pop()
             if name in self.causal_context_down:
                 weight = self._mergeable_weight(name)
-                weight.data = weight.data - self.get_delta_weight(name, self.merged_masks.pop(name)).to(weight)
+                weight.data = weight.data - self.get_delta_weight(name, self.merged_strengths.pop(name)).to(weight)
 
     def _mergeable_weight(self, adapter_name: str) -> nn.Parameter:
         weight = self.get_base_layer().weight
@@ -222,15 +237,15 @@ class CausalContextLayer(BaseTunerLayer):
             )
         return cast(nn.Parameter, weight)
 
-    def check_merged_context(self, masks: dict[str, Tensor]) -> None:
-        """Refuse a context that differs from the one in the weights.
+    def check_merged_context(self, strengths: dict[str, Tensor]) -> None:
+        """Refuse a context, as strengths (rows, 1 + K) of each adapter, that differs from the one in the weights.
 
         Raises:
             ValueError: while an adapter is merged for another context.
         """
-        for name, mask in masks.items():
-            merged = self.merged_masks.get(name)
-            if merged is not None and not bool((mask == merged.to(mask)).all()):
+        for name, asked in strengths.items():
+            merged = self.merged_strengths.get(name)
+            if merged is not None and not bool((asked == merged.to(asked)).all()):
                 context = self.concepts[name].contexts(merged)[0]
                 raise ValueError(
                     f"Adapter {name!r} is merged for the context {str(context)!r}; another one would change nothing. "
@@ -352,8 +367,9 @@ def geometry(base: nn.Module) -> tuple[int, int, tuple[int, ...]]:
 
 
 def _causal_layer(config: CausalContextConfig, num_concepts: int, width: int) -> CausalLayer:
+    part = cast(int, config.observational_rank)
     if config.mechanism == "independent":
-        return IndependentLayer(num_concepts, width)
+        return IndependentLayer(num_concepts, width, observational_rank=part)
     layer_cls = ReducedLayer if config.mechanism == "reduced" else StructuralLayer
     return layer_cls(
         num_concepts,
@@ -361,5 +377,6 @@ def _causal_layer(config: CausalContextConfig, num_concepts: int, width: int) ->
         config.graph(),
         perfect_interventions=config.perfect_interventions,
         anchored=config.anchored,
+        observational_rank=part,
         identity=config.init_weights,
     )

@@ -106,6 +106,7 @@ class CausalContextModel(BaseTuner):
         layer = next(_layers(self.model), None)
         if layer is not None:  # all layers share it
             layer.conditioning.concepts.pop(adapter_name, None)
+            layer.conditioning.observational_ranks.pop(adapter_name, None)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         layer = next(_layers(self.model), None)
@@ -125,8 +126,8 @@ class CausalContextModel(BaseTuner):
     def _warn_about_empty_merge(self, layer: CausalContextLayer) -> None:
         if layer.conditioning.request() is None and not layer.training:
             warnings.warn(
-                "Merging without a context merges the observational one, which for 'independent' and anchored "
-                "mechanisms is the base model itself. Merge inside `with intervene(model, context):` for another.",
+                "Merging without a context merges the observational one: the world of the data, with nothing "
+                "intervened on. Merge inside `with intervene(model, context):` for another.",
                 stacklevel=3,
             )
 

@@ -1,5 +1,7 @@
 """What `intervene` and `context=` ask for: contexts checked and encoded for the adapters they concern.
 
+Strengths (S, 1 + K) are those of the observational part and of the concepts.
+
 Shapes: S samples that have a context, N rows of the model's input, K concepts.
 """
 
@@ -22,37 +24,37 @@ if TYPE_CHECKING:
 
 @dataclass
 class AdapterContext:
-    """The context of one adapter, as asked for: a mask (S, K), and how the model's callers multiply samples."""
+    """The context of one adapter, as asked for: strengths (S, 1 + K), and how the model's callers multiply samples."""
 
-    mask: Tensor
+    strengths: Tensor
     uniform: bool  # known without looking at values: every sample has the same context
     images_per_prompt: int
     guidance_copies: int
     given_as_tensor: bool
 
     def to(self, device: torch.device) -> AdapterContext:
-        """Move a mask made from names to the input's device, once.
+        """Move strengths made from names to the input's device, once.
 
         Raises:
             ValueError: for a mask that the user passed and that lies elsewhere.
         """
-        if self.mask.device != device:
+        if self.strengths.device != device:
             if self.given_as_tensor:
                 raise ValueError(
-                    f"The intervention mask lies on {self.mask.device}, the model's input on {device}. Move it: "
+                    f"The intervention mask lies on {self.strengths.device}, the model's input on {device}. Move it: "
                     f"mask.to({str(device)!r})."
                 )
-            self.mask = self.mask.to(device)
+            self.strengths = self.strengths.to(device)
         return self
 
     def rows(
         self, num_rows: int, prompts_of_generate: Callable[[], int | None], call: PipelineCall | None = None
     ) -> Tensor:
-        """The mask for N rows of the model's input: (1, K) or (N, K); see `rows.match_samples`."""
-        if self.uniform and num_rows % self.mask.shape[0] == 0:
-            return self.mask[:1]
+        """The strengths for N rows of the model's input: (1, 1 + K) or (N, 1 + K); see `rows.match_samples`."""
+        if self.uniform and num_rows % len(self.strengths) == 0:
+            return self.strengths[:1]
         return match_samples(
-            self.mask, num_rows, self.images_per_prompt, self.guidance_copies, prompts_of_generate, call
+            self.strengths, num_rows, self.images_per_prompt, self.guidance_copies, prompts_of_generate, call
         )
 
 
@@ -72,7 +74,7 @@ class Request:
         """The same contexts during a pipeline's call; refuses (ValueError) another number of them than of prompts."""
         for context in self.adapters.values():
             if not context.uniform:
-                call.check(context.mask.shape[0])
+                call.check(len(context.strengths))
         return replace(self, call=call)
 
     def find(self, adapter_name: str, concepts: ConceptSet) -> AdapterContext | None:
@@ -83,18 +85,36 @@ class Request:
         return found
 
 
-def normalise(context: object) -> tuple[tuple[Context, ...], Tensor | None]:
+def normalise(context: object, observational: float | None) -> tuple[tuple[Context, ...], Tensor | None]:
     """Whatever a user may pass, as contexts (one, or one per sample) or as a mask.
+
+    `observational`, if it is not None, becomes the strength of the observational part in each of the contexts.
 
     Raises:
         TypeError: for None and anything that is not a context.
+        ValueError: for a strength that is not a finite number, or differs from the one in a context.
     """
     if isinstance(context, Tensor):
+        Context(observational=observational)  # refuses what is no strength
         return (), context
     if context is None:
         raise TypeError("context=None is not a context. The observational context is ().")
     per_sample = as_contexts(context)
-    return per_sample if per_sample is not None else (as_context(context),), None
+    contexts = per_sample if per_sample is not None else (as_context(context),)
+    return tuple(Context(each, observational=observational) for each in contexts), None
+
+
+def restricted(context: Context, concepts: ConceptSet) -> Context:
+    """What a context says of one adapter; where it names concepts of others only, the observational part is off."""
+    own = {name: strength for name, strength in context.strengths.items() if name in concepts}
+    named = bool(own) or not context.targets
+    return Context(own, observational=context.observational if named else 0)
+
+
+def with_observational(mask: Tensor, observational: float | None) -> Tensor:
+    """Strengths (S, 1 + K) of a mask (S, K); the observational part is at 1 unless another strength is given."""
+    first = mask.new_full((len(mask), 1), 1.0 if observational is None else observational)
+    return torch.cat([first, mask], dim=1)
 
 
 def check_one_adapter_per_mask(mask: Tensor, addressed: dict[str, ConceptSet]) -> None:

@@ -1,7 +1,8 @@
 """Which row of a batch has which context: from samples to a model's rows, and from those to a layer's rows.
 
 What cannot be known is an error, never a guess. Shapes: S samples, N rows of the model's input, n rows of a layer's
-input, K concepts.
+input, K concepts. Strengths have 1 + K columns: of the
+observational part, then of the concepts.
 """
 
 from __future__ import annotations
@@ -40,29 +41,29 @@ class PipelineCall:
                 f"or rows). Pass one context, or one per prompt ({self.prompts}){per_image}."
             )
 
-    def rows(self, mask: Tensor, num_rows: int) -> Tensor | None:
-        """A mask (S, K) for N rows of a text encoder (prompts) or a denoiser (images, copied for guidance)."""
-        self.check(mask.shape[0])
+    def rows(self, strengths: Tensor, num_rows: int) -> Tensor | None:
+        """Strengths (S, 1 + K) for N rows of a text encoder (prompts) or a denoiser (images, copied for guidance)."""
+        self.check(strengths.shape[0])
         images = self.prompts * self.images_per_prompt
-        if num_rows == mask.shape[0] == self.prompts:
-            return mask
+        if num_rows == strengths.shape[0] == self.prompts:
+            return strengths
         if num_rows % images:
             return None
-        if mask.shape[0] == self.prompts:
+        if strengths.shape[0] == self.prompts:
             # Pipelines interleave the images of a prompt and tile the guidance copies.
-            mask = mask.repeat_interleave(self.images_per_prompt, 0)
-        return mask.repeat(num_rows // images, 1)
+            strengths = strengths.repeat_interleave(self.images_per_prompt, 0)
+        return strengths.repeat(num_rows // images, 1)
 
 
 def match_samples(
-    mask: Tensor,
+    strengths: Tensor,
     num_rows: int,
     images_per_prompt: int,
     guidance_copies: int,
     prompts_of_generate: Callable[[], int | None],
     call: PipelineCall | None,
 ) -> Tensor:
-    """Turn a mask (S, K) into one for the N rows of the model's input: (1, K) or (N, K).
+    """Turn strengths (S, 1 + K) into those of the N rows of the model's input: (1, 1 + K) or (N, 1 + K).
 
     Args:
         prompts_of_generate: see `prompts_of_generate`.
@@ -71,10 +72,10 @@ def match_samples(
     Raises:
         ValueError: when it cannot be known which row belongs to which sample.
     """
-    samples = mask.shape[0]
+    samples = strengths.shape[0]
     if samples == 1:
-        return mask
-    if call is not None and (expanded := call.rows(mask, num_rows)) is not None:
+        return strengths
+    if call is not None and (expanded := call.rows(strengths, num_rows)) is not None:
         return expanded
     # Compiled forwards have no call stack to look at; the first one, of the prompts, is not compiled.
     prompts = None if torch.compiler.is_compiling() else prompts_of_generate()
@@ -85,12 +86,12 @@ def match_samples(
             "transformers runs prompts one by one; to give each a context, call it with batch_size=len(prompts)."
         )
     if samples == num_rows:
-        return mask
+        return strengths
     images = samples * images_per_prompt
     if num_rows in (images, images * guidance_copies):
-        return mask.repeat_interleave(images_per_prompt, 0).repeat(num_rows // images, 1)
+        return strengths.repeat_interleave(images_per_prompt, 0).repeat(num_rows // images, 1)
     if prompts is not None and num_rows % prompts == 0:
-        return mask.repeat_interleave(num_rows // samples, 0)  # beams and returned sequences are interleaved
+        return strengths.repeat_interleave(num_rows // samples, 0)  # beams and returned sequences are interleaved
     raise ValueError(
         f"{samples} contexts were given, but the model's input has {num_rows} rows, and {samples} contexts x "
         f"{images_per_prompt} images_per_prompt x {guidance_copies} guidance_copies is another number. Pass one "
@@ -99,8 +100,8 @@ def match_samples(
     )
 
 
-def match_layer_rows(mask: Tensor, num_rows: int, layer_name: str, ragged: bool) -> Tensor:
-    """Turn a mask for the model's rows, (1, K) or (N, K), into one for the n rows of a layer: (1, K) or (n, K).
+def match_layer_rows(strengths: Tensor, num_rows: int, layer_name: str, ragged: bool) -> Tensor:
+    """Turn strengths for the model's rows, (1 or N, 1 + K), into those for the n rows of a layer, (1 or n, 1 + K).
 
     Args:
         layer_name: its path in the model; experts see the tokens routed to them, vision towers see images.
@@ -109,12 +110,12 @@ def match_layer_rows(mask: Tensor, num_rows: int, layer_name: str, ragged: bool)
     Raises:
         ValueError: when n is no multiple of N, or rows need not be whole multiples per sample.
     """
-    model_rows = mask.shape[0]
+    model_rows = strengths.shape[0]
     if model_rows == 1:
-        return mask
+        return strengths
     known = model_rows == num_rows and not (ragged and _VISION.search(layer_name))
     if known:
-        return mask
+        return strengths
     if num_rows % model_rows or ragged or "expert" in layer_name:
         raise ValueError(
             f"Layer {layer_name!r} sees {num_rows} rows while the model's input has {model_rows} with different "
@@ -123,7 +124,7 @@ def match_layer_rows(mask: Tensor, num_rows: int, layer_name: str, ragged: bool)
             "for the whole batch, or leave the layer out with exclude_modules."
         )
     # Inside the models of diffusers and transformers flattening (frames, pixels, windows, tokens) is sample-major.
-    return mask.repeat_interleave(num_rows // model_rows, 0)
+    return strengths.repeat_interleave(num_rows // model_rows, 0)
 
 
 def refuse_sequence_first(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -311,7 +311,8 @@ def _check_module(module: str, stored: Mapping[str, StoredTensor], config: Causa
     down, up = (stored[name].shape if name in stored else () for name in ("down.weight", "up.weight"))
     # Which of them it is, only the names of the base's modules tell: those in the file are not matched with patterns.
     widths = {config.concept_rank, *config.rank_pattern.values()}
-    width = next((W for W in widths if down[:1] == (len(config.concepts) * W,)), config.concept_rank)
+    part = cast(int, config.observational_rank)
+    width = next((W for W in widths if down[:1] == (part + len(config.concepts) * W,)), config.concept_rank)
     declared = adapter_shapes(config, width, down[1:], up[0] if up else 0)
     unasked = [f"{module}.{PREFIX}{weight}" for weight in stored if weight not in declared]
     missing = [f"{module}.{PREFIX}{weight}" for weight in declared if weight not in stored]
@@ -367,7 +368,8 @@ def adapter_shapes(
         outputs: features that come out.
     """
     K, W, R = len(config.concepts), width, len(config.concepts) * width
-    shapes: dict[str, tuple[int, ...]] = {"down.weight": (R, *inputs), "up.weight": (outputs, R)}
+    S = cast(int, config.observational_rank) + R
+    shapes: dict[str, tuple[int, ...]] = {"down.weight": (S, *inputs), "up.weight": (outputs, S)}
     if config.expressive_depth:
         shapes["expressive.weight"] = (config.expressive_depth, K, W, W)
     if config.mechanism != "independent":

@@ -77,7 +77,8 @@ def test_disabled_after_training_is_the_base_bit_for_bit(name):
         optimizer.step()
     model.eval()
     assert not torch.equal(run(name, model, inputs, context="thick"), base)
-    assert torch.equal(run(name, model, inputs, context=()), base)
+    assert not torch.equal(run(name, model, inputs, context=()), base)  # the observational part
+    assert torch.equal(run(name, model, inputs), base)
     with model.disable_adapter():
         assert torch.equal(run(name, model, inputs, context="thick"), base)
 

@@ -34,11 +34,11 @@ def test_changes_are_those_of_the_weights(build, variant):
 def test_one_layer_by_hand():
     model = nn.Sequential(nn.Linear(2, 2, bias=False))
     model[0].weight.data = torch.tensor([[3.0, 0], [0, 4]])  # of size 5
-    config = CausalContextConfig(concepts=("a", "b"), concept_rank=1, target_modules=["0"])
+    config = CausalContextConfig(concepts=("a", "b"), concept_rank=1, observational_rank=1, target_modules=["0"])
     model = get_peft_model(model, config)
     layer = adapted_layers(model)["base_model.model.0"]
-    layer.causal_context_down["default"].weight.data = torch.tensor([[1.0, 0], [0, 2]])
-    layer.causal_context_up["default"].weight.data = torch.tensor([[0.0, 3], [5, 4]])
+    layer.causal_context_down["default"].weight.data = torch.tensor([[7.0, 7], [1, 0], [0, 2]])
+    layer.causal_context_up["default"].weight.data = torch.tensor([[9.0, 0, 3], [9, 5, 4]])
     # Up_a Down_a = [[0, 0], [5, 0]] and Up_b Down_b = [[0, 6], [0, 8]]
     torch.testing.assert_close(causal_effects(model).changes, torch.tensor([[1.0, 2.0]]))
     layer.set_scale("default", -3.0)
@@ -56,8 +56,8 @@ def test_changes_do_not_depend_on_the_gauge():
     before = causal_effects(model).changes
     layer = model.get_base_model().second
     with torch.no_grad():
-        layer.causal_context_down["default"].weight[:4] *= 3
-        layer.causal_context_up["default"].weight[:, :4] /= 3
+        layer.causal_context_down["default"].weight[4:8] *= 3  # after the observational part
+        layer.causal_context_up["default"].weight[:, 4:8] /= 3
         layer.causal("default").coefficients[:4] *= 3
         layer.causal("default").coefficients[:, :4] /= 3
     torch.testing.assert_close(causal_effects(model).changes, before)

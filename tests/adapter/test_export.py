@@ -31,12 +31,24 @@ def test_a_baked_lora_gives_the_same_output(tmp_path, variant, context):
 
 
 def test_idle_concepts_take_no_room():
-    model = adapted()
+    model = adapted(observational_rank=0)
     config, weights = bake(model, "thick")
     assert config.r == 4
     assert weights["base_model.model.first.lora_A.weight"].shape == (4, 10)
     assert bake(model, "thick+slant")[0].r == 8
-    assert bake(adapted(mechanism="reduced"), "thick")[0].r == 12
+    assert bake(adapted(mechanism="reduced", observational_rank=0), "thick")[0].r == 12
+
+
+def test_the_observational_part_comes_along_at_its_strength():
+    model, x = adapted(observational_rank=3), inputs()
+    assert [bake(model, context)[0].r for context in ("thick", "", "thick+observational=0.0")] == [7, 3, 4]
+    for context in ("thick", "", "thick=0.5+observational=0.3", "observational=0"):
+        config, weights = bake(model, context)
+        lora = get_peft_model(Mlp(), config)
+        lora.load_state_dict({k.replace(".weight", ".default.weight"): v for k, v in weights.items()}, strict=False)
+        torch.testing.assert_close(lora.eval()(x), model(x, context=context), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="'observational=0.5' sets the strength.* 'default' has none"):
+        bake(adapted(observational_rank=0), "observational=0.5")
 
 
 def test_convolutions_and_gpt2(tmp_path):
@@ -129,11 +141,11 @@ def test_effects_are_the_sizes_of_paths_through_the_layer():
         assert effects.layers == ("second",)
         assert effects.observational.shape == effects.interventional.shape == (1, 3, 3)
         layer = model.get_base_model().second
-        down = layer.causal_context_down["default"].weight.detach().view(3, 4, 16)
-        up = layer.causal_context_up["default"].weight.detach().view(4, 3, 4)
+        down = layer.causal_context_down["default"].weight.detach()[4:].view(3, 4, 16)  # after the observational part
+        up = layer.causal_context_up["default"].weight.detach()[:, 4:].view(4, 3, 4)
         for read, masks in ((effects.observational, torch.zeros(3, 3)), (effects.interventional, torch.eye(3))):
             for j in range(3):
-                mixing = layer.causal("default").matrix(masks[j : j + 1]).detach().view(3, 4, 3, 4)
+                mixing = layer.matrix("default", masks[j : j + 1]).detach()[4:, 4:].view(3, 4, 3, 4)
                 for i in range(3):
                     size = (0.5 * up[:, i] @ mixing[i, :, j] @ down[j]).norm()
                     torch.testing.assert_close(read[0, i, j], size, rtol=1e-4, atol=1e-6)
@@ -144,8 +156,8 @@ def test_effects_do_not_depend_on_the_gauge():
     before = causal_effects(model).observational
     layer = model.get_base_model().second
     with torch.no_grad():  # scale one concept's coordinates and undo it everywhere else
-        layer.causal_context_down["default"].weight[:4] *= 3
-        layer.causal_context_up["default"].weight[:, :4] /= 3
+        layer.causal_context_down["default"].weight[4:8] *= 3  # after the observational part
+        layer.causal_context_up["default"].weight[:, 4:8] /= 3
         for matrix in (layer.causal("default").observational, layer.causal("default").interventional):
             matrix[:4] *= 3
             matrix[:, :4] /= 3

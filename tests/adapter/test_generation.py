@@ -82,7 +82,7 @@ def differing(rows):
 
 @pytest.mark.parametrize("variant", ["independent", "reduced", "structural, anchored, ordered"])
 def test_greedy_in_mixed_contexts(name, ids, variant):
-    model = build(name, **VARIANTS[variant])
+    model = build(name, **VARIANTS[variant], observational_rank=1)  # a wider one drowns T5's random concepts
     together = generate(model, ids, context=CONTEXTS)
     assert torch.equal(together, separately(model, ids))
     assert not torch.equal(together, generate(model, ids, context=()))
@@ -124,7 +124,7 @@ def test_with_and_without_the_cache(name, ids):
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_left_padding(name, ids):
-    model, lengths = build(name), (2, 4, 1, 3)
+    model, lengths = build(name, observational_rank=0), (2, 4, 1, 3)
     mask = torch.tensor([[0] * (4 - n) + [1] * n for n in lengths])
     together = generate(model, ids * mask, context=CONTEXTS, attention_mask=mask)[:, 4:]
     for i, (context, n) in enumerate(zip(CONTEXTS, lengths, strict=True)):
@@ -154,7 +154,8 @@ def test_layers_of_different_sizes_share_one_forward(ids, mechanism):
 
 
 def test_the_empty_context_has_the_logits_of_the_base(name, ids):
-    model, kwargs = build(name), {"output_logits": True, "return_dict_in_generate": True}
+    model = build(name, observational_rank=0)
+    kwargs = {"output_logits": True, "return_dict_in_generate": True}
     # Frozen, as get_peft_model leaves it: torch.matmul rounds strided features by `requires_grad` of the weight.
     frozen = base_model(name).requires_grad_(False)
     base, empty, mixed = (
@@ -257,7 +258,7 @@ class TestPipeline:
     @pytest.fixture
     def expected(self, model, tokenizer):
         rows = separately(model, torch.tensor(tokenizer(PROMPTS)["input_ids"]))
-        return [tokenizer.decode(row[3:]) for row in rows]
+        return [tokenizer.decode(row[3:], skip_special_tokens=True) for row in rows]
 
     @staticmethod
     def texts(outputs):
