@@ -11,6 +11,7 @@ from .evaluation.markdown import table
 _SETTINGS = {
     "mechanism": "mechanism",
     "concept_rank": "rank of each concept",
+    "observational_rank": "rank of the observational part",
     "max_train_steps": "steps",
     "train_batch_size": "batch",
     "gradient_accumulation_steps": "batches per step",

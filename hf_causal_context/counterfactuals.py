@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .adapter.intervening import intervene
-from .contexts import Context, ContextLike, as_context
+from .contexts import OBSERVATIONAL, Context, ContextLike, as_context
 from .training.bases import Base, as_base
 from .training.batches import read_picture
 from .training.families import Flux
@@ -260,9 +260,8 @@ class _Step:
 
 
 def _between(source: Context, target: Context, strength: float) -> Context:
-    a, b = source.strengths, target.strengths
-    mixed = {name: a.get(name, 0.0) + strength * (b.get(name, 0.0) - a.get(name, 0.0)) for name in {**a, **b}}
-    return Context({name: value for name, value in mixed.items() if value})
+    a, b = ({**context.strengths, OBSERVATIONAL: context.observational} for context in (source, target))
+    return Context({name: a.get(name, 0.0) + strength * (b.get(name, 0.0) - a.get(name, 0.0)) for name in {**a, **b}})
 
 
 def _pixels(base: Base, image: Image.Image | Sequence[Image.Image] | Tensor) -> Tensor:

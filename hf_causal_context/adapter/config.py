@@ -21,6 +21,7 @@ MAX_RANK = 16_384  # K x W
 MAX_MIXED_RANK = 4_096  # where a layer holds an R x R or (depth, K, W, W) weight
 MAX_EXPRESSIVE_DEPTH = 16
 MAX_ALPHA = 1e6
+OBSERVATIONAL_RANK = 4  # times that of a concept: data differs from a base by more than a concept does
 
 
 @dataclass
@@ -34,7 +35,7 @@ class CausalContextConfig(PeftConfig):
         alpha: scale; the adapter's output is multiplied by alpha / W. None: W, so that the factor is 1.
         observational_rank: rank of the observational part, which is on in every context, the empty one included, and
             learns what the data differs from the base by, so that no concept has to. 0: no such part, for a base that
-            was trained on the observational set. None: concept_rank; of a stored adapter that does not say, 0.
+            was trained on the observational set. None: 4 x concept_rank; of a stored adapter that does not say, 0.
         perfect_interventions: an intervened concept listens to no other concept. False: it still does.
         anchored: subtract the observational output, so that the concepts add nothing in the empty context.
             ("independent" always is.)
@@ -108,7 +109,7 @@ class CausalContextConfig(PeftConfig):
         self._check_rank("concept_rank", self.concept_rank)
         if self.observational_rank is None:
             # Adapters that were stored before there was such a part do not name it.
-            self.observational_rank = 0 if stored else self.concept_rank
+            self.observational_rank = 0 if stored else OBSERVATIONAL_RANK * self.concept_rank
         fields.check_count("observational_rank", self.observational_rank, 0, MAX_RANK)
         fields.check_patterns("rank_pattern", self.rank_pattern)
         for pattern, rank in self.rank_pattern.items():

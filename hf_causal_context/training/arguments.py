@@ -140,8 +140,13 @@ class AdapterArguments(OptimisationArguments, ContextDataArguments):
     revision: str | None = _argument(None, "Revision of the base on the Hub.")
     mechanism: str = _argument("independent", "How concepts act: " + ", ".join(MECHANISMS) + ".")
     concept_rank: int = _argument(4, "Width of each concept; the adapter's rank is concepts x width.")
+    observational_rank: int | None = _argument(
+        None,
+        "Rank of what is on in every context and learns what the data differs from the base by; by default 4 x "
+        "concept_rank. 0 for a base that was trained on the observational set.",
+    )
     target_modules: list[str] | None = _argument(None, "Modules to adapt; by default the base's attention.")
-    anchored: bool = _argument(False, "Keep the empty context exactly the base (always so for 'independent').")
+    anchored: bool = _argument(False, "Let concepts add nothing in the empty context (always so for 'independent').")
     gradient_checkpointing: bool = _argument(False, "Save memory by computing activations again.")
     shard_base: bool = _argument(False, "Cut the frozen base into one piece per process (FSDP2): for large bases.")
     reweighted_contexts: list[str] = _argument(
@@ -297,6 +302,7 @@ _MINIMA: dict[str, float] = {
     "early_stopping_patience": 1,
     "dataloader_num_workers": 0,
     "concept_rank": 1,
+    "observational_rank": 0,
     "train_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "max_train_steps": 1,

@@ -153,6 +153,7 @@ def attach_adapter(
     config = CausalContextConfig(
         concepts=data.concepts.names,
         concept_rank=arguments.concept_rank,
+        observational_rank=arguments.observational_rank,
         mechanism=cast(Mechanism, arguments.mechanism),
         anchored=arguments.anchored,
         target_modules=arguments.target_modules,

@@ -82,7 +82,7 @@ def differing(rows):
 
 @pytest.mark.parametrize("variant", ["independent", "reduced", "structural, anchored, ordered"])
 def test_greedy_in_mixed_contexts(name, ids, variant):
-    model = build(name, **VARIANTS[variant], observational_rank=1)  # a wider one drowns T5's random concepts
+    model = build(name, **VARIANTS[variant], observational_rank=0)  # a random one drowns T5's random concepts
     together = generate(model, ids, context=CONTEXTS)
     assert torch.equal(together, separately(model, ids))
     assert not torch.equal(together, generate(model, ids, context=()))
