@@ -1,11 +1,12 @@
 """Does it compose? Every method on one frozen base, with the same data, updates and rank, against the truth.
 
     python examples/benchmarks/composition.py --output_dir composition
+    python examples/benchmarks/composition.py --output_dir composition-gap --worlds dependent --base_world independent
 
-The data are vectors of a known causal world (`hf_causal_context/data/worlds/vectors.py`), dependent and independent.
-Every result is a file of its own, so that the command goes on where it was stopped, and several can share the work
-(`--worlds`, `--seeds`, `--methods`). Distances are sliced Wasserstein to fresh true vectors; the floor is that of as
-many true vectors.
+The second is what users have: a base that was not trained on their observational set. The data are vectors of a known
+causal world (`hf_causal_context/data/worlds/vectors.py`), dependent and independent. Every result is a file of its own,
+so that the command goes on where it was stopped, and several can share the work (`--worlds`, `--seeds`, `--methods`).
+Distances are sliced Wasserstein to fresh true vectors; the floor is that of as many true vectors.
 """
 
 import argparse
@@ -42,16 +43,17 @@ def true_vectors(context: Context, num: int, seed: int, world: str) -> Tensor:
 
 
 def make_study(world: str, seed: int, arguments: argparse.Namespace) -> Study:
-    """The data of a world, and the base of all seeds, trained on the first one's observational set."""
+    """The data of a world, and the base of all seeds, trained on an observational set of its own or another world."""
     first = 1000 * (seed + 1)  # of the seeds: every set has noise of its own
     everything = (Context(), *SINGLES, *PAIRS, *TRIPLES, EVERYTHING)
     sets = {c: true_vectors(c, ROWS_PER_CONTEXT, first + i, world) for i, c in enumerate(everything)}
-    path = arguments.output_dir / f"base-{world}.safetensors"
-    base = VectorFlow()
+    base_world = arguments.base_world or world
+    path = arguments.output_dir / f"base-{base_world}.safetensors"
+    base = VectorFlow().to(arguments.device)
     if path.exists():
         base.load_state_dict(load_file(path))
     else:
-        train_base(base, true_vectors(Context(), ROWS_PER_CONTEXT, 1000, world), arguments.base_steps)
+        train_base(base, true_vectors(Context(), ROWS_PER_CONTEXT, 1000, base_world), arguments.base_steps)
         save_file(base.state_dict(), path)
     base.requires_grad_(False).eval()
     trained = {context: sets[context] for context in (Context(), *SINGLES)}
@@ -83,13 +85,15 @@ def main() -> None:
     parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=WORLDS)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--methods", nargs="+", choices=("floor", *METHODS), default=("floor", *METHODS))
+    parser.add_argument("--base_world", choices=WORLDS, help="world of the base; by default the data's own")
     parser.add_argument("--steps", type=int, default=1000, help="updates of every method")
     parser.add_argument("--batch_size", type=int, default=512)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--base_steps", type=int, default=6000)
     arguments = parser.parse_args()
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    settings = {name: getattr(arguments, name) for name in ("steps", "batch_size", "base_steps")}
+    settings = {name: getattr(arguments, name) for name in ("steps", "batch_size", "base_steps", "base_world")}
     for seed in arguments.seeds:
         for world in arguments.worlds:
             study = None

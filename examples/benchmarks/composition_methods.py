@@ -5,14 +5,16 @@ Shapes: B samples, D dimensions, K concepts.
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from vector_flow import VectorFlow, noised, optimise, sample
+from vector_flow import VectorFlow, Velocity, noised, optimise, sample
 
 from hf_causal_context import CausalContextConfig, ConceptSet, Context
 from hf_causal_context.data.reweighting import ReweightedContext, reweight
@@ -21,6 +23,7 @@ WIDTH = 4  # of a concept: every adapter has rank K WIDTH
 LEARNING_RATE = 2e-3
 REWEIGHTED_SHARE = 0.5  # of a reweighted combination in the batches, relative to a real context
 COIND_WEIGHT = 1.0
+_OBSERVATIONAL = "obs"  # the adapter of the observational set
 
 Sets = Mapping[Context, Tensor]
 Sampler = Callable[[Context, int, int], Tensor]  # context, number, seed -> vectors (number, D)
@@ -39,11 +42,20 @@ class Study:
     steps: int
     batch_size: int
 
+    @property
+    def device(self) -> torch.device:
+        """Where the base is."""
+        return self.base.embed.weight.device
+
+    def sample(self, velocity: Velocity, num: int, seed: int, corrections: int = 0) -> Tensor:
+        """Vectors (num, D) of a model on that device."""
+        return sample(velocity, num, seed, corrections=corrections, device=self.device)
+
     @cached_property
     def reweighted(self) -> list[ReweightedContext]:
         """The pairs, as rows of all training sets."""
         contexts = [str(context) for context, rows in self.sets.items() for _ in range(len(rows))]
-        return reweight(self.pooled, contexts, self.concepts, self.pairs, seed=self.seed)
+        return reweight(self.pooled, contexts, self.concepts, self.pairs, seed=self.seed, device=self.device)
 
     @property
     def pooled(self) -> Tensor:
@@ -63,10 +75,10 @@ class Batches:
     def __init__(self, study: Study, sets: Sets, batch_size: int | None = None) -> None:
         self.generator = torch.Generator().manual_seed(study.seed)
         self.batch_size = batch_size or study.batch_size
-        self._vectors = torch.cat(list(sets.values()))
+        self._vectors = torch.cat(list(sets.values())).to(study.device)
         self._sizes = torch.tensor([len(vectors) for vectors in sets.values()])
         self._starts = self._sizes.cumsum(0) - self._sizes
-        self._masks = study.concepts.mask(list(sets))
+        self._masks = study.concepts.mask(list(sets)).to(study.device)
         real = (vectors is study.oracle_sets.get(context) for context, vectors in sets.items())
         self._shares = torch.tensor([1.0 if own else REWEIGHTED_SHARE for own in real])
 
@@ -74,7 +86,8 @@ class Batches:
         """x (B, D), time (B,), velocity (B, D), mask (B, K)."""
         chosen = torch.multinomial(self._shares, self.batch_size, replacement=True, generator=self.generator)
         rows = (torch.rand(self.batch_size, generator=self.generator) * self._sizes[chosen]).long()
-        return *noised(self._vectors[self._starts[chosen] + rows], self.generator), self._masks[chosen]
+        numbers, chosen = (self._starts[chosen] + rows).to(self._vectors.device), chosen.to(self._vectors.device)
+        return *noised(self._vectors[numbers], self.generator), self._masks[chosen]
 
 
 def context_adapter(study: Study, sets: Sets, **options: Any) -> Sampler:
@@ -91,7 +104,8 @@ def context_adapter(study: Study, sets: Sets, **options: Any) -> Sampler:
         return (model(x, time, context=mask) - velocity).square().mean()
 
     _optimise(study, model, loss)
-    return lambda context, num, seed: sample(partial(model, context=study.concepts.mask([context])), num, seed)
+    masks = {context: study.concepts.mask([context]).to(study.device) for context in study.oracle_sets}
+    return lambda context, num, seed: study.sample(partial(model, context=masks[context]), num, seed)
 
 
 class MultiHot(nn.Module):
@@ -100,7 +114,9 @@ class MultiHot(nn.Module):
     def __init__(self, base: VectorFlow, num_concepts: int) -> None:
         super().__init__()
         self.base = base
-        self.concepts = nn.Parameter(torch.zeros(num_concepts, base.embed.out_features))
+        self.concepts = nn.Parameter(
+            torch.zeros(num_concepts, base.embed.out_features, device=base.embed.weight.device)
+        )
 
     def forward(self, x: Tensor, time: Tensor, mask: Tensor) -> Tensor:
         shift = mask @ self.concepts
@@ -130,7 +146,7 @@ def multi_hot_lora(study: Study, sets: Sets, coind: float = 0.0) -> Sampler:
             return loss
         rows = len(x) // 4  # as many forward passes as the loss itself takes
         x, time = x[:rows], time[:rows]
-        pair = torch.rand(rows, len(study.concepts), generator=batches.generator).topk(2).indices
+        pair = torch.rand(rows, len(study.concepts), generator=batches.generator).topk(2).indices.to(study.device)
         first, second = torch.nn.functional.one_hot(pair, len(study.concepts)).float().unbind(1)
         masks = torch.cat([first + second, first, second, torch.zeros_like(first)])
         both, a, b, neither = model(x.repeat(4, 1), time.repeat(4), masks).chunk(4)
@@ -139,24 +155,26 @@ def multi_hot_lora(study: Study, sets: Sets, coind: float = 0.0) -> Sampler:
     _optimise(study, model, loss)
 
     def draw(context: Context, num: int, seed: int) -> Tensor:
-        mask = study.concepts.mask([context])
-        return sample(lambda x, time: model(x, time, mask), num, seed)
+        mask = study.concepts.mask([context]).to(study.device)
+        return study.sample(lambda x, time: model(x, time, mask), num, seed)
 
     return draw
 
 
 class SingleLoras:
-    """One LoRA per concept, each trained on its own set, with as many vectors of it as the other methods see."""
+    """One LoRA per set, the observational one included, each trained on as many vectors of it as other methods see."""
 
     def __init__(self, study: Study) -> None:
         torch.manual_seed(study.seed)
-        first, *others = study.concepts
+        self.sample = study.sample
+        first, *others = (*study.concepts, _OBSERVATIONAL)
         self.model: Any = get_peft_model(cast(Any, copy.deepcopy(study.base)), _lora(WIDTH), adapter_name=first)
-        for concept in others:
-            self.model.add_adapter(concept, _lora(WIDTH))
-        for concept in study.concepts:
-            self.model.set_adapter(concept)
-            own = {Context(concept): study.sets[Context(concept)]}
+        for name in others:
+            self.model.add_adapter(name, _lora(WIDTH))
+        for name in (first, *others):
+            self.model.set_adapter(name)
+            context = Context() if name == _OBSERVATIONAL else Context(name)
+            own = {context: study.sets[context]}
             batches = Batches(study, own, study.batch_size // len(study.sets))
 
             def loss(batches: Batches = batches) -> Tensor:
@@ -168,13 +186,31 @@ class SingleLoras:
     def stacked(self, context: Context, num: int, seed: int) -> Tensor:
         """All adapters of the context at once, by `set_adapter`."""
         self.model.base_model.set_adapter(list(context.targets))
-        return sample(self.model, num, seed)
+        return self.sample(self.model, num, seed)
 
-    def composed(self, context: Context, num: int, seed: int, corrections: int = 0) -> Tensor:
-        """v() + sum over targets of (v(target) - v()): one pass per target and one more."""
+    def stacked_minus_observational(self, context: Context, num: int, seed: int) -> Tensor:
+        """a + b - obs: with n adapters of concepts the observational one is on (1 - n) times."""
+        self.model.base_model.set_adapter([*context.targets, _OBSERVATIONAL])
+        for module in self.model.modules():
+            if isinstance(module, LoraLayer):
+                module.scaling[_OBSERVATIONAL] = 1.0 - len(context.targets)
+        samples = self.sample(self.model, num, seed)
+        for module in self.model.modules():
+            if isinstance(module, LoraLayer):
+                module.scaling[_OBSERVATIONAL] = 1.0
+        return samples
+
+    def composed(
+        self, context: Context, num: int, seed: int, corrections: int = 0, observational_adapter: bool = False
+    ) -> Tensor:
+        """v() + sum over targets of (v(target) - v()): one pass per target and one more.
+
+        v() is the base, or the base with the adapter of the observational set.
+        """
 
         def velocity(x: Tensor, time: Tensor) -> Tensor:
-            with self.model.disable_adapter():
+            self.model.set_adapter(_OBSERVATIONAL)
+            with nullcontext() if observational_adapter else self.model.disable_adapter():
                 observational = self.model(x, time)
             total = observational
             for target in context.targets:
@@ -182,7 +218,7 @@ class SingleLoras:
                 total = total + self.model(x, time) - observational
             return total
 
-        return sample(velocity, num, seed, corrections=corrections)
+        return self.sample(velocity, num, seed, corrections)
 
 
 def _lora(rank: int) -> LoraConfig:
@@ -197,6 +233,10 @@ def _optimise(study: Study, model: nn.Module, loss: Callable[[], Tensor]) -> Non
 
 _OURS: dict[str, dict[str, Any]] = {
     "independent": {},
+    "independent, no part": {"observational_rank": 0},
+    "independent, part of rank 1": {"observational_rank": 1},
+    "independent, part of rank 8": {"observational_rank": 8},
+    "independent, part of rank 24": {"observational_rank": 24},
     "reduced": {"mechanism": "reduced"},
     "reduced, anchored": {"mechanism": "reduced", "anchored": True},
     "reduced, anchored, imperfect": {"mechanism": "reduced", "anchored": True, "perfect_interventions": False},
@@ -209,12 +249,18 @@ _OURS: dict[str, dict[str, Any]] = {
 def _single_loras(study: Study) -> dict[str, Sampler]:
     loras = SingleLoras(study)
     corrected = partial(loras.composed, corrections=1)
-    return {"stacked LoRAs": loras.stacked, "composed scores": loras.composed, "composed scores, Langevin": corrected}
+    return {
+        "stacked LoRAs": loras.stacked,
+        "stacked LoRAs, a+b-obs": loras.stacked_minus_observational,
+        "composed scores": loras.composed,
+        "composed scores, Langevin": corrected,
+        "composed scores, a+b-obs": partial(loras.composed, observational_adapter=True),
+    }
 
 
 # name of a training -> what trains it, and the samplers that come of it by the names of their results
 METHODS: dict[str, Callable[[Study], dict[str, Sampler]]] = {
-    "base": lambda study: {"base": lambda context, num, seed: sample(study.base, num, seed)},
+    "base": lambda study: {"base": lambda context, num, seed: study.sample(study.base, num, seed)},
     "single LoRAs": _single_loras,
     "multi-hot LoRA": lambda study: {"multi-hot LoRA": multi_hot_lora(study, study.sets)},
     "CoInD": lambda study: {"CoInD": multi_hot_lora(study, study.sets, coind=COIND_WEIGHT)},
@@ -226,7 +272,7 @@ METHODS: dict[str, Callable[[Study], dict[str, Sampler]]] = {
         f"{name}, reweighted": lambda study, name=name: {
             f"{name}, reweighted": context_adapter(study, study.reweighted_sets, **_OURS[name])
         }
-        for name in ("independent", "structural, anchored")
+        for name in ("independent", "independent, no part", "structural, anchored")
     },
     "multi-hot LoRA, reweighted": lambda study: {
         "multi-hot LoRA, reweighted": multi_hot_lora(study, study.reweighted_sets)

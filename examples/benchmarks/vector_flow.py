@@ -36,7 +36,8 @@ class VectorFlow(nn.Module):
 
     def __init__(self, dimension: int = 32, width: int = 256, num_blocks: int = 4) -> None:
         super().__init__()
-        self.frequencies = 2 * math.pi * 2.0 ** torch.arange(-2, 6)
+        self.frequencies: Tensor
+        self.register_buffer("frequencies", 2 * math.pi * 2.0 ** torch.arange(-2, 6), persistent=False)
         self.embed = nn.Linear(2 * len(self.frequencies), width)
         self.in_proj = nn.Linear(dimension, width)
         self.blocks = nn.ModuleList(Block(width) for _ in range(num_blocks))
@@ -53,9 +54,12 @@ class VectorFlow(nn.Module):
 
 
 def noised(clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Points x = (1 - t) clean + t noise at logit-normal times, the times (B,), and the velocities there."""
-    time = torch.sigmoid(torch.randn(len(clean), generator=generator))
-    noise = torch.randn(clean.shape, generator=generator)
+    """Points x = (1 - t) clean + t noise at logit-normal times, the times (B,), and the velocities there.
+
+    The random numbers are drawn on the CPU, the same for every device.
+    """
+    time = torch.sigmoid(torch.randn(len(clean), generator=generator)).to(clean.device)
+    noise = torch.randn(clean.shape, generator=generator).to(clean.device)
     return (1 - time[:, None]) * clean + time[:, None] * noise, time, noise - clean
 
 
@@ -65,7 +69,8 @@ def optimise(
     """AdamW with warm-up and a cosine; in the end the parameters are their moving average."""
     parameters = list(parameters)
     averages = [copy.deepcopy(parameter.data) for parameter in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-4)
+    fused = parameters[0].is_cuda
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-4, fused=fused)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.05)
     for step in trange(steps, desc=name, leave=False, mininterval=5):
         optimizer.zero_grad()
@@ -80,8 +85,9 @@ def optimise(
 
 
 def train_base(model: VectorFlow, observational: Tensor, steps: int, batch_size: int = 512) -> None:
-    """Fit a base to observational vectors (N, D)."""
+    """Fit a base to observational vectors (N, D) on its device."""
     generator = torch.Generator().manual_seed(0)
+    observational = observational.to(model.embed.weight.device)
 
     def loss() -> Tensor:
         rows = torch.randint(len(observational), (batch_size,), generator=generator)
@@ -92,24 +98,32 @@ def train_base(model: VectorFlow, observational: Tensor, steps: int, batch_size:
 
 
 @torch.no_grad()
-def sample(velocity: Velocity, num: int, seed: int, *, steps: int = 16, corrections: int = 0) -> Tensor:
-    """Vectors (num, D) from noise, by second-order Adams-Bashforth steps.
+def sample(
+    velocity: Velocity,
+    num: int,
+    seed: int,
+    *,
+    steps: int = 16,
+    corrections: int = 0,
+    device: str | torch.device = "cpu",
+) -> Tensor:
+    """Vectors (num, D) on the CPU from noise, by second-order Adams-Bashforth steps.
 
     `corrections` Langevin steps follow each of them but the last, at its noise level and with steps relative to the
     score (Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations", ICLR 2021).
     """
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(num, 32, generator=generator)
+    x = torch.randn(num, 32, generator=generator).to(device)
     times = torch.linspace(1, 0, steps + 1).tolist()
     previous = None
     for now, following in pairwise(times):
-        v = velocity(x, torch.full((num,), now))
+        v = velocity(x, torch.full((num,), now, device=device))
         x = x + (following - now) * (v if previous is None else 1.5 * v - 0.5 * previous)
         previous = v
         for _ in range(corrections if following > 0 else 0):
-            noise = torch.randn(x.shape, generator=generator)
+            noise = torch.randn(x.shape, generator=generator).to(device)
             # E[noise | x] = x + (1 - t) v, and the score is -E[noise | x] / t.
-            score = -(x + (1 - following) * velocity(x, torch.full((num,), following))) / following
+            score = -(x + (1 - following) * velocity(x, torch.full((num,), following, device=device))) / following
             size = 2 * (0.1 * noise.norm(dim=1).mean() / score.norm(dim=1).mean()).square()
             x = x + size * score + (2 * size).sqrt() * noise
-    return x
+    return x.cpu()
