@@ -32,6 +32,12 @@ _TEMPLATE = str(files("hf_causal_context") / "templates" / "card.md.jinja")
 _SEAL = "<!-- Written by hf_causal_context, which replaces this text only while it is as it was written: {} -->"
 _MOST_WIDGETS = 12
 STRENGTHS = (0.0, 0.5, 1.0, 1.5)  # columns of the picture of strengths
+_OBSERVATIONAL_NOTE = """
+The adapter also has an *observational part*: what its data look like beside what the base makes. It is on in every
+context, the empty one included, at the strength `observational`: `1`, the default, is the look of the data, `0` that of
+the base, as in `intervene(..., observational=0)` or in the context `"observational=0,..."`. Without any context the
+model is the base, bit for bit.
+"""
 _STRENGTHS_NOTE = f"Columns: strength {', '.join(f'{strength:g}' for strength in STRENGTHS)}, from the same seed."
 
 
@@ -150,6 +156,7 @@ def render_card(folder: Path, repo_id: str | None = None, branch: str | None = N
         "usage": usage_code(contents, name, branch, example_context(contents, concepts)),
         "usage_note": _usage_note(contents, concepts),
         "strengths": "\n" + _picture(contents.strengths, "Each concept at growing strength", _STRENGTHS_NOTE),
+        "observational": _OBSERVATIONAL_NOTE if stored.get("observational_rank") else "",
         "loras": _loras(contents, name),
         "data": data_table(data),
         "settings": settings_table(arguments, stored),

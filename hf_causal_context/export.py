@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapter.config import CausalContextConfig
-from .adapter.export import adapter_config, bake
+from .adapter.export import adapter_config, bake, context_strengths
 from .adapter.layer import CausalContextLayer
 from .adapter.saving import complete_or_absent, write_adapter
 from .contexts import ConceptSet, Context, file_name, quoted
@@ -127,13 +127,14 @@ def _files(
     wanted: dict[Context, None] = {}  # a context that is given twice is one file
     for name in names:
         wanted |= dict.fromkeys(words[name] if name in words and name not in concepts else [Context.parse(name)])
-    concepts.mask(list(wanted))  # refuses unknown names
+    context_strengths(config, list(wanted))  # refuses what the adapter does not have
     if not wanted:
         raise ValueError(
             f"contexts={list(names)} name nothing to export from an adapter with the concepts {quoted(concepts)}. Give "
             "such as 'singles', or a context."
         )
-    if Context() in wanted and (config.mechanism == "independent" or config.anchored):
+    is_base = not config.observational_rank and (config.mechanism == "independent" or config.anchored)
+    if Context() in wanted and is_base:
         raise ValueError(
             "The empty context of this adapter is the base model itself; its LoRA would change nothing. Leave it out."
         )

@@ -10,9 +10,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .adapter.config import CausalContextConfig
+from .adapter.export import context_strengths
 from .adapter.stored import CONFIG, AdapterError, download, read_config
 from .base_names import is_packaged
-from .contexts import ConceptSet, Context, file_name, shown
+from .contexts import Context, file_name, shown
 from .pipelines import adapter_places, attach
 from .training.bases import load_base
 from .training.checkpoints import checkpoint_steps
@@ -116,7 +117,7 @@ def load_adapted_base(
             "generate-text` writes texts with it; save_baked(model, context, folder) in Python exports it."
         )
     base_name, revision = base_of(adapter, config, pretrained_model_name_or_path, revision)
-    ConceptSet(config.concepts).mask(contexts)  # refuses unknown names before anything is loaded
+    context_strengths(config, contexts)  # refuses what the adapter does not have before anything is loaded
     torch_dtype = None if dtype == "float32" else getattr(torch, dtype)
     base = load_base(base_name, revision=revision, variant=variant, torch_dtype=torch_dtype)
     base.pipe.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -16,10 +16,11 @@ from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapter.compatibility import check_fits
+from .adapter.export import context_strengths
 from .adapter.intervening import intervene
 from .adapter.saving import complete_or_absent
 from .adapter.stored import AdapterError, download, read_header, read_weights
-from .contexts import ConceptSet, Context
+from .contexts import Context
 from .generate import LANGUAGE_TASKS, base_of, config_in
 from .training.language import load_language_model
 from .training.tokens import Tokenisation, known_positions, room_after
@@ -208,7 +209,7 @@ def load_adapted_language_model(
     if config.task_type is not None and config.task_type not in LANGUAGE_TASKS:
         raise ValueError(f"{adapter} is an adapter for {config.task_type}, which writes no texts.")
     base_name, revision = base_of(adapter, config, pretrained_model_name_or_path, revision)
-    ConceptSet(config.concepts).mask(contexts)  # refuses unknown names before anything is loaded
+    context_strengths(config, contexts)  # refuses what the adapter does not have before anything is loaded
     tensors = read_header(folder, config, adapter)
     model = load_language_model(base_name, revision, getattr(torch, dtype))
     own = (folder / "tokenizer_config.json").is_file()

@@ -23,7 +23,7 @@ from .training.conftest import pipeline_folder  # noqa: F401 (a fixture)
 from .training.tiny_pipelines import PIPELINES, _random, stable_diffusion, stable_diffusion_xl
 
 CONTEXT = "slant=-0.5+thick=1.5"
-INDEPENDENT = {"mechanism": "independent"}
+INDEPENDENT = {"mechanism": "independent", "observational_rank": 0}
 REDUCED = {"mechanism": "reduced"}
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 EVERYTHING = [
@@ -211,9 +211,11 @@ def test_words_stand_for_contexts_and_a_context_is_written_once(tmp_path):
 def test_the_empty_context_where_it_is_not_the_base(tmp_path):
     compare("stable_diffusion", "diffusers", tmp_path, context="", **REDUCED)
     assert (tmp_path / "obs.safetensors").exists()
-    for settings in (INDEPENDENT, {**REDUCED, "anchored": True}):
+    for settings in ({}, {**REDUCED, "anchored": True}):
         with pytest.raises(ValueError, match="empty context of this adapter is the base model itself.* Leave it out"):
-            export_contexts(adapted(**settings), ["thick", "obs"], tmp_path / "new", file_format="diffusers")
+            export_contexts(
+                adapted(**settings, observational_rank=0), ["thick", "obs"], tmp_path / "new", file_format="diffusers"
+            )
     assert not (tmp_path / "new").exists()
 
 

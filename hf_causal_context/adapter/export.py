@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -9,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..contexts import ConceptSet, ContextLike, as_context
+from ..contexts import ConceptSet, Context, ContextLike, as_context
 from .config import CausalContextConfig
 from .layer import CausalContextLayer, ConvNd
 from .registration import PREFIX
@@ -38,13 +39,7 @@ def bake(model: nn.Module, context: ContextLike, adapter_name: str = "default") 
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     config = adapter_config(model, adapter_name)
-    context = as_context(context)
-    if context.observational != 1 and not config.observational_rank:
-        raise ValueError(
-            f"Context {str(context)!r} sets the strength of the observational part, and adapter {adapter_name!r} has "
-            "none (observational_rank=0). Leave it out."
-        )
-    strengths = ConceptSet(config.concepts).strengths([context])
+    strengths = context_strengths(config, [as_context(context)])
     weights: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     transposed = False
@@ -82,6 +77,21 @@ def bake(model: nn.Module, context: ContextLike, adapter_name: str = "default") 
         inference_mode=True,
     )
     return lora_config, weights
+
+
+def context_strengths(config: CausalContextConfig, contexts: Sequence[Context]) -> Tensor:
+    """Strengths (B, 1 + K) of contexts for an adapter with this config.
+
+    Raises:
+        ValueError: for unknown concepts, or a strength of the observational part where there is none.
+    """
+    for context in contexts:
+        if context.observational != 1 and not config.observational_rank:
+            raise ValueError(
+                f"Context {str(context)!r} sets the strength of the observational part, and the adapter has none "
+                "(observational_rank=0). Leave it out."
+            )
+    return ConceptSet(config.concepts).strengths(contexts)
 
 
 def adapter_config(model: nn.Module, adapter_name: str = "default") -> CausalContextConfig:

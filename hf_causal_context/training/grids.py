@@ -31,7 +31,7 @@ def validation_contexts(
     if arguments.validation_contexts is not None:
         names = ["" if name == observational_name else name for name in arguments.validation_contexts]
         chosen = [Context.parse(name) for name in names]
-        concepts.mask(chosen)  # refuses unknown names
+        concepts.strengths(chosen)  # refuses unknown names
         return chosen
     return shown_contexts(concepts, held_out)
 
@@ -44,7 +44,7 @@ def shown_contexts(concepts: ConceptSet, combined: Iterable[str] = ()) -> list[C
     """
     singles = [Context(name) for name in concepts]
     chosen = [Context.parse(context) for context in combined]
-    concepts.mask(chosen)  # refuses unknown names
+    concepts.strengths(chosen)  # refuses unknown names
     chosen = chosen or [a | b for a, b in combinations(singles, 2)][:_SHOWN_PAIRS]
     return list(dict.fromkeys([Context(), *singles, *chosen]))
 

@@ -40,7 +40,7 @@ def gpt2(**kwargs):
 
 
 def config(concepts=CONCEPTS, **kwargs):
-    return CausalContextConfig(**({"concepts": concepts, "init_weights": False} | kwargs))
+    return CausalContextConfig(**({"concepts": concepts, "init_weights": False, "observational_rank": 4} | kwargs))
 
 
 def adapted(model=None, **kwargs):

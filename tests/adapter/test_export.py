@@ -47,7 +47,7 @@ def test_the_observational_part_comes_along_at_its_strength():
         lora = get_peft_model(Mlp(), config)
         lora.load_state_dict({k.replace(".weight", ".default.weight"): v for k, v in weights.items()}, strict=False)
         torch.testing.assert_close(lora.eval()(x), model(x, context=context), rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="'observational=0.5' sets the strength.* 'default' has none"):
+    with pytest.raises(ValueError, match="'observational=0.5' sets the strength.* the adapter has none"):
         bake(adapted(observational_rank=0), "observational=0.5")
 
 
