@@ -55,6 +55,7 @@ def training_arguments(output_dir: Path, seed: int) -> TrainingArguments:
         output_dir=str(output_dir),
         target_modules=list(TARGET_MODULES),
         concept_rank=4,
+        observational_rank=0,  # the base was trained on the observational set
         reweighted_contexts=["pairs"],
         train_batch_size=40,
         max_train_steps=300,

@@ -2,7 +2,8 @@
 
 The g-th sample ever drawn is a slot, and its row is a function of (seed, g) alone. Contexts are interleaved by stride
 scheduling: the k-th draw of a context with share w falls due at time (k + 1/2) / w, and slots are numbered in the order
-of these times. With equal shares this is a round-robin, so C slots in a row hold all C contexts.
+of these times. With equal shares this is a round-robin, so C slots in a row hold all C contexts. Where the first slots
+are to be observational, the schedule begins after them.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ class ContextSampler(Sampler[list[int]]):
 
     Micro-batch i of process `rank` is slots (i world_size + rank) batch_size onwards. Yields lists of `batch_size` row
     numbers for the micro-batches `start` to `num_batches` - 1. Within a context every row is drawn once before any is
-    drawn again. `weights` maps contexts to their relative share of the slots; those not named have weight 1.
+    drawn again. `weights` maps contexts to their relative share of the slots; those not named have weight 1. The first
+    `num_observational` slots are of the observational context alone.
 
     Raises:
-        ValueError: for no rows, numbers out of range, or weights that are unknown, negative, not finite or all zero.
+        ValueError: for no rows, numbers out of range, weights that are unknown, negative, not finite or all zero, or
+            observational slots without observational rows.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class ContextSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
         weights: Mapping[str, float] | None = None,
+        num_observational: int = 0,
     ) -> None:
         _check_numbers(batch_size, seed, start, rank, world_size)
         if num_batches < start:
@@ -59,6 +63,7 @@ class ContextSampler(Sampler[list[int]]):
         by_context = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
         self._rows = [by_context[number_of[name]] for name in names]
         self._shares = _shares(names, weights)
+        self._begin = _beginning(names, num_observational)
         self._shuffled: dict[int, tuple[int, IndexArray]] = {}
         self.contexts = tuple(names)
         self.batch_size, self.seed, self.num_batches, self.start = batch_size, seed, num_batches, start
@@ -77,7 +82,7 @@ class ContextSampler(Sampler[list[int]]):
 
     def rows(self, slots: range) -> list[int]:
         """The row numbers of some slots."""
-        chosen, draws = schedule(self._shares, slots.start, slots.stop)
+        chosen, draws = schedule(self._shares, slots.start, slots.stop, self._begin)
         numbers = np.empty(len(chosen), dtype=np.int64)
         for context, rows in enumerate(self._rows):
             places = np.flatnonzero(chosen == context)
@@ -109,6 +114,7 @@ def stream_batches(
     rank: int = 0,
     world_size: int = 1,
     weights: Mapping[str, float] | None = None,
+    num_observational: int = 0,
 ) -> Iterator[list[dict[str, Any]]]:
     """Endless micro-batches of streaming data, from number `start` on: lists of `batch_size` rows.
 
@@ -117,20 +123,22 @@ def stream_batches(
     main process or in one worker: `datasets` divides a stream among several.
 
     Raises:
-        ValueError: for numbers out of range, bad weights, or a context without rows.
+        ValueError: for numbers out of range, bad weights, a context without rows, or observational slots without an
+            observational context.
         TypeError: for data that is not streaming.
     """
     _check_numbers(batch_size, seed, start, rank, world_size)
     if not isinstance(data.rows, IterableDataset):
         raise TypeError("The data is not streaming. Use ContextSampler, or load it with streaming=True.")
-    shares = _shares(data.contexts, weights)
-    return _stream_batches(data.rows, data.contexts, shares, batch_size, seed, start, rank, world_size)
+    shares, begin = _shares(data.contexts, weights), _beginning(data.contexts, num_observational)
+    return _stream_batches(data.rows, data.contexts, shares, begin, batch_size, seed, start, rank, world_size)
 
 
 def _stream_batches(
     rows: IterableDataset,
     contexts: Sequence[str],
     shares: NDArray[np.float64],
+    begin: tuple[int, int],
     batch_size: int,
     seed: int,
     start: int,
@@ -140,7 +148,7 @@ def _stream_batches(
     _, features = known_features(rows)
     streams = [_endless(rows.decode(False), context, seed) for context in contexts]
     for batch in itertools.count():
-        chosen, _ = schedule(shares, batch * batch_size, (batch + 1) * batch_size)
+        chosen, _ = schedule(shares, batch * batch_size, (batch + 1) * batch_size, begin)
         examples = [next(streams[context]) for context in chosen.tolist()]
         if batch % world_size == rank and batch // world_size >= start:
             yield [_decoded(example, features) for example in examples]
@@ -170,8 +178,21 @@ def _endless(rows: IterableDataset, context: str, seed: int) -> Iterator[dict[st
             raise ValueError(f"The stream has no rows of the context {context!r}. Add them, or remove the context.")
 
 
-def schedule(shares: NDArray[np.float64], first: int, last: int) -> tuple[IndexArray, IndexArray]:
-    """Context and draw number within the context of the slots `first` to `last` - 1; shares (C,) sum to 1."""
+def schedule(
+    shares: NDArray[np.float64], first: int, last: int, begin: tuple[int, int] = (0, 0)
+) -> tuple[IndexArray, IndexArray]:
+    """Context and draw number within the context of the slots `first` to `last` - 1; shares (C,) sum to 1.
+
+    `begin`: how many slots at the beginning are of one context, and the number of that context.
+    """
+    num_begin, context = begin
+    alone = np.arange(min(first, num_begin), min(last, num_begin))
+    contexts, draws = _interleaved(shares, max(first - num_begin, 0), max(last - num_begin, 0))
+    draws = np.where(contexts == context, draws + num_begin, draws)
+    return np.concatenate([np.full_like(alone, context), contexts]), np.concatenate([alone, draws])
+
+
+def _interleaved(shares: NDArray[np.float64], first: int, last: int) -> tuple[IndexArray, IndexArray]:
     # Up to time t about t draws have fallen due, at most one half more or fewer per context.
     margin = len(shares) / 2 + 1
     # Draw 0 is due at 1 / (2 share).
@@ -198,6 +219,15 @@ def _shares(contexts: Sequence[str], weights: Mapping[str, float] | None) -> NDA
             "relative share of a context."
         )
     return values / values.sum()
+
+
+def _beginning(contexts: Sequence[str], num_observational: int) -> tuple[int, int]:
+    if num_observational < 0 or (num_observational and "" not in contexts):
+        raise ValueError(
+            f"num_observational={num_observational} must be 0 or more, and 0 where there are no observational rows. "
+            f"Contexts of the rows: {quoted(contexts)}."
+        )
+    return num_observational, list(contexts).index("") if num_observational else 0
 
 
 def _check_numbers(batch_size: int, seed: int, start: int, rank: int, world_size: int) -> None:

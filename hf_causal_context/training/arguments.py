@@ -20,6 +20,7 @@ ARGUMENTS = "training_arguments.json"
 
 
 def _argument(default: Any, meaning: str, **metadata: Any) -> Any:
+    """A field with its help; `older` is what runs did that are older than the field."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": meaning, **metadata})
     return field(default=default, metadata={"help": meaning, **metadata})
@@ -144,6 +145,13 @@ class AdapterArguments(OptimisationArguments, ContextDataArguments):
         None,
         "Rank of what is on in every context and learns what the data differs from the base by; by default 4 x "
         "concept_rank. 0 for a base that was trained on the observational set.",
+        older=0,
+    )
+    observational_steps: int | None = _argument(
+        None,
+        "Optimizer steps at the beginning that train on the observational set alone, so that the concepts find that "
+        "difference learnt; by default a fifth of the run.",
+        older=0,
     )
     target_modules: list[str] | None = _argument(None, "Modules to adapt; by default the base's attention.")
     anchored: bool = _argument(False, "Let concepts add nothing in the empty context (always so for 'independent').")
@@ -168,6 +176,11 @@ class AdapterArguments(OptimisationArguments, ContextDataArguments):
         if self.reweighted_contexts and self.shard_base:
             raise ValueError(
                 "--reweighted_contexts looks at rows with a whole base in one process. Leave --shard_base or it out."
+            )
+        if self.observational_rank == 0 and self.observational_steps:
+            raise ValueError(
+                f"--observational_steps={self.observational_steps} would train nothing, since there is no "
+                "observational part (--observational_rank=0). Leave one of them out."
             )
         if self.push_to_hub and self.shard_base:
             raise ValueError(
@@ -303,6 +316,7 @@ _MINIMA: dict[str, float] = {
     "dataloader_num_workers": 0,
     "concept_rank": 1,
     "observational_rank": 0,
+    "observational_steps": 0,
     "train_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "max_train_steps": 1,

@@ -73,12 +73,12 @@ class DenoiserBatches:
         if isinstance(data.rows, Dataset):
             self._rows = self._prepare(data.rows)
 
-    def __call__(self, start: int) -> Iterator[Batch]:
-        """Batches from number `start` on."""
+    def __call__(self, start: int, num_observational: int = 0) -> Iterator[Batch]:
+        """Batches from number `start` on; the first samples of the run are observational, as many as are given."""
         seed, size = self._arguments.seed, self._arguments.train_batch_size
         process = (self._rank, self._world_size)
         if self._rows is None:
-            rows = stream_batches(self._data, size, seed, start, *process, self._weights)
+            rows = stream_batches(self._data, size, seed, start, *process, self._weights, num_observational)
             collate = partial(_collate, image_column=self._data.content_column, read=self._reader())
             loaded: Iterable[dict[str, Any]] = map(collate, rows)
         else:
@@ -91,6 +91,7 @@ class DenoiserBatches:
                 start,
                 *process,
                 self._weights,
+                num_observational,
             )
             loaded = DataLoader(
                 rows,

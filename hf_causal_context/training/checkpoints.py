@@ -162,7 +162,7 @@ def check_same_run(
     """
     stored = json.loads((folder / ARGUMENTS).read_text())
     given = dataclasses.asdict(arguments)
-    # What a run did not know, because it is older, was as the default is.
+    # What a run did not know, because it is older, was as the default is, or as the field says.
     stored = {field.name: _default(field) for field in dataclasses.fields(arguments)} | stored
     differing = {
         f"--{name}": (stored[name], given[name])
@@ -178,7 +178,7 @@ def check_same_run(
     # What the arguments leave to the data and the base.
     if isinstance(model, PeftModel):
         old, new = vars(CausalContextConfig.from_pretrained(str(folder))), vars(model.peft_config["default"])
-        decided = ("concepts", "target_modules")
+        decided = ("concepts", "target_modules", "observational_rank")
     else:
         old, new = cast(Any, model).load_config(folder), dict(model.config)
         decided = ("concepts", "base")
@@ -198,6 +198,8 @@ def _size(settings: dict[str, Any], num_processes: int) -> tuple[int, int, int]:
 
 
 def _default(field: dataclasses.Field) -> object:
+    if "older" in field.metadata:
+        return field.metadata["older"]
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 

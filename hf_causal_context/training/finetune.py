@@ -29,6 +29,7 @@ from .grids import grid_name, validation_contexts, write_grid
 from .load_data import load_data
 from .memory import memory_for_base
 from .objectives import denoising_objective
+from .observational import observational_samples, settle_observational_steps
 from .processes import main_process_first, make_accelerator
 from .publishing import published
 from .reweighting import add_reweighted_contexts
@@ -88,6 +89,7 @@ def _fine_tune(
     num_steps = arguments.max_train_steps or arguments.num_train_epochs * _steps_per_epoch(
         data, arguments, accelerator.num_processes
     )
+    arguments = settle_observational_steps(arguments, num_steps)
     objective = denoising_objective(base, arguments.snr_gamma)
     with main_process_first(accelerator, Path(arguments.output_dir)):  # it fills the cache that the others read
         batches = DenoiserBatches(
@@ -125,7 +127,8 @@ def _fine_tune(
     if arguments.compile:
         base.denoiser.compile()
     wanted = validate if arguments.num_validation_images else None
-    folder = fit(accelerator, model, objective, batches, arguments, num_steps, wanted)
+    ordered = partial(batches, num_observational=observational_samples(arguments, accelerator.num_processes))
+    folder = fit(accelerator, model, objective, ordered, arguments, num_steps, wanted)
     grid = grid_name(num_steps)
     if accelerator.is_main_process:
         record_data(data, folder)

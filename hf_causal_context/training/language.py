@@ -40,6 +40,7 @@ from .grids import validation_contexts
 from .language_objective import LanguageModelingObjective, perplexity
 from .load_data import load_text_data
 from .memory import memory_for_base
+from .observational import observational_samples, settle_observational_steps
 from .processes import main_process_first, make_accelerator
 from .publishing import published
 from .reweighting import add_reweighted_contexts
@@ -146,6 +147,7 @@ def _fine_tune(
     num_steps = arguments.max_train_steps or arguments.num_train_epochs * arguments.steps_per_epoch(
         cast(int, batches.num_rows), accelerator.num_processes
     )
+    arguments = settle_observational_steps(arguments, num_steps)
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if arguments.shard_base:
@@ -186,7 +188,8 @@ def _fine_tune(
         write_card(folder)
 
     objective = LanguageModelingObjective(batches.tokens_per_row)
-    return fit(accelerator, adapted, objective, batches, arguments, num_steps, validate, finish=finish)
+    ordered = partial(batches, num_observational=observational_samples(arguments, accelerator.num_processes))
+    return fit(accelerator, adapted, objective, ordered, arguments, num_steps, validate, finish=finish)
 
 
 def load_language_model(name_or_path: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:

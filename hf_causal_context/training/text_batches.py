@@ -127,15 +127,15 @@ class TextBatches:
             first = next(stream_batches(data, _ROWS_LOOKED_AT, arguments.seed, weights=self._weights))
             self.tokens_per_row = self._mean_targets(list(tokenised(first, tokenise)))
 
-    def __call__(self, start: int) -> Iterator[TextBatch]:
-        """Batches from number `start` on."""
+    def __call__(self, start: int, num_observational: int = 0) -> Iterator[TextBatch]:
+        """Batches from number `start` on; the first rows of the run are observational, as many as are given."""
         size, seed = self._arguments.train_batch_size, self._arguments.seed
         process = (self._rank, self._world_size)
         if self.num_rows is None:
-            for rows in stream_batches(self._data, size, seed, start, *process, self._weights):
+            for rows in stream_batches(self._data, size, seed, start, *process, self._weights, num_observational):
                 yield self._batch(list(tokenised(rows, self._tokenise)), [row["context"] for row in rows])
         else:
-            sampler = ContextSampler(self._contexts, size, seed, 0, 0, *process, self._weights)
+            sampler = ContextSampler(self._contexts, size, seed, 0, 0, *process, self._weights, num_observational)
             for batch in itertools.count(start):
                 numbers = sampler.rows(sampler.slots(batch))
                 yield self._batch([self._rows[n] for n in numbers], [self._contexts[n] for n in numbers])

@@ -1,6 +1,7 @@
 from collections import Counter
 from itertools import islice
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -178,3 +179,24 @@ def test_bad_streams(stream):
     lacking = from_dataset(table.to_iterable_dataset(), concepts=("a",))
     with pytest.raises(ValueError, match="The stream has no rows of the context ''"):
         next(stream_batches(lacking, 2, 0))
+
+
+@pytest.mark.parametrize("weights", [None, {"": 3.0, "b": 0.5}])
+def test_the_first_slots_are_observational_and_the_schedule_begins_after_them(weights):
+    contexts = np.repeat(["", "a", "b"], 50)
+    sampler = ContextSampler(contexts, 1, 0, 0, weights=weights, num_observational=40)
+    plain = ContextSampler(contexts, 1, 0, 0, weights=weights)
+    rows = sampler.rows(range(200))
+    assert (contexts[rows[:40]] == "").all()
+    assert (contexts[rows[40:]] == contexts[plain.rows(range(160))]).all()
+    others = [row for row in rows[40:] if contexts[row]]
+    assert others == [row for row in plain.rows(range(160)) if contexts[row]]
+    observational = [row for row in rows if not contexts[row]]
+    assert sorted(observational[:50]) == list(range(50))  # each once before any comes again
+    for first, last in ((0, 7), (37, 44), (40, 41), (100, 200)):
+        assert sampler.rows(range(first, last)) == rows[first:last]
+
+
+def test_observational_slots_need_observational_rows():
+    with pytest.raises(ValueError, match="num_observational=3 must be 0 or more, and 0 where there are no observ"):
+        ContextSampler(["a", "b"], 2, 0, 1, num_observational=3)

@@ -85,7 +85,7 @@ def test_a_base_with_label_dropout_resumes_bit_for_bit(pipeline_folder, tmp_path
     columns = {"image": [str(path) for path in files], "context": [path.parent.name for path in files]}
     columns["digit"] = [i % 5 for i in range(len(files))]
     rows = from_dataset(Dataset.from_dict(columns).cast_column("image", ImageFeature()))
-    changes = {"class_column": "digit", "checkpointing_steps": 3, "max_train_steps": 6}
+    changes = {"class_column": "digit", "checkpointing_steps": 3, "max_train_steps": 6, "observational_steps": 1}
     given = settings(pipeline_folder("dit"), root, tmp_path / "whole", **changes)
     whole = adapter_weights(train(TrainingArguments(**given), data=rows))
     parts = given | {"output_dir": str(tmp_path / "parts"), "resume_from_checkpoint": "latest"}

@@ -1,0 +1,61 @@
+"""How a run begins: on the observational set alone, so that the concepts find learnt what the data differs by.
+
+Otherwise they learn some of that difference too while the observational part is not yet there, and a combination adds
+it once per concept. Measured in the vector world with a gap (`examples/benchmarks/composition.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TypeVar
+
+from .arguments import ARGUMENTS, AdapterArguments
+from .weights import parse_weights
+
+SHARE = 0.2  # of the run's steps; 0.4 was no better
+
+AnyArguments = TypeVar("AnyArguments", bound=AdapterArguments)
+
+
+def settle_observational_steps(arguments: AnyArguments, num_steps: int) -> AnyArguments:
+    """Return the arguments with a number of observational steps; a resumed run goes on as it began.
+
+    Raises:
+        ValueError: for no steps left for the concepts, or an observational part but no observational rows.
+    """
+    if arguments.observational_rank == 0:
+        return dataclasses.replace(arguments, observational_steps=0)
+    weights = parse_weights(arguments.context_weights, arguments.observational_name) or {}
+    if weights.get("") == 0:
+        name = arguments.observational_name
+        raise ValueError(
+            f"--context_weights {name}=0 leaves out the observational set, so the observational part could not be told "
+            f"from the concepts. Leave {name}=0 out, or the part: --observational_rank 0."
+        )
+    steps = arguments.observational_steps
+    if steps is None:
+        steps = _steps_of_resumed_run(arguments)
+    if steps is None:
+        steps = int(SHARE * num_steps)
+    if steps >= num_steps:
+        raise ValueError(
+            f"--observational_steps={steps} of {num_steps} steps leave none for the concepts. Lower it, or train more."
+        )
+    return dataclasses.replace(arguments, observational_steps=steps)
+
+
+def observational_samples(arguments: AdapterArguments, num_processes: int) -> int:
+    """How many samples of a run with settled arguments come first, all of them observational."""
+    samples = arguments.train_batch_size * arguments.gradient_accumulation_steps * num_processes
+    return (arguments.observational_steps or 0) * samples
+
+
+def _steps_of_resumed_run(arguments: AdapterArguments) -> int | None:
+    resumed = arguments.resume_from_checkpoint
+    if not resumed:
+        return None
+    path = Path(arguments.output_dir if resumed == "latest" else resumed, ARGUMENTS)
+    # A run that is older than this argument had no such steps.
+    return json.loads(path.read_text()).get("observational_steps", 0) if path.is_file() else None
