@@ -22,7 +22,7 @@ except ImportError as error:
 
 from .adapter.conditioning import conditionings
 from .adapter.effects import causal_effects
-from .contexts import Context, quoted
+from .contexts import OBSERVATIONAL, Context, quoted
 from .demo_views import (
     CSS,
     decoded,
@@ -54,12 +54,17 @@ class Settings:
     seeds: range
     steps: int
 
+    @property
+    def nothing(self) -> Context:
+        """No intervention, with the observational part as it is set."""
+        return Context(observational=self.context.observational)
+
 
 class Studio:
     """What the page does with a base and its adapter. Grids are HTML and grow row by row.
 
-    `values` are those of the left column: strengths, the prompt or class where the base takes one, the number of
-    pictures, the first seed, steps.
+    `values` are those of the left column: strengths of the concepts and of the observational part where there is one,
+    the prompt or class where the base takes one, the number of pictures, the first seed, steps.
 
     Raises:
         ValueError: for a base without an adapter.
@@ -72,27 +77,29 @@ class Studio:
         self.base = base
         self.adapter_name, known = next(iter(owners[0].active_adapters().items()))
         self.concepts = known.names
+        self.has_part = owners[0].observational_ranks[self.adapter_name] > 0
         # Pipelines keep the state of a run in their scheduler; a second page, or the API, may call at the same time.
         self._lock = Lock()
 
     def intervene(self, *values: Any) -> Iterator[str]:
         """The chosen context below no intervention, in the same seeds."""
         settings = self._settings(values)
-        yield from self._grid(dict.fromkeys([Context(), settings.context]), settings)
+        yield from self._grid(dict.fromkeys([settings.nothing, settings.context]), settings)
 
     def combinations(self, chosen: Sequence[str], *values: Any) -> Iterator[str]:
         """No intervention, the chosen concepts at strength 1, and their pairs."""
         if not 1 <= len(chosen) <= MOST_COMBINED:
             raise ValueError(f"{len(chosen)} concepts are chosen. Choose 1 to {MOST_COMBINED}.")
-        singles = [Context(name) for name in chosen]
+        settings = self._settings(values)
+        singles = [Context(name) | settings.nothing for name in chosen]
         pairs = [a | b for a, b in combinations(singles, 2)]
-        yield from self._grid([Context(), *singles, *pairs], self._settings(values))
+        yield from self._grid([settings.nothing, *singles, *pairs], settings)
 
     def sweep(self, concept: str, strengths: str, on_top: bool, *values: Any) -> Iterator[str]:
         """One concept at several strengths, alone or with the others as the sliders say."""
         settings = self._settings(values)
         others = settings.context.strengths if on_top else {}
-        contexts = [Context({**others, concept: strength}) for strength in _numbers(strengths)]
+        contexts = [Context({**others, concept: strength}) | settings.nothing for strength in _numbers(strengths)]
         labels = [f"{concept} = {strength:g}" for strength in _numbers(strengths)]
         yield from self._grid(contexts, settings, labels)
 
@@ -153,11 +160,12 @@ class Studio:
             return note(f"No read-out: {error}")
 
     def _settings(self, values: Sequence[Any]) -> Settings:
-        strengths, (*given, count, first, steps) = values[: len(self.concepts)], values[len(self.concepts) :]
+        dials = (*self.concepts, OBSERVATIONAL) if self.has_part else self.concepts
+        strengths, (*given, count, first, steps) = values[: len(dials)], values[len(dials) :]
         if count is None or first is None:
             raise ValueError("The number of pictures or the first seed is missing. Give whole numbers.")
         condition = dict.fromkeys(["prompt" if self.base.takes_captions else "class_label"][: len(given)], *given)
-        context = Context(dict(zip(self.concepts, strengths, strict=True)))
+        context = Context(dict(zip(dials, strengths, strict=True)))
         return Settings(context, condition, range(int(first), int(first) + int(count)), int(steps))
 
     def _grid(
@@ -193,7 +201,7 @@ def build_demo(base: Base, title: str = "hf_causal_context") -> gr.Blocks:
         gr.HTML(header_html(title, concepts, base_name.name if base_name.exists() else str(base_name)))
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=280):
-                sliders = strength_sliders(concepts)
+                sliders = strength_sliders(concepts, studio.has_part)
                 values = [*sliders, *further_controls(base)]
             with gr.Column(scale=5, min_width=320), gr.Tabs():
                 with gr.Tab("Intervene"):
@@ -280,7 +288,8 @@ def _intervene_tab(studio: Studio, sliders: list[gr.Slider], values: list[Any]) 
     run.click(told(studio.intervene), values, pictures, **_QUEUE)
     for button, context in zip(buttons, examples, strict=True):
         strengths = [context.strengths.get(name, 0.0) for name in studio.concepts]
-        chosen = button.click(partial(_constant, strengths), None, sliders, queue=False, api_visibility="private")
+        of_concepts = sliders[: len(strengths)]
+        chosen = button.click(partial(_constant, strengths), None, of_concepts, queue=False, api_visibility="private")
         chosen.then(told(studio.intervene), values, pictures, **_QUEUE, api_visibility="private")
 
 

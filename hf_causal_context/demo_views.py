@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .contexts import Context
+from .contexts import OBSERVATIONAL, Context
 from .training.families import Base
 from .training.generation import to_image
 
@@ -83,7 +83,8 @@ CSS = """
 def legible(context: Context) -> str:
     """A context in plain words, for people."""
     parts = [name if strength == 1 else f"{name}={strength:g}" for name, strength in context.strengths.items()]
-    return " + ".join(parts) or "no intervention"
+    text = " + ".join(parts) or "no intervention"
+    return text if context.observational == 1 else f"{text} ({OBSERVATIONAL}={context.observational:g})"
 
 
 def header_html(title: str, concepts: Sequence[str], base: str | None) -> str:
@@ -136,13 +137,15 @@ def figure_html(figure: Figure, alt: str) -> str:
     return f'<div class="cc-figure"><img alt="{escape(alt)}" src="data:image/png;base64,{data}"></div>'
 
 
-def strength_sliders(concepts: Sequence[str]) -> list[gr.Slider]:
-    """A slider for the strength of each concept; the first is at 1, so that there is something to see."""
+def strength_sliders(concepts: Sequence[str], observational_part: bool) -> list[gr.Slider]:
+    """A slider for the strength of each concept, the first at 1 to show something, and of the observational part."""
     gr.HTML(SCALE)
+    starts = [(name, float(i == 0)) for i, name in enumerate(concepts)]
+    starts += [("observational part (0: the base's own look, 1: the data's)", 1.0)] if observational_part else []
     with gr.Column(elem_classes="cc-strengths"):
         return [
-            gr.Slider(WEAKEST, STRONGEST, float(i == 0), step=0.05, label=name, buttons=[], elem_classes="cc-strength")
-            for i, name in enumerate(concepts)
+            gr.Slider(WEAKEST, STRONGEST, start, step=0.05, label=label, buttons=[], elem_classes="cc-strength")
+            for label, start in starts
         ]
 
 

@@ -15,17 +15,18 @@ import torch
 from peft import get_peft_model
 from PIL import Image
 
-from hf_causal_context import CausalContextConfig
+from hf_causal_context import CausalContextConfig, Context
 from hf_causal_context.adapter.conditioning import conditionings
 from hf_causal_context.cli import main
 from hf_causal_context.training.bases import load_base
+from hf_causal_context.training.generation import generate
 
 from .training.conftest import pipeline_folder  # noqa: F401 (a fixture)
 
 gr = pytest.importorskip("gradio")
 from hf_causal_context import demo as demo_module  # noqa: E402
 from hf_causal_context.demo import Studio, build_demo, demo_or_reason, launch  # noqa: E402
-from hf_causal_context.demo_views import decoded, told  # noqa: E402
+from hf_causal_context.demo_views import decoded, grid_html, legible, told  # noqa: E402
 
 APP = Path(__file__).parents[1] / "examples" / "space" / "app.py"
 MARKUP = "<img src=x onerror=document.title='broken'>"
@@ -40,6 +41,7 @@ def adapted(pipeline_folder):  # noqa: F811
 
     def attach(name, concepts=("thick", "slant"), **config):
         base = load_base(pipeline_folder(name))
+        config = {"observational_rank": 0} | config
         settings = CausalContextConfig(concepts=concepts, init_weights=False, **config)
         get_peft_model(base.denoiser, settings)
         return base
@@ -177,6 +179,23 @@ def test_an_inversion_that_did_not_hold_is_a_warning(adapted):
     assert ("did not hold" in html) == ("cc-warning" in html) == (error > demo_module.VISIBLE_ERROR)
     studio.base.decode_images = lambda latents: torch.rand(len(latents), 3, 16, 16)
     assert "did not hold" in studio.counterfactual(noise, "slant", "1", 1.0, 0.0, "a digit", *SMALL)
+
+
+def test_the_observational_part_has_a_slider_that_serves_every_tab(adapted):
+    base = adapted("ddpm", observational_rank=2)
+    studio = Studio(base)
+    page = build_demo(base)
+    labels = [block.label for block in page.blocks.values() if isinstance(block, gr.Slider)]
+    assert labels[:3] == ["thick", "slant", "observational part (0: the base's own look, 1: the data's)"]
+    options = {"seeds": range(SMALL[1], SMALL[1] + SMALL[0]), "num_inference_steps": SMALL[2]}
+    off = [Context(observational=0.5), Context("thick", observational=0.5)]
+    expected = grid_html([legible(c) for c in off], generate(base, off, **options), options["seeds"])
+    assert last(studio.intervene(1.0, 0.0, 0.5, *SMALL)) == expected
+    assert "thick (observational=0.5)" in expected
+    assert last(studio.combinations(["thick"], 0.0, 0.0, 0.5, *SMALL)) == expected
+    swept = generate(base, off[1:], **options)
+    expected = grid_html(["thick = 1"], swept, options["seeds"])
+    assert last(studio.sweep("thick", "1", False, 0.0, 0.0, 0.5, *SMALL)) == expected
 
 
 def test_an_expressive_adapter_has_no_read_out(adapted):

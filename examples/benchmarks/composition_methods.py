@@ -18,6 +18,7 @@ from vector_flow import VectorFlow, Velocity, noised, optimise, sample
 
 from hf_causal_context import CausalContextConfig, ConceptSet, Context
 from hf_causal_context.data.reweighting import ReweightedContext, reweight
+from hf_causal_context.training.observational import SHARE
 
 WIDTH = 4  # of a concept: every adapter has rank K WIDTH
 LEARNING_RATE = 2e-3
@@ -70,9 +71,13 @@ class Study:
 
 
 class Batches:
-    """Noised vectors of random contexts; reweighted ones come half as often as real ones."""
+    """Noised vectors of random contexts; reweighted ones come half as often as real ones.
 
-    def __init__(self, study: Study, sets: Sets, batch_size: int | None = None) -> None:
+    The first batches are of the observational set, the first of `sets`, alone: as many as are given.
+    """
+
+    def __init__(self, study: Study, sets: Sets, batch_size: int | None = None, num_observational: int = 0) -> None:
+        self._observational_left = num_observational
         self.generator = torch.Generator().manual_seed(study.seed)
         self.batch_size = batch_size or study.batch_size
         self._vectors = torch.cat(list(sets.values())).to(study.device)
@@ -85,19 +90,23 @@ class Batches:
     def __call__(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x (B, D), time (B,), velocity (B, D), mask (B, K)."""
         chosen = torch.multinomial(self._shares, self.batch_size, replacement=True, generator=self.generator)
+        if self._observational_left:
+            self._observational_left -= 1
+            chosen.zero_()
         rows = (torch.rand(self.batch_size, generator=self.generator) * self._sizes[chosen]).long()
         numbers, chosen = (self._starts[chosen] + rows).to(self._vectors.device), chosen.to(self._vectors.device)
         return *noised(self._vectors[numbers], self.generator), self._masks[chosen]
 
 
-def context_adapter(study: Study, sets: Sets, **options: Any) -> Sampler:
-    """Ours."""
+def context_adapter(study: Study, sets: Sets, *, staged: bool = True, **options: Any) -> Sampler:
+    """Ours; with an observational part it begins with the observational set alone, as the trainers do."""
     torch.manual_seed(study.seed)
     config = CausalContextConfig(
         concepts=study.concepts.names, concept_rank=WIDTH, target_modules=list(VectorFlow.LINEARS), **options
     )
     model = cast(nn.Module, get_peft_model(cast(Any, copy.deepcopy(study.base)), config))
-    batches = Batches(study, sets)
+    staged = staged and options.get("observational_rank") != 0
+    batches = Batches(study, sets, num_observational=int(SHARE * study.steps) if staged else 0)
 
     def loss() -> Tensor:
         x, time, velocity, mask = batches()
@@ -234,9 +243,8 @@ def _optimise(study: Study, model: nn.Module, loss: Callable[[], Tensor]) -> Non
 _OURS: dict[str, dict[str, Any]] = {
     "independent": {},
     "independent, no part": {"observational_rank": 0},
-    "independent, part of rank 1": {"observational_rank": 1},
-    "independent, part of rank 8": {"observational_rank": 8},
-    "independent, part of rank 24": {"observational_rank": 24},
+    "independent, not staged": {"staged": False},
+    **{f"independent, rank {n}, not staged": {"observational_rank": n, "staged": False} for n in (1, 4, 8, 24)},
     "reduced": {"mechanism": "reduced"},
     "reduced, anchored": {"mechanism": "reduced", "anchored": True},
     "reduced, anchored, imperfect": {"mechanism": "reduced", "anchored": True, "perfect_interventions": False},
