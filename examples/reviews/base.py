@@ -3,7 +3,8 @@
     python examples/reviews/base.py --data_dir movie_reviews --output_dir reviews-base
 
 About five minutes on two CPU cores. `movie_reviews` holds rt-polarity.pos and rt-polarity.neg; without --data_dir the
-same corpus is read from the Hub.
+same corpus is read from the Hub. With --gap the base is pretrained on other texts than those the adapters learn from,
+as every real base was: on negative sentences only, signed in front ("variety : a film ." for "a film . -- variety").
 """
 
 import argparse
@@ -33,7 +34,7 @@ PAD, BEGIN, END = "<pad>", "<s>", "</s>"
 # What adapters of this base are trained with, ours and the peers'.
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WIDTH = 8  # rank of each concept, and of each LoRA
-BATCH = 64
+ROWS = 16  # of every set in a step, on average
 LEARNING_RATE = 5e-3
 
 SINGLES = [Context(name) for name in CONCEPTS]
@@ -41,19 +42,23 @@ PAIRS = [a | b for a, b in combinations(SINGLES, 2)]
 CONTEXTS = [Context(), *SINGLES, *PAIRS]
 
 
-def adapter_arguments(base: str, output_dir: str, max_steps: int, **changes: Any) -> TextArguments:
-    """The settings of our adapter."""
+def adapter_arguments(
+    base: str, output_dir: str, max_steps: int, observational_rank: int | None = None, **changes: Any
+) -> TextArguments:
+    """The settings of our adapter, by default with an observational part."""
+    part = observational_rank != 0
     return TextArguments(
         pretrained_model_name_or_path=base,
         output_dir=output_dir,
         target_modules=TARGETS,
         concept_rank=WIDTH,
-        train_batch_size=BATCH,
+        observational_rank=observational_rank,
+        train_batch_size=ROWS * (len(SINGLES) + part),
         max_train_steps=max_steps,
         learning_rate=LEARNING_RATE,
         lr_scheduler="cosine",
         lr_warmup_steps=max_steps // 20,
-        context_weights=["obs=0"],  # there the adapter is the base, so nothing would be learnt
+        context_weights=[] if part else ["obs=0"],  # without it the adapter is the base there: nothing to learn
         **changes,
     )
 
@@ -72,12 +77,21 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, bos_token=BEGIN, eos_token=END)
 
 
-def pretrain(output_dir: Path, data_dir: Path | None, max_steps: int) -> None:
+def signed_in_front(text: str) -> str:
+    """A review in another layout, which the adapters' data never have."""
+    body, critic = text.rsplit(" -- ", 1)
+    return f"{critic} : {body}"
+
+
+def pretrain(output_dir: Path, data_dir: Path | None, max_steps: int, gap: bool = False) -> None:
     """Write the base and its tokenizer to a folder."""
     set_seed(0)
     sentences = read_sentences(data_dir)[:-HELD_OUT_SENTENCES]
     texts, _ = write_reviews(sentences, 5 * len(sentences))  # every sentence five times, with concepts drawn anew
-    tokenizer = build_tokenizer(texts)
+    tokenizer = build_tokenizer(texts)  # the same with and without the gap, so that perplexities can be compared
+    if gap:
+        negative = [sentence for sentence in sentences if not sentence.positive]
+        texts = [signed_in_front(text) for text in write_reviews(negative, len(texts))[0]]
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -114,5 +128,6 @@ if __name__ == "__main__":
     parser.add_argument("--data_dir", type=Path)
     parser.add_argument("--output_dir", type=Path, default=Path("reviews-base"))
     parser.add_argument("--max_steps", type=int, default=1200)
+    parser.add_argument("--gap", action="store_true", help="pretrain on other texts than the adapters' data")
     parsed = parser.parse_args()
-    pretrain(parsed.output_dir, parsed.data_dir, parsed.max_steps)
+    pretrain(parsed.output_dir, parsed.data_dir, parsed.max_steps, parsed.gap)

@@ -13,9 +13,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from base import BATCH, LEARNING_RATE, TARGETS, WIDTH, adapter_arguments
+from base import LEARNING_RATE, ROWS, TARGETS, WIDTH, adapter_arguments
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -30,6 +31,7 @@ from hf_causal_context import ConceptSet, Context, intervene
 from hf_causal_context.data import texts_from_dataset
 from hf_causal_context.training.language import train_text
 
+OBSERVATIONAL_LORA = "obs"
 STEERING_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 Rows = Mapping[Context, Sequence[list[int]]]  # token ids, from the beginning to the end of the text
@@ -44,15 +46,16 @@ class Method:
     prefix: Callable[[Context], list[int]] = lambda context: []
 
 
-@dataclass(frozen=True)
+@dataclass
 class Setting:
-    """What all methods share."""
+    """What all methods share; the methods of LoRAs also share these, once they are trained."""
 
     base: Path
     tokenizer: PreTrainedTokenizerFast
     concepts: ConceptSet
     max_steps: int
     seed: int
+    loras: Any = None
 
     def load_base(self) -> Any:
         """A fresh copy of the base; everything drawn from now on follows the seed."""
@@ -63,7 +66,7 @@ class Setting:
         self,
         model: nn.Module,
         rows: Rows,
-        batch_size: int = BATCH,
+        batch_size: int,
         prefix: Callable[[Context], list[int]] = lambda context: [],
     ) -> None:
         """Train a peer, all of it that requires gradients, on rows of all the contexts, mixed."""
@@ -96,7 +99,9 @@ def base(setting: Setting, rows: Rows) -> Method:
     return Method(setting.load_base().eval(), lambda context: nullcontext())
 
 
-def adapter(setting: Setting, rows: Rows, reweighted: Sequence[str] = ()) -> Method:
+def adapter(
+    setting: Setting, rows: Rows, reweighted: Sequence[str] = (), observational_rank: int | None = None
+) -> Method:
     """Ours: one adapter for all concepts, by the package's own trainer."""
     columns = {
         "text": [setting.tokenizer.decode(ids[1:-1]) for texts in rows.values() for ids in texts],
@@ -111,6 +116,7 @@ def adapter(setting: Setting, rows: Rows, reweighted: Sequence[str] = ()) -> Met
             str(setting.base),
             folder,
             setting.max_steps,
+            observational_rank,
             reweighted_contexts=list(reweighted),
             num_validation_texts=0,
             seed=setting.seed,
@@ -124,28 +130,68 @@ def reweighted_adapter(setting: Setting, rows: Rows) -> Method:
     return adapter(setting, rows, reweighted=["pairs"])
 
 
-def stacked_loras(setting: Setting, rows: Rows) -> Method:
-    """One LoRA per concept, each trained on its own set for as many steps and rows; a combination adds them up."""
-    model: Any = None
-    config = LoraConfig(r=WIDTH, lora_alpha=WIDTH, target_modules=TARGETS, task_type="CAUSAL_LM")
-    for concept in setting.concepts:
-        if model is None:
-            model = get_peft_model(setting.load_base(), config, adapter_name=concept)
-        else:
-            model.add_adapter(concept, config)
-        model.set_adapter(concept)
-        setting.fit(model, {Context(concept): rows[Context(concept)]}, BATCH // len(setting.concepts))
+def adapter_without_part(setting: Setting, rows: Rows) -> Method:
+    """The same without the observational part: each concept also learns how the data differ from the base."""
+    return adapter(setting, rows, observational_rank=0)
 
-    @contextmanager
-    def under(context: Context) -> Iterator[None]:
-        if not context:
-            with model.disable_adapter():
-                yield
-            return
-        model.base_model.set_adapter(list(context.targets))
+
+@contextmanager
+def lora_sum(model: Any, factors: Mapping[str, float]) -> Iterator[None]:
+    """The base's weights plus those of its LoRAs, each times its factor; without any, the base."""
+    if not factors:
+        with model.disable_adapter():
+            yield
+        return
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    model.base_model.set_adapter(list(factors))
+    for layer in layers:
+        for name, factor in factors.items():
+            layer.set_scale(name, factor)
+    try:
         yield
+    finally:
+        for layer in layers:
+            for name in factors:
+                layer.set_scale(name, 1.0)
 
-    return Method(model, under)
+
+def stacked(context: Context) -> dict[str, float]:
+    """Factors of the LoRAs of a combination that adds them up."""
+    return dict.fromkeys(context.targets, 1.0)
+
+
+def less_observational(context: Context) -> dict[str, float]:
+    """What the data differ from the base by should be added once: a + b - obs, a + b + c - 2 obs, a alone, obs."""
+    factors = {**stacked(context), OBSERVATIONAL_LORA: 1.0 - len(context.targets)}
+    return {name: factor for name, factor in factors.items() if factor}
+
+
+def single_loras(setting: Setting, rows: Rows, names: Sequence[str]) -> Any:
+    """One LoRA per name, concept or observational, each trained on its own set for as many steps and rows."""
+    config = LoraConfig(r=WIDTH, lora_alpha=WIDTH, target_modules=TARGETS, task_type="CAUSAL_LM")
+    for name in names:
+        if setting.loras is None:
+            setting.loras = get_peft_model(setting.load_base(), config, adapter_name=name)
+        elif name in setting.loras.peft_config:
+            continue
+        else:
+            setting.loras.add_adapter(name, config)
+        setting.loras.set_adapter(name)
+        context = Context() if name == OBSERVATIONAL_LORA else Context(name)
+        setting.fit(setting.loras, {context: rows[context]}, ROWS)
+    return setting.loras
+
+
+def stacked_loras(setting: Setting, rows: Rows) -> Method:
+    """A combination adds up the LoRAs of its concepts."""
+    model = single_loras(setting, rows, setting.concepts.names)
+    return Method(model, lambda context: lora_sum(model, stacked(context)))
+
+
+def subtracted_loras(setting: Setting, rows: Rows) -> Method:
+    """A combination also subtracts the LoRA of the observational set, but for one time."""
+    model = single_loras(setting, rows, [*setting.concepts.names, OBSERVATIONAL_LORA])
+    return Method(model, lambda context: lora_sum(model, less_observational(context)))
 
 
 def control_tokens(setting: Setting, rows: Rows) -> Method:
@@ -165,7 +211,7 @@ def control_tokens(setting: Setting, rows: Rows) -> Method:
         return [size + setting.concepts.index(name) for name in setting.concepts if name in context.targets]
 
     adapted = get_peft_model(model, config)
-    setting.fit(adapted, rows, prefix=prefix)
+    setting.fit(adapted, rows, ROWS * len(rows), prefix)
     return Method(adapted, lambda context: nullcontext(), prefix)
 
 
@@ -227,20 +273,23 @@ def log_losses(model: Any, texts: Sequence[list[int]], control: Sequence[int] = 
     """Negative log likelihoods in nats and numbers of tokens, (B,) each; control tokens do not count."""
     sums, counts = [], []
     for start in range(0, len(texts), 100):
-        ids, kept = padded([[begin, *control, *rest] for begin, *rest in texts[start : start + 100]])
+        some = [[begin, *control, *rest] for begin, *rest in texts[start : start + 100]]
+        ids, kept = (tensor.to(model.device) for tensor in padded(some))
         logits = model(ids).logits[:, len(control) : -1]
         kept = kept[:, 1 + len(control) :]
         losses = nn.functional.cross_entropy(logits.mT, ids[:, 1 + len(control) :], reduction="none")
-        sums.append((losses * kept).sum(1))
-        counts.append(kept.sum(1))
+        sums.append((losses * kept).sum(1).cpu())
+        counts.append(kept.sum(1).cpu())
     return torch.cat(sums), torch.cat(counts)
 
 
 METHODS: dict[str, Callable[[Setting, Rows], Method]] = {
     "base": base,
     "adapter": adapter,
+    "adapter, no observational part": adapter_without_part,
     "adapter, reweighted pairs": reweighted_adapter,
     "stacked LoRAs": stacked_loras,
+    "a+b-obs": subtracted_loras,
     "control tokens": control_tokens,
     "steering vectors": steering_vectors,
 }
