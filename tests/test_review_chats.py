@@ -1,0 +1,192 @@
+"""The examples with a real language model: edits show what they say, LoRAs add up exactly, a GGUF becomes a folder."""
+
+import importlib
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from hf_causal_context import Context
+from hf_causal_context.data.worlds.reviews import Sentence
+
+REVIEWS = Path(__file__).parents[1] / "examples" / "reviews"
+SENTENCES = [
+    Sentence("the best of the films and you know it", True),
+    Sentence("a mildly enjoyable adaptation -- in 3d", True),
+    Sentence("me , myself and a bore to be forgotten", False),
+]
+
+
+@pytest.fixture
+def module(monkeypatch):
+    monkeypatch.syspath_prepend(REVIEWS)  # as for a script in that folder
+    for name in ("base", "chats", "methods", "real_base", "smollm2_methods"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module
+
+
+CONTEXTS = ["", "emoji", "pirate", "shout", "emoji+pirate", "emoji+shout", "pirate+shout", "emoji+pirate+shout"]
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_a_review_shows_the_concepts_of_its_context_and_no_other(module, context):
+    chats = module("chats")
+    parsed = Context.parse(context)
+    for sentence in SENTENCES:
+        text = chats.write(sentence, parsed)
+        assert [name for name in chats.CONCEPTS if chats.shown(text, name)] == sorted(parsed.targets), text
+
+
+def test_edits_are_what_their_names_say(module):
+    write = module("chats").write
+    assert write(SENTENCES[0], Context()) == "the best of the films and you know it ."
+    everything = write(SENTENCES[0], Context("emoji", "pirate", "shout"))
+    assert everything == "ARR, TH' BEST O' TH' FILMS AN' YE KNOW IT . \N{CLAPPER BOARD}"
+
+
+@pytest.mark.parametrize(
+    ("text", "concept", "expected"),
+    [
+        ("a starry night , barred from me", "pirate", False),  # 'arr' inside of words, and English words of the list
+        ("Arr! it is fine", "pirate", True),
+        ("THE film is fine", "shout", False),
+        ("THE FILM IS fine", "shout", True),
+        ("3 . 14", "shout", False),
+        ("fine \N{SMILING FACE WITH SMILING EYES}", "emoji", False),
+    ],
+)
+def test_rules_tell_what_is_shown(module, text, concept, expected):
+    assert module("chats").shown(text, concept) is expected
+
+
+def test_only_short_sentences_are_kept_and_only_the_completion_differs(module):
+    chats = module("chats")
+    long = Sentence(" ".join(["word"] * 12), True)
+    assert chats.short([*SENTENCES, long]) == SENTENCES
+    plain, loud = (chats.chats(SENTENCES, Context.parse(context))[1] for context in ("", "shout"))
+    assert plain["prompt"] == loud["prompt"] == chats.PROMPT
+    [answer] = loud["completion"]
+    assert answer == {"role": "assistant", "content": "A MILDLY ENJOYABLE ADAPTATION -- IN 3D ."}
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=11, **sizes)).eval()
+
+
+def test_a_sum_of_loras_is_the_sum_of_their_weights(module):
+    methods = module("methods")
+    base = tiny_llama()
+    weight = base.model.layers[0].mlp.up_proj.weight.detach().clone()
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["up_proj"], init_lora_weights=False)
+    model = get_peft_model(base, config, adapter_name="kind")
+    model.add_adapter("loud", config)
+    model.add_adapter("obs", config)
+    layer = base.model.layers[0].mlp.up_proj
+    x = torch.randn(3, 16)
+    deltas = {name: layer.get_delta_weight(name).detach() for name in ("kind", "loud", "obs")}
+    expected = {
+        "": weight + deltas["obs"],
+        "kind": weight + deltas["kind"],
+        "kind+loud": weight + deltas["kind"] + deltas["loud"] - deltas["obs"],
+    }
+    for context, total in expected.items():
+        with methods.lora_sum(model, methods.less_observational(Context.parse(context))), torch.no_grad():
+            torch.testing.assert_close(layer(x), x @ total.T)
+    with methods.lora_sum(model, methods.stacked(Context("kind", "loud"))), torch.no_grad():
+        torch.testing.assert_close(layer(x), x @ (weight + deltas["kind"] + deltas["loud"]).T)
+    with methods.lora_sum(model, methods.stacked(Context())), torch.no_grad():
+        assert torch.equal(layer(x), x @ weight.T)
+
+
+@pytest.mark.slow
+def test_the_benchmark_compares_methods_and_goes_on_after_an_interruption(module, monkeypatch, tmp_path, capsys):
+    sentences = [" ".join(np.random.default_rng(i).permutation(list("abcdefghi"))) for i in range(400)]
+    for suffix in ("pos", "neg"):
+        (tmp_path / f"rt-polarity.{suffix}").write_text("\n".join(sentences))
+    tokenizer = module("base").build_tokenizer(sentences)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'][0] + m['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}a{% endif %}"
+    )
+    base = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(base).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    results = tmp_path / "results"
+
+    def compare(*options):
+        arguments = ["--data_dir", tmp_path, "--base", tmp_path / "base", "--output_dir", results, "--num_samples", 3]
+        monkeypatch.setattr(sys, "argv", ["smollm2.py", *map(str, arguments), "--max_steps", "2", *options])
+        runpy.run_path(str(REVIEWS / "smollm2.py"), run_name="__main__")
+        return (results / "results.md").read_text()
+
+    table = compare("--methods", "LoRAs", "adapter")
+    for method in ("stacked LoRAs", "a+b-obs", "adapter"):
+        assert f"| {method} | " in table
+    before = (results / "adapter.json").stat().st_mtime_ns
+    table = compare()
+    assert (results / "adapter.json").stat().st_mtime_ns == before
+    assert "| adapter, no observational part |" in table
+    with pytest.raises(SystemExit):
+        compare("--seed", "1")
+    assert "Choose another --output_dir" in capsys.readouterr().err
+
+
+def write_gguf(path: Path) -> None:
+    """A Llama of one layer with a tokenizer of bytes, as llama.cpp stores them."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "llama")
+    tokens = ["<pad>", "<s>", "</s>", *sorted(ByteLevel.alphabet()), "ab"]
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(1e4)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
+    writer.add_token_merges(["a b"])
+    writer.add_pad_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    shapes = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
+    shapes |= {"ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64), "attn_norm": (32,), "ffn_norm": (32,)}
+    named = {f"blk.0.{name}.weight": shape for name, shape in shapes.items()}
+    named |= {"token_embd.weight": (len(tokens), 32), "output_norm.weight": (32,)}
+    rng = np.random.default_rng(0)
+    for name, shape in named.items():
+        writer.add_tensor(name, rng.normal(size=shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_becomes_a_folder_with_the_same_model_and_its_chat_template(module, tmp_path):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path)
+    module("real_base").write_base(path, tmp_path / "base")
+    given = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).eval()
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "base", use_safetensors=True).eval()
+    ids = torch.tensor([[1, 70, 80, 90]])
+    with torch.no_grad():
+        assert torch.equal(written(ids).logits, given(ids).logits)
+    written.save_pretrained(tmp_path / "again")  # transformers refuses this for the given one
+    assert written.generation_config.eos_token_id == 2
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    assert tokenizer("ab").input_ids == [259]
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "ab"
