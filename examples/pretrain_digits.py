@@ -1,9 +1,11 @@
 """Train the small diffusion model of handwritten digits that the package ships as the quickstart's frozen base.
 
     python examples/pretrain_digits.py --output_dir digit-base    # about an hour on two CPU cores
+    python examples/pretrain_digits.py --output_dir letter-base --fonts_dir FOLDER
 
 It sees the observational context of the digit world only. At the end a classifier of ten digits and of broken ones
 (quarters of different digits) says how many samples it takes for a digit, beside the same figure for real pictures.
+With a folder of fonts it sees letters instead (`letters.py`): a base to which the digit world is new.
 """
 
 import argparse
@@ -15,10 +17,13 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
+from letters import sample_letters
 from sklearn.svm import SVC
+from torch import Tensor
 from tqdm import tqdm
 
 from hf_causal_context.data.worlds.digits import RESOLUTION, sample_digits
+from hf_causal_context.training.generation import picture_grid
 
 
 def build() -> DDIMPipeline:
@@ -59,25 +64,19 @@ def recognised(classifier: SVC, pictures: np.ndarray) -> float:
     return float((classifier.predict(pictures.reshape(len(pictures), -1) / 255) != 10).mean())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--max_train_steps", type=int, default=4000)
-    parser.add_argument("--train_batch_size", type=int, default=96)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    torch.manual_seed(arguments.seed)
-    pipe: Any = build()
-    unet, scheduler = pipe.unet.train(), pipe.scheduler
-    pictures = torch.from_numpy(sample_digits(40_000, seed=arguments.seed)[0])[:, None]
+def pretrain(pipe: Any, pictures: Tensor, arguments: argparse.Namespace) -> None:
+    """Train the UNet of a pipeline on pictures (N, 1, 32, 32), uint8, and save it in half precision."""
+    device = arguments.device
+    unet, scheduler = pipe.unet.to(device).train(), pipe.scheduler
+    pictures = pictures.to(device)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=arguments.learning_rate, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, 200, arguments.max_train_steps)
-    ema = EMAModel(unet.parameters(), decay=0.998, use_ema_warmup=True, power=0.8)
+    ema = EMAModel(unet.parameters(), decay=0.998, use_ema_warmup=True, power=0.8, foreach=True)
     bar = tqdm(range(arguments.max_train_steps))
     for step in bar:
-        clean = pictures[torch.randint(len(pictures), (arguments.train_batch_size,))] / 127.5 - 1
-        noise, t = torch.randn_like(clean), torch.randint(1000, (len(clean),))
+        chosen = torch.randint(len(pictures), (arguments.train_batch_size,))
+        clean = pictures[chosen.to(device)] / 127.5 - 1
+        noise, t = torch.randn(clean.shape).to(device), torch.randint(1000, (len(clean),)).to(device)
         prediction = unet(scheduler.add_noise(clean, noise, t), t).sample
         loss = (prediction - scheduler.get_velocity(clean, noise, t)).square().mean()
         optimizer.zero_grad()
@@ -86,7 +85,8 @@ def main() -> None:
         optimizer.step()
         schedule.step()
         ema.step(unet.parameters())
-        bar.set_postfix(loss=f"{loss.item():.4f}")
+        if step % 20 == 19:
+            bar.set_postfix(loss=f"{loss.item():.4f}")
         if step % 500 == 499:  # so that an interrupted run leaves a base
             ema.store(unet.parameters())
             ema.copy_to(unet.parameters())
@@ -97,11 +97,36 @@ def main() -> None:
     pipe.unet.eval().half()  # 6 MB -> 3 MB
     pipe.save_pretrained(arguments.output_dir)
     pipe.unet.float()
-    samples = pipe(512, num_inference_steps=25, generator=torch.Generator().manual_seed(1), output_type="np").images
-    classifier = train_classifier(arguments.seed)
-    unseen = sample_digits(1000, seed=arguments.seed + 1, split="test")[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--fonts_dir", type=Path, help="letters of these fonts instead of digits")
+    parser.add_argument("--num_pictures", type=int, default=40_000)
+    parser.add_argument("--max_train_steps", type=int, default=4000)
+    parser.add_argument("--train_batch_size", type=int, default=96)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--num_samples", type=int, default=512, help="that are drawn at the end")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    number, seed, fonts = arguments.num_pictures, arguments.seed, arguments.fonts_dir
+    pictures = sample_letters(number, fonts, seed) if fonts else sample_digits(number, seed=seed)[0]
+    torch.manual_seed(seed)
+    pipe: Any = build()
+    pretrain(pipe, torch.from_numpy(pictures)[:, None], arguments)
+    generator, wanted = torch.Generator().manual_seed(1), arguments.num_samples
+    samples = pipe(wanted, num_inference_steps=25, generator=generator, output_type="np").images
+    drawn = np.rint(255 * samples[..., 0]).astype(np.uint8)
+    some = torch.from_numpy(samples[:64]).movedim(-1, 1)
+    picture_grid(some.split(8), [" "] * len(some.split(8))).save(arguments.output_dir / "samples.png")
+    if fonts:
+        return
+    classifier = train_classifier(seed)
+    unseen = sample_digits(1000, seed=seed + 1, split="test")[0]
     sets = {
-        "samples": np.rint(255 * samples[..., 0]).astype(np.uint8),
+        "samples": drawn,
         "real pictures of unseen glyphs": unseen,
         "broken pictures of unseen glyphs": broken(unseen, np.random.default_rng(1)),
     }

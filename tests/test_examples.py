@@ -1,5 +1,6 @@
 """Every example runs as it stands, with fewer steps."""
 
+import importlib
 import os
 import random
 import runpy
@@ -7,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import ImageFont
 from safetensors.torch import load_file
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -32,6 +35,63 @@ def test_language_trainers(monkeypatch, tmp_path, capsys):
     for name in ("transformers", "trl"):
         assert f"{name}: ['the cat" in output
         assert (tmp_path / name / "adapter_model.safetensors").exists()
+
+
+@pytest.fixture
+def fonts(tmp_path):
+    """A folder of the one font that comes with Pillow, which has no axes."""
+    folder = tmp_path / "fonts"
+    folder.mkdir()
+    (folder / "default.ttf").write_bytes(ImageFont.load_default(size=20).path.getvalue())
+    return folder
+
+
+@pytest.fixture
+def letters(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module("letters")
+
+
+def test_letters_are_seeded_and_whole(letters, fonts):
+    images = letters.sample_letters(50, fonts, seed=3)
+    assert images.shape == (50, 32, 32)
+    assert images.dtype == np.uint8
+    np.testing.assert_array_equal(letters.sample_letters(250, fonts, seed=3)[:50], images)
+    assert (letters.sample_letters(50, fonts, seed=4) != images).any()
+    assert images.max(axis=(1, 2)).min() > 60  # ink in every image
+    assert not images[:, [0, -1]].any()  # and none is cut
+    assert not images[:, :, [0, -1]].any()
+    assert not set(letters.LETTERS) & set("OoQDIlZzSsGbBgq")
+
+
+def test_letters_need_fonts(letters, tmp_path):
+    with pytest.raises(FileNotFoundError, match="There are no .ttf files in .* Give a folder of fonts"):
+        letters.sample_letters(1, tmp_path)
+
+
+@pytest.mark.slow
+def test_digits_on_a_base_of_letters(monkeypatch, tmp_path, fonts, letters, capsys):
+    base, output = tmp_path / "letter-base", tmp_path / "gap"
+    tiny = ("--num_pictures", 20, "--max_train_steps", 2, "--num_samples", 2, "--device", "cpu")
+    run(monkeypatch, "pretrain_digits.py", "--output_dir", base, "--fonts_dir", fonts, *tiny)
+    assert (base / "samples.png").exists()
+    monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    tiny = ("--steps", 2, "--rows_per_context", 40, "--num_samples", 2)
+    methods = ("base", "singles only", "singles only, no observational part", "a+b-obs")
+    command = ("benchmarks/digit_gap.py", "--output_dir", output, "--base", base, "--methods", *methods)
+    run(monkeypatch, *command, *tiny)
+    table = (output / "results.md").read_text()
+    said = capsys.readouterr().out
+    assert table in said
+    for method in methods[1:]:
+        assert f"| {method} | 2 |" in table
+        assert f"letter-base, {method}, 2 updates:" in said
+    assert (output / "samples-letter-base.png").exists()
+    run(monkeypatch, *command, *tiny)
+    assert "updates:" not in capsys.readouterr().out  # nothing is made again
+    with pytest.raises(SystemExit, match="was made with .*'num_samples': 2}, not .*'num_samples': 3}"):
+        run(monkeypatch, *command, *tiny[:-1], 3)
 
 
 @pytest.fixture

@@ -23,6 +23,8 @@ from hf_causal_context.training.bases import load_base
 
 
 def train_lora(model, scheduler, pictures, settings, name):
+    """Train the LoRA of that name on pictures (N, 1, 32, 32) in [-1, 1], as many per update as the adapter sees."""
+    device = next(model.parameters()).device
     parameters = [p for n, p in model.named_parameters() if f".{name}." in n]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.adam_weight_decay)
     steps = settings.max_train_steps
@@ -31,8 +33,9 @@ def train_lora(model, scheduler, pictures, settings, name):
     )
     batch = settings.train_batch_size // (len(CONCEPTS) + 1)
     for _ in tqdm(range(steps), desc=name):
-        clean = pictures[torch.randint(len(pictures), (batch,))]
-        noise, t = torch.randn_like(clean), torch.randint(scheduler.config.num_train_timesteps, (batch,))
+        clean = pictures[torch.randint(len(pictures), (batch,))].to(device)
+        noise = torch.randn(clean.shape).to(device)  # drawn on the CPU: the same on every device
+        t = torch.randint(scheduler.config.num_train_timesteps, (batch,)).to(device)
         target = scheduler.get_velocity(clean, noise, t)
         loss = (model(scheduler.add_noise(clean, noise, t), t).sample - target).square().mean()
         optimizer.zero_grad()

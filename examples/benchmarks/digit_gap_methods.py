@@ -1,0 +1,175 @@
+"""What the benchmark of digits on any base compares: each method trains on that base and gives images of a context.
+
+A LoRA has what a concept of the adapter has: rank, number of rows of its set, updates, rate and schedule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from digit_peers import train_lora
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from hf_causal_context import Context
+from hf_causal_context.data import InterventionalData
+from hf_causal_context.data.worlds.digits import CONCEPTS, sample_digits
+from hf_causal_context.quickstart import CONTEXTS, NUM_INFERENCE_STEPS, PAIRS, digit_data, training_arguments
+from hf_causal_context.training.arguments import TrainingArguments
+from hf_causal_context.training.bases import load_base
+from hf_causal_context.training.families import Base
+from hf_causal_context.training.finetune import train
+from hf_causal_context.training.generation import generate
+
+OBSERVATIONAL = "observational"  # name of the LoRA that is trained on the observational set
+SINGLES = CONTEXTS[: -len(PAIRS)]  # and the observational context
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_BATCH_SIZE = 512 if DEVICE == "cuda" else 64  # of sampling
+
+Images = dict[Context, Tensor]  # (N, 1, 32, 32) in [0, 1] of every context
+
+
+@dataclasses.dataclass
+class Study:
+    """A base, the data, and the size of a training."""
+
+    base_dir: Path
+    folder: Path  # of what is trained
+    rows_per_context: int
+    num_samples: int
+    seed: int
+
+    @cached_property
+    def data(self) -> InterventionalData:
+        """The observational and the single interventional sets."""
+        return digit_data(self.rows_per_context, self.seed)
+
+    @cached_property
+    def oracle_data(self) -> InterventionalData:
+        """With sets of the pairs."""
+        return digit_data(self.rows_per_context, self.seed, contexts=CONTEXTS, training_contexts=CONTEXTS)
+
+    def settings(self, name: str, steps: int) -> TrainingArguments:
+        """The quickstart's, for as many updates."""
+        settings = training_arguments(self.folder / f"{name.replace(',', '').replace(' ', '-')}-{steps}", self.seed)
+        return dataclasses.replace(
+            settings, pretrained_model_name_or_path=str(self.base_dir), max_train_steps=steps, reweighted_contexts=[]
+        )
+
+    def load_base(self) -> Base:
+        """A fresh copy of the base on the device."""
+        base = load_base(str(self.base_dir))
+        base.denoiser.to(DEVICE)
+        return base
+
+    def sample(self, base: Base, contexts: tuple[Context, ...] = CONTEXTS) -> Images:
+        """Images from the same noise in every context."""
+        images = generate(
+            base,
+            contexts,
+            seeds=range(self.num_samples),
+            num_inference_steps=NUM_INFERENCE_STEPS,
+            batch_size=_BATCH_SIZE,
+        )
+        return dict(zip(contexts, images, strict=True))
+
+
+def floor(study: Study, steps: int) -> Images:
+    """As many real images of the training glyphs."""
+    drawn = {context: sample_digits(study.num_samples, context, seed=77)[0] for context in CONTEXTS}
+    return {context: torch.from_numpy(images)[:, None] / 255 for context, images in drawn.items()}
+
+
+def bare_base(study: Study, steps: int) -> Images:
+    """The base, whatever the context."""
+    return dict.fromkeys(CONTEXTS, study.sample(study.load_base(), (Context(),))[Context()])
+
+
+def adapter(study: Study, steps: int, name: str, data: str = "data", **options: Any) -> Images:
+    """Ours."""
+    base = study.load_base()
+    settings = dataclasses.replace(study.settings(name, steps), **options)
+    train(settings, base, getattr(study, data))
+    return study.sample(base)
+
+
+def train_loras(study: Study, steps: int, names: tuple[str, ...]) -> Path:
+    """Train one LoRA per name on the set of that name, unless it is there already; return the folder of all."""
+    settings = study.settings("LoRAs", steps)
+    folder = Path(settings.output_dir)
+    for name in names:
+        if (folder / name).exists():
+            continue
+        torch.manual_seed(1000 * study.seed + (*CONCEPTS, OBSERVATIONAL).index(name))
+        base = study.load_base()
+        config = LoraConfig(
+            r=settings.concept_rank, lora_alpha=settings.concept_rank, target_modules=settings.target_modules
+        )
+        model: Any = get_peft_model(cast(Any, base.denoiser), config)
+        context = "" if name == OBSERVATIONAL else name
+        own = study.data.rows.with_format("numpy").filter(lambda c, own=context: c == own, input_columns="context")
+        images = torch.from_numpy(cast(Any, own)["image"][:])[:, None].float() / 127.5 - 1
+        train_lora(model.train(), base.noise_scheduler(), images, settings, "default")
+        model.save_pretrained(folder / f".{name}.unfinished")
+        (folder / f".{name}.unfinished").rename(folder / name)
+    return folder
+
+
+def stacked_loras(study: Study, steps: int, subtract: bool) -> Images:
+    """The LoRAs of a context's concepts at once; `subtract`: and the observational one, once less, with a minus.
+
+    In the observational context the latter is the observational LoRA itself, the former the base.
+    """
+    names = (*CONCEPTS, OBSERVATIONAL) if subtract else CONCEPTS
+    folder = train_loras(study, steps, names)
+    base = study.load_base()
+    model: Any = PeftModel.from_pretrained(cast(Any, base.denoiser), folder / names[0], adapter_name=names[0])
+    for name in names[1:]:
+        model.load_adapter(folder / name, adapter_name=name)
+    model.eval()
+    images = {}
+    for context in CONTEXTS:
+        scales = dict.fromkeys(context.targets, 1.0)
+        if subtract:
+            scales[OBSERVATIONAL] = 1.0 - len(context.targets)
+        model.base_model.set_adapter(list(scales) or [names[0]])
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                for name in scales:
+                    layer.set_scale(name, scales[name])
+        if scales:
+            images[context] = _sample_lora(study, base)
+        else:
+            with model.disable_adapter():
+                images[context] = _sample_lora(study, base)
+    return images
+
+
+def _sample_lora(study: Study, base: Base) -> Tensor:
+    return study.sample(base, (Context(),))[Context()]
+
+
+Method = Callable[[Study, int], Images]
+
+_OURS: dict[str, dict[str, Any]] = {
+    "singles only": {},
+    "reweighted pairs": {"reweighted_contexts": ["pairs"]},
+    "oracle": {"data": "oracle_data"},
+}
+_WITHOUT = ", no observational part"
+UNTRAINED: dict[str, Method] = {"floor": floor, "base": bare_base}
+TRAINED: dict[str, Method] = {
+    **{name: partial(adapter, name=name, **options) for name, options in _OURS.items()},
+    **{
+        name + _WITHOUT: partial(adapter, name=name + _WITHOUT, observational_rank=0, **options)
+        for name, options in _OURS.items()
+    },
+    "stacked LoRAs": partial(stacked_loras, subtract=False),
+    "a+b-obs": partial(stacked_loras, subtract=True),
+}
