@@ -56,10 +56,14 @@ class Study:
         return digit_data(self.rows_per_context, self.seed, contexts=CONTEXTS, training_contexts=CONTEXTS)
 
     def settings(self, name: str, steps: int) -> TrainingArguments:
-        """The quickstart's, for as many updates."""
+        """The quickstart's, for as many updates, with an observational part."""
         settings = training_arguments(self.folder / f"{name.replace(',', '').replace(' ', '-')}-{steps}", self.seed)
         return dataclasses.replace(
-            settings, pretrained_model_name_or_path=str(self.base_dir), max_train_steps=steps, reweighted_contexts=[]
+            settings,
+            pretrained_model_name_or_path=str(self.base_dir),
+            observational_rank=None,
+            max_train_steps=steps,
+            reweighted_contexts=[],
         )
 
     def load_base(self) -> Base:
