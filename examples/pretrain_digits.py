@@ -2,10 +2,13 @@
 
     python examples/pretrain_digits.py --output_dir digit-base    # about an hour on two CPU cores
     python examples/pretrain_digits.py --output_dir letter-base --fonts_dir FOLDER
+    python examples/pretrain_digits.py --output_dir letter-base --fonts_dir FOLDER --max_train_steps 800 \
+        --train_batch_size 48 --start_from hf_causal_context/models/digit_base    # where there is no GPU
 
 It sees the observational context of the digit world only. At the end a classifier of ten digits and of broken ones
 (quarters of different digits) says how many samples it takes for a digit, beside the same figure for real pictures.
-With a folder of fonts it sees letters instead (`letters.py`): a base to which the digit world is new.
+With a folder of fonts it sees letters instead (`letters.py`): a base to which the digit world is new, or, if it starts
+from the base of digits, that draws them no more.
 """
 
 import argparse
@@ -103,6 +106,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--fonts_dir", type=Path, help="letters of these fonts instead of digits")
+    parser.add_argument(
+        "--start_from", help="a pipeline whose weights the training starts from, instead of random ones"
+    )
     parser.add_argument("--num_pictures", type=int, default=40_000)
     parser.add_argument("--max_train_steps", type=int, default=4000)
     parser.add_argument("--train_batch_size", type=int, default=96)
@@ -115,6 +121,8 @@ def main() -> None:
     pictures = sample_letters(number, fonts, seed) if fonts else sample_digits(number, seed=seed)[0]
     torch.manual_seed(seed)
     pipe: Any = build()
+    if arguments.start_from:
+        pipe.unet.load_state_dict(DDIMPipeline.from_pretrained(arguments.start_from).unet.float().state_dict())
     pretrain(pipe, torch.from_numpy(pictures)[:, None], arguments)
     generator, wanted = torch.Generator().manual_seed(1), arguments.num_samples
     samples = pipe(wanted, num_inference_steps=25, generator=generator, output_type="np").images
