@@ -55,7 +55,7 @@ import torch
 from hf_causal_context.adapter import conditioning as c
 _request = c.Conditioning.request
 def _ambient(concepts):
-    return c.AdapterContext(torch.full((1, len(concepts)), 0.5), True, 1, 1, False)
+    return c.AdapterContext(torch.full((1, 1 + len(concepts)), 0.5), True, 1, 1, False)
 def request(self):
     return _request(self) or c.Request(self, {}, None, _ambient)
 c.Conditioning.request = request

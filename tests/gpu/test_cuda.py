@@ -47,13 +47,14 @@ def small(name, **kwargs):
 class TestDenoisers:
     @pytest.mark.parametrize("variant", ["independent", "reduced, anchored", "structural, anchored, ordered"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_the_empty_context_is_the_base_bit_for_bit(self, variant, dtype):
+    def test_without_an_observational_part_the_empty_context_is_the_base_bit_for_bit(self, variant, dtype):
         architecture = ARCHITECTURES["unet2d_condition"]
         values = {
             n: v.to(DEVICE, dtype if v.is_floating_point() else v.dtype) for n, v in architecture.inputs(4).items()
         }
         base = architecture.build().to(DEVICE, dtype)
-        model = adapted(copy.deepcopy(base), **VARIANTS[variant], target_modules=ATTENTION).to(DEVICE, dtype)
+        options = VARIANTS[variant] | {"observational_rank": 0, "target_modules": ATTENTION}
+        model = adapted(copy.deepcopy(base), **options).to(DEVICE, dtype)
         with torch.no_grad():
             expected = base(**values).sample
             assert torch.equal(model(**values).sample, expected)
