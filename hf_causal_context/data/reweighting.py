@@ -17,23 +17,44 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..contexts import ConceptSet, Context
+from ..contexts import ConceptSet, Context, quoted
 from .density_ratios import NUM_FOLDS, estimate_log_ratios, log_pool
 
 # A combination below it rests on too few rows to be learnt from them, and is left to the mechanism.
 MIN_EFFECTIVE_SAMPLE_SIZE = 50
 # Nor are ratios believed whose combination has another mass than 1 by a larger factor.
 LARGEST_MASS_ERROR = 3.0
-# Nor where supports do not overlap: drawn rows must look intervened on at least this often, relative to rows that were.
+# Nor where drawn rows are not the combination: they must look intervened on in all of its concepts at once at least
+# this often, relative to rows that were. Each concept by itself is no test, which rows with one or the other pass.
 _LEAST_PRESENCE = 0.5
+# Where fewer observational rows than this share look intervened on, sets lie apart, and more rows of the same kind
+# hardly help. (Rows of other concepts' sets would say it too, but there the estimates extrapolate.)
+_LEAST_OVERLAP = 0.05
 # Nor where nothing was learnt: rows under an intervention must look so this much more often than observational ones.
 _LEAST_CONTRAST = 0.1
 # No row makes up more than this share of a combination: a single wrong ratio must not fill it.
 _LARGEST_SHARE = 0.003
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """Why the data does not support a combination.
+
+    Attributes:
+        kind: "alike" if a set cannot be told from the observational one; "apart" if no rows show the combination,
+            however many there are; "few" if too few do; "contradictory" if the densities cannot all be true.
+        reason: the same in words.
+        concepts: those that it is about.
+    """
+
+    kind: Literal["alike", "apart", "few", "contradictory"]
+    reason: str
+    concepts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -52,7 +73,7 @@ class ReweightedContext:
     rows: Tensor
     effective_sample_size: float
     mass: float
-    doubt: str | None
+    doubt: Doubt | None
 
 
 def reweight(
@@ -97,30 +118,43 @@ def reweight(
         weights, mass = logits.softmax(0), float(logits.exp().mean())
         size = effective_sample_size(weights)
         capped = cap(weights)  # what is drawn by; in small sets it may spread to rows that lack a concept
-        doubt = _doubt_of_numbers(size, mass) or _doubt_of_rows(found, codes, capped, targets, concepts)
+        doubt = _doubt(found, codes, capped, size, mass, targets, concepts)
         rows = used[:0] if doubt else used[draw(capped, num, generator)]
         drawn.append(ReweightedContext(context, rows, size, mass, doubt))
     return drawn
 
 
-def _doubt_of_numbers(size: float, mass: float) -> str | None:
+def _doubt(
+    found: Tensor,
+    codes: Tensor,
+    weights: Tensor,
+    size: float,
+    mass: float,
+    targets: Sequence[int],
+    concepts: ConceptSet,
+) -> Doubt | None:
+    """What speaks against a combination, if anything; `weights` are those that rows are drawn by."""
+    names = tuple(concepts.names[k] for k in targets)
+    looks = torch.stack([found[codes == code].double().mean(0) for code in range(len(concepts) + 1)])
+    intervened = torch.stack([looks[k + 1, k] for k in targets])
+    observational = looks[0, list(targets)]
+    if alike := tuple(n for n, x in zip(names, intervened - observational, strict=True) if x < _LEAST_CONTRAST):
+        return Doubt("alike", f"{quoted(alike)} cannot be told from the observational rows", alike)
+    all_of_it = found[:, list(targets)].all(1)
+    presence = float(weights @ all_of_it.double())
+    wrong_mass = not 1 / LARGEST_MASS_ERROR <= mass <= LARGEST_MASS_ERROR
+    if size >= MIN_EFFECTIVE_SAMPLE_SIZE and presence >= _LEAST_PRESENCE * float(intervened.prod()) and not wrong_mass:
+        return None
+    # A row shows the combination if one of its concepts was intervened on, and the others come by themselves.
+    if float(observational.sort().values[1]) < _LEAST_OVERLAP:
+        shares = weights @ found[:, list(targets)].double() / intervened
+        return Doubt("apart", f"no rows look like all of it: most lack {names[int(shares.argmin())]!r}", names)
     if size < MIN_EFFECTIVE_SAMPLE_SIZE:
-        return f"fewer than {MIN_EFFECTIVE_SAMPLE_SIZE}"
-    if not 1 / LARGEST_MASS_ERROR <= mass <= LARGEST_MASS_ERROR:
-        return f"its mass is {mass:.2g} instead of 1: the estimated densities contradict each other"
-    return None
-
-
-def _doubt_of_rows(
-    found: Tensor, codes: Tensor, weights: Tensor, targets: Sequence[int], concepts: ConceptSet
-) -> str | None:
-    for k in targets:
-        observational, intervened = (float(found[codes == code, k].float().mean()) for code in (0, k + 1))
-        if intervened - observational < _LEAST_CONTRAST:
-            return f"{concepts.names[k]!r} cannot be told from the observational rows"
-        if float(weights @ found[:, k].double()) < _LEAST_PRESENCE * intervened:
-            return f"no rows look like all of it: most lack {concepts.names[k]!r}"
-    return None
+        return Doubt("few", f"fewer than {MIN_EFFECTIVE_SAMPLE_SIZE}", names)
+    if wrong_mass:
+        reason = f"its mass is {mass:.2g} instead of 1: the estimated densities contradict each other"
+        return Doubt("contradictory", reason, names)
+    return Doubt("few", f"only {presence:.0%} of the rows look like all of it", names)
 
 
 def combination_logits(log_ratios: Tensor, shares: Tensor, targets: Sequence[int]) -> Tensor:

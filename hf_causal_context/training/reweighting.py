@@ -25,6 +25,31 @@ FILE = "reweighted_contexts.json"
 _INPUT_NOISE = 0.8
 _DROPOUT = 0.5
 
+# What would help, by the kind of doubt.
+_ADVICE = {
+    "apart": (
+        "{combinations}: more rows of the same kind hardly help, since next to no observational row looks intervened "
+        "on. What helps: observational rows in which {concepts} come by themselves at times, with sets that are made "
+        "from such rows; or softer edits, of strengths that differ from row to row, so soft that some unedited rows "
+        "look edited. If the tool leaves a trace in every row, pass the observational rows through it, too. Else leave "
+        "these combinations to the mechanism, or train on some rows of them (--training_contexts)."
+    ),
+    "alike": (
+        "{combinations}: the base sees no difference between the sets of {concepts} and the observational one. Look "
+        "whether the rows were changed at all, and whether it shows at the size at which they are read; then make the "
+        "change stronger."
+    ),
+    "few": (
+        "More rows of the sets {concepts} would help {combinations}, or rows in which these concepts' observational "
+        "values come closer to those under intervention."
+    ),
+    "contradictory": (
+        "{combinations}: more rows of the sets {concepts} would help if each of them differs from the observational "
+        "one by its own concept alone. If they were selected, or share another change, leave these combinations to the "
+        "mechanism."
+    ),
+}
+
 
 def add_reweighted_contexts(
     data: InterventionalData,
@@ -112,17 +137,18 @@ def table(drawn: Sequence[ReweightedContext]) -> str:
     width = max(len(str(d.context)) for d in drawn)
     lines = ["Combinations drawn from the training rows (effective sample size):"]
     for d in drawn:
-        note = f"  {d.doubt}; not trained on, left to the mechanism" if d.doubt else ""
-        lines.append(f"  {d.context!s:<{width}}  {d.effective_sample_size:>9.0f}{note}")
-    if weak := [d.context for d in drawn if d.doubt]:
-        targets = quoted(dict.fromkeys(target for context in weak for target in context.targets))
-        lines.append(
-            f"More rows of the sets {targets} would help, or rows in which these concepts' observational values come "
-            "closer to those under intervention."
-        )
+        # Where sets share no look, weights are equal for want of any that fits: not a size to be shown.
+        size = "-" if d.doubt and d.doubt.kind in ("alike", "apart") else f"{d.effective_sample_size:.0f}"
+        note = f"  {d.doubt.reason}; not trained on, left to the mechanism" if d.doubt else ""
+        lines.append(f"  {d.context!s:<{width}}  {size:>9}{note}")
+    for kind, advice in _ADVICE.items():
+        if doubts := {str(d.context): d.doubt for d in drawn if d.doubt and d.doubt.kind == kind}:
+            concepts = quoted(dict.fromkeys(name for doubt in doubts.values() for name in doubt.concepts))
+            lines.append(advice.format(combinations=", ".join(doubts), concepts=concepts))
     return "\n".join(lines)
 
 
 def _to_json(drawn: ReweightedContext) -> dict[str, Any]:
     size, mass = round(drawn.effective_sample_size, 1), round(drawn.mass, 3)
-    return {"effective_sample_size": size, "mass": mass, "doubt": drawn.doubt, "rows": drawn.rows.tolist()}
+    doubt = drawn.doubt.reason if drawn.doubt else None
+    return {"effective_sample_size": size, "mass": mass, "doubt": doubt, "rows": drawn.rows.tolist()}

@@ -141,9 +141,10 @@ def test_rows_of_other_contexts_are_not_used_and_a_missing_set_is_an_error(short
 
 
 @pytest.mark.parametrize(
-    ("effect", "doubt"), [(6.0, "no rows look like all of it: most lack '.'"), (0.0, "cannot be told from the obs")]
+    ("effect", "doubt", "kind"),
+    [(6.0, "no rows look like all of it: most lack '.'", "apart"), (0.0, "cannot be told from the obs", "alike")],
 )
-def test_sets_that_never_overlap_and_sets_that_do_not_differ_are_doubted(effect, doubt):
+def test_sets_that_never_overlap_and_sets_that_do_not_differ_are_doubted(effect, doubt, kind):
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(900, 32, generator=generator)
     rows[300:600, 0] += effect
@@ -151,8 +152,70 @@ def test_sets_that_never_overlap_and_sets_that_do_not_differ_are_doubted(effect,
     contexts = [""] * 300 + ["a"] * 300 + ["b"] * 300
     (pair,) = reweight(rows, contexts, CONCEPTS, [Context("a", "b")], seed=0, input_noise=0.8, dropout=0.5)
     assert pair.doubt is not None
-    assert re.search(doubt, pair.doubt)
+    assert re.search(doubt, pair.doubt.reason)
+    assert pair.doubt.kind == kind
     assert len(pair.rows) == 0
+
+
+def marked(num, natural, done=1.0):
+    """Rows (3 num, 2) that show "a" and "b" by themselves or because of do(a), do(b), and their true log ratios.
+
+    A concept comes by itself at the rate `natural`, under intervention on it at the rate `done`.
+    """
+    rng = np.random.default_rng(0)
+    rates = np.full((len(SETS), 2), natural)
+    rates[1, 0] = rates[2, 1] = done
+    shown = rng.random((len(SETS) * num, 2)) < rates.repeat(num, 0)
+    never = 1e-4
+    ratios = np.where(shown, done / max(natural, never), max(1 - done, never) / (1 - natural))
+    return torch.from_numpy(shown), torch.from_numpy(np.log(ratios)).float()
+
+
+def draw_pair(monkeypatch, shown, log_ratios):
+    monkeypatch.setattr(reweighting, "estimate_log_ratios", lambda *args, **kwargs: log_ratios)
+    contexts = [str(Context(context)) if context else "" for context in SETS for _ in range(len(shown) // 3)]
+    (pair,) = reweight(shown.float(), contexts, CONCEPTS, [Context("a", "b")], seed=0)
+    return pair
+
+
+def test_edits_of_everything_or_of_some_rows_carry_no_pair_where_nothing_varies_by_itself(monkeypatch):
+    for done in (1.0, 0.7):
+        shown, log_ratios = marked(1000, natural=0.0, done=done)
+        pair = draw_pair(monkeypatch, shown, log_ratios)
+        assert pair.effective_sample_size > 1000  # which is why it says nothing here
+        assert pair.doubt is not None
+        assert pair.doubt.kind == "apart"
+        assert pair.doubt.concepts == ("a", "b")
+        assert len(pair.rows) == 0
+    # the same edits, of rows some of which show a concept by themselves
+    shown, log_ratios = marked(1000, natural=0.2, done=0.7)
+    pair = draw_pair(monkeypatch, shown, log_ratios)
+    assert pair.doubt is None
+    assert shown[pair.rows].all(1).double().mean() == pytest.approx(0.7 * 0.7, abs=0.03)
+
+
+def test_few_rows_are_told_from_sets_that_lie_apart(monkeypatch):
+    pair = draw_pair(monkeypatch, *marked(60, natural=0.3))
+    assert pair.doubt == reweighting.Doubt("few", f"fewer than {MIN_EFFECTIVE_SAMPLE_SIZE}", ("a", "b"))
+    assert draw_pair(monkeypatch, *marked(600, natural=0.3)).doubt is None
+
+
+def test_rows_that_look_like_one_concept_or_the_other_are_not_the_pair(monkeypatch):
+    shown, log_ratios = marked(1000, natural=0.1)
+    # Estimates from few rows are not sure of what a row lacks; so rows with one concept come into the pair.
+    pair = draw_pair(monkeypatch, shown, log_ratios.clamp(min=-0.2))
+    assert pair.doubt is not None
+    assert pair.doubt.kind == "few"
+    assert re.search(r"only \d+% of the rows look like all of it", pair.doubt.reason)
+
+
+def test_densities_that_contradict_each_other_are_said_to(monkeypatch):
+    shown, log_ratios = marked(1000, natural=0.3)
+    log_ratios[1000:] += 1.5  # as a mark of the tool does that made both sets, and not the observational one
+    pair = draw_pair(monkeypatch, shown, log_ratios)
+    assert pair.doubt is not None
+    assert pair.doubt.kind == "contradictory"
+    assert re.search("its mass is .* instead of 1: the estimated densities contradict each other", pair.doubt.reason)
 
 
 def test_no_model_judges_rows_that_it_learnt_from(monkeypatch):

@@ -2,19 +2,22 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
 from accelerate import Accelerator
 
+from hf_causal_context.contexts import Context
 from hf_causal_context.data import density_ratios, load_folders, reweighting
+from hf_causal_context.data.reweighting import Doubt, ReweightedContext
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.bases import load_base
 from hf_causal_context.training.batches import DenoiserBatches, read_picture
 from hf_causal_context.training.features import denoiser_features
 from hf_causal_context.training.finetune import attach_adapter, train
 from hf_causal_context.training.processes import make_accelerator
-from hf_causal_context.training.reweighting import FILE, add_reweighted_contexts
+from hf_causal_context.training.reweighting import FILE, add_reweighted_contexts, table
 
 from .small import adapter_weights, settings, write_folders
 
@@ -30,6 +33,7 @@ def given(pipeline_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(reweighting, "LARGEST_MASS_ERROR", 1e9)
     for name, value in {"MIN_EFFECTIVE_SAMPLE_SIZE": 1, "_LEAST_CONTRAST": -1, "_LEAST_PRESENCE": 0}.items():
         monkeypatch.setattr(reweighting, name, value)
+    monkeypatch.setattr(reweighting, "_LEAST_OVERLAP", 0)
     data = write_folders(tmp_path / "data", contexts=("obs", "slant", "thick", "slant+thick"))
     changes = {"reweighted_contexts": ["pairs"], "checkpointing_steps": 1}
     return settings(pipeline_folder("ddpm"), data, tmp_path / "out", **changes)
@@ -98,6 +102,36 @@ def test_combinations_without_support_are_named_and_left_out(given, monkeypatch,
     output = capsys.readouterr().out
     assert "fewer than 1000; not trained on, left to the mechanism" in output
     assert "More rows of the sets 'slant', 'thick' would help" in output
+
+
+ADVICE = {
+    "apart": r"a\+b: more rows of the same kind hardly help, .* What helps: observational rows in which 'a', 'b' come "
+    r"by themselves at times, .*; or softer edits, .*some unedited rows look edited. If the tool leaves a trace .* "
+    r"Else leave these combinations to the mechanism, or train on some rows of them \(--training_contexts\)",
+    "alike": r"a\+b: the base sees no difference between the sets of 'a', 'b' and the observational one. Look whether "
+    "the rows were changed at all",
+    "few": r"More rows of the sets 'a', 'b' would help a\+b, or rows in which",
+    "contradictory": r"a\+b: more rows of the sets 'a', 'b' would help if .* If they were selected, or share another "
+    "change, leave these combinations to the mechanism",
+}
+
+
+@pytest.mark.parametrize("kind", ADVICE)
+def test_each_kind_of_doubt_has_advice_that_fits_it(kind):
+    doubt = Doubt(kind, "for a reason", ("a", "b"))
+    nothing = torch.zeros(0, dtype=torch.long)
+    drawn = [
+        ReweightedContext(Context("a", "b"), nothing, 451.4, 1.0, doubt),
+        ReweightedContext(Context("long", "name"), torch.arange(3), 120.0, 1.0, None),
+    ]
+    lines = table(drawn).splitlines()
+    shown = "-" if kind in ("apart", "alike") else "451"
+    assert lines[1] == f"  a+b        {shown:>9}  for a reason; not trained on, left to the mechanism"
+    assert lines[2] == "  long+name        120"
+    assert len(lines) == 4
+    assert re.match(ADVICE[kind], lines[3])
+    assert ("more rows of the sets" in lines[3].lower()) == (kind in ("few", "contradictory"))
+    assert len(table(drawn[1:]).splitlines()) == 2
 
 
 def test_other_processes_read_what_the_main_one_drew(given, monkeypatch):
