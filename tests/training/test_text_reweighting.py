@@ -33,10 +33,10 @@ NEUTRAL = ["a", "cat", "dog", "sat", "ran", "on", "the", "mat", "and", "then", "
 ROWS = 300
 
 
-def write(rng, context):
-    """A text that shows a concept if it is intervened on, else sometimes; formal texts are less often loud."""
-    formal = "formal" in context or rng.random() < 0.4
-    loud = "loud" in context or rng.random() < (0.4 if formal else 0.6)
+def write(rng, context, varies=True):
+    """A text that shows a concept if it is intervened on, else sometimes or never; formal texts are less often loud."""
+    formal = "formal" in context or rng.random() < 0.4 * varies
+    loud = "loud" in context or rng.random() < (0.4 if formal else 0.6) * varies
     words = rng.choices(NEUTRAL, k=rng.randint(3, 8))
     for word, shown in zip(MARKS, (formal, loud), strict=True):
         if shown:
@@ -44,10 +44,10 @@ def write(rng, context):
     return " ".join(words)
 
 
-def world(shape="text", rows=ROWS):
+def world(shape="text", rows=ROWS, varies=True):
     rng = random.Random(0)
     columns = {"context": [context for context in ("", *CONCEPTS) for _ in range(rows)]}
-    texts = [write(rng, context) for context in columns["context"]]
+    texts = [write(rng, context, varies) for context in columns["context"]]
     if shape == "prompt":
         columns |= {"prompt": ["a cat"] * len(texts), "completion": texts}
     else:
@@ -163,6 +163,18 @@ def test_drawn_rows_show_both_concepts(name, shape, tmp_path, monkeypatch, capsy
     assert shares[1] > 0.9
     card = (folder / "README.md").read_text()
     assert re.search(r"\| formal\+loud \| .*draws from rows of single interventions", card)
+
+
+def test_rewriting_that_no_text_shows_by_itself_carries_no_pair(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(density_ratios, "NUM_MODELS", 1)
+    monkeypatch.setattr(density_ratios, "FEWEST_STEPS", 150)
+    run(tmp_path, world(varies=False))
+    said = capsys.readouterr().out.split("effective sample size")[1]
+    assert re.search("formal\\+loud +-  no rows look like all of it: .*; not trained on, left to the mechanism", said)
+    assert re.search("formal\\+loud: more rows of the same kind hardly help", said)
+    assert "observational rows in which 'formal', 'loud' come by themselves" in said
+    assert "More rows" not in said
+    assert stored(tmp_path)["contexts"]["formal+loud"]["rows"] == []
 
 
 class TestBatches:
