@@ -17,10 +17,11 @@ LR_SCHEDULERS = (
 )
 
 ARGUMENTS = "training_arguments.json"
+# What a run did that is older than an argument, where that is not the argument's default.
+OLDER_RUNS = {"observational_rank": 0, "observational_steps": 0}
 
 
 def _argument(default: Any, meaning: str, **metadata: Any) -> Any:
-    """A field with its help; `older` is what runs did that are older than the field."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": meaning, **metadata})
     return field(default=default, metadata={"help": meaning, **metadata})
@@ -145,13 +146,11 @@ class AdapterArguments(OptimisationArguments, ContextDataArguments):
         None,
         "Rank of what is on in every context and learns what the data differs from the base by; by default 4 x "
         "concept_rank. 0 for a base that was trained on the observational set.",
-        older=0,
     )
     observational_steps: int | None = _argument(
         None,
         "Optimizer steps at the beginning that train on the observational set alone, so that the concepts find that "
         "difference learnt; by default a fifth of the run.",
-        older=0,
     )
     target_modules: list[str] | None = _argument(None, "Modules to adapt; by default the base's attention.")
     anchored: bool = _argument(False, "Let concepts add nothing in the empty context (always so for 'independent').")

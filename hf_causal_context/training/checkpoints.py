@@ -25,7 +25,7 @@ from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from ..adapter.config import CausalContextConfig
-from .arguments import ARGUMENTS, OptimisationArguments
+from .arguments import ARGUMENTS, OLDER_RUNS, OptimisationArguments
 from .damage import damage, read_record, write_record
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -162,7 +162,7 @@ def check_same_run(
     """
     stored = json.loads((folder / ARGUMENTS).read_text())
     given = dataclasses.asdict(arguments)
-    # What a run did not know, because it is older, was as the default is, or as the field says.
+    # What a run did not know, because it is older, was as the default is, or as OLDER_RUNS says.
     stored = {field.name: _default(field) for field in dataclasses.fields(arguments)} | stored
     differing = {
         f"--{name}": (stored[name], given[name])
@@ -198,8 +198,8 @@ def _size(settings: dict[str, Any], num_processes: int) -> tuple[int, int, int]:
 
 
 def _default(field: dataclasses.Field) -> object:
-    if "older" in field.metadata:
-        return field.metadata["older"]
+    if field.name in OLDER_RUNS:
+        return OLDER_RUNS[field.name]
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
