@@ -68,21 +68,37 @@ def settings_table(arguments: Mapping[str, Any], config: Mapping[str, Any]) -> s
 
 
 def evaluation_table(report: Mapping[str, Any]) -> str:
-    """Distances and conformity of a report.json."""
+    """Verdict, distances and conformity of a report.json; of an older one what it holds."""
     rows = []
+    beside_base = any(item.get("base_conformity") is not None for item in report["contexts"])
     for item in report["contexts"]:
         distance, conformity = item["distance"], item["conformity"]
         cells = [_estimate(distance[name]) for name in ("base", "samples", "floor")] if distance else ["", "", ""]
         closed = _number(distance["gap_closed"], 2) if distance else ""
         real = _number(item["real_conformity"], 2)
         found = f"{_number(conformity['mean'], 2)} / {real}" if conformity else ""
-        rows.append((_label(item["context"]), "yes" if item["trained"] else "none", *cells, closed, found))
+        row = (_label(item["context"]), "yes" if item["trained"] else "none", *cells, closed, found)
+        if beside_base and conformity:
+            beyond = (item[f"{whose}conformity_beyond_base"] for whose in ("", "real_"))
+            row += (_number(item["base_conformity"], 2), " / ".join(_number(value, 2) for value in beyond))
+        elif beside_base:
+            row += ("", "")
+        rows.append(row)
     header = ("context", "data", "base", "this adapter", "real against real", "gap closed", "conformity / real")
+    of_base = ""
+    if beside_base:
+        header += ("the base's", "beyond it / real")
+        of_base = (
+            " *The base's* is that of the base without this adapter; *beyond it*, 0 is what the base does by itself."
+        )
+    sentences = report.get("verdict", {}).get("sentences", ())
     return "\n".join(
         [
+            *(f"- {markdown_text(sentence)}" for sentence in sentences),
+            *([""] if sentences else []),
             "Sliced Wasserstein distance to real rows (lower is better; *gap closed* is 1 where samples are as near as "
             "real rows, 0 at the base), and *conformity*, the share of samples in which classifiers find every "
-            "requested concept.",
+            f"requested concept.{of_base}",
             "",
             *table(header, rows),
             *(f"\n{markdown_text(note)}" for note in report["notes"]),
@@ -97,9 +113,10 @@ def evaluation_results(report: Mapping[str, Any], dataset: object) -> Iterator[d
         metrics = {
             "sliced_wasserstein": (f"Sliced Wasserstein distance, {which}", "samples"),
             "conformity": (f"Conformity, {which}", "conformity"),
+            "conformity_beyond_base": (f"Conformity beyond the base's own, {which}", "conformity_beyond_base"),
         }
         for metric, (name, column) in metrics.items():
-            if summary and summary[column] is not None:
+            if summary and summary.get(column) is not None:
                 yield {
                     "dataset_type": str(dataset or "interventional"),
                     "dataset_name": str(dataset or "interventional data"),

@@ -81,6 +81,7 @@ def _evaluate(arguments: list[str]) -> None:
     print(f"\n{markdown(report)}")
     for path in paths:
         print(path)
+    print("\n" + "\n".join(f"- {sentence}" for sentence in report.verdict.sentences))
 
 
 def _check_data(arguments: list[str]) -> None:

@@ -127,6 +127,23 @@ def test_it_shows_everything_that_the_folder_holds(folder):
     assert "moving average" not in card  # a setting that was off
 
 
+def test_a_verdict_and_the_bases_own_rate_are_on_the_card(folder):
+    report = json.loads(json.dumps(REPORT)) | {"verdict": {"works": False, "sentences": ["Fails: slant+thick (a|b)."]}}
+    for item in report["contexts"]:
+        asked = bool(item["context"])
+        item |= {"base_conformity": 0.25 if asked else None, "conformity_beyond_base": 0.667 if asked else None}
+        item |= {"real_conformity_beyond_base": 0.733 if asked else None}
+    report["unseen"] |= {"conformity_beyond_base": 0.66667}
+    (folder / "evaluation/report.json").write_text(json.dumps(report))
+    card = render_card(folder)
+    assert "## Evaluation\n\n- Fails: slant+thick (a\\|b).\n\nSliced" in card
+    assert "| gap closed | conformity / real | the base's | beyond it / real |" in card
+    assert "| 0.95 | 0.75 / 0.80 | 0.25 | 0.67 / 0.73 |" in card
+    assert "| (observational) | yes | 0.1000 | 0.1000 | 0.0900 ± 0.0100 | - |  |  |  |" in card
+    values = {result.metric_type: result.metric_value for result in ModelCard(card).data.eval_results}
+    assert values["conformity_beyond_base"] == 0.6667
+
+
 def test_code_loads_what_the_card_is_of_and_asks_for_its_picture(folder):
     block = code(render_card(folder, "user/strokes"))
     compile(block, "card", "exec")

@@ -22,7 +22,10 @@ from hf_causal_context.training.bases import load_base
 from hf_causal_context.training.finetune import train
 
 VARIANTS = {"singles only": [], "reweighted pairs": ["pairs"], "oracle": []}
-COLUMNS = ("adapter", "singles", "pairs", "floor", "base", "darkness+thickness", "conformity", "real", "largest leak")
+COLUMNS = (
+    *("adapter", "singles", "pairs", "floor", "base", "darkness+thickness"),
+    *("conformity", "real", "the base's", "largest leak"),
+)
 
 
 def attributes(pictures: Tensor) -> Tensor:
@@ -66,7 +69,8 @@ def main() -> None:
         singles, pairs, leak = report["trained"], report["unseen"], report["leakage"]
         distances = (singles["samples"], pairs["samples"], pairs["floor"], pairs["base"], hard["mean"])
         cells = [f"{distance:.4f}" for distance in distances]
-        cells += [f"{pairs['conformity']:.2f}", f"{pairs['real_conformity']:.2f}", f"{leak['worst_excess']:+.2f}"]
+        cells += [f"{pairs[f'{whose}conformity']:.2f}" for whose in ("", "real_", "base_")]
+        cells += [f"{leak['worst_excess']:+.2f}"]
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 

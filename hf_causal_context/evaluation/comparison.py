@@ -19,7 +19,14 @@ from .results import Distances
 _SMALLEST_GAP = 0.1
 
 
-def compare(samples: Sequence[Tensor], base: Sequence[Tensor], real: Tensor, num: int, seed: int) -> Distances:
+def compare(
+    samples: Sequence[Tensor],
+    base: Sequence[Tensor],
+    real: Tensor,
+    num: int,
+    seed: int,
+    empty: Sequence[Tensor] | None = None,
+) -> Distances:
     """Sliced Wasserstein distances per seed group, `num` rows each from the remaining real rows.
 
     Every group has another split of the real rows, so that the intervals hold what the choice of the reference does.
@@ -27,7 +34,8 @@ def compare(samples: Sequence[Tensor], base: Sequence[Tensor], real: Tensor, num
     distances = []
     for group, (own, of_base) in enumerate(zip(samples, base, strict=True)):
         floor, reference = _split(real, num, seed + group)
-        distances.append([sliced_wasserstein(rows[:num], reference) for rows in (own, floor, of_base)])
+        measured = [own, floor, of_base] if empty is None else [own, floor, of_base, empty[group]]
+        distances.append([sliced_wasserstein(rows[:num], reference) for rows in measured])
     return _distances(*(Estimate.of(column) for column in zip(*distances, strict=True)))
 
 
@@ -57,5 +65,5 @@ def _split(real: Tensor, num: int, seed: int) -> tuple[Tensor, Tensor]:
     return real[order[:num]], real[order[num:]]
 
 
-def _distances(samples: Estimate, floor: Estimate, base: Estimate) -> Distances:
-    return Distances(samples, floor, base, gap_closed(samples.mean, floor.mean, base.mean))
+def _distances(samples: Estimate, floor: Estimate, base: Estimate, empty: Estimate | None = None) -> Distances:
+    return Distances(samples, floor, base, gap_closed(samples.mean, floor.mean, base.mean), empty)

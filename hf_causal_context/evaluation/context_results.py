@@ -5,7 +5,8 @@ Shapes: N rows, K concepts, A attributes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,24 +14,41 @@ from torch import Tensor
 from ..contexts import Context
 from .comparison import compare, compare_features
 from .evidence import MIN_REAL_ROWS, Evidence
-from .metrics import Estimate, mean_pairwise_distance
+from .metrics import Estimate, beyond_base, mean_pairwise_distance
 from .readings import Readings
 from .results import ContextResult, Distances
 
 _PAIRED_ROWS = 500  # enough for a mean over all their pairs
 
 
-def context_result(
-    evidence: Evidence, context: Context, logits: Sequence[Tensor], real_logits: Tensor | None, seed: int
-) -> ContextResult:
-    """Measure a context; `logits` (N, K) are the classifier's, per seed group and of judged real rows."""
+@dataclass(frozen=True)
+class Logits:
+    """What the classifier says (N, K): of samples and of the base per seed group, and of judged real rows."""
+
+    samples: Mapping[Context, Sequence[Tensor]]
+    base: Sequence[Tensor]
+    real: Mapping[Context, Tensor]
+
+
+def context_result(evidence: Evidence, context: Context, logits: Logits, seed: int) -> ContextResult:
+    """Measure a context."""
     groups, real = evidence.samples[context], evidence.usable().get(context)
     asked = len(groups[0])
     num = min(asked, len(real) // 2) if real is not None else 0
     requested = [evidence.concepts.index(name) for name in context.targets]
-    real_found = None if real_logits is None else real_logits > 0
-    found = [read > 0 for read in logits]
-    conformity = Estimate.of([_share(group[:, requested].all(1)) for group in found])
+    real_found = logits.real[context] > 0 if context in logits.real else None
+    found = torch.cat(list(logits.samples[context])) > 0
+
+    def conforming(*read: Tensor) -> float:
+        return _share((torch.cat(read) > 0)[:, requested].all(1))
+
+    conformity = Estimate.of([conforming(group) for group in logits.samples[context]])
+    real_conformity = conforming(logits.real[context]) if requested and context in logits.real else None
+    base_conformity = conforming(*logits.base) if requested else None
+    beyond = [
+        None if share is None or base_conformity is None else beyond_base(share, base_conformity)
+        for share in (conformity.mean, real_conformity)
+    ]
     attributes = torch.cat(_attributes(groups)).nanmean(0) if evidence.attribute_names else None
     real_attributes = real.attributes.nanmean(0) if real is not None and real.attributes is not None else None
     frechet, kernel = _feature_distances(evidence, groups, real, seed)
@@ -41,19 +59,32 @@ def context_result(
         num_real=len(evidence.real[context]) if context in evidence.real else 0,
         num_samples=sum(len(group) for group in groups),
         num_compared=num,
-        distance=None if real is None else compare(_values(groups), _values(evidence.base), real.values, num, seed),
+        distance=_distance(evidence, groups, real, num, seed),
         attribute_distance=_attribute_distance(evidence, groups, real, num, seed),
         frechet=frechet,
         kernel=kernel,
         conformity=conformity if requested else None,
-        real_conformity=_share(real_found[:, requested].all(1)) if requested and real_found is not None else None,
-        presence=_named(names, torch.cat(found).float().mean(0)),
-        real_presence=None if real_found is None else _named(names, real_found.float().mean(0)),
-        attributes=None if attributes is None else _named(evidence.attribute_names, attributes),
-        real_attributes=None if real_attributes is None else _named(evidence.attribute_names, real_attributes),
+        real_conformity=real_conformity,
+        base_conformity=base_conformity,
+        empty_conformity=conforming(*logits.samples[Context()]) if requested else None,
+        conformity_beyond_base=beyond[0],
+        real_conformity_beyond_base=beyond[1],
+        presence=named(names, found.float().mean(0)),
+        real_presence=None if real_found is None else named(names, real_found.float().mean(0)),
+        attributes=None if attributes is None else named(evidence.attribute_names, attributes),
+        real_attributes=None if real_attributes is None else named(evidence.attribute_names, real_attributes),
         diversity=None if real is None else _diversity(groups, real),
         notes=tuple(_notes(evidence, context, num)),
     )
+
+
+def _distance(
+    evidence: Evidence, groups: Sequence[Readings], real: Readings | None, num: int, seed: int
+) -> Distances | None:
+    if real is None:
+        return None
+    own, base, empty = (_values(parts) for parts in (groups, evidence.base, evidence.samples[Context()]))
+    return compare(own, base, real.values, num, seed, empty)
 
 
 def _attribute_distance(
@@ -123,5 +154,6 @@ def _share(found: Tensor) -> float:
     return float(found.float().mean())
 
 
-def _named(names: Sequence[str], values: Tensor) -> dict[str, float]:
+def named(names: Sequence[str], values: Tensor) -> dict[str, float]:
+    """Name -> value."""
     return dict(zip(names, values.tolist(), strict=True))

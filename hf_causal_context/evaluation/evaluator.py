@@ -69,7 +69,7 @@ def evaluate_samples(
     curves = strength_samples or {}
     _check_groups(names, groups, base_samples)
     _check_shapes(base_samples[0], [*real_rows.values(), *(part for parts in groups.values() for part in parts)])
-    names.mask([*real_rows, *map(Context, curves)])  # refuses unknown names
+    names.mask([*real_rows, *map(Context, curves)])  # refuses unknown names, and strengths that no data has
     read = _reader(attributes, attribute_names, feature_extractor)
     change = PixelChange()
     for part, of_base in zip(groups[Context()], base_samples, strict=True):
@@ -130,7 +130,7 @@ def evaluate(
     base = base if isinstance(base, Base) else as_base(base)
     concepts = _adapter_concepts(base, data)
     wanted = None if contexts is None else list(map(as_context, contexts))
-    concepts.mask(wanted or [])  # refuses unknown names
+    concepts.strengths(wanted or [])  # refuses unknown names
     check_conditions(base, prompt, class_label, guidance_scale, resolution)
     if num_samples < 2 or num_seeds < 1:
         raise ValueError(f"num_samples={num_samples} must be at least 2 and num_seeds={num_seeds} at least 1.")
@@ -243,7 +243,7 @@ def _shown(context: Context) -> str:
 def _check_groups(
     concepts: ConceptSet, groups: Mapping[Context, Sequence[Tensor]], base_samples: Sequence[Tensor]
 ) -> None:
-    concepts.mask(list(groups))  # refuses unknown names
+    concepts.strengths(list(groups))  # refuses unknown names
     if missing := [_shown(c) for c in (Context(), *map(Context, concepts)) if c not in groups]:
         raise ValueError(
             f"samples= lacks {', '.join(missing)}. Leakage needs the empty context and every single concept; draw them."

@@ -1,14 +1,16 @@
-"""A report as one picture: distances, leakage, strength curves."""
+"""A report as one picture: distances, conformity, leakage, strength curves."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from .markdown import worst_leak
+from .metrics import Estimate
 from .results import EvaluationReport, Leakage
+from .verdict import worst_leak
 
 _SAMPLES, _FLOOR, _BASE = "#2a6f97", "#8fb996", "#d9d9d9"
 _UNSEEN = "#c1440e"
@@ -38,35 +40,49 @@ def draw_report(report: EvaluationReport, path: Path) -> None:
 
 def _distances(figure: Any, report: EvaluationReport) -> None:
     results = [result for result in report.contexts if result.distance is not None]
-    figure.suptitle("Distance of each context from the truth", x=0.01, ha="left", fontweight="bold")
-    axes = figure.subplots()
-    rows = np.arange(len(results))
+    figure.suptitle("Each context beside the truth", x=0.01, ha="left", fontweight="bold")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    nothing = Estimate(0.0)
+    distances = [
+        (_SAMPLES, "samples", [result.distance.samples for result in results if result.distance]),
+        (_FLOOR, "floor: other real rows", [result.distance.floor for result in results if result.distance]),
+        (_BASE, "base", [result.distance.base for result in results if result.distance]),
+    ]
+    shares = [
+        (_SAMPLES, "samples", [result.conformity or nothing for result in results]),
+        (_FLOOR, "real rows", [Estimate(result.real_conformity or 0.0) for result in results]),
+        (_BASE, "base", [Estimate(result.base_conformity or 0.0) for result in results]),
+    ]
+    _bars(left, distances, "sliced Wasserstein distance to real rows (lower is better)")
+    # Intervals of two or three groups can be wider than anything measured.
+    left.set_xlim(0, 1.1 * max(bar.get_width() for bar in left.patches))
+    _bars(right, shares, "conformity: all that was asked for is found")
+    right.set_xlim(0, 1.03)
+    names = [result.context or "(observational)" for result in results]
+    left.set_yticks(
+        range(len(results)), [n if r.trained else f"{n}  (held out)" for n, r in zip(names, results, strict=True)]
+    )
+    for tick, result in zip(left.get_yticklabels(), results, strict=True):
+        tick.set_color("black" if result.trained else _UNSEEN)
+    left.invert_yaxis()  # and the other's, which is shared
+    left.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+
+
+def _bars(axes: Any, series: Sequence[tuple[str, str, Sequence[Estimate]]], label: str) -> None:
+    """Three bars for each context."""
     height = 0.27
-    for offset, attribute, label, colour in (
-        (-height, "samples", "samples", _SAMPLES),
-        (0, "floor", "floor: other real rows", _FLOOR),
-        (height, "base", "base", _BASE),
-    ):
-        estimates = [getattr(result.distance, attribute) for result in results]
+    for place, (color, name, estimates) in enumerate(series, start=-1):
         axes.barh(
-            rows + offset,
+            np.arange(len(estimates)) + place * height,
             [estimate.mean for estimate in estimates],
             height,
             xerr=[estimate.half_width or 0 for estimate in estimates],
             error_kw={"lw": 0.8, "ecolor": "#333333"},
-            color=colour,
-            label=label,
+            color=color,
+            label=name,
         )
-    names = [result.context or "(observational)" for result in results]
-    axes.set_yticks(rows, [f"{n}" if r.trained else f"{n}  (held out)" for n, r in zip(names, results, strict=True)])
-    for tick, result in zip(axes.get_yticklabels(), results, strict=True):
-        tick.set_color("black" if result.trained else _UNSEEN)
-    axes.invert_yaxis()
-    axes.set_xlabel("sliced Wasserstein distance to real rows (lower is better)")
+    axes.set_xlabel(label)
     axes.spines[["top", "right"]].set_visible(False)
-    # Intervals of two or three groups can be wider than anything measured.
-    axes.set_xlim(0, 1.1 * max(bar.get_width() for bar in axes.patches))
-    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
 
 
 def _leakage(figure: Any, leakage: Leakage) -> None:

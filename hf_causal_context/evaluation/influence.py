@@ -24,7 +24,8 @@ def leakage(
 ) -> Leakage:
     """Mean effects of every single concept on readings (N, J), in samples and in real rows."""
     ours, truth = _effects(concepts, samples), _effects(concepts, real)
-    excess = ours.abs() - truth.abs()
+    # An effect the other way is none of the data's, so all of it is too much.
+    excess = torch.where(ours * truth < 0, ours.abs(), ours.abs() - truth.abs())
     for i, cause in enumerate(concepts):
         for j, effect in enumerate(effects):
             if cause == effect:
@@ -44,7 +45,11 @@ def leakage(
 
 
 def strength_curve(
-    concept: str, logits: Mapping[float, Tensor], attribute: Mapping[float, Tensor] | None, zero_is_base: bool
+    concept: str,
+    logits: Mapping[float, Tensor],
+    attribute: Mapping[float, Tensor] | None,
+    zero_is_base: bool,
+    zero_is_empty: bool,
 ) -> StrengthCurve:
     """The means of logits (N,), and of an attribute (N,), at every strength."""
     strengths = sorted(logits)
@@ -67,6 +72,7 @@ def strength_curve(
         measured,
         attribute_monotone,
         zero_is_base,
+        zero_is_empty,
     )
 
 

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from .metrics import Estimate
 from .results import ContextResult, Distances, EvaluationReport, Leakage, Summary
+from .verdict import where_the_empty_context_is, worst_leak
 
 
 def markdown(report: EvaluationReport) -> str:
     """The whole report as text."""
-    lines = ["# Does it compose?", ""]
+    lines = ["# Does it compose?", "", *(f"- {sentence}" for sentence in report.verdict.sentences), ""]
     lines += [f"> **Note.** {note}\n" for note in report.notes]
     for heading, part in (
         ("Distances", _distances(report)),
@@ -31,18 +32,25 @@ def markdown(report: EvaluationReport) -> str:
 def _distances(report: EvaluationReport) -> Iterator[str]:
     yield (
         "Sliced Wasserstein distance to real rows (lower is better). *Floor*: as many other real rows in place of the "
-        "samples. *Gap closed*: 1 at the floor, 0 at the base. *Diversity*: of the samples over that of real rows."
+        "samples. *Base*: without any adapter. *Gap closed*: 1 at the floor, 0 at the base. *Empty*: the samples of "
+        "the empty context. *Diversity*: of the samples over that of real rows."
     )
     yield ""
     rows: list[tuple[str, ...]] = [
-        (*_head(result), *_distance_cells(result.distance), _number(result.diversity, 2), str(result.num_real))
+        (
+            *_head(result),
+            *_distance_cells(result.distance),
+            "" if result.distance is None else _estimate(result.distance.empty),
+            _number(result.diversity, 2),
+            str(result.num_real),
+        )
         for result in report.contexts
     ]
     for summary, name, trained in _summaries(report):
         if summary.samples is not None:
             numbers = [f"**{_number(value)}**" for value in (summary.samples, summary.floor, summary.base)]
-            rows.append((f"**{name}**", trained, *numbers, f"**{_number(summary.gap_closed, 2)}**", "", ""))
-    header = ("context", "data", "samples", "floor", "base", "gap closed", "diversity", "real rows")
+            rows.append((f"**{name}**", trained, *numbers, f"**{_number(summary.gap_closed, 2)}**", "", "", ""))
+    header = ("context", "data", "samples", "floor", "base", "gap closed", "empty", "diversity", "real rows")
     yield from table(header, rows)
     if any(estimate.half_width is not None for estimate in _estimates(report)):
         yield from (
@@ -84,12 +92,18 @@ def _features(report: EvaluationReport) -> Iterator[str]:
 def _conformity(report: EvaluationReport) -> Iterator[str]:
     yield (
         "A classifier says for every concept whether it was intervened on. *Conformity*: share of samples in which it "
-        "finds all requested concepts, beside that of real rows it did not learn from. Under each concept: how often "
-        "it is found in samples / real rows; requested ones are bold."
+        "finds all requested concepts, beside that of real rows it did not learn from, of the base (without any "
+        "adapter) and of the empty context. *Beyond the base*: (share - base) / (1 - base), of samples / real rows; 0 "
+        "is what the base does by itself. Under each concept: how often it is found in samples / real rows; requested "
+        "ones are bold."
     )
     yield ""
-    accuracy = [f"{report.classifier_accuracy[name]:.2f}" for name in report.concepts]
-    rows = [("*balanced accuracy of the classifier*", "", "", "", *(f"*{value}*" for value in accuracy))]
+    accuracy = [f"*{report.classifier_accuracy[name]:.2f}*" for name in report.concepts]
+    of_base = [f"*{report.base_presence[name]:.2f}*" for name in report.concepts]
+    rows = [
+        ("*balanced accuracy of the classifier*", *[""] * 6, *accuracy),
+        ("*the base*", *[""] * 6, *of_base),
+    ]
     for result in report.contexts:
         ours, real = result.presence, result.real_presence or {}
         targets = {item.partition("=")[0] for item in result.context.split("+")}
@@ -97,11 +111,20 @@ def _conformity(report: EvaluationReport) -> Iterator[str]:
         for name in report.concepts:
             cell = f"{ours[name]:.2f} / {_number(real.get(name), 2)}"
             cells.append(f"**{cell}**" if name in targets else cell)
-        rows.append((*_head(result), _estimate(result.conformity, 2), _number(result.real_conformity, 2), *cells))
+        shares = [result.real_conformity, result.base_conformity, result.empty_conformity]
+        beyond = _beyond(result) if result.conformity is not None else ""
+        conformity = [_estimate(result.conformity, 2), *(_number(share, 2) for share in shares), beyond]
+        rows.append((*_head(result), *conformity, *cells))
     for summary, name, trained in _summaries(report):
-        conformity = (f"**{summary.conformity:.2f}**", f"**{_number(summary.real_conformity, 2)}**")
-        rows.append((f"**{name}**", trained, *conformity, *[""] * len(report.concepts)))
-    yield from table(("context", "data", "conformity", "real", *report.concepts), rows)
+        shares = [_number(share, 2) for share in (summary.conformity, summary.real_conformity, summary.base_conformity)]
+        cells = [f"**{cell}**" if cell else "" for cell in (*shares, "", _beyond(summary))]
+        rows.append((f"**{name}**", trained, *cells, *[""] * len(report.concepts)))
+    header = ("context", "data", "conformity", "real", "base", "empty", "beyond the base", *report.concepts)
+    yield from table(header, rows)
+
+
+def _beyond(item: ContextResult | Summary) -> str:
+    return f"{_number(item.conformity_beyond_base, 2)} / {_number(item.real_conformity_beyond_base, 2)}"
 
 
 def _leakages(report: EvaluationReport) -> Iterator[str]:
@@ -121,19 +144,6 @@ def _leakage(item: Leakage) -> Iterator[str]:
     yield ""
     yield f"{worst_leak(item)}"
     yield ""
-
-
-def worst_leak(item: Leakage) -> str:
-    """The largest excess of a leak in samples over that in the data, in words."""
-    if item.worst_cause is None or item.worst_effect is None or item.worst_excess is None:
-        return "There is nothing that one concept could leak into."
-    if item.worst_excess <= 0:
-        return "No concept acts on another one more than in the data."
-    i, j = item.causes.index(item.worst_cause), item.effects.index(item.worst_effect)
-    return (
-        f"Largest leak: do({item.worst_cause}) changes {item.worst_effect} by {item.samples[i][j]:+.2f} in samples and "
-        f"by {item.data[i][j]:+.2f} in the data, {item.worst_excess:.2f} too much."
-    )
 
 
 def _strengths(report: EvaluationReport) -> Iterator[str]:
@@ -158,18 +168,25 @@ def _strengths(report: EvaluationReport) -> Iterator[str]:
     yield ""
     falls = [curve.concept for curve in report.strength_curves if not curve.monotone]
     yield f"Not monotone between 0 and 1: {', '.join(falls)}." if falls else "All are monotone between 0 and 1."
-    same = all(curve.zero_is_base for curve in report.strength_curves)
-    yield (
-        "Strength 0 gives the base's samples, bit for bit." if same else "Strength 0 does not give the base's samples."
-    )
+    if not all(curve.zero_is_empty for curve in report.strength_curves):
+        yield "Strength 0 does not give the samples of the empty context."
+    else:
+        base = ", which is the base" if all(curve.zero_is_base for curve in report.strength_curves) else ""
+        yield f"Strength 0 gives the samples of the empty context{base}, bit for bit."
 
 
 def _drift(report: EvaluationReport) -> Iterator[str]:
     drift = report.drift
+    if drift.largest == 0:
+        yield "It is the base, bit for bit."
+        return
     yield (
         f"Beside the base at equal seeds: largest difference {drift.largest:.3g}, mean {drift.mean:.3g}; sliced "
         f"Wasserstein distance {drift.distance:.4f}."
     )
+    observational = next(result for result in report.contexts if not result.context)
+    if observational.distance is not None:
+        yield where_the_empty_context_is(observational.distance)
 
 
 def _settings(report: EvaluationReport) -> Iterator[str]:

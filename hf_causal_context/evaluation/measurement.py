@@ -5,7 +5,7 @@ Shapes: N rows, K concepts, A attributes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,12 +13,13 @@ from torch import Tensor
 from ..contexts import Context
 from .classifiers import RELIABLE_ACCURACY, ConceptClassifier, balanced_accuracy, train_classifier
 from .comparison import gap_closed, means
-from .context_results import context_result
+from .context_results import Logits, context_result, named
 from .evidence import Evidence
 from .influence import leakage, strength_curve
-from .metrics import sliced_wasserstein
+from .metrics import beyond_base, sliced_wasserstein
 from .readings import Readings
 from .results import ContextResult, Drift, EvaluationReport, Leakage, StrengthCurve, Summary
+from .verdict import verdict
 
 NO_UNSEEN = (
     "No context that training left out was sampled and has real rows, so no combination can be compared with the "
@@ -34,34 +35,36 @@ def measure(evidence: Evidence, seed: int = 0) -> EvaluationReport:
     concepts, real = evidence.concepts, evidence.usable()
     learnt, judged = evidence.split(seed)
     classifier = train_classifier(learnt, concepts, seed)
-    real_logits = {context: classifier.read(rows) for context, rows in judged.items()}
-    logits = {
-        context: [classifier.read(group.values) for group in groups] for context, groups in evidence.samples.items()
-    }
-    accuracy = balanced_accuracy(real_logits, concepts)
-    results = tuple(
-        context_result(evidence, context, logits[context], real_logits.get(context), seed)
-        for context in evidence.samples
+    logits = Logits(
+        samples={c: [classifier.read(group.values) for group in groups] for c, groups in evidence.samples.items()},
+        base=[classifier.read(group.values) for group in evidence.base],
+        real={context: classifier.read(rows) for context, rows in judged.items()},
     )
+    accuracy = balanced_accuracy(logits.real, concepts)
+    results = tuple(context_result(evidence, context, logits, seed) for context in evidence.samples)
     empty = torch.cat([group.values for group in evidence.samples[Context()]])
     distance = sliced_wasserstein(empty, torch.cat([group.values for group in evidence.base]))
+    drift = Drift(evidence.largest_change, evidence.mean_change, distance)
+    leak = leakage(
+        concepts,
+        concepts.names,
+        {context: torch.cat(list(groups)).sigmoid() for context, groups in logits.samples.items()},
+        {context: read.sigmoid() for context, read in logits.real.items()},
+        "probability that the classifier gives",
+    )
     return EvaluationReport(
         concepts=concepts.names,
+        verdict=verdict(results, accuracy, leak),
         notes=_notes(evidence, accuracy),
         contexts=results,
-        trained=_summary(result for result in results if result.context and result.trained),
-        unseen=_summary(result for result in results if result.context and not result.trained),
+        trained=_summary(result for result in results if result.conformity is not None and result.trained),
+        unseen=_summary(result for result in results if result.conformity is not None and not result.trained),
         classifier_accuracy=accuracy,
-        leakage=leakage(
-            concepts,
-            concepts.names,
-            {context: torch.cat(groups).sigmoid() for context, groups in logits.items()},
-            {context: read.sigmoid() for context, read in real_logits.items()},
-            "probability that the classifier gives",
-        ),
+        base_presence=named(concepts.names, (torch.cat(list(logits.base)) > 0).float().mean(0)),
+        leakage=leak,
         attribute_leakage=_attribute_leakage(evidence),
         strength_curves=tuple(_curve(evidence, classifier, concept) for concept in evidence.strengths),
-        drift=Drift(evidence.largest_change, evidence.mean_change, distance),
+        drift=drift,
         examples={
             str(context): (real[context].examples if context in real else None, groups[0].examples)
             for context, groups in evidence.samples.items()
@@ -90,10 +93,14 @@ def _curve(evidence: Evidence, classifier: ConceptClassifier, concept: str) -> S
     if concept in evidence.attribute_names:
         column = evidence.attribute_names.index(concept)
         attribute = {s: rows.attributes[:, column] for s, rows in curve.items() if rows.attributes is not None}
+
+    def equal_at_zero(others: Readings) -> bool:
+        return 0.0 in curve and torch.equal(curve[0.0].values, others.values[: len(curve[0.0])])
+
     # The change was measured on whole pictures, of which a curve may hold smaller ones.
-    at_zero = evidence.base[0].values[: len(curve[0.0])] if 0.0 in curve else None
-    same = at_zero is not None and evidence.largest_change == 0 and torch.equal(curve[0.0].values, at_zero)
-    return strength_curve(concept, logits, attribute, same)
+    is_base = evidence.largest_change == 0 and equal_at_zero(evidence.base[0])
+    is_empty = equal_at_zero(evidence.samples[Context()][0])
+    return strength_curve(concept, logits, attribute, is_base, is_empty)
 
 
 def _summary(results: Iterable[ContextResult]) -> Summary | None:
@@ -106,17 +113,32 @@ def _summary(results: Iterable[ContextResult]) -> Summary | None:
         gap_closed(samples, floor, base) if samples is not None and floor is not None and base is not None else None
     )
     judged = [result for result in results if result.real_conformity is not None] or results
-    conformities = [result.conformity.mean for result in judged if result.conformity is not None]
-    real = [result.real_conformity for result in judged if result.real_conformity is not None]
+    conformity, of_base, of_real = (
+        _mean(values)
+        for values in (
+            [result.conformity.mean for result in judged if result.conformity is not None],
+            [result.base_conformity for result in judged if result.base_conformity is not None],
+            [result.real_conformity for result in judged if result.real_conformity is not None],
+        )
+    )
+    assert conformity is not None  # every context here asks for a concept
+    assert of_base is not None
     return Summary(
         contexts=tuple(result.context for result in results),
         samples=samples,
         floor=floor,
         base=base,
         gap_closed=closed,
-        conformity=sum(conformities) / len(conformities),
-        real_conformity=sum(real) / len(real) if real else None,
+        conformity=conformity,
+        real_conformity=of_real,
+        base_conformity=of_base,
+        conformity_beyond_base=beyond_base(conformity, of_base),
+        real_conformity_beyond_base=None if of_real is None else beyond_base(of_real, of_base),
     )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _notes(evidence: Evidence, accuracy: Mapping[str, float]) -> tuple[str, ...]:

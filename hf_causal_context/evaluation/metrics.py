@@ -34,6 +34,15 @@ class Estimate:
         return cls(float(np.mean(values)), float(stdtrit(len(values) - 1, 0.975)) * deviation)
 
 
+def beyond_base(share: float, base: float) -> float | None:
+    """The part of a share that the base's own rate does not explain: (share - base) / (1 - base).
+
+    1 if all samples count, 0 for as many as in samples of the base, negative for fewer. None where all of the base's
+    count, so that nothing can go beyond it.
+    """
+    return (share - base) / (1 - base) if base < 1 else None
+
+
 def sliced_wasserstein(
     samples: Tensor, reference: Tensor, seed: int = 0, num_projections: int = NUM_PROJECTIONS
 ) -> float:

@@ -1,7 +1,8 @@
 """What an evaluation found: plain dataclasses that JSON can hold.
 
 Distances compare like with like: `floor` is the distance of as many real rows as there are samples in a seed group from
-the other real rows, which are the reference of `samples` and `base` as well.
+the other real rows, which are the reference of `samples` and `base` as well. The base is always the base without any
+adapter; the empty context is the adapter's observational one, which need not be the base.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ class Distances:
     """Distances from the real rows of a context: of its samples, of real rows, of the base's samples.
 
     `gap_closed` is (base - samples) / (base - floor): 1 at the floor, 0 where the base is; None where the base is at
-    the floor already.
+    the floor already. `empty` is the distance of the empty context's samples from the same real rows, where it was
+    measured.
     """
 
     samples: Estimate
     floor: Estimate
     base: Estimate
     gap_closed: float | None
+    empty: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class ContextResult:
         frechet, kernel: FID and KID of the features.
         conformity: share of samples in which the classifiers find every requested concept; None for "".
         real_conformity: the same in real rows that the classifiers were not trained on.
+        base_conformity, empty_conformity: the same in samples of the base, and of the empty context.
+        conformity_beyond_base, real_conformity_beyond_base: see `beyond_base`.
         presence, real_presence: share in which a concept is found.
         attributes, real_attributes: means.
         diversity: mean distance between two samples over that between two real rows.
@@ -60,6 +65,10 @@ class ContextResult:
     kernel: Distances | None
     conformity: Estimate | None
     real_conformity: float | None
+    base_conformity: float | None
+    empty_conformity: float | None
+    conformity_beyond_base: float | None
+    real_conformity_beyond_base: float | None
     presence: dict[str, float]
     real_presence: dict[str, float] | None
     attributes: dict[str, float] | None
@@ -70,7 +79,7 @@ class ContextResult:
 
 @dataclass(frozen=True)
 class Summary:
-    """Means over contexts; `gap_closed` is the ratio of the means."""
+    """Means over contexts; `gap_closed` and what goes beyond the base are those of the means."""
 
     contexts: tuple[str, ...]
     samples: float | None
@@ -79,14 +88,18 @@ class Summary:
     gap_closed: float | None
     conformity: float
     real_conformity: float | None
+    base_conformity: float
+    conformity_beyond_base: float | None
+    real_conformity_beyond_base: float | None
 
 
 @dataclass(frozen=True)
 class Leakage:
     """What do(row) does to the reading of a column, beside the empty context: in samples and in real rows.
 
-    `difference` is samples - data. The worst leak is where |samples| - |data| off the diagonal is largest (None if
-    there is nothing off the diagonal).
+    `difference` is samples - data. The excess of a cell off the diagonal is how far the samples go beyond the data:
+    |samples| - |data| in one direction, and all of |samples| where they go the other way than the data. The worst leak
+    has the largest excess (None if there is nothing off the diagonal).
     """
 
     reading: str
@@ -105,7 +118,8 @@ class StrengthCurve:
     """Mean readings of one concept at increasing strengths, from the same seeds.
 
     `monotone` says whether logits never fall between strengths 0 and 1, `attribute_monotone` whether the attribute of
-    that name only rises or only falls. `zero_is_base`: strength 0 gives the base's samples, bit for bit.
+    that name only rises or only falls. `zero_is_empty`: strength 0 gives the samples of the empty context, bit for bit;
+    `zero_is_base`: those of the base.
     """
 
     concept: str
@@ -116,6 +130,7 @@ class StrengthCurve:
     attribute: tuple[float, ...] | None
     attribute_monotone: bool | None
     zero_is_base: bool
+    zero_is_empty: bool
 
 
 @dataclass(frozen=True)
@@ -128,15 +143,25 @@ class Drift:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What it all comes to; see `verdict.py`. `works`: everything asked for was judged, and nothing was found wrong."""
+
+    works: bool
+    sentences: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class EvaluationReport:
     """All that was measured.
 
     Attributes:
         concepts: the adapter's.
+        verdict: the report in a few sentences.
         notes: what a reader must know first, as sentences.
         contexts: one result each; the observational context first, then single concepts, then combinations.
         trained, unseen: means over the contexts with a target that were and were not trained on; None without any.
         classifier_accuracy: balanced accuracy per concept on real rows that the classifier was not trained on.
+        base_presence: share of the base's samples in which each concept is found.
         leakage, attribute_leakage: of the classifiers' probabilities, and of attributes in standard deviations.
         strength_curves: one per concept.
         drift: of the empty context.
@@ -145,11 +170,13 @@ class EvaluationReport:
     """
 
     concepts: tuple[str, ...]
+    verdict: Verdict
     notes: tuple[str, ...]
     contexts: tuple[ContextResult, ...]
     trained: Summary | None
     unseen: Summary | None
     classifier_accuracy: dict[str, float]
+    base_presence: dict[str, float]
     leakage: Leakage
     attribute_leakage: Leakage | None
     strength_curves: tuple[StrengthCurve, ...]

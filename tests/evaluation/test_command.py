@@ -1,6 +1,7 @@
 """Evaluation of an adapter on a real (tiny) pipeline, from Python and from the command line."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from hf_causal_context.cli import main
 from hf_causal_context.data import from_dataset, load_folders
 from hf_causal_context.evaluation import classifiers, evaluator, metrics, real_rows
 from hf_causal_context.evaluation.evaluator import evaluate
+from hf_causal_context.evaluation.markdown import markdown
 from hf_causal_context.evaluation.readings import Reader
 from hf_causal_context.evaluation.real_rows import read_real_rows
 from hf_causal_context.evaluation.sampling import adapters_disabled
@@ -58,13 +60,24 @@ def pictures(tmp_path):
 
 
 @pytest.fixture
-def adapter(tmp_path, base_folder):
-    torch.manual_seed(0)
-    config = CausalContextConfig(concepts=("thick", "slant"), init_weights=False)
-    model = get_peft_model(load_base(base_folder).denoiser, config)
-    model.peft_config["default"].base_model_name_or_path = base_folder
-    model.save_pretrained(tmp_path / "adapter")
-    return str(tmp_path / "adapter")
+def store(tmp_path, base_folder):
+    """Saves an adapter of random weights and returns its folder."""
+
+    def save(**options):
+        torch.manual_seed(0)
+        config = CausalContextConfig(concepts=("thick", "slant"), init_weights=False, **options)
+        model = get_peft_model(load_base(base_folder).denoiser, config)
+        model.peft_config["default"].base_model_name_or_path = base_folder
+        model.save_pretrained(tmp_path / "adapter")
+        return str(tmp_path / "adapter")
+
+    return save
+
+
+@pytest.fixture
+def adapter(store):
+    """One whose empty context is the base."""
+    return store(observational_rank=0)
 
 
 def adapted(base_folder, adapter):
@@ -94,6 +107,9 @@ def test_the_command_writes_what_python_returns(adapter, pictures, base_folder, 
     assert [context["num_samples"] for context in values["contexts"]] == [6, 6, 6, 6]
     assert values["drift"] == {"largest": 0, "mean": 0, "distance": pytest.approx(0, abs=1e-9)}
     assert [curve["zero_is_base"] for curve in values["strength_curves"]] == [True, True]
+    assert [curve["zero_is_empty"] for curve in values["strength_curves"]] == [True, True]
+    for sentence in values["verdict"]["sentences"]:
+        assert printed.count(f"- {sentence}\n") == 2, "on top of the report, and at the end of what is printed"
     assert values["settings"]["adapter"] == adapter
 
     report = evaluate(adapted(base_folder, adapter), load_folders(pictures), **FAST)
@@ -112,6 +128,35 @@ def test_the_base_is_sampled_without_the_adapter(adapter, pictures, base_folder)
     report = evaluate(base, load_folders(pictures), **FAST)
     assert report.drift.largest > 0.01
     assert not report.strength_curves[0].zero_is_base
+    assert report.strength_curves[0].zero_is_empty
+    for result in report.contexts:
+        assert result.distance.empty.mean != result.distance.base.mean
+
+
+def test_an_observational_part_makes_the_empty_context_another_world_than_the_base(store, pictures, base_folder):
+    base = adapted(base_folder, store(observational_rank=2))
+    report = evaluate(base, load_folders(pictures), contexts=["slant+thick", "slant+observational=0"], **FAST)
+    assert report.drift.largest > 0.01
+    assert "Beside the base at equal seeds: largest difference" in markdown(report)
+    assert all(curve.zero_is_empty and not curve.zero_is_base for curve in report.strength_curves)
+    names = [result.context for result in report.contexts]
+    assert names == ["", "observational=0.0+slant", "slant", "thick", "slant+thick"]
+    draw = partial(generate, base, seeds=[0, 1], num_inference_steps=2)
+    empty, at_zero, of_base = draw([(), "thick=0", "observational=0"])
+    assert torch.equal(empty, at_zero)
+    with adapters_disabled(base.denoiser):
+        torch.testing.assert_close(draw([()])[0], of_base)
+    assert (empty - of_base).abs().max() > 0.01
+    torch.testing.assert_close(report.examples[""][1][:2], empty)
+
+
+def test_the_empty_context_need_not_be_sampled_to_be_the_base(store, pictures, base_folder):
+    """`observational=0` without targets is a context of its own, which asks for nothing."""
+    base = adapted(base_folder, store(observational_rank=2))
+    report = evaluate(base, load_folders(pictures), contexts=["observational=0"], **FAST)
+    result = report.contexts[1]
+    assert (result.context, result.conformity, result.trained) == ("observational=0.0", None, False)
+    assert report.unseen is None
 
 
 def test_disabled_adapters_are_the_base_and_come_back_as_they_were(adapter, base_folder):

@@ -60,6 +60,7 @@ def test_half_of_the_requested_concepts_is_not_conformity():
 def test_a_leak_is_found_and_named():
     found = report({**right_samples(), A: groups(PAIR)})
     assert (found.leakage.worst_cause, found.leakage.worst_effect) == ("a", "b")
+    assert found.leakage.data[0][1] > 0
     assert found.leakage.worst_excess == pytest.approx(found.leakage.samples[0][1] - abs(found.leakage.data[0][1]))
     assert found.leakage.worst_excess > 0.8
     assert "Largest leak: do(a) changes b by +" in markdown(found)
@@ -80,7 +81,17 @@ def test_drift_and_what_strength_zero_is():
     assert found.drift.mean == pytest.approx(0.25)
     assert found.drift.distance > 0.05
     assert not found.strength_curves[0].zero_is_base
-    assert "Strength 0 does not give the base's samples." in markdown(found)
+    assert not found.strength_curves[0].zero_is_empty
+    assert "Strength 0 does not give the samples of the empty context." in markdown(found)
+
+
+def test_strength_zero_is_the_empty_context_which_need_not_be_the_base():
+    found = report(base=[rows + 0.25 for rows in groups()], strength_samples={"a": curve(lambda s: s)})
+    assert found.strength_curves[0].zero_is_empty
+    assert not found.strength_curves[0].zero_is_base
+    assert "Strength 0 gives the samples of the empty context, bit for bit." in markdown(found)
+    same = report(strength_samples={"a": curve(lambda s: s)})
+    assert "Strength 0 gives the samples of the empty context, which is the base, bit for bit." in markdown(same)
 
 
 def curve(shape, strengths=(0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)):
@@ -106,6 +117,7 @@ def test_strength_curves(shape, monotone):
     assert found.strengths == (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
     assert found.monotone == monotone
     assert found.zero_is_base
+    assert found.zero_is_empty
     expected = [4 * shape(s) for s in found.strengths]
     assert np.subtract(found.attribute, found.attribute[0]) == pytest.approx(expected, abs=1e-5)
     assert found.attribute_monotone == (monotone or shape(1.0) == -1), "an attribute may fall all the way"
@@ -114,7 +126,9 @@ def test_strength_curves(shape, monotone):
 
 
 def test_a_curve_that_does_not_start_at_the_base_is_reported():
-    assert not report(strength_samples={"a": curve(lambda s: s + 0.1)}).strength_curves[0].zero_is_base
+    found = report(strength_samples={"a": curve(lambda s: s + 0.1)}).strength_curves[0]
+    assert not found.zero_is_base
+    assert not found.zero_is_empty
 
 
 def test_attributes_are_read_beside_real_ones_and_may_be_missing():
