@@ -37,6 +37,7 @@ def build(name, **kwargs):
         for parameter in getattr(base.denoiser, last).parameters():
             parameter *= 0.05 if base.denoiser_name == "unet" else 0.2
     options = {"concepts": CONCEPTS, "target_modules": "all-linear", "init_weights": False, "alpha": 0.3}
+    options["observational_rank"] = 0  # a random one draws what cannot be inverted
     get_peft_model(base.denoiser, CausalContextConfig(**options))
     base.denoiser.eval()
     base.pipe.set_progress_bar_config(disable=True)

@@ -35,6 +35,7 @@ def adapted(name, **kwargs):
     model = talkative(name)
     task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
     given = {"concepts": ("formal", "loud"), "task_type": task, "init_weights": False, "mechanism": "reduced"}
+    given["observational_rank"] = 0  # a random one drowns random concepts
     return get_peft_model(model, CausalContextConfig(**given | kwargs)).eval()
 
 
