@@ -21,6 +21,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import EvalResult
 
 from .adapter.saving import complete_or_absent
+from .base_gap import BaseGap
 from .base_names import is_folder, is_packaged
 from .card_code import quoted, usage_code
 from .card_tables import data_table, evaluation_results, evaluation_table, markdown_text, settings_table
@@ -132,8 +133,8 @@ def render_card(folder: Path, repo_id: str | None = None, branch: str | None = N
     """The card as text.
 
     Args:
-        folder: an adapter's, with card.json; its training_arguments.json, training_data.json, evaluation/report.json,
-            results.md and results.png (what else was measured) are used where they are there.
+        folder: an adapter's, with card.json; its training_arguments.json, training_data.json, base_gap.json,
+            evaluation/report.json, results.md and results.png (what else was measured) are used where they are there.
         repo_id: what the code on the card loads; by default the name in card.json.
         branch: of the repository that it loads.
     """
@@ -150,6 +151,7 @@ def render_card(folder: Path, repo_id: str | None = None, branch: str | None = N
         "title": markdown_text(title),
         "base": _base(contents.base),
         "num_concepts": f"{len(concepts)} concept{'s' if len(concepts) > 1 else ''}",
+        "base_gap": _base_gap(folder, stored),
         "grid": _picture(contents.grid, "Samples in each context", _grid_note(contents, data)),
         "concepts": _concepts(concepts, contents),
         "package": '"hf-causal-context[diffusers]"' if contents.library == "diffusers" else "hf-causal-context",
@@ -212,6 +214,12 @@ def _base(base: str) -> str:
     if is_packaged(base):
         return f"`{Path(base).name}`, a small model that comes with the package"
     return f"`{Path(base).name if is_folder(base) else base}`"
+
+
+def _base_gap(folder: Path, config: Mapping[str, Any]) -> str:
+    gap = BaseGap.load(folder)
+    # A config that does not say is of an adapter without an observational part.
+    return f"{gap.note(config.get('observational_rank') or 0)}\n\n" if gap is not None else ""
 
 
 def _concepts(concepts: tuple[str, ...], contents: CardContents) -> str:

@@ -88,9 +88,15 @@ def _check_data(arguments: list[str]) -> None:
     from .data import check_data
     from .training.load_data import AnyDataArguments, load_any_data
 
-    report = check_data(load_any_data(_parse(AnyDataArguments, "check-data", arguments)))
-    print(report.table())
+    parsed: AnyDataArguments = _parse(AnyDataArguments, "check-data", arguments)
+    data = load_any_data(parsed)
+    report = check_data(data)
+    print(report.table(), flush=True)
     report.raise_for_errors()
+    if parsed.pretrained_model_name_or_path is not None:
+        from .training.check_base import gap_of
+
+        print(gap_of(data, parsed).advice(None))
 
 
 def _parse(settings: type, command: str, arguments: list[str]) -> Any:

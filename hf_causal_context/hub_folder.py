@@ -15,6 +15,7 @@ from typing import Any
 
 from .adapter.saving import complete_or_absent
 from .adapter.stored import CONFIG, WEIGHTS
+from .base_gap import BASE_GAP
 from .base_names import public_name
 from .card import CARD, CARD_CONTENTS, RESULTS, RESULTS_PICTURE, CardContents, is_edited, render_card
 from .contexts import ConceptSet, Context, quoted
@@ -125,7 +126,7 @@ def save(
             call |= {"guidance_scale": guidance_scale, "resolution": resolution}
             label = class_label if class_label is not None else 0 if base.takes_classes else None
             made = show_pictures(base, folder, shown, seed=seed, class_label=label, call=call)
-        for name in (RESULTS, RESULTS_PICTURE, DATA_RECORD):
+        for name in (RESULTS, RESULTS_PICTURE, DATA_RECORD, BASE_GAP):
             if (adapter / name).exists():
                 shutil.copyfile(adapter / name, folder / name)
         if arguments:

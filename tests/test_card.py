@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id  # noqa: F401 (the client is not patched here)
 
+from hf_causal_context.base_gap import BaseGap
 from hf_causal_context.base_names import is_packaged, lasting_name, public_name, unpacked
 from hf_causal_context.card import CardContents, is_edited, render_card, write_card
 from hf_causal_context.card_tables import markdown_text
@@ -142,6 +143,16 @@ def test_a_verdict_and_the_bases_own_rate_are_on_the_card(folder):
     assert "| (observational) | yes | 0.1000 | 0.1000 | 0.0900 ± 0.0100 | - |  |  |  |" in card
     values = {result.metric_type: result.metric_value for result in ModelCard(card).data.eval_results}
     assert values["conformity_beyond_base"] == 0.6667
+
+
+def test_it_says_how_far_the_base_was_and_warns_where_nothing_else_holds_the_difference(folder):
+    assert "observational set (" not in render_card(folder)
+    gap = BaseGap("images", 0.3, 0.1, 32)
+    (folder / "base_gap.json").write_text(gap.json())
+    assert f"\n\n{gap.note(0)}\n\n" in render_card(folder)  # a config that does not say has no observational part
+    stored = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(stored | {"observational_rank": 8}))
+    assert f"\n\n{gap.note(8)}\n\n" in render_card(folder)
 
 
 def test_code_loads_what_the_card_is_of_and_asks_for_its_picture(folder):

@@ -1,5 +1,8 @@
 """The command line: every command with real models, and what it says when it is used wrongly."""
 
+import re
+import shutil
+
 import pytest
 import torch
 from datasets import Dataset
@@ -11,6 +14,7 @@ from hf_causal_context.cli import main
 from hf_causal_context.training.bases import load_base
 
 from .training.conftest import pipeline_folder  # noqa: F401 (a fixture)
+from .training.small_language import language_model, word_tokenizer
 
 
 @pytest.fixture
@@ -75,6 +79,33 @@ def test_check_data_of_texts(tmp_path, capsys):
     assert main(["check-data", "--dataset_name", str(tmp_path / "saved"), "--text_column", "body"]) == 0
     assert main(["check-data", "--dataset_name", str(tmp_path / "saved")]) == 1
     assert "no column 'image'" in capsys.readouterr().err
+
+
+def test_check_data_says_how_far_a_base_is(pictures, base, tmp_path, capsys):
+    command = ["check-data", "--train_data_dir", str(pictures), "--pretrained_model_name_or_path"]
+    assert main([*command, base]) == 0
+    said = re.search(r"^The base .* your observational set \(loss .*$", capsys.readouterr().out, re.MULTILINE)[0]
+    trained = ["--output_dir", str(tmp_path / "out"), "--max_train_steps", "1", "--num_validation_images", "0"]
+    assert main(["train", *command[1:], base, *trained]) == 0
+    assert said in capsys.readouterr().out.splitlines()  # the same sentence as at the start of a training
+    assert main([*command, str(tmp_path / "nowhere")]) == 1
+    assert "nowhere' is not a saved diffusers pipeline" in capsys.readouterr().err
+    shutil.rmtree(pictures / "obs")
+    assert main([*command, base]) == 1
+    assert "The base" not in capsys.readouterr().out
+
+
+def test_check_data_says_how_far_a_language_model_is(tmp_path, capsys):
+    language_model("llama").save_pretrained(tmp_path / "base")
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    for context, begin in (("obs", "a cat"), ("formal", "indeed a dog")):
+        (tmp_path / "texts" / context).mkdir(parents=True)
+        (tmp_path / "texts" / context / "texts.txt").write_text(f"{begin} sat\n{begin} ran on the mat\n")
+    command = ["--train_data_dir", str(tmp_path / "texts"), "--pretrained_model_name_or_path", str(tmp_path / "base")]
+    assert main(["check-data", *command]) == 0
+    said = re.search(r"^The base .* your observational set \(perplexity .*$", capsys.readouterr().out, re.MULTILINE)[0]
+    assert main(["train-text", *command, "--output_dir", str(tmp_path / "out"), "--max_train_steps", "1"]) == 0
+    assert said in capsys.readouterr().out.splitlines()
 
 
 def test_train_then_generate(pictures, base, tmp_path, capsys):

@@ -196,8 +196,10 @@ def _content(value: Any) -> bytes:
 def _structure_errors(data: InterventionalData, train: Counter[str], noun: str) -> Iterator[str]:
     if not train[""]:
         yield (
-            f"There is no observational set, and every intervention is learnt against it. Add {noun} in which nothing "
-            "was intervened on: the folder 'obs', or rows with the context 'obs' or ''."
+            "There is no observational set, and every intervention is learnt against it: without it the observational "
+            "part, which holds what all your data differs from the base by, could not be told from the concepts. Each "
+            f"would learn that difference, and combinations would add it up. Add {noun} in which nothing was "
+            "intervened on: the folder 'obs', or rows with the context 'obs' or ''."
         )
     single = {targets[0] for context in train if len(targets := Context.parse(context).targets) == 1}
     if missing := [name for name in data.concepts if name not in single]:

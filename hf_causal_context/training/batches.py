@@ -29,6 +29,7 @@ from ..data import ContextSampler, InterventionalData, slots_of, stream_batches
 from .arguments import TrainingArguments
 from .draws import Draws
 from .families import Base
+from .few_rows import few_rows, joined, numbers_of_context
 from .interruption import ignore_interruptions
 from .objectives import Batch
 from .weights import batch_weights
@@ -105,14 +106,40 @@ class DenoiserBatches:
         for number, columns in enumerate(loaded, start):
             yield self._to_batch(columns, Draws(seed, slots_of(number, size, *process)))
 
-    def _to_batch(self, columns: dict[str, Any], draws: Draws) -> Batch:
+    def few(self, context: str, num: int) -> Batch:
+        """Up to `num` rows of a context, trained on or held out, on the CPU: the same ones whenever they are asked for.
+
+        Raises:
+            ValueError: for a stream without rows of the context.
+        """
+        seed, content = self._arguments.seed, self._data.content_column
+        if self._rows is None or context in self._data.held_out:
+            rows = list(few_rows(self._data, context, num, seed))
+            parts = [rows[start : start + _ENCODED_AT_ONCE] for start in range(0, len(rows), _ENCODED_AT_ONCE)]
+            encoded = [self._to_batch(_collate(part, content, self._reader()), Draws(seed, ()), True) for part in parts]
+        else:
+            numbers = numbers_of_context(self._rows, context, num, seed)
+            encoded = [self._to_batch(_stack(cast(Any, self._rows).__getitems__(numbers)), Draws(seed, ()))]
+        if not encoded:
+            raise ValueError(
+                f"The stream has no rows of the context {context or self._arguments.observational_name!r}. Add them, "
+                "or leave the context out."
+            )
+        return joined(encoded)
+
+    def _to_batch(self, columns: dict[str, Any], draws: Draws, encode: bool = False) -> Batch:
         clean = columns["clean"].to(self._device, non_blocking=True)
         if clean.dtype == torch.uint8:
             clean = clean.float() / 127.5 - 1
-            if self._rows is None:
+            if encode or self._rows is None:
                 clean = self._base.encode_images(clean)
-        context = torch.stack([self._masks[c] for c in columns["context"]]).to(self._device, non_blocking=True)
+        context = torch.stack([self._mask(c) for c in columns["context"]]).to(self._device, non_blocking=True)
         return Batch(clean, context, self._conditions(columns, len(clean)), draws)
+
+    def _mask(self, context: str) -> Tensor:
+        if context not in self._masks:
+            self._masks[context] = self._data.concepts.mask([Context.parse(context)])[0]
+        return self._masks[context]
 
     def _conditions(self, columns: dict[str, Any], rows: int) -> dict[str, Tensor]:
         if self._arguments.class_column:
@@ -205,7 +232,7 @@ class _Rows(torch.utils.data.Dataset):
         self._rows, self._content_column = rows, content_column
         self._standing = np.concatenate([np.arange(len(rows)), *reweighted.values()])
         names = [name for name, numbers in reweighted.items() for _ in numbers]
-        self.contexts: list[str] = [*rows["context"], *names]
+        self.contexts: list[str] = [*rows.with_format(None)["context"], *names]  # else all pictures are read
 
     def __len__(self) -> int:
         return len(self._standing)

@@ -134,7 +134,7 @@ def find_checkpoint(output_dir: Path, wanted: str, say: Callable[[str], object])
                 "Restore one from a copy, or remove them to start from the beginning."
             )
         return None
-    path = output_dir / wanted if (output_dir / wanted).is_dir() else Path(wanted)
+    path = _named(output_dir, wanted)
     match = _NAME.fullmatch(path.name)
     there = ", ".join(p.name for p in checkpoints.values()) or "none"
     if not path.is_dir() or not match:
@@ -148,6 +148,19 @@ def find_checkpoint(output_dir: Path, wanted: str, say: Callable[[str], object])
             "one, or latest, which takes the newest that is whole."
         )
     return int(match[1]), path
+
+
+def earlier_run(arguments: OptimisationArguments) -> Path | None:
+    """The folder of the run that `resume_from_checkpoint` goes on with; None where there is nothing to go on with."""
+    output_dir, wanted = Path(arguments.output_dir), arguments.resume_from_checkpoint
+    if wanted is None:
+        return None
+    folder = output_dir if wanted == "latest" else _named(output_dir, wanted).parent
+    return folder if checkpoint_steps(folder) else None
+
+
+def _named(output_dir: Path, wanted: str) -> Path:
+    return output_dir / wanted if (output_dir / wanted).is_dir() else Path(wanted)
 
 
 def check_same_run(

@@ -7,6 +7,7 @@ number of interruptions. Shapes: B samples.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -37,3 +38,25 @@ class Draws:
     def integers(self, stop: int) -> Tensor:
         """Whole numbers 0 <= n < stop, (B,), int64 on the CPU."""
         return torch.cat([torch.randint(stop, (1,), generator=generator) for generator in self._generators])
+
+
+class LevelDraws(Draws):
+    """Draws for comparisons: the noise of the slots, but at time steps that are given.
+
+    Args:
+        levels: 0 < level < 1 for each sample, as a share of what training draws the time step from: 0.5 is its median.
+    """
+
+    def __init__(self, seed: int, slots: Sequence[int], levels: Sequence[float]) -> None:
+        super().__init__(seed, slots)
+        self._levels = levels
+
+    def normal(self, *shape: int) -> Tensor:
+        """Without a shape, the time of a flow: normal quantiles (B,) of the levels."""
+        if shape:
+            return super().normal(*shape)
+        return torch.tensor([NormalDist().inv_cdf(level) for level in self._levels])
+
+    def integers(self, stop: int) -> Tensor:
+        """The time step of a diffusion, (B,)."""
+        return torch.tensor([int(level * stop) for level in self._levels])

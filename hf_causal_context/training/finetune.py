@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from ..adapter.config import CausalContextConfig
+from ..base_gap import BaseGap
 from ..base_names import lasting_name
 from ..card import CardContents, write_card
 from ..data import InterventionalData, check_data
@@ -22,8 +23,11 @@ from .arguments import AdapterArguments, TrainingArguments
 from .bases import check_base, load_base
 from .batches import DenoiserBatches
 from .data_record import record_data
+from .denoiser_gap import NUM_ROWS, denoiser_gap
+from .denoiser_losses import denoising_losses
 from .families import Base
 from .features import denoiser_features
+from .gap_report import record_gap, report_gap
 from .generation import check_conditions, generate
 from .grids import grid_name, validation_contexts, write_grid
 from .load_data import load_data
@@ -102,10 +106,25 @@ def _fine_tune(
             accelerator.num_processes,
         )
     validation = validation_contexts(arguments, arguments.observational_name, data.concepts, data.held_out)
+    with main_process_first(accelerator, Path(arguments.output_dir)):  # it measures, and the others wait
+        gap = report_gap(accelerator, arguments, partial(_gap, accelerator, base, batches, arguments.seed))
+    validates = bool(arguments.num_validation_images or arguments.validation_steps)
+    here = validates and (accelerator.is_main_process or arguments.shard_base)
+    measured = (data.held_out or data.contexts) if here else ()
+    losses = denoising_losses(accelerator, base, model, batches, arguments, tuple(measured), bool(data.held_out))
     resting = accelerator.device if data.streaming else torch.device("cpu")
     base.move_encoders(resting)
 
+    def begin(first: int) -> dict[str, float]:
+        losses.begin(first)
+        return record_gap(gap, Path(arguments.output_dir))
+
     def validate(step: int) -> None:
+        losses.tell(step)
+        if arguments.num_validation_images:
+            show(step)
+
+    def show(step: int) -> None:
         base.move_encoders(accelerator.device)
         try:
             rows = generate(
@@ -126,9 +145,9 @@ def _fine_tune(
             shard_base(model, accelerator.device)
     if arguments.compile:
         base.denoiser.compile()
-    wanted = validate if arguments.num_validation_images else None
+    wanted = validate if validates else None
     ordered = partial(batches, num_observational=observational_samples(arguments, accelerator.num_processes))
-    folder = fit(accelerator, model, objective, ordered, arguments, num_steps, wanted)
+    folder = fit(accelerator, model, objective, ordered, arguments, num_steps, wanted, begin=begin)
     grid = grid_name(num_steps)
     if accelerator.is_main_process:
         record_data(data, folder)
@@ -167,6 +186,12 @@ def attach_adapter(
     # PEFT looks at the model only, such as a denoiser.
     config.base_model_name_or_path = lasting_name(arguments.pretrained_model_name_or_path)
     return model
+
+
+def _gap(accelerator: Accelerator, base: Base, batches: DenoiserBatches, seed: int) -> BaseGap:
+    """How far the base is from the observational set."""
+    with accelerator.autocast():
+        return denoiser_gap(base, batches.few("", NUM_ROWS), seed)
 
 
 def _features(base: Base, model: nn.Module, data: InterventionalData, resolution: int | None, rows: Dataset) -> Tensor:

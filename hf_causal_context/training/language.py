@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -27,17 +26,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..base_gap import BaseGap
 from ..base_names import lasting_name
 from ..card import CardContents, write_card
-from ..contexts import ConceptSet, Context, quoted
+from ..contexts import ConceptSet
 from ..data import InterventionalData, check_data
 from ..data.reweighting import check_sets
 from .arguments import TextArguments
 from .checkpoints import write_files
 from .data_record import record_data
 from .finetune import attach_adapter
+from .gap_report import record_gap, report_gap
 from .grids import validation_contexts
-from .language_objective import LanguageModelingObjective, perplexity
+from .language_objective import LanguageModelingObjective
 from .load_data import load_text_data
 from .memory import memory_for_base
 from .observational import observational_samples, settle_observational_steps
@@ -45,14 +46,15 @@ from .processes import main_process_first, make_accelerator
 from .publishing import published
 from .reweighting import add_reweighted_contexts
 from .sharding import shard_base
-from .text_batches import Collation, TextBatch, TextBatches, tokenise_all, tokenised
+from .text_batches import Collation, TextBatches, tokenise_all
 from .text_features import text_features, tokens_digest
+from .text_gap import NUM_ROWS, text_gap
+from .text_losses import few_tokens, perplexities, rows_to_measure
 from .text_samples import sample_prompt, sample_texts, write_texts
 from .tokens import Tokenisation, TokenRow, check_packing, prepare_tokenizer, row_length
 from .trainer import fit
 
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_HELD_OUT_ROWS = 200  # of each context, for its perplexity
 
 
 def train_text(
@@ -125,15 +127,8 @@ def _fine_tune(
     collate = collation(packed=arguments.packing)
     process = (accelerator.process_index, accelerator.num_processes)
     rows = tokenise_all(data.rows, tokenise, quiet=process[0] > 0) if isinstance(data.rows, Dataset) else None
-    held_out = {
-        context: list(tokenised(itertools.islice(rows, _HELD_OUT_ROWS), tokenise))
-        for context, rows in data.held_out.items()
-    }
-    if empty := [context for context, own in held_out.items() if not own]:
-        raise ValueError(
-            f"The stream has no rows of the held-out contexts {quoted(empty)}. Add them, or leave them out of "
-            "--held_out_contexts."
-        )
+    watched = data.held_out or arguments.num_validation_texts or arguments.validation_steps
+    measured = rows_to_measure(data, tokenise, arguments.seed, rows) if watched else {}
     shown = validation_contexts(arguments, arguments.observational_name, data.concepts, data.held_out)
     set_seed(arguments.seed)  # the adapter's initial weights
     adapted = attach_adapter(model, data, arguments, task_type="SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM")
@@ -148,6 +143,8 @@ def _fine_tune(
         cast(int, batches.num_rows), accelerator.num_processes
     )
     arguments = settle_observational_steps(arguments, num_steps)
+    with main_process_first(accelerator, Path(arguments.output_dir)):  # it measures, and the others wait
+        gap = report_gap(accelerator, arguments, lambda: _gap(model, data, tokenise, collation(), arguments.seed, rows))
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if arguments.shard_base:
@@ -158,15 +155,14 @@ def _fine_tune(
     if arguments.compile:
         model.compile()
 
+    losses = perplexities(accelerator, adapted, measured, data.concepts, collate, arguments, bool(data.held_out))
+
+    def begin(first: int) -> dict[str, float]:
+        losses.begin(first)
+        return record_gap(gap, Path(arguments.output_dir))
+
     def validate(step: int) -> None:
-        values = {
-            f"validation_perplexity/{context or arguments.observational_name}": perplexity(
-                adapted, _chunks(rows, data.concepts.mask([Context.parse(context)]), collate, arguments)
-            )
-            for context, rows in held_out.items()
-        }
-        if values:
-            accelerator.log(values, step=step)
+        losses.tell(step)
         if prompt:
             texts = sample_texts(adapted, tokenise, prompt, shown, arguments)
             begin = cast(str, tokenizer.decode(prompt))
@@ -189,7 +185,7 @@ def _fine_tune(
 
     objective = LanguageModelingObjective(batches.tokens_per_row)
     ordered = partial(batches, num_observational=observational_samples(arguments, accelerator.num_processes))
-    return fit(accelerator, adapted, objective, ordered, arguments, num_steps, validate, finish=finish)
+    return fit(accelerator, adapted, objective, ordered, arguments, num_steps, validate, finish=finish, begin=begin)
 
 
 def load_language_model(name_or_path: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
@@ -227,20 +223,24 @@ def check_language_model(name_or_path: str, revision: str | None) -> PreTrainedC
     return config
 
 
+def _gap(
+    model: PreTrainedModel,
+    data: InterventionalData,
+    tokenise: Tokenisation,
+    collate: Collation,
+    seed: int,
+    rows: Sequence[TokenRow] | None,
+) -> BaseGap:
+    """How far the base is from the observational set."""
+    few = few_tokens(data, "", NUM_ROWS, tokenise, seed, rows)
+    return text_gap(model, few, collate, cast("int | None", tokenise.tokenizer.eos_token_id), seed)
+
+
 def _features(
     model: PeftModel, tokens: Sequence[TokenRow], collate: Collation, concepts: ConceptSet, rows: Dataset
 ) -> Tensor:
     """What the base sees in rows with these tokens, (N, D)."""
     return text_features(model, tokens, collate, check_sets(rows["context"], concepts))
-
-
-def _chunks(
-    rows: Sequence[TokenRow], mask: Tensor, collate: Collation, arguments: TextArguments
-) -> Iterator[TextBatch]:
-    """Rows of one context, mask (1, K), in batches."""
-    for start in range(0, len(rows), arguments.train_batch_size):
-        some = rows[start : start + arguments.train_batch_size]
-        yield collate(some, mask.expand(len(some), -1))
 
 
 def _example_inputs(data: InterventionalData, prompt: str) -> str:

@@ -24,9 +24,12 @@ from .arguments import ContextDataArguments, DataArguments, TextDataArguments, _
 
 @dataclass
 class AnyDataArguments(DataArguments, TextDataArguments):
-    """Where interventional data is, pictures or texts: folders are what they hold."""
+    """Where interventional data is, images or texts: folders are what they hold; and a base to compare it with."""
 
     text_column: str = _argument("", "Column of the texts, where a dataset holds texts.")
+    pretrained_model_name_or_path: str | None = _argument(
+        None, "A base, as a folder or a Hub id: says how far it is from the observational set."
+    )
 
 
 def load_data(arguments: DataArguments) -> InterventionalData:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -79,6 +79,7 @@ def fit(
     early_stopping: EarlyStopping | None = None,
     hooks: StepHooks | None = None,
     finish: Callable[[Path], object] | None = None,
+    begin: Callable[[int], Mapping[str, float]] | None = None,
 ) -> Path:
     """Train the parameters of `model` that require gradients, and save the model to `output_dir`.
 
@@ -95,6 +96,8 @@ def fit(
         early_stopping: looks at that loss.
         hooks: what happens around every step.
         finish: writes what belongs beside the model, in the main process; before the last validation, which may fail.
+        begin: called in the main process before the first step, with the number of steps that are done already; what
+            it returns is logged.
 
     Raises:
         TrainingDivergedError: when a loss or gradient becomes NaN or infinite.
@@ -108,9 +111,10 @@ def fit(
         ValueError: for a checkpoint of a run with other settings.
     """
     hooks, finish = hooks or StepHooks(), finish or (lambda folder: None)
+    begin = begin or (lambda first: {})
     with watched_processes(accelerator, Path(arguments.output_dir)):
         return _fit(
-            accelerator, model, objective, batches, arguments, num_steps, validate, early_stopping, hooks, finish
+            accelerator, model, objective, batches, arguments, num_steps, validate, early_stopping, hooks, finish, begin
         )
 
 
@@ -125,6 +129,7 @@ def _fit(
     early_stopping: EarlyStopping | None,
     hooks: StepHooks,
     finish: Callable[[Path], object],
+    begin: Callable[[int], Mapping[str, float]],
 ) -> Path:
     output_dir = Path(arguments.output_dir)
     sharded = is_sharded(model)
@@ -136,6 +141,7 @@ def _fit(
     elif resumed:
         accelerator.print(f"There is no checkpoint in {output_dir} yet: the run starts from the beginning.")
     output_dir.mkdir(parents=True, exist_ok=True)
+    known: Mapping[str, float] = {}
     if accelerator.is_main_process:
         clean_up(output_dir)
         if not resumed and checkpoint_steps(output_dir):
@@ -148,6 +154,7 @@ def _fit(
         frozen = sum(p.numel() for p in whole if not p.requires_grad)
         check_space(output_dir, 4 * frozen + copies * sum(4 * p.numel() for p in parameters))
         arguments.save(output_dir)
+        known = begin(found[0] if found else 0)
 
     # 1. Everything that a checkpoint holds
     optimizer = torch.optim.AdamW(
@@ -186,6 +193,8 @@ def _fit(
     if arguments.report_to:
         settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in asdict(arguments).items()}
         start_trackers(accelerator, settings, output_dir, arguments.report_to)
+        for tracker in accelerator.trackers if known else ():
+            tracker.log(known, step=first)
 
     def stopped(problem: str, step: int) -> TrainingDivergedError:
         rate = schedule.get_last_lr()[0]

@@ -54,6 +54,7 @@ def test_missing_sets(root, streaming):
     shutil.rmtree(root / "obs")
     report = check_data(load_folders(root, concepts=("a", "b", "c"), streaming=streaming))
     assert "There is no observational set" in report.errors[0]
+    assert "what all your data differs from the base by, could not be told from the concepts." in report.errors[0]
     assert "the folder 'obs', or rows with the context 'obs' or ''" in report.errors[0]
     assert "No set for 'c' alone. Every concept needs one" in report.errors[1]
     with pytest.raises(ValueError, match="The data cannot be trained on:\n- There is no observational set.*\n- No set"):

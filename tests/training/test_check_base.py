@@ -1,0 +1,50 @@
+"""What `check-data` measures of a base: what a training would, whatever the base is conditioned on."""
+
+import pytest
+from datasets import Dataset
+from datasets import Image as ImageFeature
+
+from hf_causal_context.base_gap import BaseGap
+from hf_causal_context.data import from_dataset
+from hf_causal_context.training.arguments import TrainingArguments
+from hf_causal_context.training.check_base import gap_of
+from hf_causal_context.training.finetune import train
+from hf_causal_context.training.load_data import AnyDataArguments
+
+from .small import settings, write_folders
+
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A function: whether it is a stream -> pictures with captions and classes."""
+    files = sorted(write_folders(tmp_path / "data").rglob("*.png"))
+    columns = {"image": [str(path) for path in files], "context": [path.parent.name for path in files]}
+    columns |= {"text": [f"a {i % 3}" for i in range(len(files))], "digit": [i % 5 for i in range(len(files))]}
+    rows = Dataset.from_dict(columns).cast_column("image", ImageFeature())
+
+    def make(caption_column, streaming=False):
+        given = rows.to_iterable_dataset() if streaming else rows
+        return from_dataset(given, caption_column=caption_column, concepts=("slant", "thick"))
+
+    return make
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["ddpm", "ddpm_classes", "stable_diffusion", "stable_diffusion_3", "dit"])
+def test_it_is_what_a_training_measures(name, streaming, data, pipeline_folder, tmp_path):
+    classes = "digit" if name in ("ddpm_classes", "dit") else None
+    rows = data("text" if name.startswith("stable") else None, streaming)
+    base = pipeline_folder(name)
+    checked = gap_of(rows, AnyDataArguments(pretrained_model_name_or_path=base, class_column=classes))
+    given = settings(base, tmp_path, tmp_path / "out", max_train_steps=1, class_column=classes, train_data_dir=None)
+    folder = train(TrainingArguments(**given), data=rows)
+    assert BaseGap.load(folder).times == pytest.approx(checked.times, rel=1e-4)
+
+
+def test_a_base_that_the_data_does_not_fit_is_refused_as_in_training(data, pipeline_folder):
+    with pytest.raises(ValueError, match="conditioned on classes, but --class_column=None names no column"):
+        gap_of(data(None), AnyDataArguments(pretrained_model_name_or_path=pipeline_folder("dit")))
+    with pytest.raises(ValueError, match="The data has captions, but DDPMPipeline takes none"):
+        gap_of(data("text"), AnyDataArguments(pretrained_model_name_or_path=pipeline_folder("ddpm")))
