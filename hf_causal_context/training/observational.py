@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import TypeVar
 
-from .arguments import ARGUMENTS, AdapterArguments
+from .arguments import ARGUMENTS, OLDER_RUNS, AdapterArguments
+from .checkpoints import earlier_run
 from .weights import parse_weights
 
 SHARE = 0.2  # of the run's steps; 0.4 was no better
@@ -53,9 +53,8 @@ def observational_samples(arguments: AdapterArguments, num_processes: int) -> in
 
 
 def _steps_of_resumed_run(arguments: AdapterArguments) -> int | None:
-    resumed = arguments.resume_from_checkpoint
-    if not resumed:
+    folder = earlier_run(arguments)
+    if folder is None:
         return None
-    path = Path(arguments.output_dir if resumed == "latest" else resumed, ARGUMENTS)
-    # A run that is older than this argument had no such steps.
-    return json.loads(path.read_text()).get("observational_steps", 0) if path.is_file() else None
+    stored = json.loads((folder / ARGUMENTS).read_text())
+    return stored.get("observational_steps", OLDER_RUNS["observational_steps"])

@@ -44,6 +44,7 @@ def test_what_cannot_be(tmp_path):
 def test_a_resumed_run_goes_on_as_it_began(tmp_path):
     resumed = given(tmp_path, resume_from_checkpoint="latest")
     assert settle_observational_steps(resumed, 100).observational_steps == 20  # there is nothing to resume yet
+    (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / ARGUMENTS).write_text(json.dumps({"observational_steps": 5}))
     assert settle_observational_steps(resumed, 100).observational_steps == 5
     (tmp_path / ARGUMENTS).write_text("{}")  # of a run that is older than the argument
