@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .evaluation.markdown import table
+from .markdown_tables import table
 
 _SETTINGS = {
     "mechanism": "mechanism",
@@ -68,42 +68,55 @@ def settings_table(arguments: Mapping[str, Any], config: Mapping[str, Any]) -> s
 
 
 def evaluation_table(report: Mapping[str, Any]) -> str:
-    """Verdict, distances and conformity of a report.json; of an older one what it holds."""
+    """Verdict, distances (of texts perplexities) and conformity of a report.json; of an older one what it holds."""
+    items = report["contexts"]
+    texts = any(item.get("perplexity") for item in items)
+    beside_base = any(item.get("base_conformity") is not None for item in items)
     rows = []
-    beside_base = any(item.get("base_conformity") is not None for item in report["contexts"])
-    for item in report["contexts"]:
-        distance, conformity = item["distance"], item["conformity"]
-        cells = [_estimate(distance[name]) for name in ("base", "samples", "floor")] if distance else ["", "", ""]
-        closed = _number(distance["gap_closed"], 2) if distance else ""
-        real = _number(item["real_conformity"], 2)
-        found = f"{_number(conformity['mean'], 2)} / {real}" if conformity else ""
-        row = (_label(item["context"]), "yes" if item["trained"] else "none", *cells, closed, found)
-        if beside_base and conformity:
-            beyond = (item[f"{whose}conformity_beyond_base"] for whose in ("", "real_"))
-            row += (_number(item["base_conformity"], 2), " / ".join(_number(value, 2) for value in beyond))
-        elif beside_base:
-            row += ("", "")
-        rows.append(row)
-    header = ("context", "data", "base", "this adapter", "real against real", "gap closed", "conformity / real")
-    of_base = ""
-    if beside_base:
-        header += ("the base's", "beyond it / real")
-        of_base = (
-            " *The base's* is that of the base without this adapter; *beyond it*, 0 is what the base does by itself."
-        )
-    sentences = report.get("verdict", {}).get("sentences", ())
+    for item in items:
+        cells = _perplexity_cells(item["perplexity"]) if texts else _distance_cells(item["distance"])
+        conformity, real = item["conformity"], _number(item["real_conformity"], 2)
+        cells.append(f"{_number(conformity['mean'], 2)} / {real}" if conformity else "")
+        if beside_base:
+            beyond = [_number(item[f"{whose}conformity_beyond_base"], 2) for whose in ("", "real_")]
+            cells += [_number(item["base_conformity"], 2), " / ".join(beyond)] if conformity else ["", ""]
+        rows.append((_label(item["context"]), "yes" if item["trained"] else "none", *cells))
+    columns = ["base", "empty context", "this adapter"] if texts else _DISTANCE_COLUMNS
+    header = ["context", "data", *columns, "conformity / real"]
+    header += ["the base's", "beyond it / real"] if beside_base else []
+    measure = _PERPLEXITY if texts else _DISTANCE
+    of_base = " *The base's* is that of the base without this adapter; *beyond it*, 0 is what the base does by itself."
+    sentences = [f"- {markdown_text(sentence)}" for sentence in report.get("verdict", {}).get("sentences", ())]
     return "\n".join(
         [
-            *(f"- {markdown_text(sentence)}" for sentence in sentences),
+            *sentences,
             *([""] if sentences else []),
-            "Sliced Wasserstein distance to real rows (lower is better; *gap closed* is 1 where samples are as near as "
-            "real rows, 0 at the base), and *conformity*, the share of samples in which classifiers find every "
-            f"requested concept.{of_base}",
+            f"{measure}, and *conformity*, the share of samples in which classifiers find every requested concept."
+            f"{of_base if beside_base else ''}",
             "",
             *table(header, rows),
             *(f"\n{markdown_text(note)}" for note in report["notes"]),
         ]
     )
+
+
+_DISTANCE = (
+    "Sliced Wasserstein distance to real rows (lower is better; *gap closed* is 1 where samples are as near as real "
+    "rows, 0 at the base)"
+)
+_DISTANCE_COLUMNS = ["base", "this adapter", "real against real", "gap closed"]
+_PERPLEXITY = "Perplexity of real rows (lower is likelier; those of contexts with data are training rows)"
+
+
+def _distance_cells(distance: Mapping[str, Any] | None) -> list[str]:
+    if not distance:
+        return ["", "", "", ""]
+    cells = [_estimate(distance[name]) for name in ("base", "samples", "floor")]
+    return [*cells, _number(distance["gap_closed"], 2)]
+
+
+def _perplexity_cells(scores: Mapping[str, float | None] | None) -> list[str]:
+    return [_number(scores[name], 2) if scores else "" for name in ("base", "empty", "adapter")]
 
 
 def evaluation_results(report: Mapping[str, Any], dataset: object) -> Iterator[dict[str, Any]]:

@@ -155,6 +155,23 @@ def test_it_says_how_far_the_base_was_and_warns_where_nothing_else_holds_the_dif
     assert f"\n\n{gap.note(8)}\n\n" in render_card(folder)
 
 
+def test_a_report_on_texts_has_perplexities_in_place_of_distances(folder):
+    report = json.loads(json.dumps(REPORT)) | {"verdict": {"works": True, "sentences": ["Everything works."]}}
+    for item in report["contexts"]:
+        asked = bool(item["context"])
+        item |= {"distance": None, "base_conformity": 0.25 if asked else None, "conformity_beyond_base": 0.667}
+        item |= {"real_conformity_beyond_base": 0.733}
+        item["perplexity"] = {"adapter": 12.25, "empty": 20.5, "base": 31.125, "num_rows": 40} if asked else None
+    report["unseen"] |= {"samples": None}
+    (folder / "evaluation/report.json").write_text(json.dumps(report))
+    card = render_card(folder)
+    assert "Perplexity of real rows (lower is likelier; those of contexts with data are training rows)" in card
+    assert "| context | data | base | empty context | this adapter | conformity / real | the base's |" in card
+    assert "| slant+thick | none | 31.12 | 20.50 | 12.25 | 0.75 / 0.80 | 0.25 | 0.67 / 0.73 |" in card
+    assert "| (observational) | yes |  |  |  |  |  |  |" in card
+    assert "sliced_wasserstein" not in {result.metric_type for result in ModelCard(card).data.eval_results}
+
+
 def test_code_loads_what_the_card_is_of_and_asks_for_its_picture(folder):
     block = code(render_card(folder, "user/strokes"))
     compile(block, "card", "exec")

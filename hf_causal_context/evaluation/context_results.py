@@ -34,7 +34,7 @@ def context_result(evidence: Evidence, context: Context, logits: Logits, seed: i
     """Measure a context."""
     groups, real = evidence.samples[context], evidence.usable().get(context)
     asked = len(groups[0])
-    num = min(asked, len(real) // 2) if real is not None else 0
+    num = min(asked, len(real) // 2) if real is not None and not evidence.holds_texts else 0
     requested = [evidence.concepts.index(name) for name in context.targets]
     real_found = logits.real[context] > 0 if context in logits.real else None
     found = torch.cat(list(logits.samples[context])) > 0
@@ -75,13 +75,14 @@ def context_result(evidence: Evidence, context: Context, logits: Logits, seed: i
         real_attributes=None if real_attributes is None else named(evidence.attribute_names, real_attributes),
         diversity=None if real is None else _diversity(groups, real),
         notes=tuple(_notes(evidence, context, num)),
+        perplexity=None if evidence.perplexities is None else evidence.perplexities.get(context),
     )
 
 
 def _distance(
     evidence: Evidence, groups: Sequence[Readings], real: Readings | None, num: int, seed: int
 ) -> Distances | None:
-    if real is None:
+    if real is None or evidence.holds_texts:
         return None
     own, base, empty = (_values(parts) for parts in (groups, evidence.base, evidence.samples[Context()]))
     return compare(own, base, real.values, num, seed, empty)
@@ -131,7 +132,7 @@ def _notes(evidence: Evidence, context: Context, num: int) -> Iterable[str]:
             f"{name}: {len(real)} real rows, of which at least {MIN_REAL_ROWS} are needed to compare; judged by the "
             "classifiers alone."
         )
-    elif num < asked:
+    elif num < asked and not evidence.holds_texts:
         yield (
             f"{name}: {len(real)} real rows were read, less than twice the {asked} samples of a seed group: distances "
             f"compare {num} of the samples with {len(real) - num} real rows."

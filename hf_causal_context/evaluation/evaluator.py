@@ -8,26 +8,23 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import combinations
 
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from ..adapter.layer import CausalContextLayer
-from ..contexts import ConceptSet, Context, ContextLike, as_context, quoted
+from ..contexts import ConceptSet, Context, ContextLike, as_context
 from ..data import InterventionalData
 from ..training.bases import as_base
 from ..training.families import Base
 from ..training.generation import check_conditions, generate
-from .evidence import MIN_REAL_ROWS, Evidence, check_real_rows
+from .asked import adapter_concepts, contexts_to_sample, ordered
+from .evidence import Evidence, check_real_rows
 from .features import require_torchmetrics
 from .measurement import measure
-from .readings import Reader, Readings
+from .readings import Reader
 from .real_rows import read_real_rows
 from .results import EvaluationReport
 from .sampling import PixelChange, Sampler, sample_all
-
-MAX_UNSEEN_PAIRS = 6
 
 
 def evaluate_samples(
@@ -77,7 +74,7 @@ def evaluate_samples(
     evidence = Evidence(
         concepts=names,
         real={c: read(rows, f"Real rows of context {_shown(c)}") for c, rows in real_rows.items()},
-        samples={c: [read(rows, f"Samples of context {_shown(c)}") for rows in groups[c]] for c in _ordered(groups)},
+        samples={c: [read(rows, f"Samples of context {_shown(c)}") for rows in groups[c]] for c in ordered(groups)},
         base=[read(rows, "Samples of the base") for rows in base_samples],
         strengths={
             name: {s: read(rows, f"Samples of context '{name}={s:g}'") for s, rows in sorted(curve.items())}
@@ -128,7 +125,11 @@ def evaluate(
         ImportError: for a feature extractor without torchmetrics.
     """
     base = base if isinstance(base, Base) else as_base(base)
-    concepts = _adapter_concepts(base, data)
+    missing = (
+        f"The {base.denoiser_name} of this pipeline has no causal context adapter. Attach one first: "
+        "load_context_adapter(pipe, folder)."
+    )
+    concepts = adapter_concepts(base.denoiser, data, missing)
     wanted = None if contexts is None else list(map(as_context, contexts))
     concepts.strengths(wanted or [])  # refuses unknown names
     check_conditions(base, prompt, class_label, guidance_scale, resolution)
@@ -138,9 +139,7 @@ def evaluate(
     real = read_real_rows(data, read, base.image_channels, resolution or base.default_resolution, seed)
     check_real_rows(concepts, {context: len(rows) for context, rows in real.items()})
     trained = frozenset(map(Context.parse, data.contexts))
-    notes = []
-    if wanted is None:
-        wanted, notes = _default_contexts(concepts, real, trained)
+    asked, notes = contexts_to_sample(concepts, wanted, real, trained)
     if data.has_captions:
         notes.append(f"Real pictures have captions, all samples the prompt {prompt or ''!r}: distances hold that too.")
     if base.takes_classes:
@@ -158,7 +157,7 @@ def evaluate(
     sampled = sample_all(
         Sampler(base, lambda context, seeds: draw([context], seeds=seeds)[0], read, batch_size),
         concepts,
-        _ordered({Context(), *map(Context, concepts), *wanted}),
+        asked,
         [range(group * num_samples, (group + 1) * num_samples) for group in range(num_seeds)],
     )
     evidence = Evidence(
@@ -186,21 +185,6 @@ def evaluate(
     return replace(report, notes=(*report.notes, *notes), settings=settings)
 
 
-def _default_contexts(
-    concepts: ConceptSet, real: Mapping[Context, Readings], trained: Collection[Context]
-) -> tuple[list[Context], list[str]]:
-    """All contexts that have real rows, and without unseen ones some pairs; then a note if they are not all."""
-    if any(len(rows) >= MIN_REAL_ROWS for context, rows in real.items() if context not in trained):
-        return list(real), []
-    unseen = [pair for a, b in combinations(concepts, 2) if (pair := Context(a, b)) not in trained]
-    notes = []
-    if len(unseen) > MAX_UNSEEN_PAIRS:
-        notes.append(
-            f"Of {len(unseen)} unseen pairs the first {MAX_UNSEEN_PAIRS} were sampled; --contexts names others."
-        )
-    return [*real, *unseen[:MAX_UNSEEN_PAIRS]], notes
-
-
 def _reader(
     attributes: Callable[[Tensor], Tensor] | None, names: Sequence[str], feature_extractor: nn.Module | None
 ) -> Reader:
@@ -211,29 +195,8 @@ def _reader(
     return Reader(attributes, tuple(names), feature_extractor)
 
 
-def _adapter_concepts(base: Base, data: InterventionalData) -> ConceptSet:
-    layer = next((module for module in base.denoiser.modules() if isinstance(module, CausalContextLayer)), None)
-    if layer is None:
-        raise ValueError(
-            f"The {base.denoiser_name} of this pipeline has no causal context adapter. Attach one first: "
-            "load_context_adapter(pipe, folder)."
-        )
-    active = [name for name in layer.active_adapters if name in layer.concepts]
-    concepts = ConceptSet(tuple(concept for name in active for concept in layer.concepts[name]))
-    if set(concepts) != set(data.concepts):
-        raise ValueError(
-            f"The adapter has the concepts {quoted(concepts)}, the data {quoted(data.concepts)}. They must be the "
-            "same: rename the contexts of the data, or leave the others out."
-        )
-    return concepts
-
-
 def _at_most_single(contexts: Mapping[Context, object]) -> list[Context]:
     return [context for context in contexts if len(context.targets) < 2]
-
-
-def _ordered(contexts: Collection[Context]) -> list[Context]:
-    return sorted(contexts, key=lambda context: (len(context.targets), str(context)))
 
 
 def _shown(context: Context) -> str:

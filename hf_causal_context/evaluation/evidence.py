@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..contexts import ConceptSet, Context
 from .readings import Readings
+from .results import Perplexity
 
 MIN_REAL_ROWS = 10
 _JUDGED_SHARE = 0.3  # of the real rows; the classifiers are trained on the others
@@ -26,8 +27,9 @@ class Evidence:
         base: the same for the base; its seeds are those of the empty context.
         strengths: concept -> strength -> readings from the same seeds, which are the base's first ones.
         trained: the contexts that were trained on.
-        largest_change, mean_change: of the empty context from the base, per pixel or entry.
+        largest_change, mean_change: of the empty context from the base, per pixel or entry; 0 for texts.
         attribute_names: of the attributes in the readings, if any.
+        perplexities: of real texts per context; None where rows are no texts.
 
     Raises:
         ValueError: for too few real rows of the observational context or of a single concept.
@@ -42,9 +44,15 @@ class Evidence:
     largest_change: float
     mean_change: float
     attribute_names: tuple[str, ...]
+    perplexities: Mapping[Context, Perplexity] | None = None
 
     def __post_init__(self) -> None:
         check_real_rows(self.concepts, {context: len(rows) for context, rows in self.real.items()})
+
+    @property
+    def holds_texts(self) -> bool:
+        """Whether values are those of texts: too many and too coarse for distances."""
+        return self.perplexities is not None
 
     def usable(self) -> dict[Context, Readings]:
         """The contexts with enough real rows to compare with, and these rows."""

@@ -1,4 +1,4 @@
-"""A report as one picture: distances, conformity, leakage, strength curves."""
+"""A report as one picture: distances or perplexities, conformity, leakage, strength curves."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from .verdict import worst_leak
 
 _SAMPLES, _FLOOR, _BASE = "#2a6f97", "#8fb996", "#d9d9d9"
 _UNSEEN = "#c1440e"
+_NOTHING = Estimate(0.0)
 
 
 def draw_report(report: EvaluationReport, path: Path) -> None:
@@ -27,36 +28,57 @@ def draw_report(report: EvaluationReport, path: Path) -> None:
     except ImportError as error:
         raise ImportError("Plots need matplotlib: pip install 'hf-causal-context[plot]'.") from error
 
-    compared = [result for result in report.contexts if result.distance is not None]
     K = len(report.concepts)
-    heights = (0.9 + 0.42 * len(compared), 2.2 + 0.42 * K, 3.0)
+    heights = (0.9 + 0.42 * len(report.contexts), 2.2 + 0.42 * K, 3.0)
     figure = Figure(figsize=(11, sum(heights) + 0.6), layout="constrained")
     top, middle, bottom = cast(Any, figure.subfigures(3, 1, height_ratios=heights))
-    _distances(top, report)
+    _contexts(top, report)
     _leakage(middle, report.leakage)
     _strengths(bottom, report)
     figure.savefig(path, dpi=150, format="png")
 
 
-def _distances(figure: Any, report: EvaluationReport) -> None:
-    results = [result for result in report.contexts if result.distance is not None]
+def _contexts(figure: Any, report: EvaluationReport) -> None:
+    results = report.contexts
     figure.suptitle("Each context beside the truth", x=0.01, ha="left", fontweight="bold")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    nothing = Estimate(0.0)
-    distances = [
-        (_SAMPLES, "samples", [result.distance.samples for result in results if result.distance]),
-        (_FLOOR, "floor: other real rows", [result.distance.floor for result in results if result.distance]),
-        (_BASE, "base", [result.distance.base for result in results if result.distance]),
-    ]
-    shares = [
-        (_SAMPLES, "samples", [result.conformity or nothing for result in results]),
-        (_FLOOR, "real rows", [Estimate(result.real_conformity or 0.0) for result in results]),
-        (_BASE, "base", [Estimate(result.base_conformity or 0.0) for result in results]),
-    ]
-    _bars(left, distances, "sliced Wasserstein distance to real rows (lower is better)")
+    if report.drift is None:
+        scores = [result.perplexity for result in results]
+        _bars(
+            left,
+            [
+                (_SAMPLES, "in its context", [_known(score and score.adapter) for score in scores]),
+                (_FLOOR, "in the empty context", [_known(score and score.empty) for score in scores]),
+                (_BASE, "base", [_known(score and score.base) for score in scores]),
+            ],
+            "perplexity of real rows (lower is likelier)",
+        )
+    else:
+        distances = [result.distance for result in results]
+        _bars(
+            left,
+            [
+                (_SAMPLES, "samples", [distance.samples if distance else _NOTHING for distance in distances]),
+                (
+                    _FLOOR,
+                    "floor: other real rows",
+                    [distance.floor if distance else _NOTHING for distance in distances],
+                ),
+                (_BASE, "base", [distance.base if distance else _NOTHING for distance in distances]),
+            ],
+            "sliced Wasserstein distance to real rows (lower is better)",
+        )
     # Intervals of two or three groups can be wider than anything measured.
     left.set_xlim(0, 1.1 * max(bar.get_width() for bar in left.patches))
-    _bars(right, shares, "conformity: all that was asked for is found")
+    _bars(
+        right,
+        [
+            (_SAMPLES, "samples", [result.conformity or _NOTHING for result in results]),
+            (_FLOOR, "real rows", [_known(result.real_conformity) for result in results]),
+            (_BASE, "base", [_known(result.base_conformity) for result in results]),
+        ],
+        "conformity: all that was asked for is found",
+    )
     right.set_xlim(0, 1.03)
     names = [result.context or "(observational)" for result in results]
     left.set_yticks(
@@ -65,7 +87,13 @@ def _distances(figure: Any, report: EvaluationReport) -> None:
     for tick, result in zip(left.get_yticklabels(), results, strict=True):
         tick.set_color("black" if result.trained else _UNSEEN)
     left.invert_yaxis()  # and the other's, which is shared
-    left.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+    for axes in (left, right):
+        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+
+
+def _known(value: float | None) -> Estimate:
+    """A bar; of no length where nothing was measured, or the value is infinite."""
+    return Estimate(value) if value is not None and np.isfinite(value) else _NOTHING
 
 
 def _bars(axes: Any, series: Sequence[tuple[str, str, Sequence[Estimate]]], label: str) -> None:

@@ -5,6 +5,7 @@ Shapes: N rows, K concepts, J readings (of K concepts, or of attributes).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -50,8 +51,13 @@ def strength_curve(
     attribute: Mapping[float, Tensor] | None,
     zero_is_base: bool,
     zero_is_empty: bool,
+    paired: bool = True,
 ) -> StrengthCurve:
-    """The means of logits (N,), and of an attribute (N,), at every strength."""
+    """The means of logits (N,), and of an attribute (N,), at every strength.
+
+    `paired` says whether row n has the same noise at every strength. Else the means scatter by themselves, and only a
+    fall by more than two standard errors is one.
+    """
     strengths = sorted(logits)
     trained = [i for i, strength in enumerate(strengths) if 0 <= strength <= 1]
     means = [float(logits[strength].double().mean()) for strength in strengths]
@@ -59,6 +65,10 @@ def strength_curve(
     if attribute is not None:
         measured = tuple(float(attribute[strength].double().nanmean()) for strength in strengths)
     rising = _never_falls([means[i] for i in trained])
+    if not paired:
+        errors = [float(logits[strengths[i]].double().std() / len(logits[strengths[i]]) ** 0.5) for i in trained]
+        steps = zip(pairwise([means[i] for i in trained]), pairwise(errors), strict=True)
+        rising = all(a - b <= 2 * math.hypot(*noise) for (a, b), noise in steps)
     attribute_monotone = None
     if measured is not None:
         inside = [measured[i] for i in trained]

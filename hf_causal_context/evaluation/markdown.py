@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
+from ..markdown_tables import table, text_cell
 from .metrics import Estimate
 from .results import ContextResult, Distances, EvaluationReport, Leakage, Summary
-from .verdict import where_the_empty_context_is, worst_leak
+from .verdict import where_the_empty_context_is, where_the_empty_context_is_in_texts, worst_leak
 
 
 def markdown(report: EvaluationReport) -> str:
@@ -16,12 +17,14 @@ def markdown(report: EvaluationReport) -> str:
     lines += [f"> **Note.** {note}\n" for note in report.notes]
     for heading, part in (
         ("Distances", _distances(report)),
+        ("Perplexity", _perplexities(report)),
         ("Attributes", _attributes(report)),
         ("FID and KID", _features(report)),
         ("Conformity", _conformity(report)),
         ("Leakage", _leakages(report)),
         ("Strength", _strengths(report)),
         ("The empty context", _drift(report)),
+        ("Texts", _texts(report)),
         ("How", _settings(report)),
     ):
         body = list(part)
@@ -30,6 +33,8 @@ def markdown(report: EvaluationReport) -> str:
 
 
 def _distances(report: EvaluationReport) -> Iterator[str]:
+    if report.drift is None:
+        return
     yield (
         "Sliced Wasserstein distance to real rows (lower is better). *Floor*: as many other real rows in place of the "
         "samples. *Base*: without any adapter. *Gap closed*: 1 at the floor, 0 at the base. *Empty*: the samples of "
@@ -57,6 +62,29 @@ def _distances(report: EvaluationReport) -> Iterator[str]:
             "",
             f"± is half the 95 % confidence interval over {report.settings.get('num_seeds', 'the')} seed groups.",
         )
+    yield from _notes(report)
+
+
+def _perplexities(report: EvaluationReport) -> Iterator[str]:
+    if not any(result.perplexity for result in report.contexts):
+        return
+    yield (
+        "Perplexity of real rows (lower is likelier) in their context, in the empty one, and under the base without "
+        "any adapter. The rows of trained contexts are training rows: their perplexity says what was learned, and only "
+        "that of held-out rows what it is good for. *Diversity*: of the samples over that of real rows."
+    )
+    yield ""
+    rows = []
+    for result in report.contexts:
+        scores = result.perplexity
+        values = (scores.adapter, scores.empty, scores.base) if scores else (None, None, None)
+        scored = str(scores.num_rows) if scores else "0"
+        rows.append((*_head(result), *(_number(value, 2) for value in values), scored, _number(result.diversity, 2)))
+    yield from table(("context", "data", "in its context", "in the empty one", "base", "real rows", "diversity"), rows)
+    yield from _notes(report)
+
+
+def _notes(report: EvaluationReport) -> Iterator[str]:
     if notes := [f"- {note}" for result in report.contexts for note in result.notes]:
         yield ""
         yield from notes
@@ -149,9 +177,11 @@ def _leakage(item: Leakage) -> Iterator[str]:
 def _strengths(report: EvaluationReport) -> Iterator[str]:
     if not report.strength_curves:
         return
+    texts = report.drift is None
     yield (
-        "Mean logit of a concept's classifier at each strength, from the same seeds, with the mean probability in "
-        "brackets. *Monotone*: the logit never falls from 0 to 1."
+        f"Mean logit of a concept's classifier at each strength, from the same {'prompts' if texts else 'seeds'}, with "
+        "the mean probability in brackets. *Monotone*: the logit never falls from 0 to 1"
+        f"{' by more than chance' if texts else ''}."
     )
     yield ""
     strengths = sorted({strength for curve in report.strength_curves for strength in curve.strengths})
@@ -177,6 +207,14 @@ def _strengths(report: EvaluationReport) -> Iterator[str]:
 
 def _drift(report: EvaluationReport) -> Iterator[str]:
     drift = report.drift
+    observational = next(result for result in report.contexts if not result.context)
+    scores, told_apart = observational.perplexity, report.told_apart
+    if drift is None and scores is not None and told_apart is not None:
+        if scores.empty == scores.base:
+            yield "It is the base: real rows have the same perplexity, bit for bit."
+        yield where_the_empty_context_is_in_texts(scores, told_apart)
+    if drift is None:
+        return
     if drift.largest == 0:
         yield "It is the base, bit for bit."
         return
@@ -184,9 +222,23 @@ def _drift(report: EvaluationReport) -> Iterator[str]:
         f"Beside the base at equal seeds: largest difference {drift.largest:.3g}, mean {drift.mean:.3g}; sliced "
         f"Wasserstein distance {drift.distance:.4f}."
     )
-    observational = next(result for result in report.contexts if not result.context)
     if observational.distance is not None:
         yield where_the_empty_context_is(observational.distance)
+
+
+def _texts(report: EvaluationReport) -> Iterator[str]:
+    if not report.texts:
+        return
+    yield "Some samples, and real texts of the same contexts as the classifiers read them."
+    yield ""
+    rows = []
+    for context, (real, samples) in report.texts.items():
+        rows += [(context or "(observational)", whose, text_cell(text)) for whose, text in _sides(real, samples)]
+    yield from table(("context", "", "text"), rows)
+
+
+def _sides(real: Sequence[str], samples: Sequence[str]) -> list[tuple[str, str]]:
+    return [("real", text) for text in real] + [("sample", text) for text in samples]
 
 
 def _settings(report: EvaluationReport) -> Iterator[str]:
@@ -231,11 +283,3 @@ def _number(value: float | None, digits: int = 4) -> str:
 
 def _yes(value: bool) -> str:
     return "yes" if value else "**no**"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """The lines of a table; cells are Markdown."""
-    yield f"| {' | '.join(header)} |"
-    yield "|" + "---|" * len(header)
-    for row in rows:
-        yield f"| {' | '.join(row)} |"

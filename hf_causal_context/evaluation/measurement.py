@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..contexts import Context
+from ..contexts import ConceptSet, Context
 from .classifiers import RELIABLE_ACCURACY, ConceptClassifier, balanced_accuracy, train_classifier
 from .comparison import gap_closed, means
 from .context_results import Logits, context_result, named
@@ -18,7 +18,7 @@ from .evidence import Evidence
 from .influence import leakage, strength_curve
 from .metrics import beyond_base, sliced_wasserstein
 from .readings import Readings
-from .results import ContextResult, Drift, EvaluationReport, Leakage, StrengthCurve, Summary
+from .results import ContextResult, Drift, EvaluationReport, Leakage, StrengthCurve, Summary, ToldApart
 from .verdict import verdict
 
 NO_UNSEEN = (
@@ -34,7 +34,7 @@ def measure(evidence: Evidence, seed: int = 0) -> EvaluationReport:
     """Measure everything. `seed` draws the splits of the real rows and the classifier's weights."""
     concepts, real = evidence.concepts, evidence.usable()
     learnt, judged = evidence.split(seed)
-    classifier = train_classifier(learnt, concepts, seed)
+    classifier = train_classifier(learnt, concepts, seed, linear=evidence.holds_texts)
     logits = Logits(
         samples={c: [classifier.read(group.values) for group in groups] for c, groups in evidence.samples.items()},
         base=[classifier.read(group.values) for group in evidence.base],
@@ -42,9 +42,9 @@ def measure(evidence: Evidence, seed: int = 0) -> EvaluationReport:
     )
     accuracy = balanced_accuracy(logits.real, concepts)
     results = tuple(context_result(evidence, context, logits, seed) for context in evidence.samples)
-    empty = torch.cat([group.values for group in evidence.samples[Context()]])
-    distance = sliced_wasserstein(empty, torch.cat([group.values for group in evidence.base]))
-    drift = Drift(evidence.largest_change, evidence.mean_change, distance)
+    told_apart = None
+    if evidence.holds_texts:
+        told_apart = _told_apart(evidence, learnt[Context()], judged[Context()], seed)
     leak = leakage(
         concepts,
         concepts.names,
@@ -54,7 +54,7 @@ def measure(evidence: Evidence, seed: int = 0) -> EvaluationReport:
     )
     return EvaluationReport(
         concepts=concepts.names,
-        verdict=verdict(results, accuracy, leak),
+        verdict=verdict(results, accuracy, leak, told_apart),
         notes=_notes(evidence, accuracy),
         contexts=results,
         trained=_summary(result for result in results if result.conformity is not None and result.trained),
@@ -64,12 +64,33 @@ def measure(evidence: Evidence, seed: int = 0) -> EvaluationReport:
         leakage=leak,
         attribute_leakage=_attribute_leakage(evidence),
         strength_curves=tuple(_curve(evidence, classifier, concept) for concept in evidence.strengths),
-        drift=drift,
+        drift=_drift(evidence),
+        told_apart=told_apart,
         examples={
             str(context): (real[context].examples if context in real else None, groups[0].examples)
             for context, groups in evidence.samples.items()
         },
     )
+
+
+def _drift(evidence: Evidence) -> Drift | None:
+    if evidence.holds_texts:
+        return None
+    empty, base = (torch.cat([g.values for g in groups]) for groups in (evidence.samples[Context()], evidence.base))
+    return Drift(evidence.largest_change, evidence.mean_change, sliced_wasserstein(empty, base))
+
+
+def _told_apart(evidence: Evidence, learnt: Tensor, judged: Tensor, seed: int) -> ToldApart:
+    """Each set of texts is divided as the observational real ones are: to learn from, and to be judged."""
+    other = ConceptSet(("other",))
+    accuracy = []
+    for groups in (evidence.base, evidence.samples[Context()]):
+        texts = torch.cat([group.values for group in groups])
+        cut = max(1, round(len(texts) * len(judged) / (len(judged) + len(learnt))))
+        classifier = train_classifier({Context(): learnt, Context("other"): texts[cut:]}, other, seed, linear=True)
+        read = {Context(): classifier.read(judged), Context("other"): classifier.read(texts[:cut])}
+        accuracy.append(balanced_accuracy(read, other)["other"])
+    return ToldApart(*accuracy)
 
 
 def _attribute_leakage(evidence: Evidence) -> Leakage | None:
@@ -97,10 +118,14 @@ def _curve(evidence: Evidence, classifier: ConceptClassifier, concept: str) -> S
     def equal_at_zero(others: Readings) -> bool:
         return 0.0 in curve and torch.equal(curve[0.0].values, others.values[: len(curve[0.0])])
 
-    # The change was measured on whole pictures, of which a curve may hold smaller ones.
-    is_base = evidence.largest_change == 0 and equal_at_zero(evidence.base[0])
+    if evidence.perplexities is not None:  # texts of the base are drawn by themselves
+        observational = evidence.perplexities[Context()]
+        is_base = observational.empty == observational.base
+    else:
+        # The change was measured on whole pictures, of which a curve may hold smaller ones.
+        is_base = evidence.largest_change == 0 and equal_at_zero(evidence.base[0])
     is_empty = equal_at_zero(evidence.samples[Context()][0])
-    return strength_curve(concept, logits, attribute, is_base, is_empty)
+    return strength_curve(concept, logits, attribute, is_base, is_empty, paired=not evidence.holds_texts)
 
 
 def _summary(results: Iterable[ContextResult]) -> Summary | None:

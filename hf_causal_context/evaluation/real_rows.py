@@ -42,7 +42,7 @@ def read_real_rows(
         num_examples = 0 if readings[context] else len(pictures)
         readings[context].append(read(pictures, f"Real pictures of context {context!r}", num_examples))
 
-    for context, row in tqdm(_rows(data, seed), desc="read real pictures", unit="picture"):
+    for context, row in tqdm(rows_of_contexts(data, MAX_REAL_ROWS, seed), desc="read real pictures", unit="picture"):
         picture = row[data.content_column]
         if not isinstance(picture, Image.Image):
             raise ValueError(
@@ -57,25 +57,26 @@ def read_real_rows(
     return {Context.parse(context): Readings.cat(parts) for context, parts in readings.items()}
 
 
-def _rows(data: InterventionalData, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    yield from _rows_of(data.rows, data.contexts, seed)
+def rows_of_contexts(data: InterventionalData, maximum: int, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Contexts, trained and held out, each with some of its rows; of a stream the first ones."""
+    yield from _rows_of(data.rows, data.contexts, maximum, seed)
     for context, rows in data.held_out.items():
-        yield from _rows_of(rows, (context,), seed)
+        yield from _rows_of(rows, (context,), maximum, seed)
 
 
-def _rows_of(rows: Rows, contexts: Sequence[str], seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows_of(rows: Rows, contexts: Sequence[str], maximum: int, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     if isinstance(rows, Dataset):
         of_rows = np.array(rows["context"][:], dtype=object)
         for context in contexts:
             numbers = np.random.default_rng(seed).permutation(np.flatnonzero(of_rows == context))
-            for row in rows.select(numbers[:MAX_REAL_ROWS]):
+            for row in rows.select(numbers[:maximum]):
                 yield context, dict(row)
         return
     counts = Counter[str]()
     for row in rows:
         context = row["context"]
-        if counts[context] < MAX_REAL_ROWS:
+        if counts[context] < maximum:
             counts[context] += 1
             yield context, row
-        elif all(counts[name] == MAX_REAL_ROWS for name in contexts):
+        elif all(counts[name] == maximum for name in contexts):
             return

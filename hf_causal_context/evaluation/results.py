@@ -33,6 +33,19 @@ class Distances:
 
 
 @dataclass(frozen=True)
+class Perplexity:
+    """Perplexity of real texts: in their context, in the empty one, and under the base; lower is likelier.
+
+    `num_rows` texts were scored. Those of contexts that were trained on are what the adapter has learned from.
+    """
+
+    adapter: float
+    empty: float
+    base: float
+    num_rows: int
+
+
+@dataclass(frozen=True)
 class ContextResult:
     """One context. What needs real rows is None without them; `notes` say why, and what was not as asked.
 
@@ -41,7 +54,7 @@ class ContextResult:
         trained: whether it was trained on.
         num_real, num_samples: rows and samples of all seed groups.
         num_compared: samples of a group, and real rows of the floor, in distances.
-        distance: sliced Wasserstein distances of pictures or vectors.
+        distance: sliced Wasserstein distances of pictures or vectors; None for texts.
         attribute_distance: the same of attributes, in standard deviations of the observational real rows.
         frechet, kernel: FID and KID of the features.
         conformity: share of samples in which the classifiers find every requested concept; None for "".
@@ -52,6 +65,7 @@ class ContextResult:
         attributes, real_attributes: means.
         diversity: mean distance between two samples over that between two real rows.
         notes: sentences.
+        perplexity: of texts.
     """
 
     context: str
@@ -75,6 +89,7 @@ class ContextResult:
     real_attributes: dict[str, float] | None
     diversity: float | None
     notes: tuple[str, ...]
+    perplexity: Perplexity | None = None
 
 
 @dataclass(frozen=True)
@@ -115,11 +130,11 @@ class Leakage:
 
 @dataclass(frozen=True)
 class StrengthCurve:
-    """Mean readings of one concept at increasing strengths, from the same seeds.
+    """Mean readings of one concept at increasing strengths, from the same seeds; of texts from the same prompts.
 
-    `monotone` says whether logits never fall between strengths 0 and 1, `attribute_monotone` whether the attribute of
-    that name only rises or only falls. `zero_is_empty`: strength 0 gives the samples of the empty context, bit for bit;
-    `zero_is_base`: those of the base.
+    `monotone` says whether logits never fall between strengths 0 and 1 (of texts: by more than chance does),
+    `attribute_monotone` whether the attribute of that name only rises or only falls. `zero_is_empty`: strength 0 gives
+    the samples of the empty context, bit for bit; `zero_is_base`: those of the base.
     """
 
     concept: str
@@ -140,6 +155,17 @@ class Drift:
     largest: float
     mean: float
     distance: float
+
+
+@dataclass(frozen=True)
+class ToldApart:
+    """How well a classifier tells texts from observational real ones, as a balanced accuracy; 0.5 is guessing.
+
+    `base`: texts of the base, `empty`: of the empty context.
+    """
+
+    base: float
+    empty: float
 
 
 @dataclass(frozen=True)
@@ -164,9 +190,11 @@ class EvaluationReport:
         base_presence: share of the base's samples in which each concept is found.
         leakage, attribute_leakage: of the classifiers' probabilities, and of attributes in standard deviations.
         strength_curves: one per concept.
-        drift: of the empty context.
+        drift: of the empty context; None for texts.
+        told_apart: of texts.
         settings: how the samples were made.
         examples: pictures per context, real ones (or None) and samples; not part of the JSON.
+        texts: the same for texts.
     """
 
     concepts: tuple[str, ...]
@@ -180,12 +208,14 @@ class EvaluationReport:
     leakage: Leakage
     attribute_leakage: Leakage | None
     strength_curves: tuple[StrengthCurve, ...]
-    drift: Drift
+    drift: Drift | None
+    told_apart: ToldApart | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     examples: dict[str, tuple[Tensor | None, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    texts: dict[str, tuple[list[str], list[str]]] = field(default_factory=dict, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the examples, for JSON."""
-        values = dataclasses.asdict(dataclasses.replace(self, examples={}))
-        del values["examples"]
+        values = dataclasses.asdict(dataclasses.replace(self, examples={}, texts={}))
+        del values["examples"], values["texts"]
         return values

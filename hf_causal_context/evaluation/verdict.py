@@ -1,6 +1,6 @@
 """What a report comes to, in a few sentences: the worst first.
 
-A context is judged by two measures. Each is 1 where the samples do what real rows do, and 0 where they do what can be
+A context is judged by these measures. Each is 1 where the samples do what real rows do, and 0 where they do what can be
 had without the context, which is the better of the base's samples and of those of the adapter's empty context:
 
 - *found*: (share - without) / (real - without) of the rows in which the classifiers find all that was asked for.
@@ -11,11 +11,14 @@ had without the context, which is the better of the base's samples and of those 
 - *near*: (without - samples) / (without - floor) of the distances from real rows; `without` is the smaller distance of
   the two. Not measured where it is at the floor already, give or take `MIN_GAP`, and the samples are not far from there
   either: what a concept changes is then too small for this distance.
+- *likely*, of texts, in place of distances: 1 where real rows are likelier in the context than without it, -1 where
+  they are less likely, 0 where it makes no difference (`SAME_LIKELIHOOD`). It speaks against a context, not for it:
+  real rows of a combination can be likelier although samples never show it. So alone a 1 is not counted.
 
-Both are ratios of what this data holds, so that they depend little on how many samples there are or how hard the
-concept is to see. A single concept has no effect where everything measured is within `NOTHING` of 0; a context fails
-where one measure is below that, and is weak where one is below `HALF`. The thresholds are coarse on purpose: a tenth
-and a half of the way are no matter of noise in a hundred samples.
+The first two are ratios of what this data holds, so that they depend little on how many samples there are or how hard
+the concept is to see. A single concept has no effect where everything measured is within `NOTHING` of 0; a context
+fails where one measure is below that, and is weak where one is below `HALF`. The thresholds are coarse on purpose: a
+tenth and a half of the way are no matter of noise in a hundred samples.
 """
 
 from __future__ import annotations
@@ -26,34 +29,30 @@ from dataclasses import dataclass
 
 from ..contexts import Context
 from .classifiers import RELIABLE_ACCURACY
-from .results import ContextResult, Distances, Leakage, Verdict
+from .results import ContextResult, Distances, Leakage, Perplexity, ToldApart, Verdict
 
 NOTHING, HALF = 0.1, 0.5
 MIN_CONTRAST = 0.2  # of shares
 MIN_GAP = 0.25  # of the floor
 FAR = 2.0  # times the floor: how near the base must be to the observational rows
+FAR_TEXTS = 0.9  # balanced accuracy with which the base's texts are told from the observational ones
+SAME_LIKELIHOOD = 0.005  # nats per token
+CLOSER_TEXTS = 0.05  # nats per token
 LARGE_LEAK = 0.25  # of a probability
 FEW_SAMPLES = 30
 ALIKE = 0.5  # of the diversity of real rows
 MAX_LISTED, MAX_SENTENCES = 3, 8
 
+_FAR = "The base is far from the observational set"
+
 
 @dataclass(frozen=True)
 class Judgement:
-    """A context's measures, None where they could not be taken, each with what it was taken from, in words."""
+    """The measures of a context that could be taken, each with what it was taken from, in words."""
 
     name: str
     single: bool
-    found: float | None
-    found_words: str
-    near: float | None
-    near_words: str
-
-    @property
-    def measures(self) -> list[tuple[float, str]]:
-        """Those that could be taken."""
-        pairs = [(self.found, self.found_words), (self.near, self.near_words)]
-        return [(value, words) for value, words in pairs if value is not None]
+    measures: tuple[tuple[float, str], ...]
 
     @property
     def worst(self) -> float:
@@ -66,18 +65,25 @@ class Judgement:
         return bool(self.measures) and all(abs(value) < NOTHING for value, _ in self.measures)
 
 
-def verdict(results: Sequence[ContextResult], accuracy: Mapping[str, float], leak: Leakage) -> Verdict:
+def verdict(
+    results: Sequence[ContextResult],
+    accuracy: Mapping[str, float],
+    leak: Leakage,
+    told_apart: ToldApart | None = None,
+) -> Verdict:
     """Judge the contexts of a report.
 
     Args:
         results: of all contexts, the empty one among them.
         accuracy: balanced accuracy of each concept's classifier.
         leak: of the classifiers.
+        told_apart: of texts.
     """
     empty = next(result for result in results if not result.context)
     singles = {result.context: result for result in results}
     asked = [_judge(result, singles, accuracy) for result in results if _is_asked_for(result)]
-    problems = [*_failures(asked), *_of_base(empty), *_leak(leak, accuracy), *_alike(results)]
+    base, base_is_right = _of_base(empty) if told_apart is None else _of_base_texts(empty, told_apart)
+    problems = [*_failures(asked), *([] if base_is_right else [base]), *_leak(leak, accuracy), *_alike(results)]
     unjudged = [judgement.name for judgement in asked if not judgement.measures]
     judged = [judgement for judgement in asked if judgement.measures]
     right = [judgement for judgement in judged if judgement.worst >= HALF]
@@ -91,6 +97,7 @@ def verdict(results: Sequence[ContextResult], accuracy: Mapping[str, float], lea
             f"Not judged: {_listed(unjudged)}. There, neither classifiers nor distances tell real rows from samples "
             "without it."
         )
+    sentences += [base] if base and base_is_right else []
     sentences += _remarks(results, empty, accuracy)
     if len(sentences) > MAX_SENTENCES:
         sentences = [*sentences[: MAX_SENTENCES - 1], "There is more: see below."]
@@ -124,6 +131,17 @@ def where_the_empty_context_is(distance: Distances) -> str:
     )
 
 
+def where_the_empty_context_is_in_texts(scores: Perplexity, told_apart: ToldApart) -> str:
+    """The same of texts."""
+    gain = math.log(scores.base) - math.log(scores.empty)
+    moved = "moved towards" if gain > CLOSER_TEXTS else "moved away from" if gain < -CLOSER_TEXTS else "is as far from"
+    return (
+        f"The empty context {moved} the observational rows{' as the base' if moved.startswith('is') else ''}: their "
+        f"perplexity is {_figure(scores.empty)} in it, {_figure(scores.base)} under the base; its texts are told from "
+        f"them in {told_apart.empty:.2f} of cases, the base's in {told_apart.base:.2f} (0.5 is guessing)."
+    )
+
+
 def _is_asked_for(result: ContextResult) -> bool:
     """Whether a context is judged: without real rows, other strengths than 1 do not say what should be found."""
     context = Context.parse(result.context)
@@ -141,7 +159,12 @@ def _judge(result: ContextResult, singles: Mapping[str, ContextResult], accuracy
             real = math.prod(share for share in shares if share is not None)
         found, found_words = _found(result, real)
     near, near_words = (None, "") if result.distance is None else _near(result.distance)
-    return Judgement(result.context, len(targets) == 1, found, found_words, near, near_words)
+    pairs = ((found, found_words), (near, near_words))
+    measures = [(value, words) for value, words in pairs if value is not None]
+    if result.perplexity is not None:
+        likely, words = _likely(result.perplexity)
+        measures += [(likely, words)] if likely <= 0 or measures else []
+    return Judgement(result.context, len(targets) == 1, tuple(measures))
 
 
 def _found(result: ContextResult, real: float) -> tuple[float | None, str]:
@@ -168,6 +191,13 @@ def _near(distance: Distances) -> tuple[float | None, str]:
     return (-1.0, words) if samples > FAR * max(without, floor) else (None, "")
 
 
+def _likely(perplexity: Perplexity) -> tuple[float, str]:
+    without = min(perplexity.base, perplexity.empty)
+    gain = math.log(without) - math.log(perplexity.adapter)
+    words = f"perplexity of real rows {_figure(perplexity.adapter)}, {_figure(without)} without it"
+    return (0.0 if abs(gain) < SAME_LIKELIHOOD else 1.0 if gain > 0 else -1.0), words
+
+
 def _failures(asked: Sequence[Judgement]) -> Iterator[str]:
     nothing = [judgement for judgement in asked if judgement.single and judgement.without_effect]
     others = [judgement for judgement in asked if judgement not in nothing]
@@ -184,31 +214,46 @@ def _failures(asked: Sequence[Judgement]) -> Iterator[str]:
         yield f"Weak: {_reasons(weak)}."
 
 
-def _of_base(empty: ContextResult) -> Iterator[str]:
-    """A base far from the observational set is a problem where the empty context does not make up for it."""
-    if (far := _far_base(empty)) is not None and not far[1]:
-        yield far[0]
-    elif far is None and empty.distance is not None:
-        distance = empty.distance
-        if distance.samples.mean > FAR * max(distance.floor.mean, distance.base.mean):
-            yield where_the_empty_context_is(distance)
-
-
-def _far_base(empty: ContextResult) -> tuple[str, bool] | None:
-    """A sentence, and whether the empty context makes up for it; None for a base that is near enough."""
-    if empty.distance is None or empty.distance.base.mean <= FAR * empty.distance.floor.mean:
-        return None
-    base, floor, closed = empty.distance.base.mean, empty.distance.floor.mean, empty.distance.gap_closed
-    assert closed is not None
-    begin = f"The base is far from the observational set (distance {base:.3g}, {floor:.3g} of other observational rows)"
+def _of_base(empty: ContextResult) -> tuple[str, bool]:
+    """What to say of a base that is far from the observational set, and whether the empty context makes up for it."""
+    distance = empty.distance
+    if distance is None:
+        return "", True
+    samples, base, floor = distance.samples.mean, distance.base.mean, distance.floor.mean
+    if base <= FAR * floor:
+        moved_away = samples > FAR * max(floor, base)
+        return where_the_empty_context_is(distance) if moved_away else "", not moved_away
+    closed = (base - samples) / (base - floor)
+    begin = f"{_FAR} (distance {base:.3g}, {floor:.3g} of other observational rows)"
     if closed >= HALF:
         return f"{begin}; the empty context closes {closed:.2f} of that.", True
-    if empty.distance.samples == empty.distance.base:
-        missing, advice = "the empty context is the base", "Train with an observational part (--observational_rank)"
-    else:
-        missing = f"the empty context closes {max(0.0, closed):.2f} of that"
-        advice = "Train longer, or with a larger --observational_rank"
-    return f"{begin}, and {missing}: concepts learn the rest, and combinations add it up. {advice}.", False
+    return _not_made_up_for(begin, distance.samples == distance.base, f"closes {max(0.0, closed):.2f} of that"), False
+
+
+def _of_base_texts(empty: ContextResult, told_apart: ToldApart) -> tuple[str, bool]:
+    """The same for texts, of which no distance is known: can they be told from real ones, and how likely are these?"""
+    assert empty.perplexity is not None
+    scores = empty.perplexity
+    gain = math.log(scores.base) - math.log(scores.empty)
+    if gain < -CLOSER_TEXTS:
+        return where_the_empty_context_is_in_texts(scores, told_apart), False
+    if told_apart.base < FAR_TEXTS:
+        return "", True
+    begin = (
+        f"{_FAR} (told from it in {told_apart.base:.2f} of its texts; perplexity of real ones {_figure(scores.base)})"
+    )
+    if gain > CLOSER_TEXTS:
+        return f"{begin}; the empty context is nearer ({told_apart.empty:.2f}; {_figure(scores.empty)}).", True
+    return _not_made_up_for(begin, gain == 0, f"is no nearer ({told_apart.empty:.2f}; {_figure(scores.empty)})"), False
+
+
+def _not_made_up_for(begin: str, is_base: bool, otherwise: str) -> str:
+    done = "is the base" if is_base else otherwise
+    advice = "with an observational part" if is_base else "longer, or with a larger"
+    return (
+        f"{begin}, and the empty context {done}: concepts learn the rest, and combinations add it up. Train {advice} "
+        f"{'(--observational_rank)' if is_base else '--observational_rank'}."
+    )
 
 
 def _leak(leak: Leakage, accuracy: Mapping[str, float]) -> Iterator[str]:
@@ -224,8 +269,6 @@ def _alike(results: Sequence[ContextResult]) -> Iterator[str]:
 
 
 def _remarks(results: Sequence[ContextResult], empty: ContextResult, singles: Collection[str]) -> Iterator[str]:
-    if (far := _far_base(empty)) is not None and far[1]:
-        yield far[0]
     for result in results:
         if result.context in singles and result.real_conformity is not None:
             assert result.base_conformity is not None
@@ -250,6 +293,10 @@ def _reasons(judgements: Sequence[Judgement]) -> str:
 def _listed(items: Sequence[str], separator: str = ", ") -> str:
     more = len(items) - MAX_LISTED
     return separator.join(items[:MAX_LISTED]) + (f"{separator}and {more} more" if more > 0 else "")
+
+
+def _figure(perplexity: float) -> str:
+    return f"{perplexity:.3g}" if perplexity < 1000 else f"{perplexity:,.0f}"
 
 
 def _counted(judgements: Sequence[Judgement]) -> str:

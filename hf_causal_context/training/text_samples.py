@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..contexts import Context
 from ..data import InterventionalData
+from ..markdown_tables import text_cell
 from .arguments import TextArguments
 from .checkpoints import write_file
 from .tokens import Tokenisation, room_after
@@ -38,7 +39,7 @@ def sample_prompt(
     Raises:
         ValueError: where there is nothing to begin with, or no room after it.
     """
-    prompt = _prompt(next(iter(data.rows)), data.content_column, arguments.validation_prompt)
+    prompt = prompt_of(next(iter(data.rows)), data.content_column, arguments.validation_prompt)
     ids = tokenise.beginning(prompt)
     if room_after(model, ids) < 1:
         raise ValueError(
@@ -48,7 +49,8 @@ def sample_prompt(
     return ids
 
 
-def _prompt(row: Mapping[str, Any], content_column: str, given: str) -> str | list[dict[str, str]]:
+def prompt_of(row: Mapping[str, Any], content_column: str, given: str = "") -> str | list[dict[str, str]]:
+    """What a text of the row's shape follows: what is given, by default the row's own prompt, else nothing."""
     content = row[content_column]
     if isinstance(content, list):
         if given:
@@ -103,13 +105,13 @@ def write_texts(
     """
     if not accelerator.is_main_process:
         return
-    lines = [f"Prompt: {_cell(prompt)}", ""] if prompt else []
+    lines = [f"Prompt: {text_cell(prompt)}", ""] if prompt else []
     lines += [
         f"| context |{''.join(f' {n} |' for n in range(1, len(texts[0]) + 1))}",
         "|---" * (1 + len(texts[0])) + "|",
     ]
     for context, row in zip(contexts, texts, strict=True):
-        lines.append(f"| {str(context) or observational_name} |{''.join(f' {_cell(text)} |' for text in row)}")
+        lines.append(f"| {str(context) or observational_name} |{''.join(f' {text_cell(text)} |' for text in row)}")
     table = "\n".join(lines) + "\n"
     path = Path(output_dir, samples_name(step))
     path.parent.mkdir(exist_ok=True)
@@ -117,9 +119,3 @@ def write_texts(
     for tracker in accelerator.trackers:
         if tracker.name in _LOGGED_AS_TEXT:
             tracker.log({"samples": table}, step=step)
-
-
-def _cell(text: str) -> str:
-    """A text in one cell of a Markdown table, where it can neither end the cell nor be read as HTML."""
-    escaped = text.strip().replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
-    return "<br>".join(escaped.splitlines())

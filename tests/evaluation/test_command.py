@@ -15,7 +15,7 @@ from hf_causal_context import CausalContextConfig, Context
 from hf_causal_context.adapter.layer import CausalContextLayer
 from hf_causal_context.cli import main
 from hf_causal_context.data import from_dataset, load_folders
-from hf_causal_context.evaluation import classifiers, evaluator, metrics, real_rows
+from hf_causal_context.evaluation import asked, classifiers, evaluator, metrics, real_rows
 from hf_causal_context.evaluation.evaluator import evaluate
 from hf_causal_context.evaluation.markdown import markdown
 from hf_causal_context.evaluation.readings import Reader
@@ -187,7 +187,7 @@ def test_without_held_out_rows_pairs_are_judged_by_the_classifiers(adapter, tmp_
     assert (pair.context, pair.distance) == ("slant+thick", None)
     assert pair.conformity is not None
     assert "Real pictures have captions, all samples the prompt ''" in report.notes[-1]
-    monkeypatch.setattr(evaluator, "MAX_UNSEEN_PAIRS", 0)
+    monkeypatch.setattr(asked, "MAX_UNSEEN_PAIRS", 0)
     report = evaluate(adapted(base_folder, adapter), data, **FAST)
     assert "Of 1 unseen pairs the first 0 were sampled; --contexts names others." in report.notes
 
@@ -215,6 +215,9 @@ def test_bad_input_is_an_error_that_says_what_to_do(adapter, pictures, base_fold
     assert "Unknown concept 'colour' in context 'colour'" in error("--contexts", "colour")
     assert "--num_samples=1 must be at least 2" in error("--num_samples", "1")
     assert "takes no captions" in error("--prompt", "a digit")
+    assert "is an adapter of a diffusers pipeline, so --max_new_tokens would have no effect. Leave it out." in error(
+        "--max_new_tokens", "9"
+    )
     assert "Unknown arguments: --nothing" in error("--nothing")
     assert main(["evaluate", "--train_data_dir", str(pictures)]) == 1
     assert "Missing: --adapter, --output_dir. Give the adapter" in capsys.readouterr().err

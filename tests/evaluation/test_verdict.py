@@ -1,5 +1,6 @@
 """The verdict: what it says of results whose meaning is known."""
 
+import dataclasses
 import json
 
 import pytest
@@ -12,7 +13,7 @@ from hf_causal_context.evaluation.influence import leakage
 from hf_causal_context.evaluation.markdown import markdown
 from hf_causal_context.evaluation.metrics import Estimate
 from hf_causal_context.evaluation.report import write_report
-from hf_causal_context.evaluation.results import ContextResult, Distances
+from hf_causal_context.evaluation.results import ContextResult, Distances, Perplexity
 from hf_causal_context.evaluation.verdict import MAX_SENTENCES, verdict, where_the_empty_context_is, worst_leak
 
 from .small import CONCEPTS, CONTEXTS, OBS, PAIR, A, B, draw, groups, real_rows, report, result_of, right_samples
@@ -182,6 +183,24 @@ def test_a_base_far_from_the_observational_set_is_said_with_what_the_empty_conte
     away = judged(result("", distance=distances(0.5, base=0.12)), result("a"))
     assert away.sentences[0].startswith("The empty context moved away from the observational rows: its distance")
     assert not away.works
+
+
+def scored(name, adapter, empty=20.0, base=20.0, **options):
+    return dataclasses.replace(result(name, **options), perplexity=Perplexity(adapter, empty, base, 50))
+
+
+def test_likelihoods_of_texts_speak_against_a_context_and_not_for_it():
+    assert judged(scored("a", 15.0)).works
+    (none,) = judged(scored("a", 20.0, share=0.02)).sentences
+    assert none.startswith("The adapter has no effect. a (found in 0.02")
+    (shown,) = judged(scored("a", 15.0, share=0.02)).sentences
+    assert shown.startswith("Fails: a (found in 0.02"), "an effect that samples do not show"
+    worse = judged(scored("a", 19.0, empty=18.0)).sentences[0]
+    assert worse == "Fails: a (perplexity of real rows 19, 18 without it)."
+    unreliable = judged(scored("a", 15.0), accuracy={"a": 0.6})
+    assert unreliable.sentences[0].startswith("Not judged: a.")
+    diverged = judged(scored("a", float("inf"))).sentences[0]
+    assert diverged == "Fails: a (perplexity of real rows inf, 20 without it)."
 
 
 def test_where_the_empty_context_went_is_said():

@@ -1,0 +1,153 @@
+"""Does it compose, in texts? What a language model's adapter writes, beside real texts of the same contexts.
+
+Classifiers of characters and words read the texts; perplexities of real texts stand where pictures have distances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from ..contexts import ConceptSet, Context, ContextLike, as_context
+from ..data import InterventionalData
+from ..generate_text import Prompt
+from ..training.text_batches import Collation
+from ..training.text_samples import prompt_of
+from ..training.tokens import Tokenisation, room_after, row_length
+from .asked import adapter_concepts, contexts_to_sample
+from .evidence import Evidence, check_real_rows
+from .measurement import measure
+from .ngrams import Ngrams
+from .readings import Readings
+from .real_texts import RealTexts, perplexities, read_real_texts, shortened, usual_length
+from .results import EvaluationReport, Perplexity
+from .text_sampling import SampledTexts, TextSampler, sample_all_texts
+
+MAX_PROMPTS = 32
+_SHOWN_TEXTS = 3  # per context
+_NO_ADAPTER = (
+    "This language model has no causal context adapter. Load one first: "
+    "AutoPeftModelForCausalLM.from_pretrained(folder)."
+)
+
+
+def evaluate_texts(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: InterventionalData,
+    *,
+    contexts: Sequence[ContextLike] | None = None,
+    num_samples: int = 64,
+    num_seeds: int = 3,
+    prompt: str | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> EvaluationReport:
+    """Sample a language model's adapter in the contexts of interventional texts, and compare.
+
+    Samples follow the prompts of observational rows, the same in every context, with the model's own settings of
+    sampling; plain texts begin at their beginning. The classifiers read what a model is to write (completions, last
+    messages, plain texts), cut to the length of the samples.
+
+    Args:
+        model: with its adapter.
+        tokenizer: the model's.
+        data: the texts it was trained on, with combinations held out.
+        contexts: the combinations; by default all with real rows, or some pairs if there are none to compare with.
+        num_samples: texts per context and seed group.
+        num_seeds: seed groups; two or more give confidence intervals.
+        prompt: that all samples follow, instead of the rows' own; where rows hold messages it is a user's.
+        max_new_tokens: length of the samples; by default of the real texts.
+        batch_size: texts at once.
+        seed: of the classifiers and of the splits of the real texts.
+
+    Raises:
+        ValueError: for a model without an adapter, other concepts than the data's, unknown contexts, too few real
+            rows, rows that cannot be tokenised, or a prompt without tokens or room after it.
+    """
+    concepts = adapter_concepts(model, data, _NO_ADAPTER)
+    wanted = None if contexts is None else list(map(as_context, contexts))
+    concepts.strengths(wanted or [])  # refuses unknown names
+    if num_samples < 2 or num_seeds < 1:
+        raise ValueError(f"num_samples={num_samples} must be at least 2 and num_seeds={num_seeds} at least 1.")
+    base = cast(Any, model.get_base_model())
+    encoder_decoder = bool(base.config.is_encoder_decoder)
+    tokenise = Tokenisation(
+        tokenizer, data.content_column, encoder_decoder=encoder_decoder, max_length=row_length(base, None)
+    )
+    real = read_real_texts(data, tokenise, seed)
+    check_real_rows(concepts, {context: len(own) for context, own in real.items()})
+    trained = frozenset(map(Context.parse, data.contexts))
+    asked, notes = contexts_to_sample(concepts, wanted, real, trained)
+    prompts = _prompts(data, real[Context()], prompt)
+    room = min(room_after(base, tokenise.beginning(each)) for each in prompts)
+    length = max_new_tokens or int(max(1, min(room, usual_length(real, tokenise))))
+    # A prompt of plain texts is how they begin; others are not what the model writes.
+    beginning = (prompt or "") if data.content_column == "text" else ""
+    sampler = TextSampler(model, tokenizer, prompts, length, batch_size, beginning)
+    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    collate = Collation(
+        cast(int, filler or 0),  # what it is does not matter: it is masked
+        model.device,
+        decoder_inputs=base.prepare_decoder_input_ids_from_labels if encoder_decoder else None,
+    )
+    scores = perplexities(model, real, collate, concepts, batch_size)
+    sampled = sample_all_texts(sampler, concepts, asked, num_samples, num_seeds)
+    shown = {context: shortened(own.texts, tokenise, length) for context, own in real.items()}
+    report = measure(_evidence(concepts, shown, sampled, trained, scores), seed)
+    settings = {
+        "num_samples": num_samples,
+        "num_seeds": num_seeds,
+        "prompt": prompt,
+        "max_new_tokens": length,
+        "seed": seed,
+    }
+    texts = {
+        str(context): (shown.get(context, [])[:_SHOWN_TEXTS], groups[0][:_SHOWN_TEXTS])
+        for context, groups in sampled.samples.items()
+    }
+    return replace(report, notes=(*report.notes, *notes), settings=settings, texts=texts)
+
+
+def _prompts(data: InterventionalData, observational: RealTexts, given: str | None) -> list[Prompt]:
+    """Different ones, of observational rows."""
+    if given is not None or data.content_column == "text":
+        return [prompt_of(next(iter(data.rows)), data.content_column, given or "")]
+    different = {str(each): each for each in observational.prompts}
+    return list(different.values())[:MAX_PROMPTS]
+
+
+def _evidence(
+    concepts: ConceptSet,
+    real: Mapping[Context, Sequence[str]],
+    sampled: SampledTexts,
+    trained: frozenset[Context],
+    scores: Mapping[Context, Perplexity],
+) -> Evidence:
+    # Of the base, too: what no real text holds tells its texts apart.
+    ngrams = Ngrams(text for texts in (*real.values(), *sampled.base) for text in texts)
+
+    def read(texts: Sequence[str]) -> Readings:
+        values = ngrams(texts)
+        return Readings(values, None, None, values[:0])
+
+    return Evidence(
+        concepts=concepts,
+        real={context: read(texts) for context, texts in real.items()},
+        samples={context: [read(texts) for texts in groups] for context, groups in sampled.samples.items()},
+        base=[read(texts) for texts in sampled.base],
+        strengths={
+            name: {strength: read(texts) for strength, texts in curve.items()}
+            for name, curve in sampled.strengths.items()
+        },
+        trained=trained,
+        largest_change=0.0,
+        mean_change=0.0,
+        attribute_names=(),
+        perplexities=scores,
+    )
