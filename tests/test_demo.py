@@ -52,7 +52,9 @@ def adapted(pipeline_folder):  # noqa: F811
 @pytest.fixture
 def adapter(tmp_path, pipeline_folder):  # noqa: F811
     base = pipeline_folder("ddpm")
-    model = get_peft_model(load_base(base).denoiser, CausalContextConfig(concepts=("thick",), init_weights=False))
+    model = get_peft_model(
+        load_base(base).denoiser, CausalContextConfig(concepts=("thick",), observational_rank=0, init_weights=False)
+    )
     model.peft_config["default"].base_model_name_or_path = base
     model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"

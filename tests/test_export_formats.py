@@ -170,7 +170,7 @@ def test_adapters_of_text_encoders_come_along(name, targets, file_format, tmp_pa
 
 def test_what_the_files_say_about_themselves(tmp_path):
     base = as_base(build("sd15"))
-    attach(base.denoiser, rank_pattern={"to_k": 3})
+    attach(base.denoiser, rank_pattern={"to_k": 3}, observational_rank=0)
     base.denoiser.register_to_config(cross_attention_dim=768)
     for file_format in ("kohya", "diffusers"):
         export_contexts(base, ["thick+slant"], tmp_path / file_format, file_format=file_format)
@@ -308,7 +308,7 @@ def adapter(pipeline_folder, tmp_path):  # noqa: F811
     folder = pipeline_folder("stable_diffusion")
     model = load_base(folder).denoiser
     settings = {"concepts": ("thick", "slant"), "target_modules": ATTENTION, "alpha": 12.0, "init_weights": False}
-    adapter = get_peft_model(model, CausalContextConfig(**settings))
+    adapter = get_peft_model(model, CausalContextConfig(**settings, observational_rank=0))
     adapter.peft_config["default"].base_model_name_or_path = folder
     adapter.save_pretrained(tmp_path / "adapter")
     return str(tmp_path / "adapter")

@@ -8,7 +8,8 @@ Diffusers pipelines that cannot pass `context=` pass it inside the attention arg
 State lives in a box on a thread-local: attributes on layers would mix threads, context variables break compiled graphs,
 and attributes set directly on a thread-local give wrong results under torch.compile.
 
-Strengths (rows, 1 + K) are those of the observational part and of the concepts; a user's masks (S, K) have the latter.
+Strengths (rows, 1 + K) are those of the observational part and of the concepts; a user's mask has the latter alone,
+and the part is then at 1.
 
 Shapes: S samples that have a context, N rows of the model's input, n rows of a layer's input, K concepts.
 """
@@ -35,9 +36,9 @@ from .request import (
     Request,
     check_names,
     check_one_adapter_per_mask,
+    completed,
     normalise,
     restricted,
-    with_observational,
 )
 from .rows import input_rows, match_layer_rows, prompts_of_generate, refuse_sequence_first
 from .saving import keep_adapters_out_of_base, restore_save_pretrained
@@ -172,8 +173,9 @@ class Conditioning:
         return frame.repeated[key]
 
     def _per_feature(self, strengths: Tensor, adapter_name: str, z_nTS: Tensor) -> Tensor:
-        part = self.observational_ranks[adapter_name]
-        return per_feature(strengths if part else strengths[:, 1:], z_nTS, part)
+        part, num_concepts = self.observational_ranks[adapter_name], len(self.concepts[adapter_name])
+        strengths = completed(strengths, num_concepts) if part else strengths[:, -num_concepts:]
+        return per_feature(strengths, z_nTS, part)
 
     def _strengths_outside_forward(
         self, adapter_name: str, concepts: ConceptSet, x: Tensor, num_rows: int
@@ -287,7 +289,9 @@ class Conditioning:
 
         def encode(concepts: ConceptSet) -> AdapterContext:
             if mask is not None:
-                strengths = with_observational(concepts.check_mask(mask), observational)
+                strengths = concepts.check_mask(mask)
+                if observational is not None:
+                    strengths = completed(strengths, len(concepts), observational)
                 return AdapterContext(strengths, len(strengths) == 1, images_per_prompt, guidance_copies, True)
             own = [restricted(context, concepts) for context in contexts]
             uniform = len(set(own)) == 1

@@ -30,6 +30,7 @@ from ..layers import (
 from .conditioning import Conditioning
 from .config import CausalContextConfig
 from .loading import check_loaded
+from .request import completed
 
 
 class CausalContextLayer(BaseTunerLayer):
@@ -132,10 +133,8 @@ class CausalContextLayer(BaseTunerLayer):
     def matrix(self, adapter_name: str, strengths: Tensor) -> Tensor:
         """The (S, S) matrix between Down and Up for one context: strengths (1, 1 + K), or a mask (1, K)."""
         causal = self.causal(adapter_name)
-        given = strengths.shape[1] - causal.num_concepts  # the columns of the observational part: 1 or 0
-        if causal.observational_rank and not given:
-            strengths = torch.cat([strengths.new_ones(1, 1), strengths], dim=1)
-        return causal.matrix(strengths if causal.observational_rank else strengths[:, given:])
+        strengths = completed(strengths, causal.num_concepts)
+        return causal.matrix(strengths if causal.observational_rank else strengths[:, 1:])
 
     def merge_refusal(self, adapter_name: str) -> str | None:
         """Why an adapter cannot become a change of this layer's weight; None if it can."""
@@ -183,7 +182,7 @@ class CausalContextLayer(BaseTunerLayer):
                     "intervene(model, context):`."
                 )
             return self.concepts[adapter_name].strengths([Context()])
-        strengths = context.strengths
+        strengths = completed(context.strengths, len(self.concepts[adapter_name]))
         if not context.uniform and not bool((strengths == strengths[:1]).all()):
             raise ValueError(
                 f"Only one context can be merged into a weight; {len(strengths)} different ones are set. Merge "
@@ -245,7 +244,9 @@ class CausalContextLayer(BaseTunerLayer):
         """
         for name, asked in strengths.items():
             merged = self.merged_strengths.get(name)
-            if merged is not None and not bool((asked == merged.to(asked)).all()):
+            if merged is None:
+                continue
+            if not bool((completed(asked, len(self.concepts[name])) == merged.to(asked)).all()):
                 context = self.concepts[name].contexts(merged)[0]
                 raise ValueError(
                     f"Adapter {name!r} is merged for the context {str(context)!r}; another one would change nothing. "

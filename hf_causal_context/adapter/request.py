@@ -1,6 +1,7 @@
 """What `intervene` and `context=` ask for: contexts checked and encoded for the adapters they concern.
 
-Strengths (S, 1 + K) are those of the observational part and of the concepts.
+Strengths (S, 1 + K) are those of the observational part and of the concepts; a mask (S, K) that was passed stays as it
+is, since a tensor made here would be a graph of its own in a compiled model. `completed` adds the column.
 
 Shapes: S samples that have a context, N rows of the model's input, K concepts.
 """
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class AdapterContext:
-    """The context of one adapter, as asked for: strengths (S, 1 + K), and how the model's callers multiply samples."""
+    """The context of one adapter, as asked for: strengths or a mask, and how the model's callers multiply samples."""
 
     strengths: Tensor
     uniform: bool  # known without looking at values: every sample has the same context
@@ -111,10 +112,11 @@ def restricted(context: Context, concepts: ConceptSet) -> Context:
     return Context(own, observational=context.observational if named else 0)
 
 
-def with_observational(mask: Tensor, observational: float | None) -> Tensor:
-    """Strengths (S, 1 + K) of a mask (S, K); the observational part is at 1 unless another strength is given."""
-    first = mask.new_full((len(mask), 1), 1.0 if observational is None else observational)
-    return torch.cat([first, mask], dim=1)
+def completed(strengths: Tensor, num_concepts: int, observational: float = 1.0) -> Tensor:
+    """Strengths (S, 1 + K) of what may be a mask (S, K), with the observational part at a strength."""
+    if strengths.shape[1] > num_concepts:
+        return strengths
+    return torch.cat([strengths.new_full((len(strengths), 1), observational), strengths], dim=1)
 
 
 def check_one_adapter_per_mask(mask: Tensor, addressed: dict[str, ConceptSet]) -> None:

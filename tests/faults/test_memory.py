@@ -116,6 +116,6 @@ def test_a_reader_without_memory_is_no_unreadable_data(given, monkeypatch):
     def fail(*args):
         raise MemoryError("Unable to allocate 3.00 GiB for an array")
 
-    monkeypatch.setattr(DenoiserBatches, "__call__", lambda self, first: iter(fail, None))
+    monkeypatch.setattr(DenoiserBatches, "__call__", lambda self, first, **_: iter(fail, None))
     with pytest.raises(TrainingMemoryError, match="Step 1 ran out of memory .Unable to allocate"):
         train(TrainingArguments(**given))

@@ -94,6 +94,7 @@ def test_a_run_goes_on_with_other_processes_if_its_steps_have_as_many_rows(
     streaming, start, together, pipeline_folder, data, tmp_path
 ):
     changes = {"use_ema": True, "adam_epsilon": 1e-3, "checkpointing_steps": 2, "streaming": streaming}
+    changes["observational_steps"] = 1
     given = settings(pipeline_folder("ddpm"), data, tmp_path / "out", **changes, resume_from_checkpoint="latest")
     runs = together(given | {"train_batch_size": 2, "max_train_steps": 2}, 2)
     assert [run.wait() for run in runs] == [given["output_dir"]] * 2

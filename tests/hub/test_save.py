@@ -125,7 +125,9 @@ def language_adapter(name, folder, base, chat=False):
     word_tokenizer(bos=name != "t5").save_pretrained(base)
     task = "SEQ_2_SEQ_LM" if name == "t5" else "CAUSAL_LM"
     targets = ["q", "v"] if name == "t5" else ["q_proj", "v_proj"]
-    write_adapter(model, folder, concepts=CONCEPTS, task_type=task, target_modules=targets, alpha=20.0)
+    write_adapter(
+        model, folder, concepts=CONCEPTS, task_type=task, target_modules=targets, alpha=20.0, observational_rank=0
+    )
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
     (folder / "training_data.json").write_text(json.dumps({"chat": chat, "trained": {"": 8}, "held_out": {}}))

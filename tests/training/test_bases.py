@@ -31,7 +31,8 @@ EXPECTED = {
 
 
 def adapt(base):
-    config = CausalContextConfig(concepts=CONCEPTS, target_modules=["to_q", "to_out.0"], init_weights=False)
+    settings = {"target_modules": ["to_q", "to_out.0"], "observational_rank": 0, "init_weights": False}
+    config = CausalContextConfig(concepts=CONCEPTS, **settings)
     return get_peft_model(base.denoiser, config)
 
 

@@ -118,9 +118,10 @@ def test_validations_change_no_bit_of_the_adapter(streaming, run):
 @pytest.mark.parametrize(("kind", "elsewhere"), [("images", False), ("texts", False), ("images", True)])
 def test_a_resumed_run_tells_the_same(kind, elsewhere, run, run_text, capsys, tmp_path):
     call = run if kind == "images" else run_text
-    whole = stored(call(max_train_steps=6, checkpointing_steps=3, validation_steps=1, output_dir="whole"))
+    given = {"checkpointing_steps": 3, "validation_steps": 1, "observational_steps": 1}
+    whole = stored(call(max_train_steps=6, **given, output_dir="whole"))
     expected = tables(capsys.readouterr().out)
-    given = {"checkpointing_steps": 3, "validation_steps": 1, "output_dir": "parts"}
+    given["output_dir"] = "parts"
     call(max_train_steps=4, **given)
     capsys.readouterr()
     changes = {"resume_from_checkpoint": "checkpoint-3"}

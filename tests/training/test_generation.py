@@ -22,7 +22,11 @@ def adapted(pipeline_folder):
     def load(name):
         base = load_base(pipeline_folder(name))
         config = CausalContextConfig(
-            concepts=("thick", "slant"), target_modules=["to_q", "to_v", "to_out.0"], init_weights=False, alpha=8.0
+            concepts=("thick", "slant"),
+            target_modules=["to_q", "to_v", "to_out.0"],
+            init_weights=False,
+            alpha=8.0,
+            observational_rank=0,
         )
         get_peft_model(base.denoiser, config)
         return base

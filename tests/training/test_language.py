@@ -120,7 +120,7 @@ class TestTraining:
             given = arguments(
                 tmp_path, output_dir=str(tmp_path / folder), max_train_steps=steps, checkpointing_steps=3,
                 train_batch_size=3, validation_steps=2, num_validation_texts=1, max_new_tokens=3,
-                resume_from_checkpoint=resume, **changes,
+                resume_from_checkpoint=resume, observational_steps=1, **changes,
             )  # fmt: skip
             data = text_data(shape, streaming=given.streaming)
             model = language_model(name, dropout=True)
