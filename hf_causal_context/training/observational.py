@@ -54,7 +54,7 @@ def observational_samples(arguments: AdapterArguments, num_processes: int) -> in
 
 def _steps_of_resumed_run(arguments: AdapterArguments) -> int | None:
     folder = earlier_run(arguments)
-    if folder is None:
+    if folder is None or not (folder / ARGUMENTS).is_file():  # `fit` says what is wrong with it
         return None
     stored = json.loads((folder / ARGUMENTS).read_text())
     return stored.get("observational_steps", OLDER_RUNS["observational_steps"])
