@@ -127,7 +127,6 @@ class Context:
         return Context, (self._strengths,)
 
     def __str__(self) -> str:
-        # A strength of 1 is not written; that of the observational part is there only if it is another one.
         return "+".join(name if s == 1 else f"{name}={s!r}" for name, s in self._strengths.items())
 
     def __repr__(self) -> str:
