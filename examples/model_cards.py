@@ -22,8 +22,8 @@ from torch import Tensor
 from hf_causal_context.data.worlds.digits import CONCEPTS, read_attributes
 from hf_causal_context.evaluation.evaluator import evaluate
 from hf_causal_context.evaluation.report import write_report
-from hf_causal_context.generate import load_adapted_base
 from hf_causal_context.hub import save
+from hf_causal_context.inference.adapted import load_adapted_base
 from hf_causal_context.quickstart import CONTEXTS, NUM_INFERENCE_STEPS, digit_data
 
 ROOT = Path(__file__).parent.parent

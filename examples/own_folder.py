@@ -17,9 +17,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from hf_causal_context.commands.generate import generate_files
 from hf_causal_context.data import check_data, load_folders
 from hf_causal_context.data.worlds.digits import sample_digits
-from hf_causal_context.generate import generate_files
 from hf_causal_context.quickstart import BASE, TARGET_MODULES
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.finetune import train

@@ -25,8 +25,8 @@ from sklearn.svm import SVC
 from torch import Tensor
 from tqdm import tqdm
 
+from hf_causal_context.bases.images import picture_grid
 from hf_causal_context.data.worlds.digits import RESOLUTION, sample_digits
-from hf_causal_context.training.generation import picture_grid
 
 
 def build() -> DDIMPipeline:

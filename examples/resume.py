@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from hf_causal_context.quickstart import digit_data, training_arguments
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.finetune import train
-from hf_causal_context.training.trainer import TrainingInterrupted
+from hf_causal_context.training.loop.trainer import TrainingInterrupted
 
 
 def settings(folder: Path, steps: int, resume: str | None = None) -> TrainingArguments:

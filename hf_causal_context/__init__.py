@@ -2,20 +2,20 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .adapter.baking import bake, save_baked
 from .adapter.config import CausalContextConfig
 from .adapter.effects import CausalEffects, causal_effects
-from .adapter.export import bake, save_baked
-from .adapter.intervening import intervene
+from .adapter.intervene import intervene
 from .adapter.model import CausalContextModel, acyclicity_penalty
 from .adapter.registration import register
-from .adapter.stored import AdapterError
+from .adapter.storage.layout import AdapterError
 from .collating import ContextCollator
 from .context_module import ContextModule
 from .contexts import ConceptSet, Context
-from .pipelines import load_context_adapter, unload_context_adapter
+from .inference.pipelines import load_context_adapter, unload_context_adapter
 
 if TYPE_CHECKING:
-    from .counterfactuals import Counterfactual, counterfactual
+    from .inference.counterfactuals import Counterfactual, counterfactual
 
 register()
 
@@ -44,7 +44,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # It needs diffusers, which is not imported before it is used.
     if name in ("Counterfactual", "counterfactual"):
-        from . import counterfactuals
+        from .inference import counterfactuals
 
         return getattr(counterfactuals, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

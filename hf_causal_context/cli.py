@@ -54,14 +54,14 @@ def _train(arguments: list[str]) -> None:
 
 def _train_text(arguments: list[str]) -> None:
     from .training.arguments import TextArguments
-    from .training.language import train_text
+    from .training.language.fine_tune import train_text
 
     _say_where("adapter", train_text(_parse(TextArguments, "train-text", arguments)))
 
 
 def _train_autoencoder(arguments: list[str]) -> None:
     from .training.arguments import AutoencoderArguments
-    from .training.autoencoder import train_autoencoder
+    from .training.autoencoder.train import train_autoencoder
 
     _say_where("autoencoder", train_autoencoder(_parse(AutoencoderArguments, "train-autoencoder", arguments)))
 
@@ -73,8 +73,7 @@ def _say_where(what: str, folder: Path) -> None:
 
 
 def _evaluate(arguments: list[str]) -> None:
-    from .evaluation.arguments import EvaluationArguments
-    from .evaluation.command import evaluate_adapter
+    from .commands.evaluate import EvaluationArguments, evaluate_adapter
     from .evaluation.markdown import markdown
 
     report, paths = evaluate_adapter(_parse(EvaluationArguments, "evaluate", arguments))
@@ -86,7 +85,8 @@ def _evaluate(arguments: list[str]) -> None:
 
 def _check_data(arguments: list[str]) -> None:
     from .data import check_data
-    from .training.load_data import AnyDataArguments, load_any_data
+    from .data.arguments import AnyDataArguments
+    from .data.from_arguments import load_any_data
 
     parsed: AnyDataArguments = _parse(AnyDataArguments, "check-data", arguments)
     data = load_any_data(parsed)
@@ -94,7 +94,7 @@ def _check_data(arguments: list[str]) -> None:
     print(report.table(), flush=True)
     report.raise_for_errors()
     if parsed.pretrained_model_name_or_path is not None:
-        from .training.check_base import gap_of
+        from .commands.check_data import gap_of
 
         print(gap_of(data, parsed).advice(None))
 
@@ -130,7 +130,7 @@ def _generate(arguments: list[str]) -> None:
     parser.add_argument("--grid", action="store_true", help="one grid.png instead of one file per picture")
     parsed = parser.parse_args(arguments)
 
-    from .generate import generate_files
+    from .commands.generate import generate_files
 
     for path in generate_files(**vars(parsed)):
         print(path)
@@ -154,7 +154,7 @@ def _generate_text(arguments: list[str]) -> None:
     parser.add_argument("--observational_name", default="obs", help="what the empty context is called")
     parsed = parser.parse_args(arguments)
 
-    from .generate_text import generate_text_file, json_line
+    from .commands.generate_text import generate_text_file, json_line
 
     for row in generate_text_file(**vars(parsed)):
         print(json_line(row), end="")
@@ -183,7 +183,7 @@ def _export(arguments: list[str]) -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parsed = parser.parse_args(arguments)
 
-    from .export import export_files
+    from .commands.export import export_files
 
     for path in export_files(**vars(parsed)):
         print(path)
@@ -218,8 +218,8 @@ def _push(arguments: list[str]) -> None:
     parser.add_argument("--max_new_tokens", type=int, help="of texts, by default 40")
     parsed = vars(parser.parse_args(arguments))
 
-    from .generate import base_of, stored_config
-    from .hub import check_pushable, push, save
+    from .hub.repository import check_pushable, push, save
+    from .inference.adapted import base_of, stored_config
 
     repo_id, private, branch = (parsed.pop(name) for name in ("repo_id", "private", "branch"))
     adapter, output_dir = parsed.pop("adapter"), parsed.pop("output_dir")
@@ -248,7 +248,7 @@ def _demo(arguments: list[str]) -> None:
     parser.add_argument("--port", type=int, help="by default the first free one from 7860 on")
     parsed = parser.parse_args(arguments)
 
-    from .demo import serve
+    from .demo.page import serve
 
     serve(**vars(parsed))
 

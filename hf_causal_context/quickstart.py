@@ -22,17 +22,19 @@ from datasets import Image as ImageFeature
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .card import RESULTS, RESULTS_PICTURE, write_card
+from ._files import RESULTS, RESULTS_PICTURE
+from .bases.families import Base
+from .bases.images import picture_grid
+from .bases.loading import load_base
 from .contexts import Context
 from .data import InterventionalData, from_dataset
 from .data.worlds.digits import CONCEPTS, Split, read_attributes, sample_digits
 from .evaluation.metrics import sliced_wasserstein
-from .pipelines import load_context_adapter
+from .hub.card import write_card
+from .inference.pipelines import load_context_adapter
+from .inference.sampling import generate
 from .training.arguments import TrainingArguments
-from .training.bases import load_base
-from .training.families import Base
 from .training.finetune import train
-from .training.generation import generate, picture_grid
 
 BASE = Path(str(files("hf_causal_context") / "models" / "digit_base"))
 PEERS = Path(str(files("hf_causal_context") / "models" / "digit_peers.json"))

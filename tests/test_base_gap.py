@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_causal_context.base_gap import FAR, NEAR, BaseGap
+from hf_causal_context.bases.gap import FAR, NEAR, BaseGap
 
 FAR_IMAGES = BaseGap("images", 0.081, 0.034, 32)
 FAR_TEXTS = BaseGap("texts", 31.2, 9.5, 32)

@@ -10,10 +10,11 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id  # noqa: F401 (the client is not patched here)
 
-from hf_causal_context.base_gap import BaseGap
-from hf_causal_context.base_names import is_packaged, lasting_name, public_name, unpacked
-from hf_causal_context.card import CardContents, is_edited, render_card, write_card
-from hf_causal_context.card_tables import markdown_text
+from hf_causal_context.bases.gap import BaseGap
+from hf_causal_context.bases.names import is_packaged, lasting_name, public_name, unpacked
+from hf_causal_context.hub.card import is_edited, render_card, write_card
+from hf_causal_context.hub.card_tables import markdown_text
+from hf_causal_context.hub.contents import CardContents
 
 CARDS = Path(__file__).parent.parent / "model_cards"
 REPORT = {

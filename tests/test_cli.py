@@ -10,8 +10,8 @@ from peft import get_peft_model
 from PIL import Image
 
 from hf_causal_context import CausalContextConfig
+from hf_causal_context.bases.loading import load_base
 from hf_causal_context.cli import main
-from hf_causal_context.training.bases import load_base
 
 from .training.conftest import pipeline_folder  # noqa: F401 (a fixture)
 from .training.small_language import language_model, word_tokenizer

@@ -120,9 +120,9 @@ class TestTransformersTrainer:
         ), gradients
 
     def test_a_step_has_the_gradient_of_our_objective(self, options):
-        from hf_causal_context.training.language_objective import LanguageModelingObjective
-        from hf_causal_context.training.text_batches import Collation
-        from hf_causal_context.training.tokens import Tokenisation
+        from hf_causal_context.bases.token_batches import Collation
+        from hf_causal_context.bases.tokens import Tokenisation
+        from hf_causal_context.training.language.objective import LanguageModelingObjective
 
         options |= {"max_steps": 1, "gradient_accumulation_steps": 2}
         model = adapted().eval()

@@ -12,8 +12,8 @@ from peft import get_peft_model
 from PIL import Image
 
 from hf_causal_context import CausalContextConfig, counterfactual, intervene
-from hf_causal_context.counterfactuals import Sampler, _Step
-from hf_causal_context.training.bases import as_base
+from hf_causal_context.bases.loading import as_base
+from hf_causal_context.inference.counterfactuals import Sampler, _Step
 
 from .training.tiny_pipelines import PIPELINES
 

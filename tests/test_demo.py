@@ -16,17 +16,17 @@ from peft import get_peft_model
 from PIL import Image
 
 from hf_causal_context import CausalContextConfig, Context
-from hf_causal_context.adapter.conditioning import conditionings
+from hf_causal_context.adapter.layer import conditionings
+from hf_causal_context.bases.loading import load_base
 from hf_causal_context.cli import main
-from hf_causal_context.training.bases import load_base
-from hf_causal_context.training.generation import generate
+from hf_causal_context.inference.sampling import generate
 
 from .training.conftest import pipeline_folder  # noqa: F401 (a fixture)
 
 gr = pytest.importorskip("gradio")
-from hf_causal_context import demo as demo_module  # noqa: E402
-from hf_causal_context.demo import Studio, build_demo, demo_or_reason, launch  # noqa: E402
-from hf_causal_context.demo_views import decoded, grid_html, legible, told  # noqa: E402
+from hf_causal_context.demo import page as demo_module  # noqa: E402
+from hf_causal_context.demo.page import Studio, build_demo, demo_or_reason, launch  # noqa: E402
+from hf_causal_context.demo.views import decoded, grid_html, legible, told  # noqa: E402
 
 APP = Path(__file__).parents[1] / "examples" / "space" / "app.py"
 MARKUP = "<img src=x onerror=document.title='broken'>"
@@ -228,7 +228,7 @@ def test_the_package_does_not_import_gradio():
 def test_the_command_says_what_is_missing(tmp_path, monkeypatch, capsys):
     assert main(["demo", "--adapter", str(tmp_path)]) == 1
     assert "holds no adapter: there is no adapter_config.json in it" in capsys.readouterr().err
-    for name in ("hf_causal_context.demo", "hf_causal_context.demo_views"):
+    for name in ("hf_causal_context.demo.page", "hf_causal_context.demo.views"):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["demo", "--adapter", str(tmp_path)]) == 1

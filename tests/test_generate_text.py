@@ -8,7 +8,7 @@ from peft import get_peft_model
 
 from hf_causal_context import CausalContextConfig, Context
 from hf_causal_context.cli import main
-from hf_causal_context.generate_text import generate_texts
+from hf_causal_context.inference.texts import generate_texts
 
 from .training.conftest import pipeline_folder  # noqa: F401 (a fixture)
 from .training.small_language import language_model, word_tokenizer
@@ -235,7 +235,7 @@ def test_refusals(store, run, tmp_path, pipeline_folder, monkeypatch):  # noqa: 
         assert not (tmp_path / "made").exists()
 
     with monkeypatch.context() as patch:
-        patch.setattr("hf_causal_context.generate_text.load_language_model", None)  # before anything is loaded
+        patch.setattr("hf_causal_context.inference.texts.load_language_model", None)  # before anything is loaded
         refused("Unknown concept 'joyful'", adapter, contexts=("joyful",))
         refused("is no folder here, the cache does not hold it", "no/adapter")
     refused("which is not here. Give --pretrained_model_name_or_path", _renamed_base(adapter, "/nowhere/base"))
@@ -258,7 +258,7 @@ def _renamed_base(adapter, name):
 
 
 def test_adapters_of_the_other_kind(store, run, tmp_path, capsys, pipeline_folder):  # noqa: F811
-    from hf_causal_context.training.bases import load_base
+    from hf_causal_context.bases.loading import load_base
 
     base = str(pipeline_folder("ddpm"))
     model = get_peft_model(load_base(base).denoiser, CausalContextConfig(concepts=("formal",), init_weights=False))

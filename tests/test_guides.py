@@ -17,7 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from hf_causal_context.cli import main
 from hf_causal_context.data import density_ratios
 from hf_causal_context.evaluation import classifiers, metrics
-from hf_causal_context.training import denoiser_gap, denoiser_losses, text_gap
+from hf_causal_context.training.denoiser import gap as denoiser_gap
+from hf_causal_context.training.denoiser import losses as denoiser_losses
+from hf_causal_context.training.language import gap as text_gap
 
 from .training.conftest import on_cpu, pipeline_folder  # noqa: F401 (fixtures)
 from .training.small_language import CHAT

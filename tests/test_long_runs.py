@@ -12,17 +12,11 @@ import torch
 from diffusers import DDPMScheduler
 from peft import PeftModel, get_peft_model
 
-from hf_causal_context import (
-    CausalContextConfig,
-    Context,
-    intervene,
-    load_context_adapter,
-    unload_context_adapter,
-)
-from hf_causal_context.adapter.conditioning import _STATE
+from hf_causal_context import CausalContextConfig, Context, intervene, load_context_adapter, unload_context_adapter
+from hf_causal_context.adapter.conditioning.hooks import _STATE
 from hf_causal_context.training.arguments import OptimisationArguments
-from hf_causal_context.training.processes import make_accelerator
-from hf_causal_context.training.trainer import StepHooks, fit
+from hf_causal_context.training.loop.processes import make_accelerator
+from hf_causal_context.training.loop.trainer import StepHooks, fit
 
 from .adapter.small import CONCEPTS, adapted, gpt2, inputs
 from .training.conftest import on_cpu  # noqa: F401 (a fixture)

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 
 from hf_causal_context import quickstart
+from hf_causal_context.bases.loading import load_base
 from hf_causal_context.data import density_ratios
-from hf_causal_context.training.bases import load_base
 
 
 def test_the_shipped_base_is_small_and_the_peers_are_complete():

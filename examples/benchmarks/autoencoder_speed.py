@@ -24,8 +24,8 @@ from hf_causal_context.context_module import BlockLinear
 from hf_causal_context.data.worlds.quad import CONCEPTS, sample_quad
 from hf_causal_context.models import ContextAutoencoder
 from hf_causal_context.training.arguments import AutoencoderArguments
-from hf_causal_context.training.autoencoder_objective import AutoencoderObjective
-from hf_causal_context.training.pictures import PictureBatches, PictureSet
+from hf_causal_context.training.autoencoder.images import PictureBatches, PictureSet
+from hf_causal_context.training.autoencoder.objective import AutoencoderObjective
 
 PER_UPDATE, MICRO_BATCH = 512, 64
 

@@ -22,11 +22,11 @@ from digit_peers import stacked_loras
 from torch import Tensor
 
 from hf_causal_context import Context, load_context_adapter
-from hf_causal_context.counterfactuals import Sampler
+from hf_causal_context.bases.images import picture_grid
+from hf_causal_context.bases.loading import load_base
 from hf_causal_context.data.worlds import digits
+from hf_causal_context.inference.counterfactuals import Sampler
 from hf_causal_context.quickstart import BASE, CONTEXTS, PAIRS, SINGLES
-from hf_causal_context.training.bases import load_base
-from hf_causal_context.training.generation import picture_grid
 
 METHODS = ("unedited", "stacked LoRAs", "this adapter", "spread unknown")
 HELD = 0.02  # root mean square, 5 of 255 levels

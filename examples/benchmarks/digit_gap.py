@@ -20,10 +20,10 @@ import torch
 from digit_gap_methods import OBSERVATIONAL, TRAINED, UNTRAINED, Images, Study, train_loras
 from digit_gap_table import write_tables
 
+from hf_causal_context.bases.images import picture_grid
 from hf_causal_context.data.worlds.digits import CONCEPTS
 from hf_causal_context.evaluation.metrics import sliced_wasserstein
 from hf_causal_context.quickstart import BASE, CONTEXTS, reference_pictures
-from hf_causal_context.training.generation import picture_grid
 
 
 def distances(images: Images) -> dict[str, float]:

@@ -18,14 +18,14 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from hf_causal_context import Context
+from hf_causal_context.bases.families import Base
+from hf_causal_context.bases.loading import load_base
 from hf_causal_context.data import InterventionalData
 from hf_causal_context.data.worlds.digits import CONCEPTS, sample_digits
+from hf_causal_context.inference.sampling import generate
 from hf_causal_context.quickstart import CONTEXTS, NUM_INFERENCE_STEPS, PAIRS, digit_data, training_arguments
 from hf_causal_context.training.arguments import TrainingArguments
-from hf_causal_context.training.bases import load_base
-from hf_causal_context.training.families import Base
 from hf_causal_context.training.finetune import train
-from hf_causal_context.training.generation import generate
 
 OBSERVATIONAL = "observational"  # name of the LoRA that is trained on the observational set
 SINGLES = CONTEXTS[: -len(PAIRS)]  # and the observational context

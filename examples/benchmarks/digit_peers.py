@@ -16,10 +16,10 @@ from diffusers.optimization import get_scheduler
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 
+from hf_causal_context.bases.loading import load_base
 from hf_causal_context.data.worlds.digits import CONCEPTS
 from hf_causal_context.quickstart import BASE, CONTEXTS, NUM_INFERENCE_STEPS, NUM_SAMPLES, digit_data, score
 from hf_causal_context.quickstart import training_arguments as quickstart_arguments
-from hf_causal_context.training.bases import load_base
 
 
 def train_lora(model, scheduler, pictures, settings, name):

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hf_causal_context.bases.loading import load_base
 from hf_causal_context.data.worlds.digits import CONCEPTS, read_attributes
 from hf_causal_context.evaluation.evaluator import evaluate
 from hf_causal_context.evaluation.report import write_report
 from hf_causal_context.quickstart import BASE, CONTEXTS, PAIRS, digit_data, training_arguments
-from hf_causal_context.training.bases import load_base
 from hf_causal_context.training.finetune import train
 
 VARIANTS = {"singles only": [], "reweighted pairs": ["pairs"], "oracle": []}

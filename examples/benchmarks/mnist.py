@@ -23,13 +23,14 @@ from skimage.transform import AffineTransform, warp
 from tqdm import tqdm
 
 from hf_causal_context import Context
+from hf_causal_context.bases.images import picture_grid
+from hf_causal_context.bases.loading import load_base
 from hf_causal_context.data import from_dataset
 from hf_causal_context.evaluation.metrics import sliced_wasserstein
+from hf_causal_context.inference.sampling import generate
 from hf_causal_context.quickstart import BASE, TARGET_MODULES
 from hf_causal_context.training.arguments import TrainingArguments
-from hf_causal_context.training.bases import load_base
 from hf_causal_context.training.finetune import train
-from hf_causal_context.training.generation import generate, picture_grid
 
 CONCEPTS = ("thick", "slant", "small")
 CONTEXTS = [Context(), *map(Context, CONCEPTS), *(Context(*pair) for pair in combinations(CONCEPTS, 2))]

@@ -17,7 +17,7 @@ from protocol import World, at_most
 
 from hf_causal_context import ConceptSet, Context
 from hf_causal_context.data.worlds.morphology import CONCEPTS, apply, load_mnist
-from hf_causal_context.training.pictures import PictureSet
+from hf_causal_context.training.autoencoder.images import PictureSet
 
 HELD_OUT = (Context("shear", "thickening"), Context("scaled", "thinning"))
 SCALES = {

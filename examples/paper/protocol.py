@@ -21,10 +21,10 @@ from hf_causal_context import ConceptSet, Context
 from hf_causal_context.evaluation.metrics import sliced_wasserstein
 from hf_causal_context.models.context_autoencoder import ContextAutoencoder
 from hf_causal_context.training.arguments import AutoencoderArguments
-from hf_causal_context.training.autoencoder import mean_loss, train_autoencoder
-from hf_causal_context.training.autoencoder_objective import AutoencoderObjective, bits_per_dimension
-from hf_causal_context.training.checkpoints import write_file
-from hf_causal_context.training.pictures import PictureSet, to_floats
+from hf_causal_context.training.autoencoder.images import PictureSet, to_floats
+from hf_causal_context.training.autoencoder.objective import AutoencoderObjective, bits_per_dimension
+from hf_causal_context.training.autoencoder.train import mean_loss, train_autoencoder
+from hf_causal_context.training.loop.checkpoints import write_file
 
 NUM_SAMPLES, BATCH = 1280, 64
 PROJECTIONS = 50

@@ -18,7 +18,7 @@ from protocol import World
 
 from hf_causal_context import ConceptSet, Context
 from hf_causal_context.data.worlds.quad import CONCEPTS, HELD_OUT, read_quad, sample_quad
-from hf_causal_context.training.pictures import PictureSet
+from hf_causal_context.training.autoencoder.images import PictureSet
 
 SCALES = {
     "full": ({"resolution": 64, "num_train_epochs": 100}, 50_000),

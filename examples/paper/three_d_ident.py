@@ -16,9 +16,9 @@ from command import parser, run_table
 from protocol import World, at_most
 
 from hf_causal_context import Context
+from hf_causal_context.bases.images import read_picture
 from hf_causal_context.data.three_d_ident import CONCEPTS, load_3dident
-from hf_causal_context.training.batches import read_picture
-from hf_causal_context.training.pictures import PictureSet
+from hf_causal_context.training.autoencoder.images import PictureSet
 
 SCALES = {
     "full": {"resolution": 64, "num_train_epochs": 100},

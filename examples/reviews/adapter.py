@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from hf_causal_context import Context, causal_effects
 from hf_causal_context.data import texts_from_dataset
 from hf_causal_context.data.worlds.reviews import CONCEPTS, read_sentences, write_reviews
-from hf_causal_context.generate_text import generate_texts
+from hf_causal_context.inference.texts import generate_texts
 from hf_causal_context.training.language import train_text
 
 

@@ -29,7 +29,7 @@ from sklearn.preprocessing import FunctionTransformer
 from transformers import AutoTokenizer, set_seed
 
 from hf_causal_context import ConceptSet, Context
-from hf_causal_context.adapter.saving import complete_or_absent
+from hf_causal_context._files import complete_or_absent
 from hf_causal_context.data.worlds.reviews import CONCEPTS, Sentence, read_sentences, write_reviews
 
 

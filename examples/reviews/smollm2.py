@@ -32,7 +32,7 @@ from smollm2_methods import METHODS, Study
 from transformers import set_seed
 
 from hf_causal_context import Context
-from hf_causal_context.adapter.saving import complete_or_absent
+from hf_causal_context._files import complete_or_absent
 from hf_causal_context.data.worlds.reviews import Sentence, read_sentences
 
 ROWS_PER_SET = 600

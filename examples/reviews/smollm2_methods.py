@@ -26,11 +26,11 @@ from transformers import (
 )
 
 from hf_causal_context import Context, intervene
+from hf_causal_context.bases.tokens import Tokenisation, TokenRow
 from hf_causal_context.data import texts_from_dataset
 from hf_causal_context.data.worlds.reviews import Sentence
 from hf_causal_context.training.arguments import TextArguments
 from hf_causal_context.training.language import train_text
-from hf_causal_context.training.tokens import Tokenisation, TokenRow
 
 ROWS = 2  # of every set in a step, on average
 MAX_LENGTH = 56

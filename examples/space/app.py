@@ -6,7 +6,7 @@ BASE is needed only where the adapter does not name its base, or names a folder 
 import os
 from pathlib import Path
 
-from hf_causal_context.demo import demo_or_reason, launch
+from hf_causal_context.demo.page import demo_or_reason, launch
 
 adapter = os.environ.get("ADAPTER") or str(Path(__file__).parent / "adapter")
 demo = demo_or_reason(adapter, os.environ.get("BASE"))

@@ -16,8 +16,8 @@ from torch import nn
 
 from .config import CausalContextConfig
 from .layer import adapted_class, geometry
-from .registration import PREFIX
-from .stored import AdapterError, StoredTensor, adapter_shapes, not_whole
+from .peft_type import PREFIX
+from .storage.layout import AdapterError, StoredTensor, not_whole
 from .targets import default_target_modules
 
 _SHOWN = 3  # differences that a message lists
@@ -29,7 +29,7 @@ def check_fits(model: nn.Module, config: CausalContextConfig, tensors: Mapping[s
     Args:
         model: the base, which may carry other adapters.
         config: the adapter's.
-        tensors: what its file holds, by names in the base model; see `stored.read_header`.
+        tensors: what its file holds, by names in the base model; see `read_header`.
         source: what to call the adapter in messages.
 
     Raises:
@@ -94,9 +94,10 @@ def _unasked(key: str, tensor: StoredTensor, expected: Mapping[str, StoredTensor
 def _expected(model: nn.Module, config: CausalContextConfig) -> dict[str, StoredTensor]:
     """What the file of an adapter with this config holds, if it was made for this model."""
     expected: dict[str, StoredTensor] = {}
+    layout = config.layout()
     for path, module in _targets(model, config):
         inputs, outputs, kernel = geometry(module)
-        shapes = adapter_shapes(config, config.rank_at(path), (inputs, *kernel), outputs)
+        shapes = layout.shapes(config.rank_at(path), (inputs, *kernel), outputs)
         expected |= {f"{path}.{PREFIX}{weight}": StoredTensor(shape, True) for weight, shape in shapes.items()}
     for path, module in _kept_whole(model, config.modules_to_save or ()):
         for name, tensor in module.state_dict().items():

@@ -5,16 +5,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, cast
 
 from peft.config import PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
+from .._files import CONFIG
 from ..contexts import ConceptSet, shown
 from ..layers import MECHANISMS, ConceptGraph, Mechanism
-from . import fields
-from .registration import CAUSAL_CONTEXT
+from .peft_type import CAUSAL_CONTEXT
+from .storage import fields
+from .storage.files import check_beside, read_fields
+from .storage.layout import AdapterError, Layout
 
 FORMAT_VERSION = 1
 MAX_RANK = 16_384  # K x W
@@ -168,8 +173,6 @@ class CausalContextConfig(PeftConfig):
         Raises:
             AdapterError: for what is no JSON object of at most 1 MiB, or another kind of adapter.
         """
-        from .stored import read_fields
-
         return read_fields(path_json_file)
 
     @classmethod
@@ -182,12 +185,43 @@ class CausalContextConfig(PeftConfig):
             AdapterError: for weights that are damaged or belong to another config.
             TypeError, ValueError: see the class.
         """
-        from .stored import check_beside
-
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         assert isinstance(config, CausalContextConfig)  # read_fields refuses other kinds
-        check_beside(pretrained_model_name_or_path, subfolder, config)  # before PEFT makes layers of that size
+        check_beside(pretrained_model_name_or_path, subfolder, config.layout())  # before PEFT makes layers of that size
         return config
+
+    @classmethod
+    def read(cls, folder: Path, source: str) -> CausalContextConfig:
+        """The config of the adapter in a folder; weights beside it are not looked at.
+
+        Args:
+            source: what to call the adapter in messages.
+
+        Raises:
+            FileNotFoundError: without an adapter_config.json.
+            AdapterError: for one that cannot be used.
+        """
+        if not (folder / CONFIG).is_file():
+            raise FileNotFoundError(f"{source} holds no adapter: there is no {CONFIG} in it.")
+        stored = read_fields(folder / CONFIG, source)
+        try:
+            return cls(**stored)
+        except (TypeError, ValueError) as error:
+            raise AdapterError(f"The config of {source} cannot be used. {error}") from error
+
+    def layout(self) -> Layout:
+        """What decides about the names and shapes of the weights."""
+        by_base = self.target_modules in (None, "all-linear")
+        return Layout(
+            num_concepts=len(self.concepts),
+            width=self.concept_rank,
+            other_widths=tuple(self.rank_pattern.values()),
+            observational_rank=cast(int, self.observational_rank),
+            mechanism=self.mechanism,
+            expressive_depth=self.expressive_depth,
+            modules_to_save=tuple(self.modules_to_save or ()),
+            adapts=None if by_base else partial(_adapts, self),
+        )
 
     def rank_at(self, module: str) -> int:
         """The width W of each concept on a module of the base model, by its path."""
@@ -201,6 +235,10 @@ class CausalContextConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain data; sets come sorted, so that the same config always gives the same file."""
         return {key: sorted(v) if isinstance(v, set) else v for key, v in super().to_dict().items()}
+
+
+def _adapts(config: CausalContextConfig, module: str) -> bool:
+    return bool(check_target_module_exists(config, module))
 
 
 @lru_cache(maxsize=8)  # every layer asks for it

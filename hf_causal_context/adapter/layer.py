@@ -27,10 +27,10 @@ from ..layers import (
     RepresentationLayer,
     StructuralLayer,
 )
-from .conditioning import Conditioning
+from .conditioning.hooks import Conditioning
+from .conditioning.request import completed
 from .config import CausalContextConfig
-from .loading import check_loaded
-from .request import completed
+from .storage.load_hook import check_loaded
 
 
 class CausalContextLayer(BaseTunerLayer):
@@ -335,6 +335,19 @@ class ConvNd(nn.Module, CausalContextLayer):
         if groups > 1:
             return f"the convolution has {groups} groups, and the adapter connects all channels"
         return super().merge_refusal(adapter_name)
+
+
+def conditionings(model: object) -> list[Conditioning]:
+    """Those of the adapted models inside a module, or among the components of a diffusers pipeline."""
+    components = [model] if isinstance(model, nn.Module) else getattr(model, "components", {}).values()
+    found = {
+        id(module.conditioning): module.conditioning
+        for component in components
+        if isinstance(component, nn.Module)
+        for module in component.modules()
+        if isinstance(module, CausalContextLayer)
+    }
+    return list(found.values())
 
 
 def adapted_layers(model: nn.Module) -> dict[str, CausalContextLayer]:

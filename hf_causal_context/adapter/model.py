@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from ..contexts import ContextBatch
 from ..layers import StructuralLayer
 from .config import CausalContextConfig
-from .intervening import intervene
+from .intervene import intervene
 from .layer import CausalContextLayer, adapted_class
-from .registration import PREFIX
+from .peft_type import PREFIX
+from .saving import keep_adapters_out_of_base, restore_save_pretrained
 from .targets import default_target_modules, describe_candidates
 
 
@@ -58,7 +59,8 @@ class CausalContextModel(BaseTuner):
             raise NoMatchingPeftModuleError(f"{error} {describe_candidates(model)}") from None
         layer = next(_layers(model), None)
         if layer is not None:
-            layer.conditioning.install(model)
+            layer.conditioning.install(model, on_removal=restore_save_pretrained)
+            keep_adapters_out_of_base(model)
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         assert isinstance(peft_config, CausalContextConfig)

@@ -1,43 +1,16 @@
-"""The only contact with PEFT's enum and mappings of methods."""
+"""Tells PEFT of the method."""
 
 from __future__ import annotations
 
-from typing import cast
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import register_peft_method
 
-from peft.utils import PeftType, register_peft_method
-
-NAME = "causal_context"
-PREFIX = NAME + "_"  # transformers assumes that the prefix is the type's name in lower case
-
-
-def extend_peft_types() -> PeftType:
-    """Add the member CAUSAL_CONTEXT to PEFT's enum of methods and return it.
-
-    PEFT accepts a plain string in its mappings, but transformers and diffusers ask a type for its `.value`.
-    """
-    name = NAME.upper()
-    if name in PeftType.__members__:
-        return PeftType[name]
-    member = str.__new__(PeftType, name)
-    order = len(PeftType)
-    for attribute, value in (("_name_", name), ("_value_", name), ("__objclass__", PeftType), ("_sort_order_", order)):
-        setattr(member, attribute, value)
-    PeftType._member_names_.append(name)
-    PeftType._member_map_[name] = member
-    PeftType._value2member_map_[name] = member
-    type.__setattr__(PeftType, name, member)
-    return cast(PeftType, member)
-
-
-CAUSAL_CONTEXT = extend_peft_types()
+from .config import CausalContextConfig
+from .model import CausalContextModel
+from .peft_type import CAUSAL_CONTEXT, NAME
 
 
 def register() -> None:
     """Make `get_peft_model`, `PeftModel.from_pretrained` and transformers' `load_adapter` know the method."""
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-
-    from .config import CausalContextConfig
-    from .model import CausalContextModel
-
     if CAUSAL_CONTEXT not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(name=NAME, config_cls=CausalContextConfig, model_cls=CausalContextModel)

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-import tempfile
 import warnings
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +18,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-PEFT_PREFIX = "base_model.model."
+from .._files import complete_or_absent
+from .config import CausalContextConfig
+from .layer import CausalContextLayer, adapted_layers
+from .peft_type import PEFT_PREFIX
 
 
 def keep_adapters_out_of_base(model: nn.Module) -> None:
@@ -49,8 +49,6 @@ class _SavePretrained:
         self.__dict__ = state | {"_model": weakref.ref(state["_model"])}
 
     def __call__(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
-        from .layer import adapted_layers
-
         model: Any = self._model()
         save = type(model).save_pretrained
         layers = adapted_layers(model)
@@ -96,21 +94,7 @@ def write_adapter(folder: Path, config: PeftConfig, weights: dict[str, Tensor]) 
         save_file(weights, unfinished / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-@contextmanager
-def complete_or_absent(path: Path) -> Iterator[Path]:
-    """Where to write a file or folder that shall appear at `path` when it is complete, over an earlier one, or not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as place:
-        unfinished = Path(place) / path.name
-        yield unfinished
-        if path.is_dir():  # folders, unlike files, are not replaced; the earlier one goes with the temporary one
-            path.rename(Path(place) / f"earlier-{path.name}")
-        unfinished.rename(path)
-
-
 def _is_ours(config: object) -> bool:
-    from .config import CausalContextConfig
-
     return isinstance(config, CausalContextConfig)
 
 
@@ -128,8 +112,6 @@ def _check_folder_name(adapter_name: str) -> None:
 
 def _rename(model: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
     """The weights of a model (a state dict, changed in place) under the names that they have without adapters."""
-    from .layer import CausalContextLayer
-
     for name, module in model.named_modules():
         inside = f"{prefix}{name}."
         if isinstance(module, CausalContextLayer):

@@ -13,14 +13,7 @@ from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, load
 from numpy.typing import NDArray
 
 from ..contexts import ConceptSet, Context, ContextLike, context_text, quoted
-from .columns import (
-    STREAM_BATCH_ROWS,
-    Rows,
-    known_features,
-    of_contexts,
-    require_columns,
-    with_text_column,
-)
+from .columns import STREAM_BATCH_ROWS, Rows, known_features, of_contexts, require_columns, with_text_column
 
 
 @dataclass

@@ -125,3 +125,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str):
         return value
     return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def prompt_of(row: Mapping[str, Any], content_column: str, given: str = "") -> str | list[dict[str, str]]:
+    """What a text of the row's shape follows: what is given, by default the row's own prompt, else nothing."""
+    content = row[content_column]
+    if isinstance(content, list):
+        if given:
+            return [{"role": "user", "content": given}]
+        if content_column == "prompt" or content[-1]["role"] != "assistant":
+            return content
+        return content[:-1]
+    return given or (content if content_column == "prompt" else "")

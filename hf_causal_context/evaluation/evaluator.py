@@ -12,11 +12,11 @@ from functools import partial
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from ..bases.families import Base
+from ..bases.loading import as_base
 from ..contexts import ConceptSet, Context, ContextLike, as_context
 from ..data import InterventionalData
-from ..training.bases import as_base
-from ..training.families import Base
-from ..training.generation import check_conditions, generate
+from ..inference.sampling import check_conditions, generate
 from .asked import adapter_concepts, contexts_to_sample, ordered
 from .evidence import Evidence, check_real_rows
 from .features import require_torchmetrics

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from ..markdown_tables import table, text_cell
+from .._markdown import table, text_cell
 from .metrics import Estimate
 from .results import ContextResult, Distances, EvaluationReport, Leakage, Summary
 from .verdict import where_the_empty_context_is, where_the_empty_context_is_in_texts, worst_leak

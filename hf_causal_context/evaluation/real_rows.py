@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ..bases.images import read_picture
 from ..contexts import Context
 from ..data import InterventionalData
 from ..data.columns import Rows
-from ..training.batches import read_picture
 from .readings import Reader, Readings
 
 MAX_REAL_ROWS = 2000  # per context; more add time, and little to distances of a few hundred samples

@@ -14,13 +14,13 @@ import numpy as np
 from peft import PeftModel
 from tqdm import tqdm
 
+from ..bases.likelihoods import perplexity
+from ..bases.token_batches import Collation, TextBatch, tokenised
+from ..bases.tokens import Tokenisation, TokenRow
 from ..contexts import ConceptSet, Context
 from ..data import InterventionalData
-from ..generate_text import Prompt
-from ..training.language_objective import perplexity
-from ..training.text_batches import Collation, TextBatch, tokenised
-from ..training.text_samples import prompt_of
-from ..training.tokens import Tokenisation, TokenRow
+from ..data.text_rows import prompt_of
+from ..inference.texts import Prompt
 from .real_rows import rows_of_contexts
 from .results import Perplexity
 from .sampling import adapters_disabled

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..training.generation import picture_grid
+from ..bases.images import picture_grid
 from .figure import draw_report
 from .markdown import markdown
 from .results import EvaluationReport

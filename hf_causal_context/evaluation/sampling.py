@@ -13,8 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..bases.families import Base
 from ..contexts import ConceptSet, Context
-from ..training.families import Base
 from .readings import NUM_EXAMPLES, Reader, Readings
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)

@@ -12,12 +12,12 @@ from typing import Any, cast
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from ..bases.token_batches import Collation
+from ..bases.tokens import Tokenisation, room_after, row_length
 from ..contexts import ConceptSet, Context, ContextLike, as_context
 from ..data import InterventionalData
-from ..generate_text import Prompt
-from ..training.text_batches import Collation
-from ..training.text_samples import prompt_of
-from ..training.tokens import Tokenisation, room_after, row_length
+from ..data.text_rows import prompt_of
+from ..inference.texts import Prompt
 from .asked import adapter_concepts, contexts_to_sample
 from .evidence import Evidence, check_real_rows
 from .measurement import measure

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..contexts import ConceptSet, Context
-from ..generate_text import Prompt, generate_texts
+from ..inference.texts import Prompt, generate_texts
 from .sampling import MAX_CURVE_SAMPLES, STRENGTHS, adapters_disabled
 
 

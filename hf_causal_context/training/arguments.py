@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from .._files import ARGUMENTS
+from ..data.arguments import ContextDataArguments, DataArguments, TextDataArguments, argument
 from ..layers import MECHANISMS
 
 LR_SCHEDULERS = (
@@ -16,52 +17,8 @@ LR_SCHEDULERS = (
     *("cosine", "cosine_with_min_lr", "cosine_with_restarts"),
 )
 
-ARGUMENTS = "training_arguments.json"
 # What a run did that is older than an argument, where that is not the argument's default.
 OLDER_RUNS = {"observational_rank": 0, "observational_steps": 0}
-
-
-def _argument(default: Any, meaning: str, **metadata: Any) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": meaning, **metadata})
-    return field(default=default, metadata={"help": meaning, **metadata})
-
-
-@dataclass
-class ContextDataArguments:
-    """Where interventional data is and which of its contexts are trained on."""
-
-    train_data_dir: str | None = _argument(None, "Folder with one sub-folder per context: obs/, thick/ ...")
-    dataset_name: str | None = _argument(None, "Instead: a dataset on the Hub or on disk with a context column.")
-    dataset_config_name: str | None = _argument(None, "Its configuration.")
-    context_column: str = _argument("context", "Column of the contexts.")
-    attribute_rules: list[str] = _argument(
-        [], "Contexts from attribute columns instead: 'smiling: Smiling == 1 and Eyeglasses == 0' ..."
-    )
-    observational_name: str = _argument("obs", "What the observational context is called in folders and columns.")
-    concepts: list[str] | None = _argument(None, "The concepts; by default those the data holds.")
-    held_out_contexts: list[str] = _argument([], "Contexts that are not trained on, besides all combinations.")
-    training_contexts: list[str] | None = _argument(
-        None, "Contexts that are trained on, combinations too; by default obs and the single concepts."
-    )
-    context_weights: list[str] = _argument([], "Shares of contexts in batches, such as obs=2 (others 1).")
-    streaming: bool = _argument(False, "Read the data as a stream: for data larger than memory.")
-
-
-@dataclass
-class DataArguments(ContextDataArguments):
-    """Where interventional pictures are and how they are read."""
-
-    image_column: str = _argument("image", "Column of the pictures.")
-    caption_column: str | None = _argument(None, "Column of the captions, for bases that take text.")
-    class_column: str | None = _argument(None, "Column of the classes, for class-conditional bases.")
-
-
-@dataclass
-class TextDataArguments(ContextDataArguments):
-    """Where interventional texts are and how they are read."""
-
-    text_column: str = _argument("text", "Column of the texts; not where rows have messages, or prompt and completion.")
 
 
 @dataclass
@@ -72,35 +29,35 @@ class OptimisationArguments:
         ValueError: for a number out of range, or an unknown name.
     """
 
-    output_dir: str = _argument("", "Required. Folder for the result, its checkpoints and samples.")
+    output_dir: str = argument("", "Required. Folder for the result, its checkpoints and samples.")
 
-    train_batch_size: int = _argument(16, "Samples per step and process.")
-    gradient_accumulation_steps: int = _argument(1, "Batches per optimiser step.")
-    max_train_steps: int | None = _argument(None, "Optimiser steps; overrides num_train_epochs.")
-    num_train_epochs: int = _argument(100, "Passes over the data.")
-    learning_rate: float = _argument(1e-4, "Peak learning rate.")
-    lr_scheduler: str = _argument("constant", "One of: " + ", ".join(LR_SCHEDULERS) + ".")
-    lr_warmup_steps: int = _argument(0, "Optimiser steps of warm-up.")
-    adam_beta1: float = _argument(0.9, "AdamW.")
-    adam_beta2: float = _argument(0.999, "AdamW.")
-    adam_weight_decay: float = _argument(1e-2, "AdamW.")
-    adam_epsilon: float = _argument(1e-8, "AdamW.")
-    max_grad_norm: float = _argument(1.0, "Gradients are clipped to this norm.")
-    use_ema: bool = _argument(False, "Average the trained weights over steps; the average is what is saved.")
-    ema_decay: float = _argument(0.999, "Largest decay of that average.")
-    mixed_precision: str | None = _argument(None, "no, fp16 or bf16; by default what accelerate was told.")
-    compile: bool = _argument(False, "Compile the model with torch.compile; pays off on a GPU.")
-    seed: int = _argument(0, "Of the initial weights, the order of the data and the noise.")
+    train_batch_size: int = argument(16, "Samples per step and process.")
+    gradient_accumulation_steps: int = argument(1, "Batches per optimiser step.")
+    max_train_steps: int | None = argument(None, "Optimiser steps; overrides num_train_epochs.")
+    num_train_epochs: int = argument(100, "Passes over the data.")
+    learning_rate: float = argument(1e-4, "Peak learning rate.")
+    lr_scheduler: str = argument("constant", "One of: " + ", ".join(LR_SCHEDULERS) + ".")
+    lr_warmup_steps: int = argument(0, "Optimiser steps of warm-up.")
+    adam_beta1: float = argument(0.9, "AdamW.")
+    adam_beta2: float = argument(0.999, "AdamW.")
+    adam_weight_decay: float = argument(1e-2, "AdamW.")
+    adam_epsilon: float = argument(1e-8, "AdamW.")
+    max_grad_norm: float = argument(1.0, "Gradients are clipped to this norm.")
+    use_ema: bool = argument(False, "Average the trained weights over steps; the average is what is saved.")
+    ema_decay: float = argument(0.999, "Largest decay of that average.")
+    mixed_precision: str | None = argument(None, "no, fp16 or bf16; by default what accelerate was told.")
+    compile: bool = argument(False, "Compile the model with torch.compile; pays off on a GPU.")
+    seed: int = argument(0, "Of the initial weights, the order of the data and the noise.")
 
-    validation_steps: int | None = _argument(None, "Optimiser steps between validations; by default only at the end.")
-    validation_contexts: list[str] | None = _argument(
+    validation_steps: int | None = argument(None, "Optimiser steps between validations; by default only at the end.")
+    validation_contexts: list[str] | None = argument(
         None, "Contexts of the samples; by default obs, every single concept, held-out contexts (or some pairs)."
     )
-    checkpointing_steps: int = _argument(500, "Optimiser steps between checkpoints.")
-    checkpoints_total_limit: int | None = _argument(None, "How many checkpoints are kept.")
-    resume_from_checkpoint: str | None = _argument(None, "A checkpoint's folder, or latest.")
-    report_to: str | None = _argument(None, "Tracker: tensorboard, wandb, trackio ...")
-    logging_dir: str = _argument("logs", "Folder of the tracker inside output_dir.")
+    checkpointing_steps: int = argument(500, "Optimiser steps between checkpoints.")
+    checkpoints_total_limit: int | None = argument(None, "How many checkpoints are kept.")
+    resume_from_checkpoint: str | None = argument(None, "A checkpoint's folder, or latest.")
+    report_to: str | None = argument(None, "Tracker: tensorboard, wandb, trackio ...")
+    logging_dir: str = argument("logs", "Folder of the tracker inside output_dir.")
 
     def __post_init__(self) -> None:
         for name, minimum in _MINIMA.items():
@@ -138,30 +95,30 @@ class AdapterArguments(OptimisationArguments, ContextDataArguments):
         ValueError: for a number out of range, without a base, or for options that contradict each other.
     """
 
-    pretrained_model_name_or_path: str = _argument("", "Required. The base, as a folder or a Hub id.")
-    revision: str | None = _argument(None, "Revision of the base on the Hub.")
-    mechanism: str = _argument("independent", "How concepts act: " + ", ".join(MECHANISMS) + ".")
-    concept_rank: int = _argument(4, "Width of each concept; the adapter's rank is concepts x width.")
-    observational_rank: int | None = _argument(
+    pretrained_model_name_or_path: str = argument("", "Required. The base, as a folder or a Hub id.")
+    revision: str | None = argument(None, "Revision of the base on the Hub.")
+    mechanism: str = argument("independent", "How concepts act: " + ", ".join(MECHANISMS) + ".")
+    concept_rank: int = argument(4, "Width of each concept; the adapter's rank is concepts x width.")
+    observational_rank: int | None = argument(
         None,
         "Rank of what is on in every context and learns what the data differs from the base by; by default 4 x "
         "concept_rank. 0 for a base that was trained on the observational set.",
     )
-    observational_steps: int | None = _argument(
+    observational_steps: int | None = argument(
         None,
         "Optimizer steps at the beginning that train on the observational set alone, so that the concepts find that "
         "difference learnt; by default a fifth of the run.",
     )
-    target_modules: list[str] | None = _argument(None, "Modules to adapt; by default the base's attention.")
-    anchored: bool = _argument(False, "Let concepts add nothing in the empty context (always so for 'independent').")
-    gradient_checkpointing: bool = _argument(False, "Save memory by computing activations again.")
-    shard_base: bool = _argument(False, "Cut the frozen base into one piece per process (FSDP2): for large bases.")
-    reweighted_contexts: list[str] = _argument(
+    target_modules: list[str] | None = argument(None, "Modules to adapt; by default the base's attention.")
+    anchored: bool = argument(False, "Let concepts add nothing in the empty context (always so for 'independent').")
+    gradient_checkpointing: bool = argument(False, "Save memory by computing activations again.")
+    shard_base: bool = argument(False, "Cut the frozen base into one piece per process (FSDP2): for large bases.")
+    reweighted_contexts: list[str] = argument(
         [], "Combinations also trained on rows drawn from the single interventions: pairs, all, or a list of them."
     )
-    validation_prompt: str = _argument("", "Prompt of the samples, for bases that take text.")
-    push_to_hub: bool = _argument(False, "Push the finished adapter to the Hub, with samples and a card.")
-    hub_model_id: str | None = _argument(None, "Its repository, user/name; by default the name of output_dir.")
+    validation_prompt: str = argument("", "Prompt of the samples, for bases that take text.")
+    push_to_hub: bool = argument(False, "Push the finished adapter to the Hub, with samples and a card.")
+    hub_model_id: str | None = argument(None, "Its repository, user/name; by default the name of output_dir.")
 
     def __post_init__(self) -> None:
         required = ("pretrained_model_name_or_path", "output_dir")
@@ -201,16 +158,16 @@ class TrainingArguments(AdapterArguments, DataArguments):
         ValueError: for a number out of range, or options that contradict each other.
     """
 
-    pretrained_model_name_or_path: str = _argument("", "Required. Base: a diffusers pipeline, as a folder or a Hub id.")
-    variant: str | None = _argument(None, "Variant of the base's files, such as fp16.")
+    pretrained_model_name_or_path: str = argument("", "Required. Base: a diffusers pipeline, as a folder or a Hub id.")
+    variant: str | None = argument(None, "Variant of the base's files, such as fp16.")
 
-    instance_prompt: str = _argument("", "Caption of pictures that have none, for bases that take text.")
-    resolution: int | None = _argument(None, "Side of the pictures in pixels; by default the base's.")
-    dataloader_num_workers: int = _argument(0, "Processes that decode pictures (not of streams).")
+    instance_prompt: str = argument("", "Caption of pictures that have none, for bases that take text.")
+    resolution: int | None = argument(None, "Side of the pictures in pixels; by default the base's.")
+    dataloader_num_workers: int = argument(0, "Processes that decode pictures (not of streams).")
 
-    snr_gamma: float | None = _argument(None, "Min-SNR weighting of the loss (5.0 is usual); diffusion bases only.")
-    num_validation_images: int = _argument(8, "Pictures per row of a grid; 0 for no grids.")
-    num_inference_steps: int = _argument(25, "Denoising steps of the grids.")
+    snr_gamma: float | None = argument(None, "Min-SNR weighting of the loss (5.0 is usual); diffusion bases only.")
+    num_validation_images: int = argument(8, "Pictures per row of a grid; 0 for no grids.")
+    num_inference_steps: int = argument(25, "Denoising steps of the grids.")
 
 
 @dataclass
@@ -221,20 +178,20 @@ class TextArguments(AdapterArguments, TextDataArguments):
         ValueError: for a number out of range, or options that contradict each other.
     """
 
-    pretrained_model_name_or_path: str = _argument(
+    pretrained_model_name_or_path: str = argument(
         "", "Required. Base: a causal or encoder-decoder model of transformers, as a folder or a Hub id."
     )
-    pad_token: str | None = _argument(None, "Token to pad with, where the tokenizer has none.")
-    max_length: int | None = _argument(
+    pad_token: str | None = argument(None, "Token to pad with, where the tokenizer has none.")
+    max_length: int | None = argument(
         None, "Tokens per row; longer texts are cut. By default 1024, or what the model allows."
     )
-    packing: bool = _argument(False, "Fill rows with several texts of the same context.")
-    completion_only_loss: bool | None = _argument(
+    packing: bool = argument(False, "Fill rows with several texts of the same context.")
+    completion_only_loss: bool | None = argument(
         None, "Learn the completions only; by default where the data has prompts."
     )
-    validation_prompt: str = _argument("", "Prompt of the sample texts.")
-    num_validation_texts: int = _argument(2, "Texts per context at validations; 0 for none.")
-    max_new_tokens: int = _argument(40, "Length of these texts.")
+    validation_prompt: str = argument("", "Prompt of the sample texts.")
+    num_validation_texts: int = argument(2, "Texts per context at validations; 0 for none.")
+    max_new_tokens: int = argument(40, "Length of these texts.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -258,32 +215,32 @@ class AutoencoderArguments(OptimisationArguments, DataArguments):
         ValueError: for a number out of range, or options that contradict each other.
     """
 
-    resolution: int = _argument(64, "Side of the pictures in pixels: 28, or a multiple of 16.")
-    channels: int = _argument(3, "1 for grey pictures, 3 for RGB.")
-    noise_width: int = _argument(32, "Exogenous coordinates of each concept.")
-    concept_width: int = _argument(8, "Width of each concept.")
-    depth: int = _argument(2, "Widths from noise_width to concept_width: depth - 1 expressive layers.")
-    published: bool = _argument(False, "Compute exactly what the published experiments did.")
-    without_context_module: bool = _argument(False, "Ablation: an ordinary VAE of the same size.")
-    ignore_contexts: bool = _argument(False, "Ablation: every picture counts as observational.")
+    resolution: int = argument(64, "Side of the pictures in pixels: 28, or a multiple of 16.")
+    channels: int = argument(3, "1 for grey pictures, 3 for RGB.")
+    noise_width: int = argument(32, "Exogenous coordinates of each concept.")
+    concept_width: int = argument(8, "Width of each concept.")
+    depth: int = argument(2, "Widths from noise_width to concept_width: depth - 1 expressive layers.")
+    published: bool = argument(False, "Compute exactly what the published experiments did.")
+    without_context_module: bool = argument(False, "Ablation: an ordinary VAE of the same size.")
+    ignore_contexts: bool = argument(False, "Ablation: every picture counts as observational.")
 
-    mode: str = _argument("end-to-end", "What is trained: " + ", ".join(MODES) + ".")
-    base: str | None = _argument(None, "Autoencoder to start from, for frozen and fine-tune: a folder or a Hub id.")
-    reconstruction: str = _argument("bce", "Likelihood of pixels: bce or gaussian (standard deviation 0.1).")
-    beta: float = _argument(1.0, "Weight of the KL divergence.")
-    group_penalty: float = _argument(0.0, "Weight of the causal weights' group norm, one group for a pair of concepts.")
-    l2_penalty: float = _argument(0.0, "Weight of the causal weights' squares.")
-    validation_fraction: float = _argument(0.3, "Share of the rows that is kept for validation.")
-    early_stopping_patience: int | None = _argument(None, "Validations without a better loss after which to stop.")
-    early_stopping_min_delta: float = _argument(1e-4, "What counts as a better loss, in nats per picture.")
-    num_validation_images: int = _argument(8, "Pictures per row of a grid; 0 for no grids.")
+    mode: str = argument("end-to-end", "What is trained: " + ", ".join(MODES) + ".")
+    base: str | None = argument(None, "Autoencoder to start from, for frozen and fine-tune: a folder or a Hub id.")
+    reconstruction: str = argument("bce", "Likelihood of pixels: bce or gaussian (standard deviation 0.1).")
+    beta: float = argument(1.0, "Weight of the KL divergence.")
+    group_penalty: float = argument(0.0, "Weight of the causal weights' group norm, one group for a pair of concepts.")
+    l2_penalty: float = argument(0.0, "Weight of the causal weights' squares.")
+    validation_fraction: float = argument(0.3, "Share of the rows that is kept for validation.")
+    early_stopping_patience: int | None = argument(None, "Validations without a better loss after which to stop.")
+    early_stopping_min_delta: float = argument(1e-4, "What counts as a better loss, in nats per picture.")
+    num_validation_images: int = argument(8, "Pictures per row of a grid; 0 for no grids.")
 
-    train_batch_size: int = _argument(512, "Pictures per step and process.")
-    learning_rate: float = _argument(1e-3, "Peak learning rate.")
-    lr_scheduler: str = _argument("cosine_with_min_lr", "One of: " + ", ".join(LR_SCHEDULERS) + ".")
-    lr_warmup_steps: int = _argument(200, "Optimiser steps of warm-up.")
-    adam_weight_decay: float = _argument(0.0, "AdamW.")
-    max_grad_norm: float = _argument(math.inf, "Gradients are clipped to this norm.")
+    train_batch_size: int = argument(512, "Pictures per step and process.")
+    learning_rate: float = argument(1e-3, "Peak learning rate.")
+    lr_scheduler: str = argument("cosine_with_min_lr", "One of: " + ", ".join(LR_SCHEDULERS) + ".")
+    lr_warmup_steps: int = argument(200, "Optimiser steps of warm-up.")
+    adam_weight_decay: float = argument(0.0, "AdamW.")
+    max_grad_norm: float = argument(math.inf, "Gradients are clipped to this norm.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,7 +9,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from .arguments import AdapterArguments
-from .checkpoints import earlier_run, write_file
+from .loop.checkpoints import earlier_run, write_file
 
 LOSSES = "validation_losses.json"
 

@@ -8,10 +8,9 @@ from typing import Any
 
 from datasets import Dataset
 
+from .._files import DATA_RECORD
 from ..data import InterventionalData
-from .checkpoints import write_file
-
-DATA_RECORD = "training_data.json"
+from .loop.checkpoints import write_file
 
 
 def record_data(data: InterventionalData, folder: Path) -> None:

@@ -11,8 +11,8 @@ from datasets import Dataset
 
 from ..data import InterventionalData
 from ..data.columns import Rows, of_contexts
-from .draws import Draws
-from .objectives import Batch
+from .denoiser.objectives import Batch
+from .noise import Draws
 
 
 def few_numbers(num_rows: int, num: int, seed: int) -> list[int]:

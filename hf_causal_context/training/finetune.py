@@ -14,31 +14,32 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from ..adapter.config import CausalContextConfig
-from ..base_gap import BaseGap
-from ..base_names import lasting_name
-from ..card import CardContents, write_card
+from ..bases.families import Base
+from ..bases.gap import BaseGap
+from ..bases.loading import check_base, load_base
+from ..bases.names import lasting_name
 from ..data import InterventionalData, check_data
+from ..data.from_arguments import load_data
+from ..hub.card import write_card
+from ..hub.contents import CardContents
+from ..inference.sampling import check_conditions, generate
 from ..layers import Mechanism
 from .arguments import AdapterArguments, TrainingArguments
-from .bases import check_base, load_base
-from .batches import DenoiserBatches
 from .data_record import record_data
-from .denoiser_gap import NUM_ROWS, denoiser_gap
-from .denoiser_losses import denoising_losses
-from .families import Base
-from .features import denoiser_features
+from .denoiser.batches import DenoiserBatches
+from .denoiser.features import denoiser_features
+from .denoiser.gap import NUM_ROWS, denoiser_gap
+from .denoiser.losses import denoising_losses
+from .denoiser.objectives import denoising_objective
 from .gap_report import record_gap, report_gap
-from .generation import check_conditions, generate
 from .grids import grid_name, validation_contexts, write_grid
-from .load_data import load_data
-from .memory import memory_for_base
-from .objectives import denoising_objective
+from .loop.memory import memory_for_base
+from .loop.processes import main_process_first, make_accelerator
+from .loop.sharding import shard_base
+from .loop.trainer import fit
 from .observational import observational_samples, settle_observational_steps
-from .processes import main_process_first, make_accelerator
 from .publishing import published
 from .reweighting import add_reweighted_contexts
-from .sharding import shard_base
-from .trainer import fit
 
 _DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from ..adapter.stored import first_line
-from ..base_gap import BASE_GAP, BaseGap
+from .._files import BASE_GAP, first_line
+from ..bases.gap import BaseGap
 from .arguments import AdapterArguments
-from .checkpoints import earlier_run, write_file
-from .memory import is_out_of_memory
+from .loop.checkpoints import earlier_run, write_file
+from .loop.memory import is_out_of_memory
 
 
 class NotMeasuredError(Exception):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,11 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
+from ..bases.images import picture_grid
 from ..contexts import ConceptSet, Context
+from ..inference.shown_contexts import shown_contexts
 from .arguments import OptimisationArguments
-from .checkpoints import write_file
-from .generation import picture_grid
-
-_SHOWN_PAIRS = 6
+from .loop.checkpoints import write_file
 
 
 def validation_contexts(
@@ -34,19 +32,6 @@ def validation_contexts(
         concepts.strengths(chosen)  # refuses unknown names
         return chosen
     return shown_contexts(concepts, held_out)
-
-
-def shown_contexts(concepts: ConceptSet, combined: Iterable[str] = ()) -> list[Context]:
-    """No intervention, every concept, and combinations: those given, else the first pairs.
-
-    Raises:
-        ValueError: for unknown concepts.
-    """
-    singles = [Context(name) for name in concepts]
-    chosen = [Context.parse(context) for context in combined]
-    concepts.strengths(chosen)  # refuses unknown names
-    chosen = chosen or [a | b for a, b in combinations(singles, 2)][:_SHOWN_PAIRS]
-    return list(dict.fromkeys([Context(), *singles, *chosen]))
 
 
 def grid_name(step: int) -> str:

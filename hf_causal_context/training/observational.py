@@ -10,8 +10,9 @@ import dataclasses
 import json
 from typing import TypeVar
 
-from .arguments import ARGUMENTS, OLDER_RUNS, AdapterArguments
-from .checkpoints import earlier_run
+from .._files import ARGUMENTS
+from .arguments import OLDER_RUNS, AdapterArguments
+from .loop.checkpoints import earlier_run
 from .weights import parse_weights
 
 SHARE = 0.2  # of the run's steps; 0.4 was no better

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from ..base_names import lasting_name
-from ..hub import check_pushable, push, save
+from ..bases.names import lasting_name
+from ..hub.repository import check_pushable, push, save
 from .arguments import AdapterArguments
 
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16"}

@@ -14,11 +14,12 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 
+from .._files import checkpoint_steps
 from ..contexts import quoted
 from ..data import InterventionalData
 from ..data.reweighting import ReweightedContext, check_sets, reweight, wanted_combinations
 from .arguments import AdapterArguments
-from .checkpoints import checkpoint_steps, write_file
+from .loop.checkpoints import write_file
 
 FILE = "reweighted_contexts.json"
 # For features of a frozen base, of which there are many and whose rows are few; chosen on the digit world.

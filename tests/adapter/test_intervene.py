@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LongformerConfig, LongformerModel
 
 from hf_causal_context import Context, intervene
-from hf_causal_context.adapter.conditioning import _STATE
+from hf_causal_context.adapter.conditioning.hooks import _STATE
 
 from ..architectures import ARCHITECTURES, IMAGE_TOKEN
 from .small import CONCEPTS, MIXED, VARIANTS, Mlp, adapted, config, gpt2, inputs

@@ -13,9 +13,8 @@ from peft import AutoPeftModel, LoraConfig, PeftConfig, PeftModel, get_peft_mode
 from safetensors.torch import load_file, save_file
 
 from hf_causal_context import AdapterError, CausalContextConfig, load_context_adapter, unload_context_adapter
-from hf_causal_context.adapter.stored import read_config, read_header, read_weights
-from hf_causal_context.generate import load_adapted_base, stored_config
-from hf_causal_context.generate_text import load_adapted_language_model
+from hf_causal_context.adapter.storage.files import read_header, read_weights
+from hf_causal_context.inference.adapted import load_adapted_base, load_adapted_language_model, stored_config
 
 from ..training.small_language import word_tokenizer
 from .fixtures.adapters import ADAPTERS, FOLDER, outputs
@@ -83,7 +82,7 @@ class TestEveryVersionOfTheFormat:
         assert "format_version" not in kept
         path.write_text(json.dumps(kept))
         self.check(PeftModel.from_pretrained(base_for(name), folder), name)
-        assert read_config(folder, "it").concepts == ("thick", "slant", "size")
+        assert CausalContextConfig.read(folder, "it").concepts == ("thick", "slant", "size")
 
     def test_a_newer_version(self, folder, tmp_path):
         edit(folder, format_version=2, concepts={"thick": {}}, surprise=[1])
@@ -222,7 +221,7 @@ class TestWeights:
         def fail(*args, **kwargs):
             raise AdapterError("in the middle")
 
-        monkeypatch.setattr("hf_causal_context.pipelines.set_peft_model_state_dict", fail)
+        monkeypatch.setattr("hf_causal_context.inference.pipelines.set_peft_model_state_dict", fail)
         refused(folder, "in the middle")
 
     def test_nothing_outside_the_folder(self, reduced, tmp_path):
@@ -337,8 +336,8 @@ class TestPeftsOwnRoute:
 
 
 def test_what_is_read(folder):
-    config = read_config(folder, "it")
-    header, weights = read_header(folder, config, "it"), read_weights(folder, "it")
+    config = CausalContextConfig.read(folder, "it")
+    header, weights = read_header(folder, config.layout(), "it"), read_weights(folder, "it")
     assert {name: tensor.shape for name, tensor in header.items()} == {
         name: tuple(weight.shape) for name, weight in weights.items()
     }

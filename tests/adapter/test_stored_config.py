@@ -9,7 +9,7 @@ import pytest
 from peft import AutoPeftModel, PeftConfig, PeftModel
 
 from hf_causal_context import AdapterError, CausalContextConfig
-from hf_causal_context.generate import base_of, stored_config
+from hf_causal_context.inference.adapted import base_of, stored_config
 
 from .fixtures.adapters import FOLDER
 from .small import Mlp

@@ -9,10 +9,10 @@ import torch
 from huggingface_hub import errors
 
 from hf_causal_context import AdapterError
-from hf_causal_context.adapter import stored
-from hf_causal_context.adapter.stored import download, read_config
-from hf_causal_context.generate import load_adapted_base, stored_config
-from hf_causal_context.generate_text import load_adapted_language_model
+from hf_causal_context.adapter.config import CausalContextConfig
+from hf_causal_context.adapter.storage import download as stored
+from hf_causal_context.adapter.storage.download import download
+from hf_causal_context.inference.adapted import load_adapted_base, load_adapted_language_model, stored_config
 
 from ..training.small_language import word_tokenizer
 from .fixtures.adapters import ADAPTERS, FOLDER
@@ -30,7 +30,7 @@ def test_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match="is a file. Give the folder with an adapter_config.json"):
         download(tmp_path / "file")
     with pytest.raises(FileNotFoundError, match="holds no adapter: there is no adapter_config.json in it"):
-        read_config(tmp_path, "it")
+        CausalContextConfig.read(tmp_path, "it")
 
 
 @pytest.mark.parametrize("name", ["/nowhere/x", "./x", "../x", "a/b/c", "a b/c", "user/..", "x" * 200, "", "a\\b"])

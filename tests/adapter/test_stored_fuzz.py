@@ -17,13 +17,7 @@ from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 
-from hf_causal_context import (
-    AdapterError,
-    CausalContextConfig,
-    intervene,
-    load_context_adapter,
-    unload_context_adapter,
-)
+from hf_causal_context import AdapterError, CausalContextConfig, intervene, load_context_adapter, unload_context_adapter
 
 from .small import Mlp, inputs
 

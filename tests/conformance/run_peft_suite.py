@@ -53,7 +53,7 @@ MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES = [
 # Half-way between observational and intervened, so that every parameter has an influence.
 CONFTEST = """
 import torch
-from hf_causal_context.adapter import conditioning as c
+from hf_causal_context.adapter.conditioning import hooks as c
 _request = c.Conditioning.request
 def _ambient(concepts):
     return c.AdapterContext(torch.full((1, 1 + len(concepts)), 0.5), True, 1, 1, False)

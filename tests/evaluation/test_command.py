@@ -13,6 +13,7 @@ from transformers import ViTConfig, ViTModel
 
 from hf_causal_context import CausalContextConfig, Context
 from hf_causal_context.adapter.layer import CausalContextLayer
+from hf_causal_context.bases.loading import load_base
 from hf_causal_context.cli import main
 from hf_causal_context.data import from_dataset, load_folders
 from hf_causal_context.evaluation import asked, classifiers, evaluator, metrics, real_rows
@@ -21,8 +22,7 @@ from hf_causal_context.evaluation.markdown import markdown
 from hf_causal_context.evaluation.readings import Reader
 from hf_causal_context.evaluation.real_rows import read_real_rows
 from hf_causal_context.evaluation.sampling import adapters_disabled
-from hf_causal_context.training.bases import load_base
-from hf_causal_context.training.generation import generate
+from hf_causal_context.inference.sampling import generate
 
 from ..training.conftest import pipeline_folder  # noqa: F401 (a fixture)
 

@@ -10,6 +10,9 @@ from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from hf_causal_context import CausalContextConfig, Context
+from hf_causal_context.bases.likelihoods import perplexity
+from hf_causal_context.bases.token_batches import Collation
+from hf_causal_context.bases.tokens import Tokenisation
 from hf_causal_context.cli import main
 from hf_causal_context.contexts import ConceptSet
 from hf_causal_context.data import load_text_folders, texts_from_dataset
@@ -21,10 +24,7 @@ from hf_causal_context.evaluation.report import write_report
 from hf_causal_context.evaluation.results import Perplexity
 from hf_causal_context.evaluation.sampling import adapters_disabled
 from hf_causal_context.evaluation.text_evaluator import evaluate_texts
-from hf_causal_context.generate_text import load_adapted_language_model
-from hf_causal_context.training.language_objective import perplexity
-from hf_causal_context.training.text_batches import Collation
-from hf_causal_context.training.tokens import Tokenisation
+from hf_causal_context.inference.adapted import load_adapted_language_model
 
 from ..training.small_language import language_model, word_tokenizer
 from .small import result_of

@@ -4,12 +4,13 @@ import shutil
 
 import pytest
 
-from hf_causal_context.training import finetune, language
+from hf_causal_context._files import checkpoint_steps
+from hf_causal_context.training import finetune
 from hf_causal_context.training.arguments import TextArguments, TrainingArguments
-from hf_causal_context.training.checkpoints import checkpoint_steps
 from hf_causal_context.training.finetune import train
+from hf_causal_context.training.language import fine_tune as language
 from hf_causal_context.training.language import train_text
-from hf_causal_context.training.trainer import UnreadableDataError
+from hf_causal_context.training.loop.trainer import UnreadableDataError
 
 from ..training.small import settings, write_folders
 from ..training.small_language import language_model, word_tokenizer

@@ -5,10 +5,11 @@ import subprocess
 
 import pytest
 
-from hf_causal_context.training import trainer
+from hf_causal_context._files import checkpoint_steps
 from hf_causal_context.training.arguments import TrainingArguments
-from hf_causal_context.training.checkpoints import CheckpointError, checkpoint_steps
 from hf_causal_context.training.finetune import train
+from hf_causal_context.training.loop import trainer
+from hf_causal_context.training.loop.checkpoints import CheckpointError
 
 from ..training.small import settings, write_folders
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_causal_context.training import trainer
+from hf_causal_context._files import checkpoint_steps
 from hf_causal_context.training.arguments import TrainingArguments
-from hf_causal_context.training.checkpoints import checkpoint_steps
-from hf_causal_context.training.damage import damage
 from hf_causal_context.training.finetune import train
+from hf_causal_context.training.loop import trainer
+from hf_causal_context.training.loop.corruption import damage
 
 from ..training.run_tiny import Faults
 from ..training.small import settings, write_folders

@@ -6,15 +6,15 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
+from hf_causal_context._files import checkpoint_steps
+from hf_causal_context.bases.loading import load_base
 from hf_causal_context.cli import main
 from hf_causal_context.training import finetune
 from hf_causal_context.training.arguments import AutoencoderArguments, TrainingArguments
-from hf_causal_context.training.bases import load_base
-from hf_causal_context.training.batches import DenoiserBatches
-from hf_causal_context.training.checkpoints import checkpoint_steps
+from hf_causal_context.training.denoiser.batches import DenoiserBatches
 from hf_causal_context.training.finetune import train
 from hf_causal_context.training.language import train_text
-from hf_causal_context.training.memory import TrainingMemoryError, less_memory
+from hf_causal_context.training.loop.memory import TrainingMemoryError, less_memory
 
 from ..training.small import adapter_weights, assert_close_to_largest, settings, write_folders
 from ..training.small_language import arguments, language_model, text_data, word_tokenizer

@@ -8,7 +8,7 @@ from signal import SIGKILL
 
 import pytest
 
-from hf_causal_context.training.checkpoints import checkpoint_steps
+from hf_causal_context._files import checkpoint_steps
 
 from ..training.run_tiny import Faults
 from ..training.small import adapter_weights, assert_close_to_largest, settings, write_folders

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_causal_context.training import finetune, language
+from hf_causal_context._files import checkpoint_steps
+from hf_causal_context.bases.families import Base
+from hf_causal_context.training import finetune
 from hf_causal_context.training.arguments import TrainingArguments
-from hf_causal_context.training.checkpoints import checkpoint_steps
-from hf_causal_context.training.families import Base
 from hf_causal_context.training.finetune import train
+from hf_causal_context.training.language import fine_tune as language
 from hf_causal_context.training.language import train_text
 
 from ..training.small import adapter_weights, settings, write_folders

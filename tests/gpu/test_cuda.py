@@ -10,10 +10,10 @@ from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 
 from hf_causal_context import bake, intervene, load_context_adapter, unload_context_adapter
+from hf_causal_context.bases.loading import load_base
 from hf_causal_context.data.worlds.digits import CONCEPTS as DIGIT_CONCEPTS
+from hf_causal_context.inference.sampling import generate
 from hf_causal_context.quickstart import BASE
-from hf_causal_context.training.bases import load_base
-from hf_causal_context.training.generation import generate
 from hf_causal_context.training.language import train_text
 
 from ..adapter.small import MIXED, VARIANTS, adapted

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from hf_causal_context import load_context_adapter
+from hf_causal_context.bases.loading import load_base
+from hf_causal_context.inference.sampling import generate
 from hf_causal_context.quickstart import BASE, TARGET_MODULES, digit_data
 from hf_causal_context.training.arguments import TrainingArguments
-from hf_causal_context.training.bases import load_base
 from hf_causal_context.training.finetune import train
-from hf_causal_context.training.generation import generate
-from hf_causal_context.training.memory import TrainingMemoryError
+from hf_causal_context.training.loop.memory import TrainingMemoryError
 
 from ..training.small import adapter_weights, settings, write_folders
 from .conftest import ON_GPU, needs_gpu

@@ -5,8 +5,8 @@ import json
 import pytest
 from huggingface_hub import HfApi
 
-from hf_causal_context.card import CardContents
 from hf_causal_context.hub import load
+from hf_causal_context.hub.contents import CardContents
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.finetune import train
 from hf_causal_context.training.language import train_text

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 
 from hf_causal_context import load_context_adapter
 from hf_causal_context.adapter.effects import causal_effects
-from hf_causal_context.card import CardContents, is_edited
+from hf_causal_context.bases.loading import load_base
 from hf_causal_context.cli import main
 from hf_causal_context.hub import load, push, save
-from hf_causal_context.training.bases import load_base
+from hf_causal_context.hub.card import is_edited
+from hf_causal_context.hub.contents import CardContents
 
 from ..test_pipelines import write_adapter
 from ..training.conftest import pipeline_folder  # noqa: F401 (a fixture)

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_causal_context.cli import main
-from hf_causal_context.evaluation.arguments import EvaluationArguments
+from hf_causal_context.commands.evaluate import EvaluationArguments
+from hf_causal_context.data.arguments import AnyDataArguments
 from hf_causal_context.training.arguments import AutoencoderArguments, TextArguments, TrainingArguments
-from hf_causal_context.training.load_data import AnyDataArguments
 from tests.data.small import write_folders
 
 from .cases import cases

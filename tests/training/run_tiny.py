@@ -23,9 +23,11 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from hf_causal_context.training import checkpoints, finetune, language, trainer
+from hf_causal_context.bases.families import FAMILIES
+from hf_causal_context.training import finetune
 from hf_causal_context.training.arguments import TextArguments, TrainingArguments
-from hf_causal_context.training.families import FAMILIES
+from hf_causal_context.training.language import fine_tune as language
+from hf_causal_context.training.loop import checkpoints, trainer
 
 LOADED = (diffusers.DDPMPipeline, diffusers.UNet2DModel, FAMILIES)  # diffusers imports a class when it is first used
 

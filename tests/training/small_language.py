@@ -30,11 +30,11 @@ from transformers import (
 )
 
 from hf_causal_context import CausalContextConfig
+from hf_causal_context.bases.token_batches import Collation
+from hf_causal_context.bases.tokens import Tokenisation
 from hf_causal_context.contexts import ConceptSet, Context
 from hf_causal_context.data import InterventionalData
 from hf_causal_context.training.arguments import TextArguments
-from hf_causal_context.training.text_batches import Collation
-from hf_causal_context.training.tokens import Tokenisation
 
 WORDS = re.findall(r"\S+", "a cat dog sat ran on the mat and then it barked loudly indeed good sir yo user assistant :")
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]

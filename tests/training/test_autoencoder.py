@@ -14,16 +14,16 @@ from hf_causal_context.contexts import ConceptSet, Context
 from hf_causal_context.models.context_autoencoder import ContextAutoencoder
 from hf_causal_context.models.encoder_decoders import KLAutoencoder
 from hf_causal_context.training.arguments import AutoencoderArguments
-from hf_causal_context.training.autoencoder import mean_loss, train_autoencoder
-from hf_causal_context.training.autoencoder_objective import (
+from hf_causal_context.training.autoencoder.images import PictureBatches, PictureSet, to_floats
+from hf_causal_context.training.autoencoder.objective import (
     AutoencoderObjective,
     PictureBatch,
     TrainingMode,
     bits_per_dimension,
 )
-from hf_causal_context.training.early_stopping import EarlyStopping
-from hf_causal_context.training.pictures import PictureBatches, PictureSet, to_floats
-from hf_causal_context.training.trainer import TrainingDivergedError
+from hf_causal_context.training.autoencoder.train import mean_loss, train_autoencoder
+from hf_causal_context.training.loop.early_stopping import EarlyStopping
+from hf_causal_context.training.loop.trainer import TrainingDivergedError
 
 from .small import write_folders
 

@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model
 
 from hf_causal_context import CausalContextConfig
-from hf_causal_context.training.bases import as_base, load_base
+from hf_causal_context.bases.loading import as_base, load_base
 
 from .tiny_pipelines import PIPELINES, ddpm, stable_diffusion_xl
 

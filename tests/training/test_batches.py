@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from hf_causal_context.bases.images import read_picture
+from hf_causal_context.bases.loading import load_base
 from hf_causal_context.data import load_folders
 from hf_causal_context.training.arguments import TrainingArguments
-from hf_causal_context.training.bases import load_base
-from hf_causal_context.training.batches import DenoiserBatches, read_picture
+from hf_causal_context.training.denoiser.batches import DenoiserBatches
 from hf_causal_context.training.weights import parse_weights
 
 from .small import CONTEXTS, settings, write_folders

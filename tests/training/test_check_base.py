@@ -4,12 +4,12 @@ import pytest
 from datasets import Dataset
 from datasets import Image as ImageFeature
 
-from hf_causal_context.base_gap import BaseGap
+from hf_causal_context.bases.gap import BaseGap
+from hf_causal_context.commands.check_data import gap_of
 from hf_causal_context.data import from_dataset
+from hf_causal_context.data.arguments import AnyDataArguments
 from hf_causal_context.training.arguments import TrainingArguments
-from hf_causal_context.training.check_base import gap_of
 from hf_causal_context.training.finetune import train
-from hf_causal_context.training.load_data import AnyDataArguments
 
 from .small import settings, write_folders
 

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hf_causal_context.training import denoiser_losses
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.context_losses import LOSSES
+from hf_causal_context.training.denoiser import losses as denoiser_losses
 from hf_causal_context.training.finetune import train
 from hf_causal_context.training.language import train_text
 

@@ -9,13 +9,13 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 from hf_causal_context import CausalContextConfig
-from hf_causal_context.base_gap import FAR, NEAR
+from hf_causal_context.bases.gap import FAR, NEAR
+from hf_causal_context.bases.loading import as_base, load_base
 from hf_causal_context.data.worlds.digits import sample_digits
 from hf_causal_context.quickstart import BASE
-from hf_causal_context.training.bases import as_base, load_base
-from hf_causal_context.training.denoiser_gap import LEVELS, NUM_INFERENCE_STEPS, NUM_ROWS, denoiser_gap, own_samples
-from hf_causal_context.training.draws import Draws
-from hf_causal_context.training.objectives import Batch
+from hf_causal_context.training.denoiser.gap import LEVELS, NUM_INFERENCE_STEPS, NUM_ROWS, denoiser_gap, own_samples
+from hf_causal_context.training.denoiser.objectives import Batch
+from hf_causal_context.training.noise import Draws
 
 from .tiny_pipelines import PIPELINES, ddpm, stable_diffusion_3
 

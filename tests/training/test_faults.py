@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_causal_context.training import finetune, trainer
+from hf_causal_context._files import checkpoint_steps
+from hf_causal_context.training import finetune
 from hf_causal_context.training.arguments import TrainingArguments
-from hf_causal_context.training.checkpoints import CheckpointError, checkpoint_steps
 from hf_causal_context.training.finetune import train
-from hf_causal_context.training.trainer import TrainingDivergedError
+from hf_causal_context.training.loop import trainer
+from hf_causal_context.training.loop.checkpoints import CheckpointError
+from hf_causal_context.training.loop.trainer import TrainingDivergedError
 
 from .run_tiny import Faults
 from .small import settings, write_folders

@@ -7,8 +7,8 @@ from peft import get_peft_model
 from PIL import Image
 
 from hf_causal_context import CausalContextConfig
-from hf_causal_context.training.bases import load_base
-from hf_causal_context.training.features import denoiser_features, principal_components
+from hf_causal_context.bases.loading import load_base
+from hf_causal_context.training.denoiser.features import denoiser_features, principal_components
 
 from .tiny_pipelines import PIPELINES
 

@@ -7,11 +7,13 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hf_causal_context.base_gap import BASE_GAP, BaseGap
-from hf_causal_context.training import finetune, language
+from hf_causal_context._files import BASE_GAP
+from hf_causal_context.bases.gap import BaseGap
+from hf_causal_context.training import finetune
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.finetune import train
 from hf_causal_context.training.gap_report import report_gap
+from hf_causal_context.training.language import fine_tune as language
 from hf_causal_context.training.language import train_text
 
 from .small import adapter_weights, settings, write_folders

@@ -6,8 +6,9 @@ import torch
 from peft import get_peft_model
 
 from hf_causal_context import CausalContextConfig, intervene
-from hf_causal_context.training.bases import load_base
-from hf_causal_context.training.generation import generate, picture_grid
+from hf_causal_context.bases.images import picture_grid
+from hf_causal_context.bases.loading import load_base
+from hf_causal_context.inference.sampling import generate
 
 from .tiny_pipelines import PIPELINES
 

@@ -8,15 +8,13 @@ import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from hf_causal_context.bases.language import load_language_model
+from hf_causal_context.bases.likelihoods import negative_log_likelihoods, perplexity
 from hf_causal_context.cli import main
 from hf_causal_context.contexts import Context
-from hf_causal_context.training.checkpoints import write_files
-from hf_causal_context.training.language import load_language_model, train_text
-from hf_causal_context.training.language_objective import (
-    negative_log_likelihoods,
-    perplexity,
-)
-from hf_causal_context.training.text_samples import sample_texts
+from hf_causal_context.training.language import train_text
+from hf_causal_context.training.language.samples import sample_texts
+from hf_causal_context.training.loop.checkpoints import write_files
 
 from .conftest import pipeline_folder  # noqa: F401 (a fixture)
 from .small import adapter_weights

@@ -3,8 +3,8 @@
 import pytest
 
 from hf_causal_context.data import load_text_folders
-from hf_causal_context.training.arguments import TextDataArguments
-from hf_causal_context.training.load_data import AnyDataArguments, load_any_data, load_text_data
+from hf_causal_context.data.arguments import AnyDataArguments, TextDataArguments
+from hf_causal_context.data.from_arguments import load_any_data, load_text_data
 from tests.data.small import write_picture
 from tests.data.small_texts import rows_of, table, texts, write, write_text_folders
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from hf_causal_context.training.bases import as_base
-from hf_causal_context.training.draws import Draws
-from hf_causal_context.training.objectives import Batch, denoising_objective
+from hf_causal_context.bases.loading import as_base
+from hf_causal_context.training.denoiser.objectives import Batch, denoising_objective
+from hf_causal_context.training.noise import Draws
 
 from .tiny_pipelines import PIPELINES, ddpm
 

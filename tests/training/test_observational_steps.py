@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from hf_causal_context.training.arguments import ARGUMENTS, TextArguments, TrainingArguments
+from hf_causal_context._files import ARGUMENTS
+from hf_causal_context.training.arguments import TextArguments, TrainingArguments
 from hf_causal_context.training.finetune import train
 from hf_causal_context.training.observational import observational_samples, settle_observational_steps
 

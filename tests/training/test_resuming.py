@@ -7,9 +7,9 @@ import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
 
+from hf_causal_context._files import checkpoint_steps
 from hf_causal_context.data import from_dataset
 from hf_causal_context.training.arguments import TrainingArguments
-from hf_causal_context.training.checkpoints import checkpoint_steps
 from hf_causal_context.training.finetune import train
 
 from .small import adapter_weights, settings, write_folders

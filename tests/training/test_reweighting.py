@@ -8,15 +8,16 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from hf_causal_context.bases.images import read_picture
+from hf_causal_context.bases.loading import load_base
 from hf_causal_context.contexts import Context
 from hf_causal_context.data import density_ratios, load_folders, reweighting
 from hf_causal_context.data.reweighting import Doubt, ReweightedContext
 from hf_causal_context.training.arguments import TrainingArguments
-from hf_causal_context.training.bases import load_base
-from hf_causal_context.training.batches import DenoiserBatches, read_picture
-from hf_causal_context.training.features import denoiser_features
+from hf_causal_context.training.denoiser.batches import DenoiserBatches
+from hf_causal_context.training.denoiser.features import denoiser_features
 from hf_causal_context.training.finetune import attach_adapter, train
-from hf_causal_context.training.processes import make_accelerator
+from hf_causal_context.training.loop.processes import make_accelerator
 from hf_causal_context.training.reweighting import FILE, add_reweighted_contexts, table
 
 from .small import adapter_weights, settings, write_folders

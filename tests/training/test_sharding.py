@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hf_causal_context._files import checkpoint_steps
+from hf_causal_context.bases.loading import as_base
 from hf_causal_context.training.arguments import TrainingArguments
-from hf_causal_context.training.bases import as_base
-from hf_causal_context.training.checkpoints import checkpoint_steps
 from hf_causal_context.training.finetune import train
-from hf_causal_context.training.sharding import blocks
+from hf_causal_context.training.loop.sharding import blocks
 
 from .run_tiny import Faults
 from .small import adapter_weights, assert_close_to_largest, settings, write_folders

@@ -6,13 +6,11 @@ import math
 import pytest
 import torch
 
-from hf_causal_context.training.language_objective import (
-    LanguageModelingObjective,
-    negative_log_likelihoods,
-    perplexity,
-)
-from hf_causal_context.training.text_batches import Collation, TextBatches
-from hf_causal_context.training.tokens import IGNORED, Tokenisation, pack
+from hf_causal_context.bases.likelihoods import negative_log_likelihoods, perplexity
+from hf_causal_context.bases.token_batches import Collation
+from hf_causal_context.bases.tokens import IGNORED, Tokenisation, pack
+from hf_causal_context.training.language.batches import TextBatches
+from hf_causal_context.training.language.objective import LanguageModelingObjective
 
 from .small_language import (
     CPU,

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from hf_causal_context.base_gap import FAR, NEAR
-from hf_causal_context.training.text_gap import MOST_TOKENS, text_gap
-from hf_causal_context.training.tokens import IGNORED, TokenRow
+from hf_causal_context.bases.gap import FAR, NEAR
+from hf_causal_context.bases.tokens import IGNORED, TokenRow
+from hf_causal_context.training.language.gap import MOST_TOKENS, text_gap
 
 from .small_language import TOKENIZER, adapted, collation, language_model, text_data, tokenisation
 

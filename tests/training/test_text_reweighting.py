@@ -11,15 +11,16 @@ from datasets import Dataset
 from peft import get_peft_model
 
 from hf_causal_context import CausalContextConfig
+from hf_causal_context.bases.token_batches import Collation, tokenise_all
+from hf_causal_context.bases.tokens import Tokenisation
 from hf_causal_context.contexts import ConceptSet
 from hf_causal_context.data import InterventionalData, density_ratios, reweighting
-from hf_causal_context.training import text_batches
-from hf_causal_context.training import text_features as features_module
+from hf_causal_context.training.language import batches as text_batches
+from hf_causal_context.training.language import features as features_module
 from hf_causal_context.training.language import train_text
+from hf_causal_context.training.language.batches import TextBatches
+from hf_causal_context.training.language.features import text_features, tokens_digest
 from hf_causal_context.training.reweighting import FILE
-from hf_causal_context.training.text_batches import Collation, TextBatches, tokenise_all
-from hf_causal_context.training.text_features import text_features, tokens_digest
-from hf_causal_context.training.tokens import Tokenisation
 
 from . import small_language
 from .small import adapter_weights

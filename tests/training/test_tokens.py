@@ -15,7 +15,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_causal_context.training.tokens import (
+from hf_causal_context.bases.tokens import (
     IGNORED,
     Tokenisation,
     TokenRow,

@@ -11,12 +11,12 @@ from peft import PeftModel
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from hf_causal_context._files import checkpoint_steps
+from hf_causal_context.bases.loading import load_base
 from hf_causal_context.data import from_dataset
-from hf_causal_context.training import trainer
 from hf_causal_context.training.arguments import TrainingArguments
-from hf_causal_context.training.bases import load_base
-from hf_causal_context.training.checkpoints import checkpoint_steps
 from hf_causal_context.training.finetune import train
+from hf_causal_context.training.loop import trainer
 
 from .run_tiny import Place
 from .small import adapter_weights, assert_close_to_largest, settings, write_folders

@@ -1,0 +1,49 @@
+"""Names of the files in an adapter's folder, and how files are written: whole, or not at all."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+
+CARD, CARD_CONTENTS = "README.md", "card.json"
+RESULTS, RESULTS_PICTURE, REPORT = "results.md", "results.png", "evaluation/report.json"
+
+BASE_GAP = "base_gap.json"  # beside an adapter
+
+DATA_RECORD = "training_data.json"
+
+ARGUMENTS = "training_arguments.json"
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without what clients and devices append to it; its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def complete_or_absent(path: Path) -> Iterator[Path]:
+    """Where to write a file or folder that shall appear at `path` when it is complete, over an earlier one, or not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as place:
+        unfinished = Path(place) / path.name
+        yield unfinished
+        if path.is_dir():  # folders, unlike files, are not replaced; the earlier one goes with the temporary one
+            path.rename(Path(place) / f"earlier-{path.name}")
+        unfinished.rename(path)
+
+
+def checkpoint_steps(output_dir: Path) -> dict[int, Path]:
+    """Optimiser step -> folder of every complete checkpoint, oldest first."""
+    found = {
+        int(match[1]): path
+        for path in output_dir.glob("checkpoint-*")
+        if (match := CHECKPOINT_NAME.fullmatch(path.name))
+    }
+    return dict(sorted(found.items()))

@@ -1,0 +1,154 @@
+"""Bake a context into a plain LoRA that every tool reads, without this package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..contexts import ConceptSet, Context, ContextLike, as_context
+from .config import CausalContextConfig
+from .layer import CausalContextLayer, ConvNd
+from .peft_type import PEFT_PREFIX, PREFIX
+from .saving import write_adapter
+
+
+def bake(model: nn.Module, context: ContextLike, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Turn an adapter under one context into a LoRA: lora_A = M(m) Down, lora_B = (alpha / W) Up.
+
+    The observational part comes along at its strength in the context, 1 by default.
+
+    Exact in float32; weights of adapters in bf16 or fp16 are rounded once. Modules in `modules_to_save` come along.
+
+    Args:
+        model: a PeftModel, or a model the adapter was injected into.
+        context: one context, as for `intervene`; concepts it does not name are not intervened on.
+        adapter_name: the adapter to bake.
+
+    Returns:
+        PEFT's config of a LoRA, and its weights under PEFT's names: what `PeftModel.from_pretrained` reads.
+
+    Raises:
+        ValueError: for an unknown adapter or concept, a mechanism that is not linear (`expressive_depth` > 0), or a
+            convolution that PEFT's LoRA does not compute the same way (groups, dilation, padding mode), or a strength
+            of the observational part where there is none.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = adapter_config(model, adapter_name)
+    strengths = context_strengths(config, [as_context(context)])
+    weights: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    transposed = False
+    for name, layer in base.named_modules():
+        if not isinstance(layer, CausalContextLayer) or adapter_name not in layer.causal_context_down:
+            continue
+        _check_lora_computes_the_same(name, layer)
+        a, b = layer.lora_weights(adapter_name, strengths)
+        a, b = _without_idle_rows(a, b)
+        dtype = cast(Tensor, layer.causal_context_up[adapter_name].weight).dtype
+        kernel = (1,) * (a.ndim - 2)
+        weights[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a.to(dtype, copy=True).contiguous()
+        weights[f"{PEFT_PREFIX}{name}.lora_B.weight"] = b.view(*b.shape, *kernel).to(dtype, copy=True).contiguous()
+        ranks[name] = a.shape[0]
+        transposed |= isinstance(layer.get_base_layer(), Conv1D)
+    for key, weight in get_peft_model_state_dict(
+        model, adapter_name=adapter_name, save_embedding_layers=False
+    ).items():  # else PEFT asks the Hub about the vocabulary
+        if PREFIX not in key:  # of modules_to_save
+            weights[key if key.startswith(PEFT_PREFIX) else PEFT_PREFIX + key] = weight.detach().clone()
+    rank = max(ranks.values())
+    # "^": PEFT would take the rank of "proj_out" for "blocks.0.proj_out" too.
+    differing = {f"^{name}": r for name, r in ranks.items() if r != rank}
+    lora_config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,  # factor 1: the scale is in lora_B
+        rank_pattern=differing,
+        alpha_pattern=dict(differing),
+        target_modules=sorted(ranks),
+        modules_to_save=config.modules_to_save,
+        fan_in_fan_out=transposed,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        task_type=config.task_type,
+        inference_mode=True,
+    )
+    return lora_config, weights
+
+
+def context_strengths(config: CausalContextConfig, contexts: Sequence[Context]) -> Tensor:
+    """Strengths (B, 1 + K) of contexts for an adapter with this config.
+
+    Raises:
+        ValueError: for unknown concepts, or a strength of the observational part where there is none.
+    """
+    for context in contexts:
+        if context.observational != 1 and not config.observational_rank:
+            raise ValueError(
+                f"Context {str(context)!r} sets the strength of the observational part, and the adapter has none "
+                "(observational_rank=0). Leave it out."
+            )
+    return ConceptSet(config.concepts).strengths(contexts)
+
+
+def adapter_config(model: nn.Module, adapter_name: str = "default") -> CausalContextConfig:
+    """The config of a causal context adapter in a model.
+
+    Raises:
+        ValueError: for an unknown adapter.
+    """
+    configs = getattr(model, "peft_config", {})
+    config = configs.get(adapter_name) if isinstance(configs, dict) else None
+    if not isinstance(config, CausalContextConfig):
+        names = [name for name, c in configs.items() if isinstance(c, CausalContextConfig)]
+        raise ValueError(f"The model has no causal context adapter {adapter_name!r}. It has: {names}.")
+    return config
+
+
+def save_baked(model: nn.Module, context: ContextLike, folder: str | Path, adapter_name: str = "default") -> Path:
+    """Bake a context and write it as a folder that `PeftModel.from_pretrained` loads without this package.
+
+    The folder appears complete or not at all.
+
+    Raises:
+        FileExistsError: if the folder exists and is not empty.
+        ValueError: as `bake`.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} exists and is not empty. Choose another folder, or remove it.")
+    config, weights = bake(model, context, adapter_name)
+    write_adapter(folder, config, weights)
+    return folder
+
+
+def _check_lora_computes_the_same(name: str, layer: CausalContextLayer) -> None:
+    if not isinstance(layer, ConvNd):
+        return
+    base = cast(nn.Conv2d, layer.get_base_layer())
+    # PEFT's LoRA copies kernel, stride and padding of a convolution, and nothing else.
+    problems = [
+        f"{attribute}={value}"
+        for attribute, value, plain in (
+            ("groups", base.groups, base.groups == 1),
+            ("dilation", base.dilation, all(d == 1 for d in base.dilation)),
+            ("padding_mode", base.padding_mode, base.padding_mode == "zeros"),
+        )
+        if not plain
+    ]
+    if problems:
+        raise ValueError(
+            f"The convolution {name!r} has {', '.join(problems)}, which PEFT's LoRA ignores, so a baked LoRA would "
+            "give another output. Keep the adapter"
+            + ("." if base.groups > 1 else ", or merge the context into the weights with merge_adapter().")
+        )
+
+
+def _without_idle_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Without the rows of lora_A that are zero, such as those of concepts that are not intervened on; one is kept."""
+    used = a.flatten(1).any(1)
+    used[0] |= not used.any()
+    return a[used], b[:, used]

@@ -1,0 +1,381 @@
+"""Delivers contexts to the layers: one pair of hooks on the base model, and what is asked of it.
+
+    intervene(model, ...)  --> a request, on this thread        |  pre-hook: rows of the model's input are matched,
+    model(..., context=x)  --> a request, for this call         |  a frame holds strengths   --> layers read the frame
+
+Diffusers pipelines that cannot pass `context=` pass it inside the attention arguments of their denoiser.
+
+State lives in a box on a thread-local: attributes on layers would mix threads, context variables break compiled graphs,
+and attributes set directly on a thread-local give wrong results under torch.compile.
+
+Strengths (rows, 1 + K) are those of the observational part and of the concepts; a user's mask has the latter alone,
+and the part is then at 1.
+
+Shapes: S samples that have a context, N rows of the model's input, n rows of a layer's input, K concepts.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ...contexts import ConceptSet, Context, ContextBatch, quoted
+from ...functional import per_feature
+from .request import AdapterContext, Request, check_names, check_one_adapter_per_mask, completed, normalise, restricted
+from .rows import input_rows, match_layer_rows, prompts_of_generate, refuse_sequence_first
+
+
+class AdaptedLayer(Protocol):
+    """What is asked of a layer with adapters."""
+
+    name: str  # path in the base model
+    concepts: dict[str, ConceptSet]  # of each adapter
+    training: bool
+
+    @property
+    def active_adapters(self) -> Iterable[str]:
+        """Names of the active adapters, of other methods too."""
+        ...
+
+    @property
+    def merged(self) -> bool:
+        """Whether adapters are merged into the weight."""
+        ...
+
+    def check_merged_context(self, strengths: dict[str, Tensor]) -> None:
+        """Refuse (ValueError) strengths of adapters that differ from those merged into the weight."""
+        ...
+
+
+@dataclass
+class Frame:
+    """What the layers read during one forward of a base model."""
+
+    owner: Conditioning
+    model: nn.Module
+    outer: Frame | None
+    request: Request | None = None
+    num_rows: int = 0
+    ragged: bool = False  # rows inside the model need not be whole multiples per sample
+    device: torch.device | None = None
+    strengths: dict[str, Tensor] = field(default_factory=dict)
+    repeated: dict[tuple, Tensor] = field(default_factory=dict)  # strengths per feature, for layers alike
+
+
+class _Box:
+    request: Request | None = None
+    frame: Frame | None = None
+
+
+class _ThreadState(threading.local):
+    def __init__(self) -> None:
+        self.box = _Box()
+
+
+_STATE = _ThreadState()
+
+# Arguments of pipelines and denoisers that carry a dictionary to attention processors.
+_ATTENTION_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
+
+
+class Conditioning:
+    """The pair of hooks on one base model, and the adapters that its layers carry."""
+
+    def __init__(self, layer: AdaptedLayer) -> None:
+        # Any of them: PEFT activates and deactivates adapters on all layers alike. Weak, so that it tells when the
+        # adapter was taken off by others (diffusers' unload_lora).
+        self._layer = weakref.ref(layer)
+        self.concepts: dict[str, ConceptSet] = {}
+        self.observational_ranks: dict[str, int] = {}
+        self._handles: list[RemovableHandle] = []
+        self._takes_context = True
+
+    def install(self, model: nn.Module, on_removal: Callable[[nn.Module], None]) -> None:
+        """Put the hooks on a base model, once; the function is called when they are taken off again."""
+        if not self._handles:
+            for hook in list(model._forward_pre_hooks.values()):
+                if isinstance(previous := getattr(hook, "__self__", None), Conditioning):
+                    previous.remove(model)
+            self._on_removal = on_removal
+            # A model with an argument of that name keeps it; there, only intervene() sets contexts.
+            self._takes_context = "context" not in inspect.signature(model.forward).parameters
+            self._handles = [
+                model.register_forward_pre_hook(self._enter_forward, with_kwargs=True, prepend=True),
+                model.register_forward_hook(self._leave_forward, always_call=True),
+            ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_layer": self._layer()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state | {"_layer": weakref.ref(state["_layer"])}
+
+    @property
+    def layer(self) -> AdaptedLayer:
+        """One of the adapted layers."""
+        layer = self._layer()
+        assert layer is not None, "the adapter was removed"
+        return layer
+
+    def remove(self, model: nn.Module) -> None:
+        """Take the hooks off a base model again."""
+        for handle in self._handles:
+            handle.remove()
+        if self._handles:
+            self._on_removal(model)
+        self._handles = []
+
+    def active_adapters(self) -> dict[str, ConceptSet]:
+        """Active adapters of this method and their concepts."""
+        return {name: self.concepts[name] for name in self.layer.active_adapters if name in self.concepts}
+
+    def request(self) -> Request | None:
+        """The innermost request for this model on this thread."""
+        request = _STATE.box.request
+        while request is not None and request.owner is not self:
+            request = request.outer
+        return request
+
+    def strengths_for(self, layer: AdaptedLayer, adapter_name: str, x: Tensor, num_rows: int) -> Tensor | None:
+        """The strengths (1, 1 + K) or (n, 1 + K) for a layer's input of n rows; None without a context at inference.
+
+        Raises:
+            ValueError: without a context in training mode, or when rows cannot be matched.
+            RuntimeError: in a recomputation that does not know its context.
+        """
+        concepts = layer.concepts[adapter_name]
+        frame = _STATE.box.frame
+        if frame is not None and frame.owner is self:
+            strengths = frame.strengths.get(adapter_name)
+            if strengths is None and frame.request is not None:
+                strengths = self._resolve(frame, frame.request, adapter_name, concepts)
+        else:
+            strengths = self._strengths_outside_forward(adapter_name, concepts, x, num_rows)
+        if strengths is None:
+            if layer.training:
+                raise ValueError(
+                    f"No context is set for adapter {adapter_name!r} in training mode. Train inside `with "
+                    "intervene(model, contexts):` or pass context= to the model; the observational context is (). "
+                    "For inference call model.eval()."
+                )
+            return None
+        return match_layer_rows(strengths.to(x.device), num_rows, layer.name, frame is not None and frame.ragged)
+
+    def repeated(self, strengths: Tensor, adapter_name: str, z_nTS: Tensor) -> Tensor:
+        """`strengths_for` a layer, for each feature of an adapter: computed once for all layers that need the same."""
+        frame = _STATE.box.frame
+        # Tensors that need gradients stay inside the checkpoint that made them; compilers find repetitions themselves.
+        shared = frame is not None and strengths is frame.strengths.get(adapter_name) and not strengths.requires_grad
+        if frame is None or not shared or torch.compiler.is_compiling():
+            return self._per_feature(strengths, adapter_name, z_nTS)
+        key = adapter_name, z_nTS.shape[-1], z_nTS.ndim, z_nTS.dtype
+        if key not in frame.repeated:
+            frame.repeated[key] = self._per_feature(strengths, adapter_name, z_nTS)
+        return frame.repeated[key]
+
+    def _per_feature(self, strengths: Tensor, adapter_name: str, z_nTS: Tensor) -> Tensor:
+        part, num_concepts = self.observational_ranks[adapter_name], len(self.concepts[adapter_name])
+        strengths = completed(strengths, num_concepts) if part else strengths[:, -num_concepts:]
+        return per_feature(strengths, z_nTS, part)
+
+    def _strengths_outside_forward(
+        self, adapter_name: str, concepts: ConceptSet, x: Tensor, num_rows: int
+    ) -> Tensor | None:
+        # An encoder that generate() calls, or vae.decode(): a part of the model runs without the model's forward.
+        if _in_backward():
+            raise _unknown_recomputation()
+        request = self.request()
+        if request is None:
+            return None
+        context = request.find(adapter_name, concepts)
+        return None if context is None else context.to(x.device).rows(num_rows, prompts_of_generate, request.call)
+
+    def _resolve(self, frame: Frame, request: Request, adapter_name: str, concepts: ConceptSet) -> Tensor | None:
+        context = request.find(adapter_name, concepts)
+        if context is None:
+            return None
+        assert frame.device is not None
+        frame.strengths[adapter_name] = strengths = context.to(frame.device).rows(
+            frame.num_rows, prompts_of_generate, request.call
+        )
+        if len(strengths) > 1:
+            refuse_sequence_first(frame.model)
+        return strengths
+
+    def _enter_forward(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not torch.compiler.is_compiling() and self._layer() is None:
+            self.remove(model)
+            return None
+        box = _STATE.box
+        # First of all, so that the other hook finds its frame whatever is raised below.
+        box.frame = frame = Frame(self, model, box.frame)
+        context, kwargs = take_context(kwargs)
+        if self._takes_context and "context" in kwargs:
+            context = kwargs["context"]
+            kwargs = {name: value for name, value in kwargs.items() if name != "context"}
+        if context is not None:
+            frame.request = self.make_request(context)
+        else:
+            frame.request = self.request()
+            if frame.request is not None and torch.is_grad_enabled() and _in_backward():
+                raise _unknown_recomputation()
+        if frame.request is not None:
+            self._check_still_valid(frame.request)
+            frame.device, frame.num_rows, frame.ragged = input_rows(model, args, kwargs)
+            for name in frame.request.adapters:
+                if name in self.concepts:
+                    self._resolve(frame, frame.request, name, self.concepts[name])
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                _carry_frames_into_recomputation(model)
+        return args, kwargs  # whether they changed or not: older compilers cannot trace a comparison of the two
+
+    def _leave_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        frame = _STATE.box.frame
+        if frame is not None and frame.owner is self:
+            _STATE.box.frame = frame.outer
+
+    def _check_still_valid(self, request: Request) -> None:
+        # Adapters may have been activated or merged since the context was set.
+        if request.checked_for is not None and request.checked_for != tuple(self.layer.active_adapters):
+            self._check_names(request.contexts, self.active_adapters())
+        if self.layer.merged:
+            self.layer.check_merged_context({name: context.strengths for name, context in request.adapters.items()})
+
+    def _check_names(self, contexts: tuple[Context, ...], addressed: dict[str, ConceptSet]) -> None:
+        others = {name: concepts for name, concepts in self.concepts.items() if name not in addressed}
+        check_names(contexts, addressed, others)
+
+    def _check_observational_part(self, addressed: dict[str, ConceptSet]) -> None:
+        if addressed and not any(self.observational_ranks[name] for name in addressed):
+            raise ValueError(
+                f"The strength of the observational part was given, but {quoted(addressed)} "
+                f"{'has' if len(addressed) == 1 else 'have'} none (observational_rank=0). Leave it out, or train the "
+                "adapter with such a part."
+            )
+
+    def make_request(
+        self,
+        context: ContextBatch,
+        adapter_name: str | None = None,
+        images_per_prompt: int = 1,
+        guidance_copies: int = 1,
+        observational: float | None = None,
+    ) -> Request:
+        """Check a context and encode it for the adapters it concerns.
+
+        Where a context names concepts of other adapters only, an adapter's observational part is off.
+
+        Raises:
+            ValueError: for unknown concepts or adapters, a shared concept without `adapter_name`, wrong masks, a
+                strength of the observational part where there is none, or a context that differs from the one merged
+                into the weights.
+        """
+        for name, value in (("images_per_prompt", images_per_prompt), ("guidance_copies", guidance_copies)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+        addressed = self.active_adapters()
+        if adapter_name is not None:
+            if adapter_name not in self.concepts:
+                raise ValueError(f"Unknown adapter {adapter_name!r}. This model has: {quoted(self.concepts)}.")
+            addressed = {adapter_name: self.concepts[adapter_name]}
+        contexts, mask = normalise(context, observational)
+        if mask is not None:
+            check_one_adapter_per_mask(mask, addressed)
+        else:
+            self._check_names(contexts, addressed)
+        if observational not in (None, 1) or any(context.observational != 1 for context in contexts):
+            self._check_observational_part(addressed)
+
+        def encode(concepts: ConceptSet) -> AdapterContext:
+            if mask is not None:
+                strengths = concepts.check_mask(mask)
+                if observational is not None:
+                    strengths = completed(strengths, len(concepts), observational)
+                return AdapterContext(strengths, len(strengths) == 1, images_per_prompt, guidance_copies, True)
+            own = [restricted(context, concepts) for context in contexts]
+            uniform = len(set(own)) == 1
+            return AdapterContext(concepts.strengths(own), uniform, images_per_prompt, guidance_copies, False)
+
+        outer = self.request()
+        adapters = {name: encode(concepts) for name, concepts in addressed.items()}
+        self.layer.check_merged_context({name: context.strengths for name, context in adapters.items()})
+        if adapter_name is None:
+            return Request(self, adapters, _STATE.box.request, encode, contexts, tuple(self.layer.active_adapters))
+        if outer is None:
+            return Request(self, adapters, _STATE.box.request, None)
+        return Request(self, outer.adapters | adapters, _STATE.box.request, outer.encode)
+
+
+@contextmanager
+def requested(requests: Iterable[Request]) -> Iterator[None]:
+    """Put requests in force on this thread."""
+    box = _STATE.box
+    saved = box.request, box.frame
+    try:
+        for request in requests:
+            box.request = replace(request, outer=box.request)
+        # No frame: one that is left from an interrupted forward must not serve parts of a model that run on their own.
+        box.frame = None
+        yield
+    finally:
+        box.request, box.frame = saved
+
+
+def take_context(arguments: Mapping[str, Any]) -> tuple[ContextBatch | None, dict[str, Any]]:
+    """A context inside a call's attention arguments, and the arguments without it."""
+    for name in _ATTENTION_KWARGS:
+        inner = arguments.get(name)
+        if isinstance(inner, dict) and "context" in inner:
+            rest = {key: value for key, value in inner.items() if key != "context"}
+            return inner["context"], {**arguments, name: rest or None}
+    return None, cast(dict, arguments)
+
+
+def _in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _unknown_recomputation() -> RuntimeError:
+    return RuntimeError(
+        "A layer is computed again inside backward (gradient checkpointing), where it cannot be known which context "
+        "the forward had. Use the model's own gradient_checkpointing_enable() or enable_gradient_checkpointing(), "
+        "which are supported, or checkpoint the whole model with context= as one of its arguments."
+    )
+
+
+class _CheckpointWithFrame:
+    """A model's checkpointing function that gives the recomputation the frame of its forward."""
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.checkpoint(partial(_run_in_frame, _STATE.box.frame, function), *args, **kwargs)
+
+
+def _run_in_frame(frame: Frame | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    box = _STATE.box
+    outer, box.frame = box.frame, frame
+    try:
+        return function(*args, **kwargs)
+    finally:
+        box.frame = outer
+
+
+def _carry_frames_into_recomputation(model: nn.Module) -> None:
+    for module in model.modules():
+        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+        if checkpoint is not None and not isinstance(checkpoint, _CheckpointWithFrame):
+            module._gradient_checkpointing_func = _CheckpointWithFrame(checkpoint)  # type: ignore[assignment]

@@ -1,0 +1,152 @@
+"""What `intervene` and `context=` ask for: contexts checked and encoded for the adapters they concern.
+
+Strengths (S, 1 + K) are those of the observational part and of the concepts; a mask (S, K) that was passed stays as it
+is, since a tensor made here would be a graph of its own in a compiled model. `completed` adds the column.
+
+Shapes: S samples that have a context, N rows of the model's input, K concepts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from ...contexts import ConceptSet, Context, as_context, as_contexts, quoted
+from .rows import PipelineCall, match_samples
+
+
+@dataclass
+class AdapterContext:
+    """The context of one adapter, as asked for: strengths or a mask, and how the model's callers multiply samples."""
+
+    strengths: Tensor
+    uniform: bool  # known without looking at values: every sample has the same context
+    images_per_prompt: int
+    guidance_copies: int
+    given_as_tensor: bool
+
+    def to(self, device: torch.device) -> AdapterContext:
+        """Move strengths made from names to the input's device, once.
+
+        Raises:
+            ValueError: for a mask that the user passed and that lies elsewhere.
+        """
+        if self.strengths.device != device:
+            if self.given_as_tensor:
+                raise ValueError(
+                    f"The intervention mask lies on {self.strengths.device}, the model's input on {device}. Move it: "
+                    f"mask.to({str(device)!r})."
+                )
+            self.strengths = self.strengths.to(device)
+        return self
+
+    def rows(
+        self, num_rows: int, prompts_of_generate: Callable[[], int | None], call: PipelineCall | None = None
+    ) -> Tensor:
+        """The strengths for N rows of the model's input: (1, 1 + K) or (N, 1 + K); see `rows.match_samples`."""
+        if self.uniform and num_rows % len(self.strengths) == 0:
+            return self.strengths[:1]
+        return match_samples(
+            self.strengths, num_rows, self.images_per_prompt, self.guidance_copies, prompts_of_generate, call
+        )
+
+
+@dataclass
+class Request:
+    """The contexts in force for one base model on one thread; requests nest."""
+
+    owner: object  # the conditioning of that model
+    adapters: dict[str, AdapterContext]
+    outer: Request | None
+    encode: Callable[[ConceptSet], AdapterContext] | None  # for adapters added later; None if one adapter was named
+    contexts: tuple[Context, ...] = ()
+    checked_for: tuple[str, ...] | None = None  # the active adapters whose concepts the names were checked against
+    call: PipelineCall | None = None  # the running call of a followed pipeline
+
+    def during(self, call: PipelineCall) -> Request:
+        """The same contexts during a pipeline's call; refuses (ValueError) another number of them than of prompts."""
+        for context in self.adapters.values():
+            if not context.uniform:
+                call.check(len(context.strengths))
+        return replace(self, call=call)
+
+    def find(self, adapter_name: str, concepts: ConceptSet) -> AdapterContext | None:
+        """The context of an adapter; one that was added after the request was made gets its own encoding."""
+        found = self.adapters.get(adapter_name)
+        if found is None and self.encode is not None:
+            found = self.adapters[adapter_name] = self.encode(concepts)
+        return found
+
+
+def normalise(context: object, observational: float | None) -> tuple[tuple[Context, ...], Tensor | None]:
+    """Whatever a user may pass, as contexts (one, or one per sample) or as a mask.
+
+    `observational`, if it is not None, becomes the strength of the observational part in each of the contexts.
+
+    Raises:
+        TypeError: for None and anything that is not a context.
+        ValueError: for a strength that is not a finite number, or differs from the one in a context.
+    """
+    if isinstance(context, Tensor):
+        Context(observational=observational)  # refuses what is no strength
+        return (), context
+    if context is None:
+        raise TypeError("context=None is not a context. The observational context is ().")
+    per_sample = as_contexts(context)
+    contexts = per_sample if per_sample is not None else (as_context(context),)
+    return tuple(Context(each, observational=observational) for each in contexts), None
+
+
+def restricted(context: Context, concepts: ConceptSet) -> Context:
+    """What a context says of one adapter; where it names concepts of others only, the observational part is off."""
+    own = {name: strength for name, strength in context.strengths.items() if name in concepts}
+    named = bool(own) or not context.targets
+    return Context(own, observational=context.observational if named else 0)
+
+
+def completed(strengths: Tensor, num_concepts: int, observational: float = 1.0) -> Tensor:
+    """Strengths (S, 1 + K) of what may be a mask (S, K), with the observational part at a strength."""
+    if strengths.shape[1] > num_concepts:
+        return strengths
+    return torch.cat([strengths.new_full((len(strengths), 1), observational), strengths], dim=1)
+
+
+def check_one_adapter_per_mask(mask: Tensor, addressed: dict[str, ConceptSet]) -> None:
+    """Columns of a mask have no names: refuse one that could be meant for several adapters (ValueError)."""
+    if len(addressed) > 1:
+        raise ValueError(
+            f"A mask of shape {tuple(mask.shape)} does not say for which of the active adapters {quoted(addressed)} it "
+            "is. Pass adapter_name= to intervene()."
+        )
+
+
+def check_names(
+    contexts: Sequence[Context],
+    addressed: dict[str, ConceptSet],
+    others: Mapping[str, ConceptSet] = MappingProxyType({}),
+) -> None:
+    """Refuse concepts that no addressed adapter has, or that several have (ValueError); others are not addressed."""
+    known = tuple(name for concepts in addressed.values() for name in concepts)
+    for context in contexts:
+        for target in context.targets:
+            owners = [name for name, concepts in addressed.items() if target in concepts]
+            if len(owners) > 1:
+                raise ValueError(
+                    f"Concept {target!r} belongs to several active adapters: {quoted(owners)}. Say which one is "
+                    f"meant: intervene(model, context, adapter_name={owners[0]!r})."
+                )
+            if not owners and addressed:
+                elsewhere = [name for name, concepts in others.items() if target in concepts]
+                raise ValueError(
+                    f"Unknown concept {target!r} in context {str(context)!r}. Known concepts: {quoted(known)} (of "
+                    f"{'adapter' if len(addressed) == 1 else 'adapters'} {quoted(addressed)}). "
+                    + (
+                        f"It belongs to adapter {elsewhere[0]!r}: activate that one, or name it with adapter_name=."
+                        if elsewhere
+                        else "Correct the name."
+                    )
+                )

@@ -1,0 +1,120 @@
+"""Tells the hooks how a diffusers pipeline multiplies samples, and takes contexts out of its attention arguments.
+
+A denoiser that sees four rows cannot tell two prompts under guidance from two prompts with two images each; the call of
+its pipeline can. So a pipeline is followed: it becomes an instance of a subclass of its class that reads the arguments
+of every call (PyTorch's `fully_shard` does so with modules).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
+from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+
+from .conditioning.hooks import requested, take_context
+from .conditioning.rows import PipelineCall
+from .layer import conditionings
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+# What says how many prompts a call has, first match first.
+_PROMPTS = ("prompt", "prompt_embeds", "class_labels", "batch_size", "image")
+_IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
+
+_LOCK = Lock()
+_VISITS: WeakKeyDictionary[DiffusionPipeline, int] = WeakKeyDictionary()  # by how many each is followed for a while
+
+
+class _Followed:
+    """What a followed pipeline's class has in front of the pipeline's own."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A class made at run time cannot be pickled by name.
+        _, _, *state = cast(tuple, super().__reduce_ex__(protocol))
+        return _new, (stock_class(type(self)),), *state
+
+
+def _new(stock: type) -> object:
+    return object.__new__(_followed_class(stock))
+
+
+def follow(pipe: DiffusionPipeline) -> None:
+    """Make the hooks know the calls of a pipeline; once is enough."""
+    if not isinstance(pipe, _Followed):
+        pipe.__class__ = _followed_class(type(pipe))
+
+
+def unfollow(pipe: DiffusionPipeline) -> None:
+    """Give a pipeline its own class back."""
+    pipe.__class__ = stock_class(type(pipe))
+
+
+@contextmanager
+def following(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Follow a pipeline for a while, if it is not followed anyway; in several threads, until the last is done."""
+    with _LOCK:
+        visits = _VISITS.get(pipe, 0)
+        for_a_while = visits > 0 or not isinstance(pipe, _Followed)
+        if for_a_while:
+            _VISITS[pipe] = visits + 1
+            follow(pipe)
+    try:
+        yield
+    finally:
+        if for_a_while:
+            with _LOCK:
+                _VISITS[pipe] -= 1
+                if not _VISITS[pipe]:
+                    del _VISITS[pipe]
+                    unfollow(pipe)
+
+
+def stock_class(cls: type) -> type:
+    """The pipeline's own class."""
+    return cls.__mro__[2] if issubclass(cls, _Followed) else cls
+
+
+@functools.cache
+def _followed_class(cls: type) -> type:
+    signature = inspect.signature(cls.__call__)
+
+    @functools.wraps(cls.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(self, *args, **kwargs)
+        context, bound.arguments = take_context(bound.arguments)
+        running, owners = _call(bound), conditionings(self)
+        own = [owner.make_request(context) for owner in owners] if context is not None else []
+        with requested(own):
+            active = [request for owner in owners if (request := owner.request()) is not None]
+            with requested([request.during(running) for request in active] if running is not None else []):
+                return cls.__call__(*bound.args, **bound.kwargs)
+
+    # The same name, by which diffusers finds related pipelines and writes model_index.json.
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (_Followed, cls), {"__call__": call, **names})
+
+
+def _call(bound: inspect.BoundArguments) -> PipelineCall | None:
+    defaults = {name: parameter.default for name, parameter in bound.signature.parameters.items()}
+    given = {name: None if value is inspect.Parameter.empty else value for name, value in defaults.items()}
+    given |= bound.arguments
+    prompts = next((n for name in _PROMPTS if (n := _count(given.get(name))) is not None), None)
+    images: Any = next((given[name] for name in _IMAGES_PER_PROMPT if given.get(name) is not None), 1)
+    return None if prompts is None else PipelineCall(prompts, images)
+
+
+def _count(value: object) -> int | None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value  # batch_size
+    if isinstance(value, Tensor):
+        return value.shape[0] if value.ndim > 0 else 1
+    if isinstance(value, list | tuple):
+        return len(value)
+    return None if value is None else 1

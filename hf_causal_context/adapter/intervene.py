@@ -1,0 +1,120 @@
+"""`intervene`: sets the contexts of adapted models and pipelines."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ..contexts import ContextBatch
+from .conditioning.hooks import Conditioning, requested
+from .followed_pipeline import following
+from .layer import conditionings
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+class intervene:  # noqa: N801 (reads like torch.no_grad)
+    """Set the context of a model's adapters, on this thread, for the body of a `with` statement.
+
+    Args:
+        model: a model with a causal context adapter (a PeftModel, or any model an adapter was injected into), or a
+            diffusers pipeline with such models: it knows by itself how it multiplies samples.
+        context: one context for the batch (a `Context`, a name, ``"a+b"``, a mapping name -> strength, a tuple of
+            names), a list with one per sample (of a pipeline: per prompt, or per image), or a float mask (S, K) with
+            the columns in the order of the adapter's concepts. ``()`` is the observational context: the world of the
+            data, with nothing intervened on. Outside of `intervene` the model is the base, bit for bit.
+        adapter_name: the adapter meant, when several active ones share a concept; the others keep their context.
+        images_per_prompt: for a model inside a pipeline: how many images the pipeline makes of each sample.
+        observational: strength of the adapter's observational part: 1 is the look of the data, 0 that of the base, for
+            "this concept, in the base's own style". By default 1, or what the contexts say themselves.
+        guidance_copies: for a model inside a pipeline: copies of the batch that it stacks in one call for
+            classifier-free guidance; calls without them are served too.
+
+    Nested uses replace each other; one object serves one thread. Rows of `generate` (beams, returned sequences) are
+    matched without being told.
+
+    Raises:
+        TypeError: for values that are not contexts, or for something that is neither a module nor a pipeline.
+        ValueError: for a model without the adapter, unknown names, a wrong mask, a concept that two adapters share, or
+            a strength of the observational part for adapters that have none.
+
+    Example:
+        >>> with intervene(model, [("thick",), (), {"slant": -0.5}]):   # doctest: +SKIP
+        ...     model(x)
+        >>> with intervene(model, "thick", observational=0):   # doctest: +SKIP
+        ...     model(x)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | DiffusionPipeline,
+        context: ContextBatch,
+        *,
+        adapter_name: str | None = None,
+        images_per_prompt: int = 1,
+        guidance_copies: int = 1,
+        observational: float | None = None,
+    ) -> None:
+        owners = [find_conditioning(model)] if isinstance(model, nn.Module) else _of_pipeline(model)
+        # Of several adapted components of a pipeline only some may have an adapter of that name.
+        owners = [owner for owner in owners if adapter_name in owner.concepts] or owners
+        self._pipe = None if isinstance(model, nn.Module) else model
+        self._make_requests = [
+            partial(owner.make_request, context, adapter_name, images_per_prompt, guidance_copies, observational)
+            for owner in owners
+        ]
+        for make in self._make_requests:
+            make()  # errors show here, before any work
+        self._entered: list[ExitStack] = []
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            stack.enter_context(requested([make() for make in self._make_requests]))
+            if self._pipe is not None:
+                stack.enter_context(following(self._pipe))
+            self._entered.append(stack.pop_all())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._entered.pop().close()
+
+
+def _of_pipeline(pipe: DiffusionPipeline) -> list[Conditioning]:
+    if not isinstance(getattr(pipe, "components", None), dict):
+        raise TypeError(
+            f"intervene() takes a model (nn.Module) or a diffusers pipeline, not {type(pipe).__name__}. Pass for "
+            "example pipe or pipe.unet."
+        )
+    found = conditionings(pipe)
+    if not found:
+        raise ValueError(
+            f"No component of {type(pipe).__name__} has a causal context adapter, so a context would change nothing. "
+            "Load one with load_context_adapter(pipe, folder_or_repository)."
+        )
+    return found
+
+
+def find_conditioning(model: nn.Module) -> Conditioning:
+    """The conditioning of the adapted layers inside a model.
+
+    Raises:
+        ValueError: for a model without a causal context adapter, or with several adapted models inside.
+    """
+    found = conditionings(model)
+    if len(found) > 1:
+        raise ValueError(
+            f"{type(model).__name__} holds {len(found)} models with adapters of their own. Pass one of them to "
+            "intervene(), and nest its uses for several."
+        )
+    if found:
+        return found[0]
+    raise ValueError(
+        f"{type(model).__name__} has no causal context adapter, so a context would change nothing. Attach one with "
+        "get_peft_model(model, CausalContextConfig(...)) or load one with PeftModel.from_pretrained."
+    )

@@ -1,0 +1,68 @@
+"""Images as tensors and as files, and grids of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+
+_MARGIN = 4
+
+
+_SMALLEST_SIDE = 64
+
+
+def picture_grid(rows: Sequence[Tensor], labels: Sequence[str], scale: int | None = None) -> Image.Image:
+    """A picture with one labelled row for each tensor (S, C, H, W) in [0, 1], grey or RGB.
+
+    Args:
+        scale: enlargement, each pixel becoming a square; if None, pictures get at least 64 pixels wide and high.
+
+    Raises:
+        ValueError: for rows that do not match the labels or each other, or that hold no grey or RGB pictures.
+    """
+    shapes = {tuple(row.shape[1:]) for row in rows}
+    if (
+        len(rows) != len(labels)
+        or len(shapes) != 1
+        or not all(row.ndim == 4 and row.shape[1] in (1, 3) for row in rows)
+    ):
+        raise ValueError(
+            f"Rows of shapes {[tuple(row.shape) for row in rows]} with {len(labels)} labels make no grid. Give one "
+            "label for each row, and rows (pictures, 1 or 3, height, width) of one size."
+        )
+    ((_, height, width),) = shapes
+    scale = scale or math.ceil(_SMALLEST_SIDE / min(height, width))
+    height, width = height * scale, width * scale
+    font = ImageFont.load_default(size=min(32, max(14, height // 8)))
+    label_width = _MARGIN + math.ceil(max(font.getlength(label) for label in labels)) + 2 * _MARGIN
+    columns = max(len(row) for row in rows)
+    size = (label_width + columns * (width + _MARGIN), len(rows) * (height + _MARGIN) + _MARGIN)
+    grid = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(grid)
+    for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        top = _MARGIN + i * (height + _MARGIN)
+        draw.text((_MARGIN, top + height / 2), label, fill="black", font=font, anchor="lm")
+        for j, picture in enumerate(row):
+            image = to_image(picture).resize((width, height), Image.Resampling.NEAREST)
+            grid.paste(image, (label_width + j * (width + _MARGIN), top))
+    return grid
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """A picture (C, H, W) in [0, 1], grey or RGB, as PIL's."""
+    levels = (picture.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    return Image.fromarray(levels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+
+
+def read_picture(picture: Image.Image, channels: int, resolution: int) -> np.ndarray:
+    """A picture as uint8 (C, R, R): upright, in grey or RGB, resized and cut to the middle square."""
+    upright = ImageOps.exif_transpose(picture).convert("L" if channels == 1 else "RGB")
+    if upright.size != (resolution, resolution):
+        upright = ImageOps.fit(upright, (resolution, resolution), Image.Resampling.LANCZOS)
+    pixels = np.asarray(upright)
+    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))

@@ -1,0 +1,87 @@
+"""Loads the pretrained pipeline that an adapter is trained for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from transformers import AutoConfig
+
+from ..contexts import quoted
+from .families import FAMILIES, Base
+from .names import unpacked
+
+
+def load_base(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    torch_dtype: torch.dtype | None = None,
+) -> Base:
+    """Load a pipeline from a folder or the Hub; only safetensors, and no code from the repository.
+
+    `hf_causal_context/models/digit_base` is the one that comes with this package, wherever that is installed.
+
+    Raises:
+        OSError, ValueError: what `check_base` raises.
+    """
+    check_base(name_or_path, revision)  # before the weights, which may be many gigabytes
+    name_or_path = unpacked(name_or_path)
+    pipe = DiffusionPipeline.from_pretrained(
+        name_or_path, revision=revision, variant=variant, torch_dtype=torch_dtype, use_safetensors=True
+    )
+    return as_base(pipe)
+
+
+def check_base(name_or_path: str, revision: str | None = None) -> None:
+    """Refuse what is no base, without loading it.
+
+    Raises:
+        OSError: for something that is not a saved pipeline, such as a bare denoiser.
+        ValueError: for a pipeline that is not supported.
+    """
+    name_or_path = unpacked(name_or_path)
+    try:
+        index: Any = DiffusionPipeline.load_config(name_or_path, revision=revision)
+    except OSError as error:
+        if _is_transformers_model(name_or_path, revision):
+            raise OSError(
+                f"{str(name_or_path)!r} is a model of transformers, not a diffusers pipeline. An adapter of a language "
+                "model is trained by `hf-causal-context train-text`."
+            ) from error
+        raise OSError(
+            f"{str(name_or_path)!r} is not a saved diffusers pipeline: {error} A base is a folder or Hub repository "
+            "with a model_index.json. For a bare denoiser (a config.json and weights) save a pipeline around it, for "
+            "example DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)."
+        ) from error
+    _family(index["_class_name"])
+
+
+def _is_transformers_model(name_or_path: str, revision: str | None = None) -> bool:
+    """Whether a folder or repository holds a model that transformers knows."""
+    try:
+        AutoConfig.from_pretrained(name_or_path, revision=revision)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def as_base(pipe: DiffusionPipeline) -> Base:
+    """The base around a pipeline that is in memory.
+
+    Raises:
+        ValueError: for a pipeline that is not supported.
+    """
+    return _family(type(pipe).__name__)(pipe)
+
+
+def _family(class_name: object) -> type[Base]:
+    family = FAMILIES.get(class_name) if isinstance(class_name, str) else None
+    if family is None:
+        raise ValueError(
+            f"Pipelines of class {class_name!r} are not supported as a base. Supported: {quoted(FAMILIES)}. Save the "
+            "base as one of them, or train its denoiser in a loop of your own: get_peft_model(denoiser, config)."
+        )
+    return family

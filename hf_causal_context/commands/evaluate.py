@@ -1,0 +1,168 @@
+"""What `hf-causal-context evaluate` does: load, evaluate, write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..contexts import Context
+from ..data.arguments import AnyDataArguments, argument
+from ..data.from_arguments import load_data, load_text_data
+from ..evaluation.evaluator import evaluate
+from ..evaluation.features import load_vision_features, require_torchmetrics
+from ..evaluation.report import write_report
+from ..evaluation.results import EvaluationReport
+from ..inference.adapted import LANGUAGE_TASKS, load_adapted_base, stored_config
+
+_DTYPES = ["float32", "float16", "bfloat16"]
+_MINIMA = {
+    "num_samples": 2,
+    "num_seeds": 1,
+    "num_inference_steps": 1,
+    "max_new_tokens": 1,
+    "batch_size": 1,
+    "resolution": 1,
+    "seed": 0,
+}
+_PICTURES_ONLY = (
+    *("image_column", "caption_column", "class_column", "variant", "num_inference_steps", "class_label"),
+    *("guidance_scale", "resolution", "feature_extractor"),
+)
+_TEXTS_ONLY = ("text_column", "max_new_tokens")
+
+
+def evaluate_adapter(arguments: EvaluationArguments) -> tuple[EvaluationReport, list[Path]]:
+    """Evaluate an adapter, of pictures or of texts, on its data; write the report, and return it with its files.
+
+    Raises:
+        ValueError, OSError, ImportError: see `load_data`, `load_adapted_base`, `load_adapted_language_model`,
+            `load_vision_features`, `evaluate`, `evaluate_texts` and `write_report`.
+    """
+    language = stored_config(arguments.adapter).task_type in LANGUAGE_TASKS
+    arguments.refuse_useless(language)
+    folder = Path(arguments.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)  # one that cannot be written is found now
+    contexts = None
+    if (names := arguments.contexts) is not None:
+        contexts = [Context() if name == arguments.observational_name else Context.parse(name) for name in names]
+    numbers = {name: value for name in ("num_samples", "batch_size") if (value := getattr(arguments, name)) is not None}
+    run = _evaluate_texts if language else _evaluate_pictures
+    report = run(arguments, contexts, num_seeds=arguments.num_seeds, seed=arguments.seed, **numbers)
+    sources = {"adapter": arguments.adapter, "data": arguments.train_data_dir or arguments.dataset_name}
+    if not language:
+        sources |= {"feature_extractor": arguments.feature_extractor}
+    report = replace(report, settings=sources | report.settings)
+    return report, write_report(report, folder)
+
+
+def _evaluate_pictures(
+    arguments: EvaluationArguments, contexts: Sequence[Context] | None, **options: Any
+) -> EvaluationReport:
+    if arguments.feature_extractor is not None:
+        require_torchmetrics()
+    data = load_data(arguments)
+    base = load_adapted_base(
+        arguments.adapter,
+        arguments.pretrained_model_name_or_path,
+        contexts=contexts or [],
+        revision=arguments.revision,
+        variant=arguments.variant,
+        dtype=arguments.dtype,
+    )
+    extractor = None
+    if arguments.feature_extractor is not None:
+        extractor = load_vision_features(arguments.feature_extractor).to(next(base.denoiser.parameters()).device)
+    return evaluate(
+        base,
+        data,
+        contexts=contexts,
+        num_inference_steps=arguments.num_inference_steps,
+        prompt=arguments.prompt,
+        class_label=arguments.class_label,
+        guidance_scale=arguments.guidance_scale,
+        resolution=arguments.resolution,
+        feature_extractor=extractor,
+        **options,
+    )
+
+
+def _evaluate_texts(
+    arguments: EvaluationArguments, contexts: Sequence[Context] | None, **options: Any
+) -> EvaluationReport:
+    from ..evaluation.text_evaluator import evaluate_texts
+    from ..inference.adapted import load_adapted_language_model
+
+    data = load_text_data(replace(arguments, text_column=arguments.text_column or "text"))
+    model, tokenizer = load_adapted_language_model(
+        arguments.adapter,
+        arguments.pretrained_model_name_or_path,
+        contexts=contexts or [],
+        revision=arguments.revision,
+        dtype=arguments.dtype,
+    )
+    return evaluate_texts(
+        model,
+        tokenizer,
+        data,
+        contexts=contexts,
+        prompt=arguments.prompt,
+        max_new_tokens=arguments.max_new_tokens,
+        **options,
+    )
+
+
+@dataclass
+class EvaluationArguments(AnyDataArguments):
+    """Settings of one evaluation; those of the data are the training's.
+
+    Raises:
+        ValueError: for a number out of range, or without an adapter or output folder.
+    """
+
+    adapter: str = argument("", "Required. Folder or Hub id of the adapter.")
+    output_dir: str = argument("", "Required. Folder for the report.")
+    pretrained_model_name_or_path: str | None = argument(None, "Its base; by default the one it names.")
+    revision: str | None = argument(None, "Revision of the base on the Hub.")
+    variant: str | None = argument(None, "Variant of the base's files, such as fp16.")
+    dtype: str = argument("float32", "Of the base: float32, float16 or bfloat16.", choices=_DTYPES)
+
+    contexts: list[str] | None = argument(
+        None, "Combinations to evaluate; by default all that the data holds. obs and single concepts always are."
+    )
+    num_samples: int | None = argument(None, "Samples per context and seed group: 256 pictures, or 64 texts.")
+    num_seeds: int = argument(3, "Seed groups; two or more give confidence intervals.")
+    num_inference_steps: int = argument(25, "Denoising steps.")
+    prompt: str | None = argument(None, "For bases that take text; texts follow those of their rows by default.")
+    max_new_tokens: int | None = argument(None, "Length of sample texts; by default that of the real ones.")
+    class_label: int | None = argument(None, "For class-conditional bases.")
+    guidance_scale: float | None = argument(None, "By default the pipeline's.")
+    resolution: int | None = argument(None, "Side of the pictures in pixels; by default the base's.")
+    batch_size: int | None = argument(None, "Samples at once: 8 pictures, or 32 texts.")
+    feature_extractor: str | None = argument(
+        None, "For FID and KID: a transformers vision model, such as facebook/dinov2-small."
+    )
+    seed: int = argument(0, "Of the classifiers and of the splits of the real rows.")
+
+    def __post_init__(self) -> None:
+        if missing := ", ".join(f"--{name}" for name in ("adapter", "output_dir") if not getattr(self, name)):
+            raise ValueError(f"Missing: {missing}. Give the adapter and the folder for the report.")
+        for name, minimum in _MINIMA.items():
+            value = getattr(self, name)
+            if value is not None and not value >= minimum:
+                raise ValueError(f"--{name}={value} must be at least {minimum}.")
+
+    def refuse_useless(self, language: bool) -> None:
+        """Refuse settings that an adapter of this kind does not have.
+
+        Raises:
+            ValueError: naming them.
+        """
+        default = {field.name: field.default for field in fields(self)}
+        names = _PICTURES_ONLY if language else _TEXTS_ONLY
+        if useless := [f"--{name}" for name in names if getattr(self, name) != default[name]]:
+            raise ValueError(
+                f"{self.adapter} is an adapter of a {'language model' if language else 'diffusers pipeline'}, so "
+                f"{', '.join(useless)} would have no effect. Leave it out."
+            )

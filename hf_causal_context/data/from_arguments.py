@@ -1,0 +1,143 @@
+"""The data that arguments name: pictures or texts, from folders or a dataset."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from . import (
+    InterventionalData,
+    from_attributes,
+    from_dataset,
+    load_folders,
+    load_text_folders,
+    open_dataset,
+    texts_from_attributes,
+    texts_from_dataset,
+)
+from .arguments import AnyDataArguments, ContextDataArguments, DataArguments, TextDataArguments
+from .columns import Rows, known_features
+from .folders import METADATA, PICTURE_SUFFIXES, visible_files
+from .text_rows import TEXT_SUFFIXES, text_columns
+
+
+def load_data(arguments: DataArguments) -> InterventionalData:
+    """The pictures that the arguments name.
+
+    Raises:
+        ValueError: for none or two sources, and what the loaders in `data` raise.
+    """
+    _require_one_source(arguments)
+    if arguments.train_data_dir is not None:
+        return load_folders(arguments.train_data_dir, **_folder_options(arguments))
+    columns: dict[str, Any] = {"content_column": arguments.image_column, "caption_column": arguments.caption_column}
+    if arguments.attribute_rules:
+        rules = _parse_rules(arguments.attribute_rules)
+        return from_attributes(_open(arguments), rules, **columns, **_choice(arguments))
+    return from_dataset(_open(arguments), **columns, **_dataset_options(arguments))
+
+
+def load_text_data(arguments: TextDataArguments) -> InterventionalData:
+    """The texts that the arguments name.
+
+    Raises:
+        ValueError: for none or two sources, and what the loaders in `data` raise.
+    """
+    _require_one_source(arguments)
+    if arguments.train_data_dir is not None:
+        return load_text_folders(arguments.train_data_dir, **_folder_options(arguments))
+    column = arguments.text_column
+    if arguments.attribute_rules:
+        rules = _parse_rules(arguments.attribute_rules)
+        return texts_from_attributes(_open(arguments), rules, text_column=column, **_choice(arguments))
+    return texts_from_dataset(_open(arguments), text_column=column, **_dataset_options(arguments))
+
+
+def load_any_data(arguments: AnyDataArguments) -> InterventionalData:
+    """The pictures or texts that the arguments name.
+
+    A folder holds texts if there are some and not all of its folders have pictures; a dataset, if `text_column` is
+    given, or if it has texts under one of the names that are looked for and no `image_column`.
+
+    Raises:
+        ValueError: see `load_data`.
+    """
+    _require_one_source(arguments)
+    if arguments.train_data_dir is not None:
+        texts = _holds_texts(Path(arguments.train_data_dir))
+    elif arguments.text_column:
+        texts = True
+    else:
+        _, features = known_features(_open(arguments))
+        texts = arguments.image_column not in features and bool(text_columns(features))
+    if not texts:
+        return load_data(arguments)
+    return load_text_data(replace(arguments, text_column=arguments.text_column or "text"))
+
+
+def _require_one_source(arguments: ContextDataArguments) -> None:
+    if (arguments.train_data_dir is None) == (arguments.dataset_name is None):
+        raise ValueError(
+            "Give the data as either --train_data_dir (a folder with one sub-folder per context) or --dataset_name (a "
+            f"dataset with a column of contexts); received {arguments.train_data_dir!r} and "
+            f"{arguments.dataset_name!r}."
+        )
+    if arguments.attribute_rules and (arguments.train_data_dir is not None or arguments.concepts is not None):
+        raise ValueError(
+            "--attribute_rules make contexts and concepts from the columns of a dataset: they go with --dataset_name, "
+            "and without --train_data_dir and --concepts."
+        )
+
+
+def _open(arguments: ContextDataArguments) -> Rows:
+    assert arguments.dataset_name is not None
+    return open_dataset(
+        arguments.dataset_name, config_name=arguments.dataset_config_name, streaming=arguments.streaming
+    )
+
+
+def _choice(arguments: ContextDataArguments) -> dict[str, Any]:
+    return {
+        "held_out_contexts": arguments.held_out_contexts,
+        "training_contexts": arguments.training_contexts,
+    }
+
+
+def _folder_options(arguments: ContextDataArguments) -> dict[str, Any]:
+    return {
+        "concepts": arguments.concepts,
+        "observational_name": arguments.observational_name,
+        "streaming": arguments.streaming,
+        **_choice(arguments),
+    }
+
+
+def _dataset_options(arguments: ContextDataArguments) -> dict[str, Any]:
+    return {
+        "concepts": arguments.concepts,
+        "context_column": arguments.context_column,
+        "observational_name": arguments.observational_name,
+        **_choice(arguments),
+    }
+
+
+def _holds_texts(root: Path) -> bool:
+    paths = root.iterdir() if root.is_dir() else ()
+    folders = [path for path in paths if path.is_dir() and not path.name.startswith(".")]
+
+    texts = any(file.name != METADATA for folder in folders for file in visible_files(folder, TEXT_SUFFIXES))
+    return texts and not all(any(True for _ in visible_files(folder, PICTURE_SUFFIXES)) for folder in folders)
+
+
+def _parse_rules(items: list[str]) -> dict[str, str]:
+    rules = {}
+    for item in items:
+        concept, colon, rule = item.partition(":")
+        if not colon:
+            raise ValueError(
+                f"--attribute_rules {item!r} must be a concept, a colon and a rule, such as "
+                "'smiling: Smiling == 1 and Eyeglasses == 0'."
+            )
+        rules[concept.strip()] = rule.strip()
+    return rules

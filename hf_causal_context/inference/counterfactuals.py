@@ -1,0 +1,309 @@
+"""What a picture would have been under another intervention: abduction, action, prediction (Pearl).
+
+Abduction runs the sampler backwards, from the picture to the noise that it would have been drawn from; action changes
+the context; prediction runs the sampler forwards. The sampler takes Euler steps of the probability-flow ODE, for
+diffusion those of DDIM (Song et al., 2021): from the noisier x' to x with x' = c x + d e(x'), where e is the predicted
+noise (for flows the velocity, and c = 1). The step backwards solves the same equation for x': it is the exact inverse.
+
+Shapes: B pictures, L strengths, C channels, H x W pixels or latent pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ..adapter.intervene import intervene
+from ..bases.families import Flux
+from ..bases.images import read_picture
+from ..bases.loading import Base, as_base
+from ..contexts import OBSERVATIONAL, Context, ContextLike, as_context
+from .sampling import check_conditions, eval_mode
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+_SMALLEST_SNR = 1e-4
+_MAX_ITERATIONS = 50
+_TOLERANCE = 1e-4  # of x', root mean square; data have about unit variance
+_SMALLEST_DAMPING = 0.05  # below it, a half-precision denoiser's rounding is all that is left
+
+
+@dataclass(frozen=True)
+class Counterfactual:
+    """Pictures of a counterfactual, and how far the abduction can be trusted.
+
+    Attributes:
+        pictures: (L, B, C, H, W) in [0, 1], float32 on the CPU, one for every strength.
+        reconstruction: (B, C, H, W), the abducted noise under `from_context`: what should be the picture itself.
+        reconstruction_error: (B,), root mean square difference between the two in [0, 1] units. Of latent bases it is
+            that from what the autoencoder makes of the picture, whose own loss comes on top.
+        noise: (B, C, H, W), what abduction found, in the denoiser's space; standard normal if the picture is one that
+            the base could have drawn.
+    """
+
+    pictures: Tensor
+    reconstruction: Tensor
+    reconstruction_error: Tensor
+    noise: Tensor
+
+
+@torch.no_grad()
+def counterfactual(
+    pipe: Base | DiffusionPipeline,
+    image: Image.Image | Sequence[Image.Image] | Tensor,
+    to_context: ContextLike,
+    from_context: ContextLike = (),
+    *,
+    strengths: Sequence[float] = (1.0,),
+    mask: Image.Image | Tensor | None = None,
+    prompt: str | None = None,
+    class_label: int | None = None,
+    num_inference_steps: int = 50,
+) -> Counterfactual:
+    """What pictures of `from_context` would have been under `to_context`, all else being equal.
+
+    There is no classifier-free guidance: amplified predictions cannot be inverted.
+
+    Args:
+        pipe: a pipeline with an adapter.
+        image: a picture, several, or a tensor (B, C, H, W) in [0, 1]; of the size that the base generates.
+        to_context: the context asked about.
+        from_context: the context that the pictures were made in; () is observational.
+        strengths: s leads from `from_context` (0) to `to_context` (1), m = from + s (to - from); others interpolate and
+            extrapolate. All share one abduction.
+        mask: (H, W) in [0, 1] or a grey picture: 1 where the edit may act, elsewhere the picture stays as it is.
+        prompt: of the pictures, for bases that take text.
+        class_label: of the pictures, for bases that are conditioned on classes.
+        num_inference_steps: of the sampler. More make the steps smaller, so that abduction is easier.
+
+    Raises:
+        TypeError: for something that is no picture or no context.
+        ValueError: without an adapter, for unknown concepts, or pictures, masks or conditions that do not fit the base.
+
+    Example:
+        >>> edit = counterfactual(pipe, picture, "thickness", strengths=[0.5, 1])   # doctest: +SKIP
+    """
+    base = pipe if isinstance(pipe, Base) else as_base(pipe)
+    check_conditions(base, prompt, class_label, None, None)
+    if len(strengths) == 0 or not np.isfinite(strengths).all():
+        raise ValueError(f"strengths={list(strengths)} must be one or more finite numbers, such as [0.5, 1.0].")
+    source, target = as_context(from_context), as_context(to_context)
+    contexts = [source, *(_between(source, target, strength) for strength in strengths)]
+    intervene(base.pipe, contexts)  # errors show here, before any work
+    if num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1; 50 is usual.")
+    pixels = _pixels(base, image)
+    weights = None if mask is None else _mask(mask, pixels)
+
+    with eval_mode(base.denoiser):
+        sampler = Sampler(base, num_inference_steps, prompt, class_label)
+        clean = base.encode_images((2 * pixels - 1).to(sampler.device)).float()
+        path = sampler.backward(clean, source)
+        rows = torch.cat([path[-1]] * len(contexts))
+        coarse = None if weights is None else F.adaptive_avg_pool2d(weights, clean.shape[2:])  # type: ignore[arg-type]
+        decoded = base.decode_images(sampler.forward(rows, contexts, path, coarse)).float().cpu()
+        shown = base.decode_images(clean).float().cpu()
+    reconstruction, *edits = decoded.split(len(pixels))
+    pictures = torch.stack(edits)
+    if weights is not None:
+        pictures = weights * pictures + (1 - weights) * pixels
+    error = (reconstruction - shown).square().flatten(1).mean(1).sqrt()
+    return Counterfactual(pictures, reconstruction, error, path[-1].cpu())
+
+
+class Sampler:
+    """Steps between a picture and its noise, both ways."""
+
+    def __init__(self, base: Base, steps: int, prompt: str | None, class_label: int | None) -> None:
+        self.base, self.prompt, self.class_label = base, prompt, class_label
+        denoiser: Any = base.denoiser
+        self.dtype: torch.dtype = denoiser.dtype
+        self.device: torch.device = base.pipe._execution_device
+        self.steps = steps
+
+    def backward(self, clean: Tensor, context: Context) -> list[Tensor]:
+        """(B, C, H, W) at every step, from the picture to its noise."""
+        path = [clean]
+        grid = self._grid(clean)
+        conditions = self._conditions([context] * len(clean))
+        with intervene(self.base.pipe, context), self._bar(grid) as bar:
+            for step in grid:
+                path.append(step.backward(path[-1], lambda x, step=step: self._predict(x, step, conditions)))
+                bar.update()
+        return path
+
+    def forward(self, noise: Tensor, contexts: Sequence[Context], path: list[Tensor], weight: Tensor | None) -> Tensor:
+        """From noise (rows of the first context, then of the second, ...) to pictures; outside the mask as on the path.
+
+        The first context's rows are those of the reconstruction, and are not masked.
+        """
+        pictures = len(path[0])
+        each = [context for context in contexts for _ in range(pictures)]
+        conditions = self._conditions(each)
+        grid = self._grid(path[0])
+        x = noise
+        weight = None if weight is None else weight.to(x.device)
+        with intervene(self.base.pipe, each), self._bar(grid) as bar:
+            for number, step in reversed(list(enumerate(grid))):
+                x = step.forward(x, self._predict(x, step, conditions))
+                if weight is not None:
+                    kept = torch.cat([path[number]] * (len(contexts) - 1))
+                    x = torch.cat([x[:pictures], weight * x[pictures:] + (1 - weight) * kept])
+                bar.update()
+        return x
+
+    def _bar(self, grid: list[_Step]) -> Any:
+        return cast(Any, self.base.pipe).progress_bar(total=len(grid))
+
+    def _grid(self, clean: Tensor) -> list[_Step]:
+        """Steps from the picture towards noise."""
+        scheduler: Any = self.base.pipe.scheduler
+        if self.base.prediction == "flow":
+            flow: Any = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+            options: dict[str, Any] = {}
+            if isinstance(self.base, Flux):
+                options["sigmas"] = np.linspace(1, 1 / self.steps, self.steps)  # its pipeline's
+            if (config := flow.config).use_dynamic_shifting:
+                lengths = (config.base_image_seq_len, config.max_image_seq_len)
+                tokens = clean[0, 0].numel() // 4  # of 2 x 2 latents
+                options["mu"] = calculate_shift(tokens, *lengths, config.base_shift, config.max_shift)
+            flow.set_timesteps(self.steps, **options)
+            sigmas, times = flow.sigmas.flip(0).double(), flow.timesteps.flip(0)
+            return [
+                _Step(float(t), 1.0, float(b - a), 0, 1) for t, a, b in zip(times, sigmas[:-1], sigmas[1:], strict=True)
+            ]
+        diffusion: Any = DDIMScheduler.from_config(scheduler.config)
+        diffusion.set_timesteps(self.steps)
+        times = diffusion.timesteps.flip(0)
+        squares = diffusion.alphas_cumprod[times].double()
+        # A step from (almost) pure noise forgets where it came from: there is nothing to invert.
+        times, squares = times[squares > _SMALLEST_SNR], squares[squares > _SMALLEST_SNR]
+        if not len(times):
+            raise ValueError(
+                f"num_inference_steps={self.steps} leads from pure noise to the picture without a step in between that "
+                "could be inverted. Use more; 50 is usual."
+            )
+        alphas = torch.cat([torch.ones(1), squares.sqrt()])
+        sigmas = torch.cat([torch.zeros(1), (1 - squares).sqrt()])
+        ratios = alphas[1:] / alphas[:-1]
+        slopes = sigmas[1:] - ratios * sigmas[:-1]
+        columns = (times, ratios, slopes, alphas[1:], sigmas[1:])
+        return [_Step(*(float(value) for value in row)) for row in zip(*columns, strict=True)]
+
+    def _predict(self, x: Tensor, step: _Step, conditions: dict[str, Tensor]) -> Tensor:
+        """e(x): the predicted noise, or of a flow the velocity, float32."""
+        times = torch.full((len(x),), step.time, device=x.device)
+        if self.base.prediction != "flow":
+            times = times.long()
+        given = x.to(self.dtype)
+        output = self.base.predict(self.base.denoiser, given, times, conditions, None).float()
+        if self.base.prediction == "v_prediction":
+            return step.alpha * output + step.sigma * x
+        return (x - step.alpha * output) / step.sigma if self.base.prediction == "sample" else output
+
+    def _conditions(self, contexts: list[Context]) -> dict[str, Tensor]:
+        """Those of rows in these contexts, which text encoders may know, too."""
+        if self.base.takes_classes:
+            return {"class_labels": torch.tensor([self.class_label] * len(contexts), device=self.device)}
+        if not self.base.takes_captions:
+            return {}
+        each = list(dict.fromkeys(contexts))
+        with intervene(self.base.pipe, each):
+            encoded = self.base.encode_captions([self.prompt or ""] * len(each))
+        rows = torch.tensor([each.index(context) for context in contexts], device=self.device)
+        return {name: values[rows.to(values.device)] for name, values in encoded.items()}
+
+
+@dataclass(frozen=True)
+class _Step:
+    """x' = ratio x + slope e(x'), from x to the noisier x'; `time` as the denoiser knows it; alpha and sigma of x'."""
+
+    time: float
+    ratio: float
+    slope: float
+    alpha: float
+    sigma: float
+
+    def forward(self, noisier: Tensor, prediction: Tensor) -> Tensor:
+        return (noisier - self.slope * prediction) / self.ratio
+
+    def backward(self, x: Tensor, predict: Callable[[Tensor], Tensor]) -> Tensor:
+        """Solve for x' by fixed-point iteration, damped in rows where it does not converge by itself."""
+        column = (-1, *(1,) * (x.ndim - 1))
+        found, change = x, torch.zeros_like(x)
+        left = x.new_full((len(x),), torch.inf)
+        damping = torch.ones_like(left)
+        for _ in range(_MAX_ITERATIONS):
+            # Rows stop on their own, so that a batch gives what its rows give alone.
+            going = (left > _TOLERANCE) & (damping > _SMALLEST_DAMPING)
+            if not going.any():
+                break
+            candidate = found + damping.view(column) * change
+            step = self.ratio * x + self.slope * predict(candidate) - candidate
+            size = step.square().flatten(1).mean(1).sqrt()
+            better = going & (size < left)
+            damping = torch.where(going & ~better, damping / 2, damping)
+            left = torch.where(better, size, left)
+            found = torch.where(better.view(column), candidate, found)
+            change = torch.where(better.view(column), step, change)
+        return found + damping.view(column) * change
+
+
+def _between(source: Context, target: Context, strength: float) -> Context:
+    a, b = ({**context.strengths, OBSERVATIONAL: context.observational} for context in (source, target))
+    return Context({name: a.get(name, 0.0) + strength * (b.get(name, 0.0) - a.get(name, 0.0)) for name in {**a, **b}})
+
+
+def _pixels(base: Base, image: Image.Image | Sequence[Image.Image] | Tensor) -> Tensor:
+    """(B, C, H, W) in [0, 1]; pictures are turned to the base's size and channels as in training."""
+    if not isinstance(image, Tensor):
+        pictures = [image] if isinstance(image, Image.Image) else list(image)
+        if not pictures or not all(isinstance(picture, Image.Image) for picture in pictures):
+            raise TypeError(
+                f"image={image!r} is no picture. Pass a PIL image, a list of them, or a tensor (B, C, H, W) in [0, 1]."
+            )
+        arrays = [read_picture(picture, base.image_channels, base.default_resolution) for picture in pictures]
+        return torch.from_numpy(np.stack(arrays)).float() / 255
+    if image.ndim != 4 or not image.numel() or not image.is_floating_point() or not _in_range(image):
+        raise ValueError(
+            f"image is a tensor of shape {tuple(image.shape)} and type {image.dtype} with values {_range(image)}. Pass "
+            "floats (B, C, H, W) in [0, 1]."
+        )
+    if base.fixed_size and image.shape[2:] != (base.default_resolution,) * 2:
+        raise ValueError(
+            f"image has {image.shape[2]} x {image.shape[3]} pixels, and {type(base.pipe).__name__} generates "
+            f"{base.default_resolution} x {base.default_resolution} only. Resize it, or pass PIL images."
+        )
+    return image.detach().float().cpu()
+
+
+def _mask(mask: Image.Image | Tensor, pixels: Tensor) -> Tensor:
+    """(1, 1, H, W) in [0, 1]."""
+    height, width = pixels.shape[2:]
+    if isinstance(mask, Image.Image):
+        grey = ImageOps.fit(ImageOps.exif_transpose(mask).convert("L"), (width, height))
+        return torch.from_numpy(np.asarray(grey).copy()).float()[None, None] / 255
+    if tuple(mask.shape) != (height, width) or not _in_range(mask):
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)} and values {_range(mask)}. Pass ({height}, {width}) in [0, 1], 1 "
+            "where the edit may act, or a grey picture."
+        )
+    return mask.detach().float().cpu()[None, None]
+
+
+def _in_range(values: Tensor) -> bool:
+    return bool(((values >= 0) & (values <= 1)).all())
+
+
+def _range(values: Tensor) -> str:
+    return f"from {float(values.min()):g} to {float(values.max()):g}" if values.numel() else "none"

@@ -1,0 +1,227 @@
+"""Chosen contexts as LoRA files that other tools read: what `hf-causal-context export` does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_kohya,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .._files import complete_or_absent
+from ..adapter.baking import adapter_config, bake, context_strengths
+from ..adapter.config import CausalContextConfig
+from ..adapter.layer import CausalContextLayer
+from ..adapter.saving import write_adapter
+from ..bases.families import Base
+from ..contexts import ConceptSet, Context, file_name, quoted
+
+FileFormat = Literal["peft", "diffusers", "kohya"]
+
+# What kohya's scripts call the models with text embeddings of this width.
+_KOHYA_MODELS = {768: "sd_v1", 2048: "sdxl_base_v1-0"}
+
+# PEFT's config, and weights by the path in the component that they are for.
+_Lora: TypeAlias = tuple[LoraConfig, dict[str, Tensor]]
+
+
+def export_contexts(
+    base: Base, contexts: Sequence[str], output_dir: Path, *, file_format: FileFormat = "diffusers"
+) -> list[Path]:
+    """Write one LoRA per context of the adapter in a pipeline, and return the paths.
+
+    Every file appears complete or not at all.
+
+    Args:
+        base: its adapters, of the denoiser and perhaps of text encoders, are those called "default".
+        contexts: such as "thick+slant" or "thick=0.5"; "singles" and "pairs" stand for all of them, "obs" for the empty
+            one.
+        output_dir: takes `thick+slant.safetensors`, or with "peft" the folder `thick+slant`.
+        file_format: "peft" (`PeftModel.from_pretrained`), "diffusers" (`load_lora_weights`) or "kohya" (the tools
+            around Stable Diffusion).
+
+    Raises:
+        ValueError: for no or unknown contexts, the empty context where it is the base, contexts with one file name, a
+            format that the pipeline or the adapter cannot have, or what `bake` refuses.
+        FileExistsError: for files that exist.
+    """
+    models = {
+        name: module
+        for name, module in {base.denoiser_name: base.denoiser, **base.pipe.components}.items()  # the denoiser first
+        if isinstance(module, nn.Module) and any(isinstance(m, CausalContextLayer) for m in module.modules())
+    }
+    files = _files(adapter_config(base.denoiser), contexts, output_dir, file_format)
+    if file_format != "peft":
+        _check_format(base, models, file_format)
+    for path, context in files.items():
+        if file_format == "peft":
+            baked = {name: bake(model, context) for name, model in models.items()}  # refuses before anything is written
+            with complete_or_absent(path) as unfinished:
+                for name, lora in baked.items():
+                    write_adapter(unfinished if name == base.denoiser_name else unfinished / name, *lora)
+            continue
+        loras = {name: _lora(name, model, context) for name, model in models.items()}
+        state = _kohya_state(base, loras) if file_format == "kohya" else {}
+        with complete_or_absent(path) as unfinished:
+            if file_format == "kohya":
+                save_file(state, unfinished, metadata=_kohya_metadata(base, loras, path.stem))
+            else:
+                _write_diffusers(base, loras, unfinished)
+    return list(files)
+
+
+def _files(
+    config: CausalContextConfig, names: Sequence[str], output_dir: Path, file_format: FileFormat
+) -> dict[Path, Context]:
+    """Path -> context, none of which exists."""
+    concepts = ConceptSet(config.concepts)
+    words = {
+        "singles": [Context(name) for name in concepts],
+        "pairs": [Context(*pair) for pair in combinations(concepts, 2)],
+        "obs": [Context()],
+    }
+    wanted: dict[Context, None] = {}  # a context that is given twice is one file
+    for name in names:
+        wanted |= dict.fromkeys(words[name] if name in words and name not in concepts else [Context.parse(name)])
+    context_strengths(config, list(wanted))  # refuses what the adapter does not have
+    if not wanted:
+        raise ValueError(
+            f"contexts={list(names)} name nothing to export from an adapter with the concepts {quoted(concepts)}. Give "
+            "such as 'singles', or a context."
+        )
+    is_base = not config.observational_rank and (config.mechanism == "independent" or config.anchored)
+    if Context() in wanted and is_base:
+        raise ValueError(
+            "The empty context of this adapter is the base model itself; its LoRA would change nothing. Leave it out."
+        )
+    suffix = "" if file_format == "peft" else ".safetensors"
+    files: dict[Path, Context] = {}
+    taken: dict[str, Context] = {}
+    for context in wanted:
+        name = file_name(str(context) or "obs")
+        other = taken.setdefault(name.casefold(), context)  # some file systems do not tell cases apart
+        if other != context:
+            raise ValueError(
+                f"The contexts {str(other)!r} and {str(context)!r} would both be written to {name + suffix!r}. Export "
+                "them one by one, into folders of their own."
+            )
+        files[output_dir / (name + suffix)] = context
+    if existing := [str(path) for path in files if path.exists()]:
+        raise FileExistsError(f"These exist: {', '.join(existing)}. Choose another --output_dir, or remove them.")
+    return files
+
+
+def _check_format(base: Base, models: dict[str, nn.Module], file_format: FileFormat) -> None:
+    pipeline = type(base.pipe).__name__
+    if not isinstance(base.pipe, LoraBaseMixin):
+        raise ValueError(
+            f"{pipeline} has no load_lora_weights, so no file of the format {file_format!r} could be loaded into it. "
+            f"Use --format peft, and PeftModel.from_pretrained(pipe.{base.denoiser_name}, folder)."
+        )
+    if file_format == "kohya" and base.denoiser_name != "unet":
+        raise ValueError(
+            f"The format 'kohya' is for the UNets of Stable Diffusion and SDXL; {pipeline} has a {base.denoiser_name}. "
+            "Use --format diffusers."
+        )
+    loadable = base.pipe._lora_loadable_modules
+    for name, model in models.items():
+        if name not in loadable:
+            raise ValueError(
+                f"The adapter of {name!r} has no place in the format {file_format!r}: {pipeline} loads LoRAs of "
+                f"{quoted(loadable)} only. Use --format peft."
+            )
+        if adapter_config(model).modules_to_save:
+            raise ValueError(
+                f"The adapter of {name!r} holds whole modules (modules_to_save), which are no LoRA and have no place "
+                f"in the format {file_format!r}. Use --format peft."
+            )
+
+
+def _lora(component: str, model: nn.Module, context: Context) -> _Lora:
+    config, weights = bake(model, context)
+    weights = {key.removeprefix("base_model.model."): weight for key, weight in weights.items()}
+    if component.startswith("text_encoder"):
+        # The names in files are those of older versions of transformers, which nest the encoder once more.
+        weights = {f"text_model.{key}" if key.startswith("encoder.") else key: w for key, w in weights.items()}
+    return config, weights
+
+
+def _write_diffusers(base: Base, loras: dict[str, _Lora], path: Path) -> None:
+    arguments: dict[str, Any] = {}
+    for component, (config, weights) in loras.items():
+        patterns = [config.rank_pattern or {}, config.alpha_pattern or {}]
+        if component.startswith("text_encoder"):
+            # Without attention projections, diffusers knows the names of a text encoder in this form only.
+            forms = {".lora_A.": ".lora_linear_layer.down.", ".lora_B.": ".lora_linear_layer.up."}
+            for ours, theirs in forms.items():
+                weights = {key.replace(ours, theirs): weight for key, weight in weights.items()}
+            # Names that fit however deep the encoder is nested.
+            patterns = [{k.removeprefix("^").removeprefix("text_model."): r for k, r in p.items()} for p in patterns]
+        arguments[f"{component}_lora_layers"] = weights
+        # Without it, older versions of diffusers take one alpha for all ranks. Not the whole config: another version of
+        # PEFT may not know its fields.
+        arguments[f"{component}_lora_adapter_metadata"] = {
+            "r": config.r,
+            "lora_alpha": config.lora_alpha,
+            "rank_pattern": patterns[0],
+            "alpha_pattern": patterns[1],
+            "target_modules": sorted({key.split(".lora_")[0].removeprefix("text_model.") for key in weights}),
+        }
+    cast(Any, base.pipe).save_lora_weights(path.parent, weight_name=path.name, **arguments)
+
+
+def _kohya_state(base: Base, loras: dict[str, _Lora]) -> dict[str, Tensor]:
+    # One alpha for all modules, because diffusers' reader loses those of attention modules that differ from the rest.
+    alpha = max(config.r for config, _ in loras.values())
+    state = {}
+    for component, (_, weights) in loras.items():
+        for key, weight in weights.items():
+            scaled = weight * (weight.shape[1] / alpha) if ".lora_B." in key else weight
+            state[f"{component}.{key}"] = scaled
+    kohya = convert_state_dict_to_kohya(state)
+    kohya |= {key: torch.tensor(float(alpha)) for key in kohya if key.endswith(".alpha")}
+    if "text_encoder_2" not in base.pipe.components:  # with a single encoder, it has no number
+        kohya = {key.replace("lora_te1_", "lora_te_", 1): weight for key, weight in kohya.items()}
+    _check_readable(base, kohya, state)
+    return kohya
+
+
+def _check_readable(base: Base, kohya: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """Refuse modules that diffusers does not find again: underscores for dots lose what a name was."""
+    read, _ = cast(Any, base.pipe).lora_state_dict(dict(kohya))
+    found = set()
+    for component in {key.split(".")[0] for key in state}:
+        part = {k.removeprefix(f"{component}."): w for k, w in read.items() if k.startswith(f"{component}.")}
+        if component == "unet":
+            part = convert_unet_state_dict_to_peft(part)
+        else:
+            with suppress(ValueError):  # of names that it cannot tell the form of
+                part = convert_state_dict_to_peft(convert_state_dict_to_diffusers(part))
+        found |= {f"{component}.{key}" for key in part}
+    if lost := sorted({key.split(".lora_")[0] for key in state if key not in found}):
+        raise ValueError(
+            f"Diffusers cannot read the modules {quoted(lost)} from the format 'kohya'. Use --format diffusers, or "
+            "train without them."
+        )
+
+
+def _kohya_metadata(base: Base, loras: dict[str, _Lora], title: str) -> dict[str, str]:
+    rank = str(max(config.r for config, _ in loras.values()))
+    metadata = {"format": "pt", "modelspec.title": title, "ss_network_module": "networks.lora"}
+    metadata |= {"ss_network_dim": rank, "ss_network_alpha": rank}
+    width = cast(Any, base.denoiser).config.cross_attention_dim
+    if isinstance(width, int) and width in _KOHYA_MODELS:
+        metadata["ss_base_model_version"] = _KOHYA_MODELS[width]
+    return metadata

@@ -1,0 +1,245 @@
+"""Adapters in stock diffusers pipelines: load them from a folder or the Hub, and take them off again.
+
+An adapter is a folder or repository with the denoiser's adapter at the top; those of other components (text encoders)
+lie in sub-folders with the components' names. So does every adapter of a saved pipeline.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from peft import PeftConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from .._files import CONFIG
+from ..adapter.compatibility import check_fits
+from ..adapter.config import CausalContextConfig
+from ..adapter.followed_pipeline import follow, unfollow
+from ..adapter.layer import adapted_layers, conditionings
+from ..adapter.storage.download import download
+from ..adapter.storage.files import read_header, read_weights
+from ..adapter.storage.layout import AdapterError, not_whole
+from ..contexts import quoted
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+Pipeline = TypeVar("Pipeline", bound="DiffusionPipeline")
+
+_DENOISERS = ("unet", "transformer")
+_COMPONENTS = (
+    *("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4"),
+    *("image_encoder", "vae", "prior", "decoder"),
+)
+
+
+def load_context_adapter(
+    pipe: Pipeline,
+    repo_or_folder: str | Path,
+    adapter_name: str = "default",
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Pipeline:
+    """Attach an adapter to a pipeline, in place, and return the pipeline.
+
+    Contexts are set by `intervene(pipe, ...)`, or by ``cross_attention_kwargs={"context": ...}`` (or
+    `joint_attention_kwargs`, `attention_kwargs`) where the pipeline has such an argument: one for all prompts, or a
+    list with one per prompt or per image. Without a context the pipeline does what it did. Weights take the dtype and
+    device of the pipeline's. Several adapters can be loaded under names of their own, and all are active.
+
+    Args:
+        repo_or_folder: a folder, or the id of a repository on the Hub.
+        adapter_name: what to call it.
+        revision: of the repository.
+        token: for private repositories, as in huggingface_hub.
+
+    Raises:
+        OSError: for something that holds no adapter, or cannot be reached.
+        AdapterError: for another kind of adapter, one that was trained for another model, or damaged files.
+        ValueError: for a name that is taken, or a pipeline with sequential or group offloading (load the adapter
+            first).
+
+    Example:
+        >>> pipe = load_context_adapter(pipe, "user/digits-context")   # doctest: +SKIP
+        >>> with intervene(pipe, "thickness+slant"):                   # doctest: +SKIP
+        ...     pipe()
+    """
+    modules = _modules(pipe)
+    places = adapter_places(modules, adapter_name)
+    folder = download(repo_or_folder, revision=revision, token=token, places=places)
+    return attach(pipe, folder, str(repo_or_folder), adapter_name)
+
+
+def adapter_places(components: Iterable[str] = _COMPONENTS, adapter_name: str = "default") -> list[str]:
+    """Where in a folder the adapters of a pipeline may lie; without arguments, of any pipeline of diffusers."""
+    return ["", *(f"{name}/" for name in components), *(f"{name}/{adapter_name}/" for name in components)]
+
+
+def attach(pipe: Pipeline, folder: Path, source: str, adapter_name: str = "default") -> Pipeline:
+    """Attach the adapter in a folder to a pipeline, as `load_context_adapter`; messages call it `source`."""
+    modules = _modules(pipe)
+    found = _find(folder, modules, adapter_name)
+    if not found:
+        raise FileNotFoundError(
+            f"{source} holds no adapter: there is no {CONFIG} in it, or in a sub-folder with the name of a "
+            f"component of the pipeline ({quoted(modules)})."
+        )
+    chosen: dict[str, tuple[CausalContextConfig, dict[str, Tensor]]] = {}
+    for name, path in found.items():
+        part = source if name is None else f"{source} ({path.relative_to(folder)})"
+        config = CausalContextConfig.read(path, part)
+        component = name or _component_for(pipe, modules, config, part)
+        _check_room(modules[component], component, adapter_name)
+        check_fits(modules[component], config, read_header(path, config.layout(), part), part)
+        chosen[component] = config, read_weights(path, part)
+    if len({config.concepts for config, _ in chosen.values()}) > 1:
+        listed = "; ".join(f"{name}: {quoted(config.concepts)}" for name, (config, _) in chosen.items())
+        raise AdapterError(f"The parts of {source} have different concepts ({listed}), so they are not one adapter.")
+    attached = []
+    try:
+        for component, (config, weights) in chosen.items():
+            attached.append(modules[component])
+            _attach(modules[component], config, weights, adapter_name, source)
+    except BaseException:
+        for module in attached:
+            _detach(module, adapter_name)
+        raise
+    follow(pipe)
+    return pipe
+
+
+def unload_context_adapter(pipe: DiffusionPipeline, adapter_name: str | None = None) -> None:
+    """Take one causal context adapter off a pipeline, or all: it is then what it was before.
+
+    Raises:
+        ValueError: without such an adapter, or while it is merged into the weights.
+    """
+    owners = {name: module for name, module in _modules(pipe).items() if conditionings(module)}
+    loaded = {name for module in owners.values() for owner in conditionings(module) for name in owner.concepts}
+    if not loaded or (adapter_name is not None and adapter_name not in loaded):
+        raise ValueError(
+            f"{type(pipe).__name__} has no causal context adapter"
+            + (f" {adapter_name!r}. It has: {quoted(sorted(loaded))}." if adapter_name else ".")
+        )
+    names = loaded if adapter_name is None else {adapter_name}
+    for component, module in owners.items():
+        for layer in adapted_layers(module).values():
+            if names & set(layer.merged_adapters):
+                raise ValueError(
+                    f"Adapters {layer.merged_adapters} are merged into the weights of pipe.{component}. Call "
+                    f"pipe.{component}.unfuse_lora() (or unmerge_adapter()) first."
+                )
+    for module in owners.values():
+        for name in names:
+            _detach(module, name)
+    if names == loaded:
+        unfollow(pipe)
+
+
+def _modules(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The pipeline's networks by the names of their components, without the wrappers of torch.compile."""
+    if not isinstance(getattr(pipe, "components", None), dict):
+        raise TypeError(f"An adapter is loaded into a diffusers pipeline, not into a {type(pipe).__name__}.")
+    modules = {}
+    for name, component in pipe.components.items():
+        if isinstance(component, nn.Module):
+            modules[name] = cast(nn.Module, getattr(component, "_orig_mod", component))
+            if isinstance(component, PeftModel):
+                raise ValueError(
+                    f"pipe.{name} is a PeftModel, which pipelines cannot save. Set pipe.{name} = "
+                    f"pipe.{name}.get_base_model() first; adapters stay attached."
+                )
+    return modules
+
+
+def _find(folder: Path, modules: dict[str, nn.Module], adapter_name: str) -> dict[str | None, Path]:
+    """Where the adapters lie, by component; None is the one at the top."""
+    places: dict[str | None, Path] = {None: folder}
+    for name in modules:
+        named = folder / name / Path(adapter_name).name  # where a saved pipeline has them
+        places[name] = named if (named / CONFIG).exists() else folder / name
+    return {name: path for name, path in places.items() if (path / CONFIG).exists()}
+
+
+def _component_for(
+    pipe: DiffusionPipeline, modules: dict[str, nn.Module], config: CausalContextConfig, source: str
+) -> str:
+    """Which component an adapter was trained for: by the recorded class, denoisers first."""
+    trained_for = (config.auto_mapping or {}).get("base_model_class")
+    ordered = sorted(modules, key=lambda name: name not in _DENOISERS)
+    fitting = [name for name in ordered if type(modules[name]).__name__ == trained_for]
+    denoisers = [name for name in ordered if name in _DENOISERS]
+    if fitting:
+        return fitting[0]
+    if trained_for is None and denoisers:
+        return denoisers[0]
+    classes = ", ".join(f"{name}: {type(module).__name__}" for name, module in modules.items())
+    wanted = f"a {trained_for}" if trained_for else f"a component {' or '.join(map(repr, _DENOISERS))}"
+    base = f" (base {config.base_model_name_or_path!r})" if config.base_model_name_or_path else ""
+    raise AdapterError(
+        f"{source}{base} needs {wanted}, which {type(pipe).__name__} does not have (it has "
+        f"{classes or 'no networks'}). Load it into the kind of pipeline that it was trained for."
+    )
+
+
+def _check_room(module: nn.Module, component: str, adapter_name: str) -> None:
+    if adapter_name in getattr(module, "peft_config", {}):
+        raise ValueError(
+            f"pipe.{component} already has an adapter {adapter_name!r}. Unload it first, or give another adapter_name."
+        )
+    if any(hasattr(inner, "_hf_hook") or hasattr(inner, "_diffusers_hook") for inner in list(module.modules())[1:]):
+        raise ValueError(
+            f"Parts of pipe.{component} are offloaded one by one (sequential or group offloading). Load the adapter "
+            "first, then enable offloading."
+        )
+
+
+def _attach(
+    module: nn.Module, config: CausalContextConfig, weights: dict[str, Tensor], adapter_name: str, source: str
+) -> None:
+    before = next((list(layer.active_adapters) for layer in adapted_layers(module).values()), [])
+    # PEFT freezes what it adapts; a pipeline that is only used shall stay as it is.
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    config.inference_mode = True
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several adapters are meant
+        inject_adapter_in_model(config, module, adapter_name)
+    for parameter in trainable:
+        parameter.requires_grad_(True)
+    layers = adapted_layers(module)
+    loaded = set_peft_model_state_dict(module, weights, adapter_name)
+    missing = [key for key in loaded.missing_keys if f".{adapter_name}." in key]
+    if missing or loaded.unexpected_keys:  # all names were checked; this is for versions of PEFT that match otherwise
+        raise not_whole(source, [*missing, *loaded.unexpected_keys])
+    for layer in layers.values():
+        layer.set_adapter([*before, adapter_name], inference_mode=True)
+    if hasattr(module, "set_adapters"):  # diffusers' own adapter calls ask for it
+        cast(Any, module)._hf_peft_config_loaded = True
+
+
+def _detach(module: nn.Module, adapter_name: str) -> None:
+    layers = adapted_layers(module)
+    for layer in layers.values():
+        if adapter_name in layer.causal_context_down:
+            layer.delete_adapter(adapter_name)
+    configs: dict[str, PeftConfig] = getattr(module, "peft_config", {})
+    configs.pop(adapter_name, None)
+    for owner in conditionings(module):
+        owner.concepts.pop(adapter_name, None)
+        if not owner.concepts:
+            owner.remove(module)
+    if any(layer.causal_context_down for layer in layers.values()):
+        return
+    for path, layer in layers.items():
+        module.set_submodule(path, layer.get_base_layer())
+    if not configs:
+        for path, inner in list(module.named_modules()):
+            if isinstance(inner, AuxiliaryTrainingWrapper):
+                module.set_submodule(path, cast(nn.Module, inner.original_module))
+        for attribute in ("peft_config", "_hf_peft_config_loaded"):
+            module.__dict__.pop(attribute, None)

@@ -1,0 +1,160 @@
+"""Pictures from a base and its adapter: the same seeds in several contexts, and grids of them.
+
+Shapes: S seeds, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from ..adapter.intervene import intervene
+from ..adapter.layer import conditionings
+from ..bases.loading import Base, as_base
+from ..contexts import Context, ContextLike, as_context
+
+
+@torch.no_grad()
+def generate(
+    base: Base | DiffusionPipeline,
+    contexts: Sequence[ContextLike],
+    *,
+    seeds: Sequence[int],
+    prompt: str | None = None,
+    class_label: int | None = None,
+    num_inference_steps: int,
+    guidance_scale: float | None = None,
+    resolution: int | None = None,
+    batch_size: int = 8,
+) -> list[Tensor]:
+    """Pictures (S, C, H, W) in [0, 1] for every context, on the CPU.
+
+    A seed gives the same noise in every context, whatever the batch size and the device. Different contexts share
+    batches. A base without an adapter knows the observational context only.
+
+    Args:
+        guidance_scale: the pipeline's default if None.
+        resolution: height and width; the pipeline's default if None.
+        batch_size: pictures per call of the pipeline.
+
+    Raises:
+        TypeError: for a single context in place of a sequence of them, or something that is no context.
+        ValueError: for no contexts or seeds, conditions that the base does not take or lacks, unknown concepts, or
+            targets without an adapter.
+    """
+    base = base if isinstance(base, Base) else as_base(base)
+    check_conditions(base, prompt, class_label, guidance_scale, resolution)
+    if isinstance(contexts, str | Mapping | Context):
+        raise TypeError(f"contexts={contexts!r} is a single context. Pass a list of contexts, such as [(), 'thick'].")
+    if not contexts or not seeds or batch_size < 1:
+        raise ValueError(
+            f"Nothing to generate: {len(contexts)} contexts, {len(seeds)} seeds, batch_size={batch_size}. Give at "
+            "least one of each; the observational context is ()."
+        )
+    jobs = [(context, seed) for context in map(as_context, contexts) for seed in seeds]
+    adapted = bool(conditionings(base.pipe))
+    options = dict(base.sampling_options)
+    if guidance_scale is not None:
+        options["guidance_scale"] = guidance_scale
+    if resolution is not None and not base.fixed_size:
+        options |= {"height": resolution, "width": resolution}
+    pictures = []
+    with eval_mode(base.denoiser), _no_progress_bars(base.pipe):
+        for start in range(0, len(jobs), batch_size):
+            batch = jobs[start : start + batch_size]
+            own = [context for context, _ in batch]
+            with (
+                # intervene() refuses targets without an adapter.
+                intervene(base.pipe, own) if adapted or any(own) else nullcontext(),
+                _class_label(base, class_label),
+            ):
+                output = cast(Any, base.pipe)(
+                    **_conditions(base, len(batch), prompt, class_label),
+                    **options,
+                    generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
+                    num_inference_steps=num_inference_steps,
+                    output_type="pt",
+                )
+            pictures.append(output.images.float().cpu())
+    return list(torch.cat(pictures).split(len(seeds)))
+
+
+def check_conditions(
+    base: Base, prompt: str | None, class_label: int | None, guidance_scale: float | None, resolution: int | None
+) -> None:
+    """Refuse what a pipeline cannot be called with.
+
+    Raises:
+        ValueError: with what the base takes.
+    """
+    name = type(base.pipe).__name__
+    if prompt is not None and not base.takes_captions:
+        raise ValueError(f"prompt={prompt!r} was given, but {name} takes no captions. Leave it out.")
+    if class_label is not None and not base.takes_classes:
+        raise ValueError(f"class_label={class_label!r} was given, but this base has no classes. Leave it out.")
+    if base.num_classes is not None and (class_label is None or not 0 <= class_label < base.num_classes):
+        raise ValueError(
+            f"class_label={class_label!r}, but this base is conditioned on classes 0 to {base.num_classes - 1}. Pass "
+            "one of them."
+        )
+    if guidance_scale is not None and not base.takes_guidance:
+        raise ValueError(f"guidance_scale={guidance_scale} was given, but {name} has no guidance. Leave it out.")
+    if base.fixed_size and resolution not in (None, base.default_resolution):
+        raise ValueError(
+            f"resolution={resolution} was given, but {name} generates {base.default_resolution} pixels only. Leave it "
+            "out, and train at that resolution."
+        )
+    if resolution is not None and resolution % base.size_multiple:
+        raise ValueError(
+            f"resolution={resolution} was given, but {name} needs a multiple of {base.size_multiple}. Round it."
+        )
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """A model in eval mode, and as before afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _no_progress_bars(pipe: Any) -> Iterator[None]:
+    bars = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**bars)
+
+
+def _conditions(base: Base, rows: int, prompt: str | None, class_label: int | None) -> dict[str, Any]:
+    if base.condition_argument is None:
+        return {"batch_size": rows}
+    return {base.condition_argument: [class_label if base.takes_classes else prompt or ""] * rows}
+
+
+@contextmanager
+def _class_label(base: Base, label: int | None) -> Iterator[None]:
+    """Give the denoiser a class label that its pipeline has no argument for."""
+    if label is None or base.condition_argument is not None:
+        yield
+        return
+
+    def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        labels = torch.full((args[0].shape[0],), label, device=args[0].device)
+        return args, {**kwargs, "class_labels": labels}
+
+    handle = base.denoiser.register_forward_pre_hook(add, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

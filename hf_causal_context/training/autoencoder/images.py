@@ -1,0 +1,188 @@
+"""Pictures kept whole in the memory of the training device, as bytes, and the endless batches made from them.
+
+Shapes: N rows, B samples, C channels, S x S pixels, K concepts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from ...bases.images import read_picture
+from ...contexts import ConceptSet, Context, ContextLike, as_context, quoted
+from ...data import ContextSampler, InterventionalData, slots_of
+from ..arguments import AutoencoderArguments
+from ..noise import generator_of
+from ..weights import parse_weights
+from .objective import PictureBatch
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """Pictures (N, C, S, S), uint8, with the context (its printed form, "" is observational) of every row.
+
+    Raises:
+        ValueError: for pictures of another type or shape, a number of contexts that differs, or unknown concepts.
+    """
+
+    pictures: Tensor
+    contexts: NDArray[np.object_]
+    concepts: ConceptSet
+
+    def __post_init__(self) -> None:
+        if self.pictures.ndim != 4 or self.pictures.dtype != torch.uint8 or len(self.pictures) != len(self.contexts):
+            raise ValueError(
+                f"Pictures of shape {tuple(self.pictures.shape)} and dtype {self.pictures.dtype} with "
+                f"{len(self.contexts)} contexts. They must be bytes (rows, channels, side, side), 0 to 255, and have "
+                "one context each."
+            )
+        self.concepts.mask([Context.parse(context) for context in self.names])  # refuses unknown concepts
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[Context, NDArray[np.uint8]], concepts: ConceptSet) -> PictureSet:
+        """From one array (n, C, S, S) for each context."""
+        names = [str(context) for context in arrays]
+        contexts = np.repeat(np.array(names, dtype=object), [len(array) for array in arrays.values()])
+        return cls(torch.from_numpy(np.concatenate(list(arrays.values()))), contexts, concepts)
+
+    @classmethod
+    def of_data(cls, data: InterventionalData, size: int, channels: int) -> PictureSet:
+        """The rows to train on, resized and cut to the middle square.
+
+        Raises:
+            TypeError: for a stream.
+        """
+        if not isinstance(data.rows, Dataset):
+            raise TypeError("A stream cannot be kept in memory. Load the data with streaming=False.")
+        rows = data.rows.select_columns([data.content_column, "context"])
+        pictures = np.empty((len(rows), channels, size, size), dtype=np.uint8)
+        for i, row in enumerate(tqdm(rows, desc="read pictures", disable=len(rows) < 2000)):
+            pictures[i] = read_picture(cast(Any, row)[data.content_column], channels, size)
+        contexts = np.array(rows["context"][:], dtype=object)
+        return cls(torch.from_numpy(pictures), contexts, data.concepts)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The contexts that there are rows of, sorted."""
+        return tuple(sorted(set(self.contexts)))
+
+    def masks(self) -> Tensor:
+        """The intervention mask of every row, (N, K)."""
+        names, codes = np.unique(self.contexts.astype(str), return_inverse=True)
+        return self.concepts.mask([Context.parse(name) for name in names])[torch.from_numpy(codes)]
+
+    def of(self, context: ContextLike) -> Tensor:
+        """The pictures of one context, (n, C, S, S), uint8.
+
+        Raises:
+            ValueError: for a context without rows.
+        """
+        name = str(as_context(context))
+        rows = np.flatnonzero(self.contexts == name)
+        if not len(rows):
+            raise ValueError(f"The context {name!r} has no pictures. There are: {quoted(self.names)} ('' is obs).")
+        return self.pictures[torch.from_numpy(rows)]
+
+    def select(self, rows: NDArray[np.int64]) -> PictureSet:
+        """Some of the rows, by number."""
+        return PictureSet(self.pictures[torch.from_numpy(rows)], self.contexts[rows], self.concepts)
+
+    def split(self, fraction: float, seed: int) -> tuple[PictureSet, PictureSet]:
+        """Two sets: all but `fraction` of the rows of each context, and the others, chosen at random.
+
+        Raises:
+            ValueError: for a context that would have no rows in one of the sets.
+        """
+        generator = np.random.default_rng(seed)
+        first, second = [], []
+        for name in self.names:
+            rows = generator.permutation(np.flatnonzero(self.contexts == name))
+            kept = round(len(rows) * (1 - fraction))
+            if not 0 < kept < len(rows):
+                raise ValueError(
+                    f"The context {name!r} has {len(rows)} rows, too few to keep {fraction:g} of them for validation. "
+                    "Add rows, or change --validation_fraction."
+                )
+            first.append(rows[:kept])
+            second.append(rows[kept:])
+        return self.select(np.sort(np.concatenate(first))), self.select(np.sort(np.concatenate(second)))
+
+
+class PictureBatches:
+    """Batches for an `AutoencoderObjective`: `batches(n)` yields the n-th and all that follow, on the device.
+
+    Rows are drawn as `ContextSampler` says: contexts mixed within every batch, whatever the number of processes; in
+    published runs every batch holds one context, and contexts take turns. The noise of a batch comes from a generator
+    of its own, so that it is the same in a resumed run.
+
+    Args:
+        pictures: what to train on; moved to the device as bytes.
+        arguments: batch size, seed, weights of contexts.
+        num_batches: micro-batches of the whole run, per process.
+        device: where batches go.
+        rank, world_size: of this process.
+
+    Raises:
+        ValueError: for bad weights of contexts.
+    """
+
+    def __init__(
+        self,
+        pictures: PictureSet,
+        arguments: AutoencoderArguments,
+        num_batches: int,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._pictures = pictures.pictures.to(device, memory_format=torch.channels_last)
+        self._masks = pictures.masks().to(device)
+        self._contexts, self._seed, self._device = pictures.contexts, arguments.seed, device
+        self._published = arguments.published
+        self._num_batches, self._batch_size = num_batches, arguments.train_batch_size
+        self._rank, self._world_size = rank, world_size
+        self._weights = parse_weights(arguments.context_weights, arguments.observational_name)
+        self._sampler(0)  # refuses bad weights
+
+    def __call__(self, start: int) -> Iterator[PictureBatch]:
+        """Batches from number `start` on."""
+        batches = self._of_one_context(start) if self._published else iter(self._sampler(start))
+        for number, rows in enumerate(batches, start):
+            chosen = torch.as_tensor(rows, device=self._device)
+            generator = generator_of(self._seed, number, self._rank, device=self._device)
+            yield PictureBatch(to_floats(self._pictures[chosen]), self._masks[chosen], generator)
+
+    def _of_one_context(self, start: int) -> Iterator[NDArray[np.int64]]:
+        rows = [np.flatnonzero(self._contexts == name) for name in sorted(set(self._contexts))]
+        samplers = [
+            ContextSampler(self._contexts[own], self._batch_size, self._seed + i, self._num_batches)
+            for i, own in enumerate(rows)
+        ]
+        for number in range(start, self._num_batches):
+            turn, context = divmod(number * self._world_size + self._rank, len(rows))
+            yield rows[context][samplers[context].rows(slots_of(turn, self._batch_size))]
+
+    def _sampler(self, start: int) -> ContextSampler:
+        return ContextSampler(
+            self._contexts,
+            self._batch_size,
+            self._seed,
+            self._num_batches,
+            start,
+            self._rank,
+            self._world_size,
+            self._weights,
+        )
+
+
+def to_floats(pictures: Tensor) -> Tensor:
+    """Bytes -> float32 in [0, 1]."""
+    return pictures.float().div_(255)

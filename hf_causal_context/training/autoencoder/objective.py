@@ -1,0 +1,131 @@
+"""The loss of a `ContextAutoencoder`, and what its three training modes do around a step.
+
+Shapes: B samples, C channels, S x S pixels, K concepts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ...context_module import ContextModule
+from ...functional import group_norm
+from ...models.context_autoencoder import ContextAutoencoder
+from ..loop.objective import Objective
+from ..loop.trainer import StepHooks
+
+# Of the pixels, under the Gaussian likelihood.
+GAUSSIAN_STANDARD_DEVIATION = 0.1
+# Fine-tuning keeps the base frozen for this share of the run (the paper, section 5).
+FROZEN_SHARE = 0.2
+
+
+@dataclass
+class PictureBatch:
+    """Pictures (B, C, S, S) in [0, 1], their intervention mask (B, K), and the generator of the batch's noise."""
+
+    pictures: Tensor
+    context: Tensor
+    generator: torch.Generator
+
+
+class AutoencoderObjective(Objective):
+    """Reconstruction error summed over pixels + beta x KL divergence + penalties of the causal weights, in nats.
+
+    Args:
+        model: whose causal weights are penalised.
+        reconstruction: "bce", binary cross-entropy of pixels in [0, 1], or "gaussian" of standard deviation 0.1.
+        beta: weight of the KL divergence.
+        group_penalty: weight of the sum of Frobenius norms of the causal weights' blocks, one for a pair of concepts.
+        l2_penalty: weight of the sum of their squares.
+
+    Raises:
+        ValueError: for a likelihood that the base's output does not fit, or penalties without causal weights.
+    """
+
+    def __init__(
+        self,
+        model: ContextAutoencoder,
+        reconstruction: str = "bce",
+        beta: float = 1.0,
+        group_penalty: float = 0.0,
+        l2_penalty: float = 0.0,
+    ) -> None:
+        module = model.context_module
+        if (group_penalty or l2_penalty) and not isinstance(module, ContextModule):
+            raise ValueError("Penalties act on causal weights, and this autoencoder has no context module.")
+        self.output = model.backbone.output
+        if reconstruction == "bce" and self.output != "logits":
+            raise ValueError(
+                f"Binary cross-entropy needs logits, and this {type(model.backbone).__name__} decodes to pixels. "
+                "Use --reconstruction=gaussian."
+            )
+        self.reconstruction, self.beta = reconstruction, beta
+        self.group_penalty, self.l2_penalty = group_penalty, l2_penalty
+        self.causal = module.causal if isinstance(module, ContextModule) else None
+
+    def __call__(self, model: nn.Module, batch: PictureBatch) -> Tensor:
+        """Losses (B,), one per sample."""
+        reconstruction, kl = self.parts(model, batch)
+        return reconstruction + self.beta * kl + self.penalty()
+
+    def parts(self, model: nn.Module, batch: PictureBatch) -> tuple[Tensor, Tensor]:
+        """Reconstruction error and KL divergence of every sample, (B,) each, in nats."""
+        output, kl = model(batch.pictures, batch.context, batch.generator)
+        output, pictures = output.float(), batch.pictures.float()
+        if self.reconstruction == "bce":
+            errors = nn.functional.binary_cross_entropy_with_logits(output, pictures, reduction="none")
+        else:
+            pixels = output.sigmoid() if self.output == "logits" else output
+            errors = (pixels - pictures).square() / (2 * GAUSSIAN_STANDARD_DEVIATION**2)
+        return errors.flatten(1).sum(1), kl.float()
+
+    def penalty(self) -> Tensor | float:
+        """Of the causal weights, a scalar."""
+        if self.causal is None or not (self.group_penalty or self.l2_penalty):
+            return 0.0
+        effects = self.causal.effects()
+        group = sum(group_norm(weight, self.causal.num_concepts) for weight in effects)
+        squares = sum(weight.square().sum() for weight in effects)
+        return self.group_penalty * group + self.l2_penalty * squares
+
+
+class TrainingMode(StepHooks):
+    """End-to-end; frozen: only the context module learns; fine-tune: frozen for the first fifth of the run, then all.
+
+    Published causal weights are brought back to [0, 1] after every step.
+    """
+
+    def __init__(self, model: ContextAutoencoder, mode: str, num_steps: int) -> None:
+        self.model, self.num_steps = model, num_steps
+        self.frozen_steps = {"end-to-end": 0, "frozen": num_steps, "fine-tune": round(FROZEN_SHARE * num_steps)}[mode]
+        if mode == "frozen":
+            model.backbone.requires_grad_(False)
+        self._freeze(self.frozen_steps > 0)
+
+    def start_step(self, step: int) -> None:
+        if self.model.backbone_is_frozen != (frozen := step < self.frozen_steps):
+            self._freeze(frozen)
+
+    def end_backward(self) -> None:
+        # Rather than requires_grad=False: DDP does not learn of parameters that ask for gradients later.
+        if self.model.backbone_is_frozen:
+            for parameter in cast(nn.Module, self.model.backbone).parameters():
+                parameter.grad = None
+
+    def end_step(self) -> None:
+        if isinstance(module := self.model.context_module, ContextModule):
+            module.causal.after_step()
+
+    def _freeze(self, frozen: bool) -> None:
+        self.model.backbone_is_frozen = frozen
+        self.model.train()
+
+
+def bits_per_dimension(nats: float, base: Any) -> float:
+    """(reconstruction + KL) / (S S ln 2), as the paper counts it: per pixel, not per channel."""
+    return nats / (base.size**2 * math.log(2))

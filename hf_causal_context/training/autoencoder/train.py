@@ -1,0 +1,179 @@
+"""The paper's own setting: pictures in contexts -> a `ContextAutoencoder`, end-to-end or on a pretrained base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKL
+
+from ...contexts import ConceptSet, quoted
+from ...data import check_data
+from ...data.from_arguments import load_data
+from ...models.context_autoencoder import ContextAutoencoder
+from ...models.encoder_decoders import KLAutoencoder
+from ..arguments import AutoencoderArguments
+from ..grids import validation_contexts, write_grid
+from ..loop.early_stopping import EarlyStopping
+from ..loop.processes import make_accelerator
+from ..loop.trainer import fit
+from .images import PictureBatches, PictureSet, to_floats
+from .objective import AutoencoderObjective, PictureBatch, TrainingMode, bits_per_dimension
+
+_VALIDATED_AT_ONCE = 512
+
+
+def train_autoencoder(
+    arguments: AutoencoderArguments,
+    pictures: PictureSet | None = None,
+    validation: PictureSet | None = None,
+    model: ContextAutoencoder | None = None,
+) -> Path:
+    """Train a `ContextAutoencoder` and return the folder that `from_pretrained` loads it from.
+
+    Args:
+        arguments: the settings; `hf-causal-context train-autoencoder` makes them from its command line.
+        pictures: what to train on, instead of the data that `arguments` name.
+        validation: other rows; by default `validation_fraction` of `pictures`.
+        model: a model to train, instead of one that `arguments` describe.
+
+    Raises:
+        ValueError: for data that cannot be trained on, or arguments that do not fit the model.
+        TrainingDivergedError, TrainingMemoryError, TrainingInterrupted, CheckpointError, FileNotFoundError: see `fit`.
+    """
+    accelerator = make_accelerator(arguments)
+    set_seed(arguments.seed)  # the initial weights
+    if pictures is None:
+        data = load_data(arguments)
+        model = model or make_autoencoder(arguments, data.concepts)  # before pictures are read: it may be refused
+        report = check_data(data)
+        accelerator.print(report.table())
+        report.raise_for_errors()
+        pictures = PictureSet.of_data(data, model.backbone.size, model.backbone.channels)
+        held_out = tuple(data.held_out)
+    else:
+        model = model or make_autoencoder(arguments, pictures.concepts)
+        held_out = ()
+    if validation is None:
+        pictures, validation = pictures.split(arguments.validation_fraction, arguments.seed)
+    _check_fit(model, pictures, arguments)
+    model.to(accelerator.device)
+    objective = AutoencoderObjective(
+        model, arguments.reconstruction, arguments.beta, arguments.group_penalty, arguments.l2_penalty
+    )
+    num_steps = arguments.max_train_steps or arguments.num_train_epochs * arguments.steps_per_epoch(
+        len(pictures.contexts), accelerator.num_processes
+    )
+    batches = PictureBatches(
+        pictures,
+        arguments,
+        num_steps * arguments.gradient_accumulation_steps,
+        accelerator.device,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    if arguments.lr_warmup_steps >= num_steps:
+        raise ValueError(
+            f"The run has {num_steps} optimiser steps, all of them within --lr_warmup_steps="
+            f"{arguments.lr_warmup_steps}. Lower it or --train_batch_size, or train longer (--num_train_epochs, "
+            "--max_train_steps)."
+        )
+    shown = validation_contexts(arguments, arguments.observational_name, pictures.concepts, held_out)
+
+    def validate(step: int) -> float:
+        error, kl = mean_loss(objective, model, validation)
+        values = {"validation_reconstruction": error, "validation_kl": kl}
+        if arguments.reconstruction == "bce":
+            values["validation_bits_per_dimension"] = bits_per_dimension(error + kl, model.backbone)
+        accelerator.log(values, step=step)
+        if arguments.num_validation_images:
+            rows = [
+                model.sample(context, arguments.num_validation_images, torch.Generator().manual_seed(arguments.seed))
+                for context in shown
+            ]
+            write_grid(accelerator, arguments.output_dir, rows, shown, arguments.observational_name, step)
+        return error + arguments.beta * kl
+
+    if arguments.compile:
+        for name, part in model.named_modules():
+            if name.rpartition(".")[2] in ("encoder", "decoder", "context_module"):  # what is called as a whole
+                part.compile()
+    stopping = None
+    if arguments.early_stopping_patience is not None:
+        stopping = EarlyStopping(arguments.early_stopping_patience, arguments.early_stopping_min_delta)
+    mode = TrainingMode(model, arguments.mode, num_steps)
+    return fit(accelerator, model, objective, batches, arguments, num_steps, validate, stopping, mode)
+
+
+def make_autoencoder(arguments: AutoencoderArguments, concepts: ConceptSet) -> ContextAutoencoder:
+    """A fresh autoencoder, or a fresh context module around the encoder and decoder of a pretrained one.
+
+    Raises:
+        ValueError: for no base where the mode needs one, or one that holds no autoencoder we know.
+        OSError: for a base that does not exist.
+    """
+    base: Any = {"class": "LightweightVAE", "size": arguments.resolution, "channels": arguments.channels}
+    latent_module = None
+    if arguments.mode != "end-to-end" and arguments.base is None:
+        raise ValueError(
+            f"--mode={arguments.mode} starts from an autoencoder. Give it: --base, a folder or a Hub id; for example "
+            "one trained with --without_context_module."
+        )
+    if arguments.base is not None:
+        kind = cast(dict[str, Any], ContextAutoencoder.load_config(arguments.base)).get("_class_name")
+        if kind == "ContextAutoencoder":
+            pretrained = ContextAutoencoder.from_pretrained(arguments.base)
+            base, latent_module = pretrained.backbone, pretrained.latent_module
+        elif kind == "AutoencoderKL":
+            vae = cast(AutoencoderKL, AutoencoderKL.from_pretrained(arguments.base))
+            base = KLAutoencoder(arguments.resolution, vae)
+        else:
+            raise ValueError(
+                f"--base={arguments.base} holds a {kind}. It must be a ContextAutoencoder or a diffusers AutoencoderKL."
+            )
+    return ContextAutoencoder(
+        concepts.names,
+        base,
+        noise_width=arguments.noise_width,
+        concept_width=arguments.concept_width,
+        depth=arguments.depth,
+        published=arguments.published,
+        with_context_module=not arguments.without_context_module,
+        ignore_contexts=arguments.ignore_contexts,
+        latent_module=latent_module,
+    )
+
+
+@torch.no_grad()
+def mean_loss(objective: AutoencoderObjective, model: ContextAutoencoder, pictures: PictureSet) -> tuple[float, float]:
+    """Mean reconstruction error and KL divergence of all pictures, in nats, on the model's device."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    chunks = zip(pictures.pictures.split(_VALIDATED_AT_ONCE), pictures.masks().split(_VALIDATED_AT_ONCE), strict=True)
+    for number, (some, mask) in enumerate(chunks):
+        generator = torch.Generator(model.device).manual_seed(number)
+        batch = PictureBatch(to_floats(some.to(model.device)), mask.to(model.device), generator)
+        sums += torch.stack(objective.parts(model, batch)).sum(1).cpu()
+    error, kl = (sums / len(pictures.contexts)).tolist()
+    return error, kl
+
+
+def _check_fit(model: ContextAutoencoder, pictures: PictureSet, arguments: AutoencoderArguments) -> None:
+    if model.concept_set != pictures.concepts:
+        raise ValueError(
+            f"The autoencoder's concepts are {quoted(model.concept_set)}, the data's {quoted(pictures.concepts)}. They "
+            "must be the same, in the same order."
+        )
+    model.check_pictures(to_floats(pictures.pictures[:1]))
+    if (model.published, model.ignore_contexts) != (arguments.published, arguments.ignore_contexts):
+        raise ValueError(
+            f"The autoencoder has published={model.published} and ignore_contexts={model.ignore_contexts}, the "
+            f"arguments {arguments.published} and {arguments.ignore_contexts}. Give both the same."
+        )
+    needed = {"", *pictures.concepts} if model.with_context_module and not model.ignore_contexts else set()
+    if missing := sorted(needed - set(pictures.names)):
+        raise ValueError(
+            f"There are no pictures of {quoted(missing)} ('' is the observational context), so nothing says what the "
+            f"context means. There are pictures of {quoted(pictures.names)}. Add a set, or remove the concept."
+        )

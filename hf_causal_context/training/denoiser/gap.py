@@ -1,0 +1,94 @@
+"""How far a diffusion base is from the observational set: its denoising loss there, and on samples of its own.
+
+The bare base is measured: samples are drawn without guidance, in the space that it was trained in, with the captions or
+classes of the rows. Both losses are at the same noise levels, with the same noise.
+
+Shapes: B samples, C channels, H x W pixels or latents.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from torch import Tensor, nn
+
+from ...bases.families import Base
+from ...bases.gap import BaseGap
+from ...inference.sampling import eval_mode
+from ..bare_model import BareModel
+from ..few_rows import part_of
+from ..noise import Draws, LevelDraws
+from .objectives import Batch, denoising_objective
+
+NUM_ROWS = 48
+NUM_INFERENCE_STEPS = 12
+LEVELS = (0.125, 0.375, 0.625, 0.875)  # of the time steps, as shares of what training draws them from
+_AT_ONCE = 8
+# Whatever the base's own scheduler prefers, of which the betas and the kind of prediction are kept.
+_SOLVER: dict[str, Any] = {
+    "algorithm_type": "dpmsolver++",
+    "solver_order": 2,
+    "timestep_spacing": "trailing",
+    "use_lu_lambdas": True,
+    **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas"), False),
+    "final_sigmas_type": "zero",
+    "thresholding": False,
+    "variance_type": None,  # `predict` has left it out
+}
+
+
+@torch.no_grad()
+def denoiser_gap(base: Base, rows: Batch, seed: int) -> BaseGap:
+    """Compare the base's losses on observational rows and on as many samples; the random state stays as it was.
+
+    It takes `NUM_INFERENCE_STEPS` + 2 x `len(LEVELS)` forward passes of every row. Bases in half precision need
+    autocast.
+    """
+    objective, model = denoising_objective(base), cast(nn.Module, BareModel(base.denoiser))
+    device = next(base.denoiser.parameters()).device
+    losses = torch.zeros(2, len(LEVELS), dtype=torch.float64)
+    with eval_mode(base.denoiser):
+        for start in range(0, len(rows.clean), _AT_ONCE):
+            slots = range(start, min(start + _AT_ONCE, len(rows.clean)))
+            # A sample begins with other noise than the one it is judged with, which its base would know.
+            others = range(slots.start + len(rows.clean), slots.stop + len(rows.clean))
+            part = part_of(rows, slots, Draws(seed, others), device)
+            samples = own_samples(base, model, part)
+            for number, level in enumerate(LEVELS):
+                for own, clean in enumerate((part.clean, samples)):
+                    draws = LevelDraws(seed, slots, [level] * len(slots))
+                    batch = Batch(clean, part.context, part.conditions, draws)
+                    losses[own, number] += objective(model, batch).double().sum().cpu()
+    on_set, on_samples = (losses / len(rows.clean)).log().mean(1).exp().tolist()
+    return BaseGap("images", on_set, on_samples, len(rows.clean))
+
+
+def own_samples(base: Base, model: nn.Module, batch: Batch) -> Tensor:
+    """Samples of a model under the conditions of a batch, as large as its rows; the batch's draws are used up.
+
+    In few steps: by DPM-Solver++ (Lu et al., 2022), evenly in the logarithm of signal to noise, or for flows by the
+    Adams-Bashforth method of second order. Coarser methods make too little variance, which would be judged as ease.
+    """
+    x = batch.draws.normal(*batch.clean.shape[1:]).to(batch.clean)
+    if base.prediction == "flow":
+        return _along_flow(base, model, batch, x)
+    scheduler: Any = DPMSolverMultistepScheduler.from_config(base.pipe.scheduler.config, **_SOLVER)
+    scheduler.set_timesteps(NUM_INFERENCE_STEPS, device=x.device)
+    for time in scheduler.timesteps:
+        prediction = base.predict(model, x, time.expand(len(x)), batch.conditions, batch.context)
+        x = scheduler.step(prediction.float(), time, x).prev_sample
+    return x
+
+
+def _along_flow(base: Base, model: nn.Module, batch: Batch, x: Tensor) -> Tensor:
+    sigmas = torch.linspace(1, 0, NUM_INFERENCE_STEPS + 1) ** 1.5  # finer where little noise is left
+    steps = sigmas.diff().tolist()
+    slope = torch.zeros_like(x)  # the velocity of the step before
+    for number, sigma in enumerate(sigmas[:-1].tolist()):
+        time = x.new_full((len(x),), sigma * base.num_train_timesteps)
+        velocity = base.predict(model, x, time, batch.conditions, batch.context).float()
+        bend = steps[number] / (2 * steps[number - 1]) if number else 0.0
+        x, slope = x + steps[number] * (velocity + bend * (velocity - slope)), velocity
+    return x

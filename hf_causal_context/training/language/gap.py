@@ -1,0 +1,128 @@
+"""How far a language model is from the observational set: its perplexity there, and on texts of its own.
+
+The bare base is measured. Its texts continue what each row does not learn: its prompt, or its first token.
+
+Shapes: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...bases.gap import BaseGap
+from ...bases.likelihoods import negative_log_likelihoods
+from ...bases.token_batches import TextBatch
+from ...bases.tokens import IGNORED, TokenRow
+from ...inference.sampling import eval_mode
+from ..bare_model import BareModel
+
+NUM_ROWS = 48
+MOST_TOKENS = 64  # of a row that are looked at, and of an own text
+_AT_ONCE = 16
+# Draws from the model's own distribution, whatever its generation_config.json prefers.
+_PLAIN: dict[str, Any] = {
+    "do_sample": True,
+    "num_beams": 1,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+}
+
+
+@torch.no_grad()
+def text_gap(
+    model: PreTrainedModel,
+    rows: Sequence[TokenRow],
+    collate: Callable[[Sequence[TokenRow], Tensor], TextBatch],
+    end: int | None,
+    seed: int,
+) -> BaseGap:
+    """Compare a base's perplexities on observational rows and on as many own texts; the random state stays as it was.
+
+    It takes at most `MOST_TOKENS` + 2 forward passes of every row.
+
+    Args:
+        model: a language model, with or without an adapter.
+        rows: texts that are not packed.
+        collate: tokens -> batch.
+        end: the token that ends a text.
+        seed: of the own texts.
+    """
+    devices = [model.device] if model.device.type == "cuda" else []
+    log_likelihoods = np.zeros((2, 2))  # of the set and of own texts: sums, and numbers of tokens
+    with eval_mode(model), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for start in range(0, len(rows), _AT_ONCE):
+            some = [_shortened(row, model) for row in rows[start : start + _AT_ONCE]]
+            for own, texts in enumerate((some, _own_texts(model, some, end))):
+                batch = collate(texts, torch.zeros(len(texts), 0))
+                sums, counts = negative_log_likelihoods(cast(nn.Module, BareModel(model)), batch)
+                log_likelihoods[own] += float(sums.double().sum()), int(counts.sum())
+    on_set, on_samples = (math.exp(total / count) for total, count in log_likelihoods)
+    return BaseGap("texts", on_set, on_samples, len(rows))
+
+
+def _own_texts(model: PreTrainedModel, rows: Sequence[TokenRow], end: int | None) -> list[TokenRow]:
+    """What the model writes in place of what the rows learn, no longer than that."""
+    encoder_decoder = bool(cast(Any, model).config.is_encoder_decoder)
+    prompts = [row.ids if encoder_decoder else row.ids[: _begin(row)] for row in rows]
+    room = [len(row.labels) - (0 if encoder_decoder else _begin(row)) for row in rows]
+    ids, mask = _padded_on_the_left(prompts)
+    output = cast(Any, model).generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=max(room),
+        pad_token_id=0,
+        **_PLAIN,
+    )
+    begin = 1 if encoder_decoder else ids.shape[1]  # a decoder's first token is no part of the text
+    written = [_until(row[:length], end) for row, length in zip(output[:, begin:].cpu().numpy(), room, strict=True)]
+    if encoder_decoder:
+        return [replace(row, labels=text) for row, text in zip(rows, written, strict=True)]
+    return [_continued(prompt, text) for prompt, text in zip(prompts, written, strict=True)]
+
+
+def _shortened(row: TokenRow, model: PreTrainedModel) -> TokenRow:
+    """A row of which at most `MOST_TOKENS` are learnt."""
+    if cast(Any, model).config.is_encoder_decoder:
+        return replace(row, labels=row.labels[:MOST_TOKENS])
+    length = min(len(row.ids), _begin(row) + MOST_TOKENS)
+    return TokenRow(row.ids[:length], row.labels[:length], (length,))
+
+
+def _begin(row: TokenRow) -> int:
+    """The first token of a causal model's row that is learnt; nothing comes before the very first."""
+    return max(1, int(np.argmax(row.labels != IGNORED)))
+
+
+def _continued(prompt: np.ndarray, text: np.ndarray) -> TokenRow:
+    ids = np.concatenate([prompt, text]).astype(np.int32)
+    labels = ids.copy()
+    labels[: len(prompt)] = IGNORED
+    return TokenRow(ids, labels, (len(ids),))
+
+
+def _until(text: np.ndarray, end: int | None) -> np.ndarray:
+    """The tokens up to the one that ends the text."""
+    ends = np.flatnonzero(text == end) if end is not None else np.array([], int)
+    return (text[: ends[0] + 1] if len(ends) else text).astype(np.int32)
+
+
+def _padded_on_the_left(rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Tokens (B, T) and their mask: what is generated follows on the right."""
+    width = max(map(len, rows))
+    ids, mask = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
+    for number, row in enumerate(rows):
+        ids[number, width - len(row) :], mask[number, width - len(row) :] = row, 1
+    return torch.from_numpy(ids), torch.from_numpy(mask)

@@ -1,0 +1,109 @@
+"""Sample texts of a run: what the model writes in each context, from the same seeds.
+
+Shapes: P tokens of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from ..._markdown import text_cell
+from ...bases.tokens import Tokenisation, room_after
+from ...contexts import Context
+from ...data import InterventionalData
+from ...data.text_rows import prompt_of
+from ..arguments import TextArguments
+from ..loop.checkpoints import write_file
+
+_LOGGED_AS_TEXT = ("tensorboard", "wandb")  # trackers
+
+
+def samples_name(step: int) -> str:
+    """The file of the sample texts in the folder of the run."""
+    return f"samples/step-{step:06d}.md"
+
+
+def sample_prompt(
+    model: PreTrainedModel, data: InterventionalData, tokenise: Tokenisation, arguments: TextArguments
+) -> list[int]:
+    """Tokens (P,) that the sample texts follow: of `validation_prompt`, by default of the first row's prompt.
+
+    A model of texts without prompts begins with its beginning- or end-of-sequence token.
+
+    Raises:
+        ValueError: where there is nothing to begin with, or no room after it.
+    """
+    prompt = prompt_of(next(iter(data.rows)), data.content_column, arguments.validation_prompt)
+    ids = tokenise.beginning(prompt)
+    if room_after(model, ids) < 1:
+        raise ValueError(
+            f"The prompt of the sample texts has {len(ids)} tokens, which leaves no room for an answer. Give a shorter "
+            "--validation_prompt, or --num_validation_texts 0."
+        )
+    return ids
+
+
+@torch.no_grad()
+def sample_texts(
+    model: PeftModel,
+    tokenise: Tokenisation,
+    prompt: Sequence[int],
+    contexts: Sequence[Context],
+    arguments: TextArguments,
+) -> list[list[str]]:
+    """Texts for each context, drawn with the same random numbers; the random state of the run stays as it was."""
+    ids = torch.tensor([list(prompt)] * arguments.num_validation_texts, device=model.device)
+    room = min(arguments.max_new_tokens, room_after(model, prompt))
+    texts = []
+    for context in contexts:
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(arguments.seed)
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                context=context,
+                do_sample=True,
+                max_new_tokens=room,
+                pad_token_id=tokenise.tokenizer.pad_token_id,
+            )
+        written = output if tokenise.encoder_decoder else output[:, len(prompt) :]
+        texts.append(tokenise.tokenizer.batch_decode(written, skip_special_tokens=True))
+    return texts
+
+
+def write_texts(
+    accelerator: Accelerator,
+    output_dir: str,
+    prompt: str,
+    texts: Sequence[Sequence[str]],
+    contexts: Sequence[Context],
+    observational_name: str,
+    step: int,
+) -> None:
+    """In the main process, write a table with a row per context, and show it to trackers that take text.
+
+    Raises:
+        CheckpointError: when the file cannot be written.
+    """
+    if not accelerator.is_main_process:
+        return
+    lines = [f"Prompt: {text_cell(prompt)}", ""] if prompt else []
+    lines += [
+        f"| context |{''.join(f' {n} |' for n in range(1, len(texts[0]) + 1))}",
+        "|---" * (1 + len(texts[0])) + "|",
+    ]
+    for context, row in zip(contexts, texts, strict=True):
+        lines.append(f"| {str(context) or observational_name} |{''.join(f' {text_cell(text)} |' for text in row)}")
+    table = "\n".join(lines) + "\n"
+    path = Path(output_dir, samples_name(step))
+    path.parent.mkdir(exist_ok=True)
+    write_file(path, Path(output_dir), lambda unfinished: unfinished.write_text(table, encoding="utf-8"))
+    for tracker in accelerator.trackers:
+        if tracker.name in _LOGGED_AS_TEXT:
+            tracker.log({"samples": table}, step=step)

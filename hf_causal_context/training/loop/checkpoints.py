@@ -1,0 +1,321 @@
+"""Folders `checkpoint-N`: complete or absent, never half-written.
+
+They hold what a resumed run needs: the adapter (not its base) or the whole model, the optimiser, the schedule, the
+moving average and the random states. A checkpoint is written under another name and renamed when it is complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from accelerate import Accelerator
+from diffusers import ModelMixin
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from ..._files import ARGUMENTS, CHECKPOINT_NAME, checkpoint_steps
+from ...adapter.config import CausalContextConfig
+from ..arguments import OLDER_RUNS, OptimisationArguments
+from .corruption import damage, read_record, write_record
+
+# What a resumed run may change: its length, how it is watched, where its files are, and the rate of learning.
+_MAY_CHANGE = frozenset(
+    {
+        *("max_train_steps", "num_train_epochs", "learning_rate", "max_grad_norm"),
+        *("validation_contexts", "validation_steps", "num_validation_images", "validation_prompt"),
+        *("num_validation_texts", "max_new_tokens"),
+        *("num_inference_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
+        *("report_to", "logging_dir", "output_dir", "dataloader_num_workers", "push_to_hub", "hub_model_id"),
+        *("pretrained_model_name_or_path", "base", "train_data_dir", "dataset_name"),
+        *("compile", "gradient_checkpointing", "shard_base"),
+    }
+)
+
+
+_SIZES = frozenset({"train_batch_size", "gradient_accumulation_steps"})
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written, or is damaged; the others are untouched."""
+
+
+def register_model_hooks(accelerator: Accelerator) -> None:
+    """Make `accelerator.save_state` and `load_state` carry what `save_pretrained` writes: of an adapter, no base."""
+
+    def save(models: list, weights: list, folder: str) -> None:
+        if accelerator.is_main_process:
+            for model in models:
+                _write(accelerator.unwrap_model(model), Path(folder))
+        weights.clear()
+
+    def load(models: list, folder: str) -> None:
+        while models:
+            model = accelerator.unwrap_model(models.pop())
+            if isinstance(model, PeftModel):
+                set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
+            else:
+                model.load_state_dict(load_file(Path(folder, SAFETENSORS_WEIGHTS_NAME)))
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def _write(model: PeftModel | ModelMixin, folder: Path) -> None:
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(folder), save_embedding_layers=False)  # else PEFT asks the Hub about the vocabulary
+    else:
+        model.save_pretrained(folder)
+
+
+def save_model(model: PeftModel | ModelMixin, folder: Path) -> None:
+    """Write a model's files into a folder that holds other things too; each appears complete or not at all.
+
+    Raises:
+        CheckpointError: when they cannot be written.
+    """
+    name = "adapter_model.safetensors" if isinstance(model, PeftModel) else SAFETENSORS_WEIGHTS_NAME
+    write_files(folder, name, lambda unfinished: _write(model, unfinished))
+
+
+def write_files(folder: Path, name: str, save: Callable[[Path], object]) -> None:
+    """Write what `save(other_folder)` writes into a folder that holds other things too.
+
+    Each file appears complete or not at all; `name` is the most important one, for messages.
+
+    Raises:
+        CheckpointError: when they cannot be written.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as unfinished:
+            save(Path(unfinished))
+            for path in Path(unfinished).iterdir():
+                if path.is_dir() and (folder / path.name).is_dir():
+                    shutil.rmtree(folder / path.name)  # folders, unlike files, are not replaced
+                path.replace(folder / path.name)
+    except Exception as error:  # safetensors has an error of its own for a full disk
+        raise not_written(folder / name, folder, error) from error
+
+
+def find_checkpoint(output_dir: Path, wanted: str, say: Callable[[str], object]) -> tuple[int, Path] | None:
+    """The checkpoint to resume from: "latest" (None if there is none yet), a name in `output_dir`, or a folder.
+
+    "latest" passes over damaged ones, each of which `say` is told of.
+
+    Raises:
+        FileNotFoundError: for a checkpoint that does not exist.
+        CheckpointError: for a damaged one, or if all are.
+    """
+    checkpoints = checkpoint_steps(output_dir)
+    if wanted == "latest":
+        for step, folder in reversed(checkpoints.items()):
+            if (found := damage(folder)) is None:
+                return step, folder
+            say(f"{folder} is damaged ({found}): it is passed over.")
+        if checkpoints:
+            raise CheckpointError(
+                f"All checkpoints in {output_dir} are damaged: {', '.join(p.name for p in checkpoints.values())}. "
+                "Restore one from a copy, or remove them to start from the beginning."
+            )
+        return None
+    path = _named(output_dir, wanted)
+    match = CHECKPOINT_NAME.fullmatch(path.name)
+    there = ", ".join(p.name for p in checkpoints.values()) or "none"
+    if not path.is_dir() or not match:
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint={wanted} is not a checkpoint. In {output_dir} there are: {there}. Give one of "
+            "them, or latest."
+        )
+    if (found := damage(path)) is not None:
+        raise CheckpointError(
+            f"--resume_from_checkpoint={wanted} is damaged ({found}). In {output_dir} there are: {there}. Give another "
+            "one, or latest, which takes the newest that is whole."
+        )
+    return int(match[1]), path
+
+
+def earlier_run(arguments: OptimisationArguments) -> Path | None:
+    """The folder of the run that `resume_from_checkpoint` goes on with; None where there is nothing to go on with."""
+    output_dir, wanted = Path(arguments.output_dir), arguments.resume_from_checkpoint
+    if wanted is None:
+        return None
+    folder = output_dir if wanted == "latest" else _named(output_dir, wanted).parent
+    return folder if checkpoint_steps(folder) else None
+
+
+def _named(output_dir: Path, wanted: str) -> Path:
+    return output_dir / wanted if (output_dir / wanted).is_dir() else Path(wanted)
+
+
+def check_same_run(
+    folder: Path, arguments: OptimisationArguments, model: PeftModel | ModelMixin, num_processes: int
+) -> None:
+    """Refuse to go on from a checkpoint with settings that would make another run of it.
+
+    The rows of an adapter's step, and their noise, do not depend on how it is cut into batches and processes.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    stored = json.loads((folder / ARGUMENTS).read_text())
+    given = dataclasses.asdict(arguments)
+    # What a run did not know, because it is older, was as the default is, or as OLDER_RUNS says.
+    stored = {field.name: _default(field) for field in dataclasses.fields(arguments)} | stored
+    differing = {
+        f"--{name}": (stored[name], given[name])
+        for name in sorted(given.keys() - _MAY_CHANGE - _SIZES)
+        if stored[name] != given[name]
+    }
+    then = _size(stored, read_record(folder).get("num_processes", num_processes))
+    now = _size(given, num_processes)
+    same_rows = math.prod(then) == math.prod(now) if isinstance(model, PeftModel) else then == now
+    if not same_rows:
+        rows = "rows of a step, --train_batch_size x --gradient_accumulation_steps x processes"
+        differing[rows] = (" x ".join(map(str, then)), " x ".join(map(str, now)))
+    # What the arguments leave to the data and the base.
+    if isinstance(model, PeftModel):
+        old, new = vars(CausalContextConfig.from_pretrained(str(folder))), vars(model.peft_config["default"])
+        decided = ("concepts", "target_modules", "observational_rank")
+    else:
+        old, new = cast(Any, model).load_config(folder), dict(model.config)
+        decided = ("concepts", "base")
+    for name in decided:
+        if old[name] != new[name] and f"--{name}" not in differing:
+            differing[name] = (old[name], new[name])
+    if differing:
+        listed = "; ".join(f"{name}: {then!r} then, {now!r} now" for name, (then, now) in differing.items())
+        raise ValueError(
+            f"{folder} belongs to a run with other settings ({listed}). Resume with the same ones, or "
+            "start anew in another --output_dir."
+        )
+
+
+def _size(settings: dict[str, Any], num_processes: int) -> tuple[int, int, int]:
+    return settings["train_batch_size"], settings["gradient_accumulation_steps"], num_processes
+
+
+def _default(field: dataclasses.Field) -> object:
+    if field.name in OLDER_RUNS:
+        return OLDER_RUNS[field.name]
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint; renamed first, so that a kill in between leaves none that is half removed."""
+    shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.removed")))
+
+
+def save_checkpoint(accelerator: Accelerator, arguments: OptimisationArguments, step: int) -> Path:
+    """Write `checkpoint-<step>` and remove the oldest ones beyond `checkpoints_total_limit`.
+
+    Raises:
+        CheckpointError: when it cannot be written, on a full disk for example.
+    """
+    output_dir, limit = Path(arguments.output_dir), arguments.checkpoints_total_limit
+    folder = output_dir / f"checkpoint-{step}"
+    unfinished = output_dir / f".{folder.name}.unfinished"
+    # Waiting is no writing: when another process is gone, that is not an error of the disk.
+    with _writing(folder, unfinished):
+        unfinished.mkdir(exist_ok=True)
+    accelerator.wait_for_everyone()
+    with _writing(folder, unfinished):
+        accelerator.save_state(str(unfinished))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with _writing(folder, unfinished):
+            arguments.save(unfinished)
+            write_record(unfinished, accelerator.num_processes)
+            unfinished.rename(folder)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and limit is not None:
+        for old in list(checkpoint_steps(output_dir).values())[:-limit]:
+            remove_checkpoint(old)
+    return folder
+
+
+@contextmanager
+def _writing(folder: Path, unfinished: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # torch and safetensors each have an error of their own for a full disk
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise not_written(folder, folder.parent, error) from error
+
+
+def not_written(path: Path, output_dir: Path, error: Exception) -> CheckpointError:
+    """What to raise when `path` could not be written."""
+    return CheckpointError(
+        f"Could not write {path} ({error}). {free_space(output_dir)} {last_checkpoint(output_dir)} Make room, then "
+        "resume with --resume_from_checkpoint latest."
+    )
+
+
+def write_file(path: Path, output_dir: Path, save: Callable[[Path], object]) -> None:
+    """Write a file of the run in `output_dir` by `save(path)`: complete, or not at all.
+
+    Raises:
+        CheckpointError: when it cannot be written.
+    """
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    try:
+        save(unfinished)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise not_written(path, output_dir, error) from error
+    unfinished.replace(path)
+
+
+def clean_up(output_dir: Path) -> None:
+    """Remove what a killed run left unfinished."""
+    for pattern in (".checkpoint-*.unfinished", ".checkpoint-*.removed", ".model-*"):
+        for path in output_dir.glob(pattern):
+            shutil.rmtree(path)
+
+
+def check_writable(output_dir: Path) -> None:
+    """Refuse to start where nothing could be written; creates nothing.
+
+    Raises:
+        CheckpointError: naming what is in the way.
+    """
+    there = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise CheckpointError(f"--output_dir={output_dir}: {there} is a file, not a folder. Choose another folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise CheckpointError(
+            f"--output_dir={output_dir}: {there} cannot be written to. {last_checkpoint(output_dir)} Make it writable, "
+            "or choose another folder."
+        )
+
+
+def check_space(output_dir: Path, needed: int) -> None:
+    """Refuse to start on a disk that cannot hold two checkpoints of `needed` bytes.
+
+    Raises:
+        CheckpointError: with what is free and what is needed.
+    """
+    if shutil.disk_usage(output_dir).free < 2 * needed:
+        raise CheckpointError(
+            f"{free_space(output_dir)} Two checkpoints need {2 * needed / 1e6:.1f} MB. Make room, or choose another "
+            "--output_dir."
+        )
+
+
+def free_space(output_dir: Path) -> str:
+    """A sentence for messages."""
+    return f"{shutil.disk_usage(output_dir).free / 1e6:.1f} MB are free in {output_dir}."
+
+
+def last_checkpoint(output_dir: Path) -> str:
+    """A sentence for messages."""
+    paths = list(checkpoint_steps(output_dir).values())
+    return f"The last complete checkpoint is {paths[-1]}." if paths else "There is no checkpoint yet."

@@ -1,0 +1,70 @@
+"""Whether a checkpoint's files are whole, found without making tensors of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from ..._files import ARGUMENTS
+
+_REQUIRED = (ARGUMENTS, "optimizer.bin", "custom_checkpoint_0.pkl", "random_states_0.pkl")
+_WEIGHTS = (("adapter_model.safetensors", "adapter_config.json"), (SAFETENSORS_WEIGHTS_NAME, "config.json"))
+
+
+RECORD = "checkpoint.json"
+
+
+def write_record(folder: Path, num_processes: int) -> None:
+    """Write checkpoint.json: the number of processes, and checksums of the weights, whose format has none."""
+    checksums = {path.name: _checksum(path) for path in sorted(folder.glob("*.safetensors"))}
+    (folder / RECORD).write_text(json.dumps({"num_processes": num_processes, "sha256": checksums}, indent=2) + "\n")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `write_record` wrote; empty for a checkpoint that is older."""
+    return json.loads((folder / RECORD).read_text()) if (folder / RECORD).exists() else {}
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint; None if they are whole."""
+    there = {path.name for path in folder.iterdir()}
+    required = {*_REQUIRED, *next((pair for pair in _WEIGHTS if there.intersection(pair)), _WEIGHTS[0])}
+    if missing := sorted(required - there):
+        return f"{', '.join(missing)} missing"
+    for path in sorted(folder.iterdir()):
+        try:
+            _check(path)
+        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
+            return f"{path.name}: {error}"
+    for name, checksum in read_record(folder).get("sha256", {}).items():
+        if name not in there:
+            return f"{name} missing"
+        if _checksum(folder / name) != checksum:
+            return f"{name}: its checksum is wrong"
+    if json.loads((folder / ARGUMENTS).read_text()).get("use_ema") and "custom_checkpoint_1.pkl" not in there:
+        return "custom_checkpoint_1.pkl missing"  # the average
+    return None
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check(path: Path) -> None:
+    """Raise what reading a damaged file raises."""
+    if path.suffix == ".json":
+        json.loads(path.read_text())
+    elif path.suffix == ".safetensors":
+        with safe_open(path, framework="pt"):  # compares the header with the size
+            pass
+    elif path.suffix in (".bin", ".pkl", ".pt"):  # of torch.save: archives with checksums
+        with zipfile.ZipFile(path) as archive:
+            if spoilt := archive.testzip():
+                raise ValueError(f"the checksum of {spoilt} is wrong")

@@ -1,0 +1,53 @@
+"""Lack of memory, of the device or of the machine: a message that says what needs less."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+
+from ..._files import first_line
+from ..arguments import OptimisationArguments
+
+
+class TrainingMemoryError(MemoryError):
+    """There is not enough memory for the base, a step or a validation."""
+
+
+@contextmanager
+def memory_for(what: str, advice: Callable[[], str]) -> Iterator[None]:
+    """Within the body, lack of memory is an error that says what it was for, and gives the advice.
+
+    Raises:
+        TrainingMemoryError: instead of what torch, Python or an allocator raised.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or isinstance(error, TrainingMemoryError):
+            raise
+        raise TrainingMemoryError(f"{what} ran out of memory ({first_line(error)}). {advice()}") from error
+
+
+def less_memory(arguments: OptimisationArguments) -> str:
+    """Which other settings need less memory, of those that a run has."""
+    changes = {"gradient_checkpointing": "", "shard_base": " (several processes)"}
+    offered = [f"--{name}{note}" for name, note in changes.items() if getattr(arguments, name, None) is False]
+    begin = f"Resume with {' or '.join(offered)}, or start anew with" if offered else "Start anew with"
+    return f"{begin} a smaller --train_batch_size and more --gradient_accumulation_steps, or --mixed_precision bf16."
+
+
+def memory_for_base(device: torch.device, arguments: OptimisationArguments) -> AbstractContextManager[None]:
+    """`memory_for` the base on its device."""
+    whole = getattr(arguments, "shard_base", None) is False
+    pieces = "cut the base into pieces: several processes with --shard_base" if whole else "more processes"
+    return memory_for(f"Placing the base on {device}", lambda: f"Take --mixed_precision bf16, or {pieces}.")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the device or of the machine."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
+    )
