@@ -23,7 +23,7 @@ from hf_causal_context.data.worlds.digits import CONCEPTS, read_attributes
 from hf_causal_context.evaluation.evaluator import evaluate
 from hf_causal_context.evaluation.report import write_report
 from hf_causal_context.hub import save
-from hf_causal_context.inference.adapted import load_adapted_base
+from hf_causal_context.inference.adapted import StoredAdapter
 from hf_causal_context.quickstart import CONTEXTS, NUM_INFERENCE_STEPS, digit_data
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +48,7 @@ def evaluate_digits(adapter: Path) -> Path:
     folder = adapter / "evaluation"
     if not (folder / "report.json").exists():
         report = evaluate(
-            load_adapted_base(str(adapter)),
+            StoredAdapter.open(adapter).pipeline(),
             digit_data(1000, seed=90, contexts=CONTEXTS, training_contexts=CONTEXTS[: 1 + len(CONCEPTS)], split="test"),
             num_samples=64,
             num_seeds=2,

@@ -219,13 +219,13 @@ def _push(arguments: list[str]) -> None:
     parsed = vars(parser.parse_args(arguments))
 
     from .hub.repository import check_pushable, push, save
-    from .inference.adapted import base_of, stored_config
+    from .inference.adapted import StoredAdapter
 
     repo_id, private, branch = (parsed.pop(name) for name in ("repo_id", "private", "branch"))
     adapter, output_dir = parsed.pop("adapter"), parsed.pop("output_dir")
     parsed["descriptions"] = dict(_description(text) for text in parsed["descriptions"])
     if repo_id is not None and Path(adapter).is_dir():  # before the samples are made
-        base = base_of(adapter, stored_config(adapter), parsed["pretrained_model_name_or_path"], None)[0]
+        base = StoredAdapter.open(adapter, parsed["pretrained_model_name_or_path"]).base[0]
         check_pushable(repo_id, base, license=parsed["license"])
     folder = save(adapter, output_dir or f"{adapter.rstrip('/')}-hub", **parsed)
     print(f"The folder for the Hub is {folder}. Its README.md is the card; where you edit it, it is kept.")

@@ -15,9 +15,9 @@ from hf_causal_context import CausalContextConfig, intervene
 from hf_causal_context.adapter import saving
 from hf_causal_context.bases.loading import as_base, load_base
 from hf_causal_context.cli import main
-from hf_causal_context.commands import export
 from hf_causal_context.contexts import file_name
 from hf_causal_context.inference import export as module
+from hf_causal_context.inference.adapted import StoredAdapter
 from hf_causal_context.inference.export import export_contexts
 
 from .training.conftest import pipeline_folder  # noqa: F401 (a fixture)
@@ -342,7 +342,7 @@ def test_the_command(adapter, pipeline_folder, tmp_path, capsys):  # noqa: F811
 
 
 def test_the_command_refuses_before_it_loads_the_base(adapter, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(export, "load_adapted_base", None)
+    monkeypatch.setattr(StoredAdapter, "pipeline", None)
     (tmp_path / "thick.safetensors").touch()
     command = ["export", "--adapter", adapter, "--format", "diffusers", "--output_dir", str(tmp_path), "--context"]
     assert main([*command, "singles"]) == 1

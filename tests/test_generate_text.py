@@ -235,7 +235,7 @@ def test_refusals(store, run, tmp_path, pipeline_folder, monkeypatch):  # noqa: 
         assert not (tmp_path / "made").exists()
 
     with monkeypatch.context() as patch:
-        patch.setattr("hf_causal_context.inference.texts.load_language_model", None)  # before anything is loaded
+        patch.setattr("hf_causal_context.inference.adapted.load_language_model", None)  # before anything is loaded
         refused("Unknown concept 'joyful'", adapter, contexts=("joyful",))
         refused("is no folder here, the cache does not hold it", "no/adapter")
     refused("which is not here. Give --pretrained_model_name_or_path", _renamed_base(adapter, "/nowhere/base"))

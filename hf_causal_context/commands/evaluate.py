@@ -14,7 +14,8 @@ from ..evaluation.evaluator import evaluate
 from ..evaluation.features import load_vision_features, require_torchmetrics
 from ..evaluation.report import write_report
 from ..evaluation.results import EvaluationReport
-from ..inference.adapted import LANGUAGE_TASKS, load_adapted_base, stored_config
+from ..evaluation.text_evaluator import evaluate_texts
+from ..inference.adapted import StoredAdapter
 
 _DTYPES = ["float32", "float16", "bfloat16"]
 _MINIMA = {
@@ -31,86 +32,6 @@ _PICTURES_ONLY = (
     *("guidance_scale", "resolution", "feature_extractor"),
 )
 _TEXTS_ONLY = ("text_column", "max_new_tokens")
-
-
-def evaluate_adapter(arguments: EvaluationArguments) -> tuple[EvaluationReport, list[Path]]:
-    """Evaluate an adapter, of pictures or of texts, on its data; write the report, and return it with its files.
-
-    Raises:
-        ValueError, OSError, ImportError: see `load_data`, `load_adapted_base`, `load_adapted_language_model`,
-            `load_vision_features`, `evaluate`, `evaluate_texts` and `write_report`.
-    """
-    language = stored_config(arguments.adapter).task_type in LANGUAGE_TASKS
-    arguments.refuse_useless(language)
-    folder = Path(arguments.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)  # one that cannot be written is found now
-    contexts = None
-    if (names := arguments.contexts) is not None:
-        contexts = [Context() if name == arguments.observational_name else Context.parse(name) for name in names]
-    numbers = {name: value for name in ("num_samples", "batch_size") if (value := getattr(arguments, name)) is not None}
-    run = _evaluate_texts if language else _evaluate_pictures
-    report = run(arguments, contexts, num_seeds=arguments.num_seeds, seed=arguments.seed, **numbers)
-    sources = {"adapter": arguments.adapter, "data": arguments.train_data_dir or arguments.dataset_name}
-    if not language:
-        sources |= {"feature_extractor": arguments.feature_extractor}
-    report = replace(report, settings=sources | report.settings)
-    return report, write_report(report, folder)
-
-
-def _evaluate_pictures(
-    arguments: EvaluationArguments, contexts: Sequence[Context] | None, **options: Any
-) -> EvaluationReport:
-    if arguments.feature_extractor is not None:
-        require_torchmetrics()
-    data = load_data(arguments)
-    base = load_adapted_base(
-        arguments.adapter,
-        arguments.pretrained_model_name_or_path,
-        contexts=contexts or [],
-        revision=arguments.revision,
-        variant=arguments.variant,
-        dtype=arguments.dtype,
-    )
-    extractor = None
-    if arguments.feature_extractor is not None:
-        extractor = load_vision_features(arguments.feature_extractor).to(next(base.denoiser.parameters()).device)
-    return evaluate(
-        base,
-        data,
-        contexts=contexts,
-        num_inference_steps=arguments.num_inference_steps,
-        prompt=arguments.prompt,
-        class_label=arguments.class_label,
-        guidance_scale=arguments.guidance_scale,
-        resolution=arguments.resolution,
-        feature_extractor=extractor,
-        **options,
-    )
-
-
-def _evaluate_texts(
-    arguments: EvaluationArguments, contexts: Sequence[Context] | None, **options: Any
-) -> EvaluationReport:
-    from ..evaluation.text_evaluator import evaluate_texts
-    from ..inference.adapted import load_adapted_language_model
-
-    data = load_text_data(replace(arguments, text_column=arguments.text_column or "text"))
-    model, tokenizer = load_adapted_language_model(
-        arguments.adapter,
-        arguments.pretrained_model_name_or_path,
-        contexts=contexts or [],
-        revision=arguments.revision,
-        dtype=arguments.dtype,
-    )
-    return evaluate_texts(
-        model,
-        tokenizer,
-        data,
-        contexts=contexts,
-        prompt=arguments.prompt,
-        max_new_tokens=arguments.max_new_tokens,
-        **options,
-    )
 
 
 @dataclass
@@ -166,3 +87,70 @@ class EvaluationArguments(AnyDataArguments):
                 f"{self.adapter} is an adapter of a {'language model' if language else 'diffusers pipeline'}, so "
                 f"{', '.join(useless)} would have no effect. Leave it out."
             )
+
+
+def evaluate_adapter(arguments: EvaluationArguments) -> tuple[EvaluationReport, list[Path]]:
+    """Evaluate an adapter, of pictures or of texts, on its data; write the report, and return it with its files.
+
+    Raises:
+        ValueError, OSError, ImportError: see `load_data`, `StoredAdapter`, `load_vision_features`, `evaluate`,
+            `evaluate_texts` and `write_report`.
+    """
+    adapter = StoredAdapter.open(
+        arguments.adapter, arguments.pretrained_model_name_or_path, revision=arguments.revision
+    )
+    language = adapter.is_of_language_model
+    arguments.refuse_useless(language)
+    folder = Path(arguments.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)  # one that cannot be written is found now
+    contexts = None
+    if (names := arguments.contexts) is not None:
+        contexts = [Context() if name == arguments.observational_name else Context.parse(name) for name in names]
+    numbers = {name: value for name in ("num_samples", "batch_size") if (value := getattr(arguments, name)) is not None}
+    run = _evaluate_texts if language else _evaluate_pictures
+    report = run(adapter, arguments, contexts, num_seeds=arguments.num_seeds, seed=arguments.seed, **numbers)
+    sources = {"adapter": arguments.adapter, "data": arguments.train_data_dir or arguments.dataset_name}
+    if not language:
+        sources |= {"feature_extractor": arguments.feature_extractor}
+    report = replace(report, settings=sources | report.settings)
+    return report, write_report(report, folder)
+
+
+def _evaluate_pictures(
+    adapter: StoredAdapter, arguments: EvaluationArguments, contexts: Sequence[Context] | None, **options: Any
+) -> EvaluationReport:
+    if arguments.feature_extractor is not None:
+        require_torchmetrics()
+    data = load_data(arguments)
+    base = adapter.pipeline(contexts or (), variant=arguments.variant, dtype=arguments.dtype)
+    extractor = None
+    if arguments.feature_extractor is not None:
+        extractor = load_vision_features(arguments.feature_extractor).to(next(base.denoiser.parameters()).device)
+    return evaluate(
+        base,
+        data,
+        contexts=contexts,
+        num_inference_steps=arguments.num_inference_steps,
+        prompt=arguments.prompt,
+        class_label=arguments.class_label,
+        guidance_scale=arguments.guidance_scale,
+        resolution=arguments.resolution,
+        feature_extractor=extractor,
+        **options,
+    )
+
+
+def _evaluate_texts(
+    adapter: StoredAdapter, arguments: EvaluationArguments, contexts: Sequence[Context] | None, **options: Any
+) -> EvaluationReport:
+    data = load_text_data(replace(arguments, text_column=arguments.text_column or "text"))
+    model, tokenizer = adapter.language_model(contexts or (), dtype=arguments.dtype)
+    return evaluate_texts(
+        model,
+        tokenizer,
+        data,
+        contexts=contexts,
+        prompt=arguments.prompt,
+        max_new_tokens=arguments.max_new_tokens,
+        **options,
+    )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..inference.adapted import load_adapted_base, stored_config
-from ..inference.export import FileFormat, _files, export_contexts
+from ..inference.adapted import StoredAdapter
+from ..inference.export import FileFormat, export_contexts, lora_paths
 
 
 def export_files(
@@ -27,15 +27,9 @@ def export_files(
         ValueError: for another kind of adapter, an unknown base, or what `export_contexts` refuses.
         OSError: for an adapter or base that cannot be read, or files that exist or cannot be written.
     """
-    config = stored_config(adapter, adapter_revision=adapter_revision)
-    files = _files(config, contexts, output_dir, file_format)  # refuses before the base is loaded
-    base = load_adapted_base(
-        adapter,
-        pretrained_model_name_or_path,
-        contexts=list(files.values()),
-        revision=revision,
-        variant=variant,
-        dtype=dtype,
-        adapter_revision=adapter_revision,
+    stored = StoredAdapter.open(
+        adapter, pretrained_model_name_or_path, revision=revision, adapter_revision=adapter_revision
     )
+    files = lora_paths(stored.config, contexts, output_dir, file_format)  # refuses before the base is loaded
+    base = stored.pipeline(list(files.values()), variant=variant, dtype=dtype)
     return export_contexts(base, contexts, output_dir, file_format=file_format)

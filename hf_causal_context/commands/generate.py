@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..bases.images import picture_grid, to_image
 from ..contexts import Context, file_name
-from ..inference.adapted import load_adapted_base
+from ..inference.adapted import StoredAdapter
 from ..inference.sampling import generate
 
 
@@ -39,16 +39,10 @@ def generate_files(
         OSError: for an adapter or base that cannot be read, or pictures that cannot be written.
     """
     parsed = [Context() if name == observational_name else Context.parse(name) for name in contexts]
-    base = load_adapted_base(
-        adapter,
-        pretrained_model_name_or_path,
-        contexts=parsed,
-        revision=revision,
-        variant=variant,
-        dtype=dtype,
-        adapter_revision=adapter_revision,
-        token=token,
+    stored = StoredAdapter.open(
+        adapter, pretrained_model_name_or_path, revision=revision, adapter_revision=adapter_revision, token=token
     )
+    base = stored.pipeline(parsed, variant=variant, dtype=dtype)
     rows = generate(
         base,
         parsed,

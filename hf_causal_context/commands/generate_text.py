@@ -9,7 +9,7 @@ from typing import Any
 
 from .._files import complete_or_absent
 from ..contexts import Context
-from ..inference.adapted import load_adapted_language_model
+from ..inference.adapted import StoredAdapter
 from ..inference.texts import Prompt, generate_texts
 
 
@@ -49,15 +49,10 @@ def generate_text_file(
     if output_file.is_dir():
         raise IsADirectoryError(f"--output_file {output_file} is a folder. Give a file in it, such as texts.jsonl.")
     parsed = [Context() if name == observational_name else Context.parse(name) for name in contexts]
-    model, tokenizer = load_adapted_language_model(
-        adapter,
-        pretrained_model_name_or_path,
-        contexts=parsed,
-        revision=revision,
-        dtype=dtype,
-        adapter_revision=adapter_revision,
-        token=token,
+    stored = StoredAdapter.open(
+        adapter, pretrained_model_name_or_path, revision=revision, adapter_revision=adapter_revision, token=token
     )
+    model, tokenizer = stored.language_model(parsed, dtype=dtype)
     prompts: list[Prompt] = [[{"role": "user", "content": prompt}] if chat else prompt]
     lines = []
     for seed in (None,) if greedy else seeds:

@@ -25,7 +25,7 @@ from ..adapter.layer import conditionings
 from ..bases.families import Base
 from ..bases.images import to_image
 from ..contexts import OBSERVATIONAL, Context, quoted
-from ..inference.adapted import load_adapted_base
+from ..inference.adapted import StoredAdapter
 from ..inference.sampling import generate
 from .views import (
     CSS,
@@ -223,7 +223,7 @@ def build_demo(base: Base, title: str = "hf_causal_context") -> gr.Blocks:
 def demo_or_reason(adapter: str, pretrained_model_name_or_path: str | None = None) -> gr.Blocks:
     """The page for an adapter, or one that says why there is none: a Space has no other place to say it."""
     try:
-        return build_demo(load_adapted_base(adapter, pretrained_model_name_or_path), Path(adapter).name)
+        return build_demo(StoredAdapter.open(adapter, pretrained_model_name_or_path).pipeline(), Path(adapter).name)
     except (ValueError, OSError) as error:
         with _page("hf_causal_context") as demo:
             remedy = "Give the Hub id of an adapter, or a folder with its adapter_config.json and weights."
@@ -265,7 +265,7 @@ def serve(adapter: str, pretrained_model_name_or_path: str | None = None, *, sha
         ValueError: for another kind of adapter, or an unknown base.
         OSError: for an adapter or base that cannot be read, or a port that is taken.
     """
-    base = load_adapted_base(adapter, pretrained_model_name_or_path)
+    base = StoredAdapter.open(adapter, pretrained_model_name_or_path).pipeline()
     launch(build_demo(base, Path(adapter).resolve().name), share=share, port=port)
 
 

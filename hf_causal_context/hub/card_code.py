@@ -25,7 +25,7 @@ picture.save({file})"""
 _PACKAGED = """import torch
 
 from hf_causal_context import intervene
-from hf_causal_context.hub.repository import load
+from hf_causal_context.hub import load
 
 pipe = load({repo}{revision})  # with its base, which is part of the package
 with intervene(pipe, {context}):
@@ -33,8 +33,8 @@ with intervene(pipe, {context}):
 picture.save({file})"""
 
 # For class-conditional denoisers whose pipeline has no argument for the class.
-_BY_CLASS = """from hf_causal_context.hub.repository import load
-from hf_causal_context.inference.sampling import generate, to_image
+_BY_CLASS = """from hf_causal_context.hub import load
+from hf_causal_context.training.generation import generate, to_image
 
 pipe = load({repo}{revision})
 [[picture]] = generate(pipe, [{context}], {arguments})

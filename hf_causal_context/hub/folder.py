@@ -27,10 +27,11 @@ from .._files import (
 )
 from ..bases.names import public_name
 from ..contexts import ConceptSet, Context, quoted
-from ..inference.adapted import LANGUAGE_TASKS, base_of, load_adapted_base, stored_config
+from ..inference.adapted import StoredAdapter
 from ..inference.shown_contexts import shown_contexts
 from .card import is_edited, render_card
 from .contents import CardContents
+from .samples import show_pictures, show_texts
 
 _EVALUATION = ("report.json", "report.md", "report.png", "samples.png")
 # Settings that are folders of a machine, where they are no ids of the Hub.
@@ -88,8 +89,8 @@ def save(
     adapter, output_dir = Path(adapter), Path(output_dir)
     if not adapter.is_dir():
         raise FileNotFoundError(f"There is no folder {adapter}. Give the folder of a trained adapter.")
-    config = stored_config(str(adapter))
-    language = config.task_type in LANGUAGE_TASKS
+    stored = StoredAdapter.open(adapter, pretrained_model_name_or_path, revision=revision)
+    config, language = stored.config, stored.is_of_language_model
     pictures_only = {"class_label": class_label, "num_inference_steps": num_inference_steps, "variant": variant}
     pictures_only |= {"guidance_scale": guidance_scale, "resolution": resolution}
     texts_only = {"chat": chat or None, "max_new_tokens": max_new_tokens}
@@ -102,20 +103,15 @@ def save(
     _check_output(adapter, output_dir)
     report = _read_evaluation(evaluation, config.concepts) if evaluation is not None else {}
     arguments, data = _read_json(adapter / ARGUMENTS), _read_json(adapter / DATA_RECORD)
-    from .samples import show_pictures, show_texts
-
     shown = shown_contexts(ConceptSet(config.concepts), contexts or data.get("held_out", ()))
-    base_name, revision = base_of(str(adapter), config, pretrained_model_name_or_path, revision)
+    base_name, revision = stored.base
     # One that was named for this command may be given as a folder; the card and the config then say so, too.
     public = public_name(base_name)
-    given = pretrained_model_name_or_path
     default_prompt = str(arguments.get("validation_prompt", ""))
     with complete_or_absent(output_dir) as folder:
         folder.mkdir()
         if language:
-            from ..inference.adapted import load_adapted_language_model
-
-            model, tokenizer = load_adapted_language_model(str(adapter), given, revision=revision, dtype=dtype)
+            model, tokenizer = stored.language_model(dtype=dtype)
             tokenizer.save_pretrained(folder)
             made = show_texts(
                 model,
@@ -128,7 +124,7 @@ def save(
                 max_new_tokens=max_new_tokens or 40,
             )
         else:
-            base = load_adapted_base(str(adapter), given, revision=revision, variant=variant, dtype=dtype)
+            base = stored.pipeline(variant=variant, dtype=dtype)
             call: dict[str, Any] = {"prompt": default_prompt if prompt is None and base.takes_captions else prompt}
             call |= {"num_inference_steps": num_inference_steps or 25}
             call |= {"guidance_scale": guidance_scale, "resolution": resolution}
@@ -180,7 +176,7 @@ def check_complete(folder: Path) -> CardContents:
     if missing or contents is None or not contents.samples:
         raise FileNotFoundError(
             f"{folder} is not a complete folder for the Hub; it lacks {quoted(missing) or 'samples'}. Make one of a "
-            "trained adapter with hf_causal_context.hub.repository.save, or `hf-causal-context push --adapter ...`."
+            "trained adapter with hf_causal_context.hub.save, or `hf-causal-context push --adapter ...`."
         )
     return contents
 

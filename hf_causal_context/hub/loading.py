@@ -7,7 +7,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 from peft import PeftModel
 
-from ..inference.adapted import LANGUAGE_TASKS, load_adapted_base, stored_config
+from ..inference.adapted import StoredAdapter
 
 
 def load(
@@ -32,10 +32,5 @@ def load(
         >>> with intervene(pipe, "thickness+slant"):             # doctest: +SKIP
         ...     pipe().images[0]
     """
-    source = str(repo_or_folder)
-    config = stored_config(source, adapter_revision=revision, token=token)
-    if config.task_type in LANGUAGE_TASKS:
-        from ..inference.adapted import load_adapted_language_model
-
-        return load_adapted_language_model(source, adapter_revision=revision, token=token)[0]
-    return load_adapted_base(source, adapter_revision=revision, token=token).pipe
+    adapter = StoredAdapter.open(repo_or_folder, adapter_revision=revision, token=token)
+    return adapter.language_model()[0] if adapter.is_of_language_model else adapter.pipeline().pipe

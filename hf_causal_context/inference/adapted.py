@@ -1,8 +1,10 @@
-"""Pictures of chosen contexts as files: what `hf-causal-context generate` does."""
+"""A stored adapter and its base: opened once, then attached to a pipeline or a language model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,163 +28,168 @@ from ..bases.names import is_packaged
 from ..contexts import Context, shown
 from .pipelines import adapter_places, attach
 
-LANGUAGE_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+_LANGUAGE_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
-def load_adapted_base(
-    adapter: str,
-    pretrained_model_name_or_path: str | None = None,
-    *,
-    contexts: Sequence[Context] = (),
-    revision: str | None = None,
-    variant: str | None = None,
-    dtype: str = "float32",
-    adapter_revision: str | None = None,
-    token: str | bool | None = None,
-) -> Base:
-    """Load an adapter's base, by default the one it names, with the adapter attached, onto the GPU if there is one.
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter in a folder or on the Hub, downloaded once, and its config read once; made by `open`.
 
-    Args:
-        adapter: a folder, or the id of a repository on the Hub.
-        revision: of the base.
-        adapter_revision: of the adapter's repository.
-        token: for an adapter's private repository, as in huggingface_hub.
-
-    Raises:
-        ValueError: for another kind of adapter, an unknown base, or contexts with concepts that the adapter lacks.
-        OSError: for an adapter or base that cannot be read.
+    Attributes:
+        source: the folder or id that was given, for messages.
+        folder: where its files are on this machine.
+        config: its config.
+        given_base: a base that was named instead of the one that the config names.
+        given_revision: of the base.
     """
-    folder = download(adapter, revision=adapter_revision, token=token, places=adapter_places())
-    config = config_in(folder, adapter)
-    if config.task_type in LANGUAGE_TASKS:
-        raise ValueError(
-            f"{adapter} is an adapter of a language model, not of a diffusers pipeline. `hf-causal-context "
-            "generate-text` writes texts with it; save_baked(model, context, folder) in Python exports it."
-        )
-    base_name, revision = base_of(adapter, config, pretrained_model_name_or_path, revision)
-    context_strengths(config, contexts)  # refuses what the adapter does not have before anything is loaded
-    torch_dtype = None if dtype == "float32" else getattr(torch, dtype)
-    base = load_base(base_name, revision=revision, variant=variant, torch_dtype=torch_dtype)
-    base.pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    attach(base.pipe, folder, adapter)
-    return base
+
+    source: str
+    folder: Path
+    config: CausalContextConfig
+    given_base: str | None
+    given_revision: str | None
+
+    @classmethod
+    def open(
+        cls,
+        adapter: str | Path,
+        base: str | None = None,
+        *,
+        revision: str | None = None,
+        adapter_revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> StoredAdapter:
+        """Find an adapter, download it if it is on the Hub, and read its config.
+
+        Args:
+            adapter: a folder, or the id of a repository on the Hub.
+            base: a folder or id to use in place of the base that the adapter names.
+            revision: of the base.
+            adapter_revision: of the adapter's repository.
+            token: for an adapter's private repository, as in huggingface_hub.
+
+        Raises:
+            AdapterError: for another kind of adapter, or a config that cannot be used.
+            OSError: for something that holds no adapter, or cannot be reached.
+        """
+        source = str(adapter)
+        folder = download(source, revision=adapter_revision, token=token, places=adapter_places(), tokenizer=True)
+        if not (folder / CONFIG).exists():
+            checkpoints = ", ".join(str(path) for path in checkpoint_steps(folder).values())
+            unfinished = f"Its training is not finished: resume it, or use a checkpoint: {checkpoints}."
+            raise FileNotFoundError(
+                f"{source} holds no adapter: there is no {CONFIG} in it. "
+                + (unfinished if checkpoints else "Give the folder that a training wrote, or the id of a repository.")
+            )
+        return cls(source, folder, CausalContextConfig.read(folder, source), base, revision)
+
+    @property
+    def is_of_language_model(self) -> bool:
+        """Whether it is an adapter of a model that writes texts, as the training of this package records it."""
+        return self.config.task_type in _LANGUAGE_TASKS
+
+    @cached_property
+    def base(self) -> tuple[str, str | None]:
+        """Folder or Hub id of the base and its revision: what was given, by default what the adapter names.
+
+        Raises:
+            ValueError: if neither is known.
+            AdapterError: for an adapter from the Hub that names a folder.
+            FileNotFoundError: for a folder that is not on this machine.
+        """
+        if self.given_base:
+            return self.given_base, self.given_revision
+        name = self.config.base_model_name_or_path
+        if not name:
+            raise ValueError(f"{self.source} does not name its base. Give --pretrained_model_name_or_path.")
+        if not Path(self.source).is_dir() and not is_packaged(name):
+            self._check_repository(name)
+        if Path(name).is_absolute() and not Path(name).exists():
+            raise FileNotFoundError(
+                f"{self.source} was trained on the base {name}, which is not here. Give "
+                "--pretrained_model_name_or_path."
+            )
+        return name, self.given_revision or self.config.revision
+
+    def _check_repository(self, base: str) -> None:
+        """Refuse folders of this machine (AdapterError): what an adapter from elsewhere names is on the Hub, too."""
+        try:
+            validate_repo_id(base)
+        except HFValidationError:
+            raise AdapterError(
+                f"{self.source} comes from the Hub, and the base that it names, {shown(base)}, is no repository there: "
+                "it was trained on a folder of another machine. Give --pretrained_model_name_or_path."
+            ) from None
+
+    def pipeline(self, contexts: Sequence[Context] = (), *, variant: str | None = None, dtype: str = "float32") -> Base:
+        """Load the base, a diffusers pipeline, with the adapter attached, onto the GPU if there is one.
+
+        Args:
+            contexts: what it will be used in, to be checked before anything is loaded.
+            variant: of the base's files, such as "fp16".
+            dtype: of the base: "float32", "float16" or "bfloat16".
+
+        Raises:
+            ValueError: for another kind of adapter or base, or contexts with concepts that the adapter lacks.
+            OSError: for a base that cannot be read.
+        """
+        if self.is_of_language_model:
+            raise ValueError(
+                f"{self.source} is an adapter of a language model, not of a diffusers pipeline. `hf-causal-context "
+                "generate-text` writes texts with it; save_baked(model, context, folder) in Python exports it."
+            )
+        name, revision = self.base
+        context_strengths(self.config, contexts)
+        torch_dtype = None if dtype == "float32" else getattr(torch, dtype)
+        base = load_base(name, revision=revision, variant=variant, torch_dtype=torch_dtype)
+        base.pipe.to(_device())
+        attach(base.pipe, self.folder, self.source)
+        return base
+
+    def language_model(
+        self, contexts: Sequence[Context] = (), *, dtype: str = "float32"
+    ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+        """Load the base, a language model, with the adapter attached, onto the GPU if there is one.
+
+        The tokenizer is the adapter's, if it comes with one, else the base's.
+
+        Args:
+            contexts: what it will be used in, to be checked before anything is loaded.
+            dtype: of the base: "float32", "float16" or "bfloat16".
+
+        Raises:
+            ValueError: for another kind of adapter or base, or contexts with concepts that the adapter lacks.
+            OSError: for a base that cannot be read.
+        """
+        library = (self.config.auto_mapping or {}).get("parent_library") or ""
+        if library.startswith("diffusers"):
+            raise ValueError(
+                f"{self.source} is an adapter of a diffusion model. `hf-causal-context generate` makes pictures with it."
+            )
+        if self.config.task_type is not None and not self.is_of_language_model:
+            raise ValueError(f"{self.source} is an adapter for {self.config.task_type}, which writes no texts.")
+        name, revision = self.base
+        context_strengths(self.config, contexts)
+        tensors = read_header(self.folder, self.config.layout(), self.source)
+        model = load_language_model(name, revision, getattr(torch, dtype))
+        tokenizer = self._tokenizer(name, revision)
+        check_fits(model, self.config, tensors, self.source)
+        read_weights(self.folder, self.source)  # refuses values that PEFT would load
+        adapted = PeftModel.from_pretrained(model, str(self.folder), config=self.config)
+        return adapted.to(_device()).eval(), tokenizer
+
+    def _tokenizer(self, base: str, revision: str | None) -> PreTrainedTokenizerBase:
+        load: Any = AutoTokenizer.from_pretrained
+        if not (self.folder / "tokenizer_config.json").is_file():
+            return cast(PreTrainedTokenizerBase, load(base, revision=revision, trust_remote_code=False))
+        try:
+            return cast(PreTrainedTokenizerBase, load(str(self.folder), trust_remote_code=False))
+        except Exception as error:  # its files may hold anything, and transformers raises anything
+            raise AdapterError(
+                f"The tokenizer of {self.source} cannot be read ({type(error).__name__}: {error}). Take "
+                "tokenizer*.json out of its folder to use the tokenizer of its base."
+            ) from error
 
 
-def base_of(
-    adapter: str, config: CausalContextConfig, given: str | None, revision: str | None
-) -> tuple[str, str | None]:
-    """Folder or Hub id of an adapter's base and its revision: what is given, by default what the adapter names.
-
-    Raises:
-        ValueError: if neither is known.
-        AdapterError: for an adapter from the Hub that names a folder.
-        FileNotFoundError: for a folder that is not on this machine.
-    """
-    name = given or config.base_model_name_or_path
-    if not name:
-        raise ValueError(f"{adapter} does not name its base. Give --pretrained_model_name_or_path.")
-    if given is None and not Path(adapter).is_dir() and not is_packaged(name):
-        _check_repository(adapter, name)
-    if given is None and Path(name).is_absolute() and not Path(name).exists():
-        raise FileNotFoundError(
-            f"{adapter} was trained on the base {name}, which is not here. Give --pretrained_model_name_or_path."
-        )
-    return name, revision or (config.revision if given is None else None)
-
-
-def _check_repository(adapter: str, base: str) -> None:
-    """Refuse folders on this machine (AdapterError): what an adapter from elsewhere names is on the Hub, too."""
-    try:
-        validate_repo_id(base)
-    except HFValidationError:
-        raise AdapterError(
-            f"{adapter} comes from the Hub, and the base that it names, {shown(base)}, is no repository there: it was "
-            "trained on a folder of another machine. Give --pretrained_model_name_or_path."
-        ) from None
-
-
-def stored_config(
-    adapter: str, *, adapter_revision: str | None = None, token: str | bool | None = None
-) -> CausalContextConfig:
-    """The config of an adapter in a folder or on the Hub.
-
-    Args:
-        adapter: a folder, or the id of a repository on the Hub.
-        adapter_revision: of that repository.
-        token: for a private repository, as in huggingface_hub.
-
-    Raises:
-        AdapterError: for another kind of adapter, or a config that cannot be used.
-        OSError: for something that holds no adapter, or cannot be reached.
-    """
-    return config_in(download(adapter, revision=adapter_revision, token=token), adapter)
-
-
-def config_in(folder: Path, adapter: str) -> CausalContextConfig:
-    """The config of an adapter whose folder is known; see `stored_config`."""
-    if not (folder / CONFIG).exists():
-        checkpoints = ", ".join(str(path) for path in checkpoint_steps(folder).values())
-        raise FileNotFoundError(
-            f"{adapter} holds no adapter: there is no {CONFIG} in it. "
-            + (f"Its training is not finished: resume it, or use a checkpoint: {checkpoints}." if checkpoints else "")
-            + ("" if checkpoints else "Give the folder that a training wrote, or the id of a repository.")
-        )
-    return CausalContextConfig.read(folder, adapter)
-
-
-def load_adapted_language_model(
-    adapter: str,
-    pretrained_model_name_or_path: str | None = None,
-    *,
-    contexts: Sequence[Context] = (),
-    revision: str | None = None,
-    dtype: str = "float32",
-    adapter_revision: str | None = None,
-    token: str | bool | None = None,
-) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Load an adapter's base, by default the one it names, with the adapter attached, onto the GPU if there is one.
-
-    The tokenizer is the adapter's, if it comes with one, else the base's.
-
-    Args:
-        adapter: a folder, or the id of a repository on the Hub.
-        revision: of the base.
-        adapter_revision: of the adapter's repository.
-        token: for an adapter's private repository, as in huggingface_hub.
-
-    Raises:
-        ValueError: for another kind of adapter or base, or contexts with concepts that the adapter lacks.
-        OSError: for an adapter or base that cannot be read.
-    """
-    folder = download(adapter, revision=adapter_revision, token=token, tokenizer=True)
-    config = config_in(folder, adapter)
-    library = (config.auto_mapping or {}).get("parent_library") or ""
-    if library.startswith("diffusers"):
-        raise ValueError(
-            f"{adapter} is an adapter of a diffusion model. `hf-causal-context generate` makes pictures with it."
-        )
-    if config.task_type is not None and config.task_type not in LANGUAGE_TASKS:
-        raise ValueError(f"{adapter} is an adapter for {config.task_type}, which writes no texts.")
-    base_name, revision = base_of(adapter, config, pretrained_model_name_or_path, revision)
-    context_strengths(config, contexts)  # refuses what the adapter does not have before anything is loaded
-    tensors = read_header(folder, config.layout(), adapter)
-    model = load_language_model(base_name, revision, getattr(torch, dtype))
-    own = (folder / "tokenizer_config.json").is_file()
-    source, its_revision = (str(folder), None) if own else (base_name, revision)
-    tokenizer = cast(PreTrainedTokenizerBase, _tokenizer(source, its_revision, adapter if own else None))
-    check_fits(model, config, tensors, adapter)
-    read_weights(folder, adapter)  # refuses values that PEFT would load
-    adapted = PeftModel.from_pretrained(model, str(folder), config=config)
-    return adapted.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
-
-
-def _tokenizer(source: str, revision: str | None, adapter: str | None) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except Exception as error:  # its files may hold anything, and transformers raises anything
-        if adapter is None:
-            raise
-        raise AdapterError(
-            f"The tokenizer of {adapter} cannot be read ({type(error).__name__}: {error}). Take tokenizer*.json out of "
-            "its folder to use the tokenizer of its base."
-        ) from error
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -62,7 +62,7 @@ def export_contexts(
         for name, module in {base.denoiser_name: base.denoiser, **base.pipe.components}.items()  # the denoiser first
         if isinstance(module, nn.Module) and any(isinstance(m, CausalContextLayer) for m in module.modules())
     }
-    files = _files(adapter_config(base.denoiser), contexts, output_dir, file_format)
+    files = lora_paths(adapter_config(base.denoiser), contexts, output_dir, file_format)
     if file_format != "peft":
         _check_format(base, models, file_format)
     for path, context in files.items():
@@ -82,7 +82,7 @@ def export_contexts(
     return list(files)
 
 
-def _files(
+def lora_paths(
     config: CausalContextConfig, names: Sequence[str], output_dir: Path, file_format: FileFormat
 ) -> dict[Path, Context]:
     """Path -> context, none of which exists."""

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_causal_context import AdapterError, CausalContextConfig, load_context_adapter, unload_context_adapter
 from hf_causal_context.adapter.storage.files import read_header, read_weights
-from hf_causal_context.inference.adapted import load_adapted_base, load_adapted_language_model, stored_config
+from hf_causal_context.inference.adapted import StoredAdapter
 
 from ..training.small_language import word_tokenizer
 from .fixtures.adapters import ADAPTERS, FOLDER, outputs
@@ -60,11 +60,11 @@ class TestEveryVersionOfTheFormat:
         model = base_for(name)
         if "unet" in name:
             pipeline(model).save_pretrained(tmp_path)
-            self.check(load_adapted_base(str(FOLDER / name), str(tmp_path)).pipe.unet, name)
+            self.check(StoredAdapter.open(FOLDER / name, str(tmp_path)).pipeline().pipe.unet, name)
         else:
             model.save_pretrained(tmp_path)
             word_tokenizer().save_pretrained(tmp_path)
-            self.check(load_adapted_language_model(str(FOLDER / name), str(tmp_path))[0], name)
+            self.check(StoredAdapter.open(FOLDER / name, str(tmp_path)).language_model()[0], name)
 
     def check(self, model, name):
         expected = load_file(FOLDER / name / "expected.safetensors")
@@ -94,9 +94,7 @@ class TestEveryVersionOfTheFormat:
             lambda: PeftConfig.from_pretrained(folder),
             lambda: AutoPeftModel.from_pretrained(folder),
             lambda: CausalContextConfig.from_pretrained(folder),
-            lambda: stored_config(str(folder)),
-            lambda: load_adapted_base(str(folder)),
-            lambda: load_adapted_language_model(str(folder)),
+            lambda: StoredAdapter.open(folder),
         ):
             with pytest.raises(ValueError, match=message):
                 load()

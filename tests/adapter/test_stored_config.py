@@ -4,12 +4,13 @@ import copy
 import json
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 from peft import AutoPeftModel, PeftConfig, PeftModel
 
 from hf_causal_context import AdapterError, CausalContextConfig
-from hf_causal_context.inference.adapted import base_of, stored_config
+from hf_causal_context.inference.adapted import StoredAdapter
 
 from .fixtures.adapters import FOLDER
 from .small import Mlp
@@ -162,7 +163,7 @@ def test_a_million_concepts_are_refused_at_once(tmp_path):
     for load in (
         lambda: CausalContextConfig(concepts=concepts),
         lambda: PeftConfig.from_pretrained(tmp_path),
-        lambda: stored_config(str(tmp_path)),
+        lambda: StoredAdapter.open(tmp_path),
     ):
         start = time.process_time()
         with pytest.raises(ValueError, match="More than 1,000 concepts|more than 1 MiB"):
@@ -185,7 +186,7 @@ def test_nothing_is_imported_for_a_config(reduced, tmp_path, monkeypatch):
         lambda: AutoPeftModel.from_pretrained(reduced, import_allowlist=["planted_code"]),
         lambda: PeftConfig.from_pretrained(reduced),
         lambda: PeftModel.from_pretrained(Mlp(), reduced),
-        lambda: stored_config(str(reduced)),
+        lambda: StoredAdapter.open(reduced),
     ):
         with pytest.raises(ValueError, match="names the module 'planted_code', which is not imported for it"):
             load()
@@ -197,7 +198,7 @@ def test_a_base_that_an_adapter_from_the_hub_names(monkeypatch):
     for name in ("/etc", "../base", "./base", "~/base", "a/b/c", "C:\\base"):
         config.base_model_name_or_path = name
         with pytest.raises(AdapterError, match="comes from the Hub, and the base that it names, .*, is no rep"):
-            base_of("user/adapter", config, None, None)
-        assert base_of("user/adapter", config, "given", None) == ("given", None)
+            _ = StoredAdapter("user/adapter", Path("x"), config, None, None).base
+        assert StoredAdapter("user/adapter", Path("x"), config, "given", None).base == ("given", None)
     config.base_model_name_or_path, config.revision = "user/base", "v1"
-    assert base_of("user/adapter", config, None, None) == ("user/base", "v1")
+    assert StoredAdapter("user/adapter", Path("x"), config, None, None).base == ("user/base", "v1")

@@ -12,7 +12,7 @@ from hf_causal_context import AdapterError
 from hf_causal_context.adapter.config import CausalContextConfig
 from hf_causal_context.adapter.storage import download as stored
 from hf_causal_context.adapter.storage.download import download
-from hf_causal_context.inference.adapted import load_adapted_base, load_adapted_language_model, stored_config
+from hf_causal_context.inference.adapted import StoredAdapter
 
 from ..training.small_language import word_tokenizer
 from .fixtures.adapters import ADAPTERS, FOLDER
@@ -119,20 +119,20 @@ def test_one_download_for_all_parts(reduced, tmp_path, monkeypatch):
 
     monkeypatch.setattr(stored, "snapshot_download", answer)
     pipeline(base_for("format_1_unet_reduced")).save_pretrained(tmp_path / "base")
-    load_adapted_base("user/name", str(tmp_path / "base"), adapter_revision="v1", token="t")
+    StoredAdapter.open("user/name", str(tmp_path / "base"), adapter_revision="v1", token="t").pipeline()
     assert calls == [("user/name", "v1", "t")]
-    assert stored_config("user/name", adapter_revision="v2").concept_rank == 2
+    assert StoredAdapter.open("user/name", adapter_revision="v2").config.concept_rank == 2
     llama = shutil.copytree(FOLDER / "format_1_llama_independent", tmp_path / "llama")
     word_tokenizer().save_pretrained(llama)
     model = ADAPTERS["llama_independent"][0]()
     model.save_pretrained(tmp_path / "language")
     monkeypatch.setattr(stored, "snapshot_download", lambda repo, **kwargs: answer(repo, **kwargs) and str(llama))
     calls.clear()
-    load_adapted_language_model("user/name", str(tmp_path / "language"), adapter_revision="v1", token="t")
+    StoredAdapter.open("user/name", str(tmp_path / "language"), adapter_revision="v1", token="t").language_model()
     assert calls == [("user/name", "v1", "t")]
     (llama / "tokenizer.json").write_text("{")
     with pytest.raises(AdapterError, match="The tokenizer of user/name cannot be read .*of its base"):
-        load_adapted_language_model("user/name", str(tmp_path / "language"))
+        StoredAdapter.open("user/name", str(tmp_path / "language")).language_model()
 
 
 def test_language_models_refuse_what_pipelines_refuse(tmp_path):
@@ -142,7 +142,7 @@ def test_language_models_refuse_what_pipelines_refuse(tmp_path):
     for value, message in ((float("nan"), "NaN or infinite values"), (1e30, "values as large as 1e.30")):
         edit_weights(folder, lambda weights, value=value: next(iter(weights.values())).fill_(value))
         with pytest.raises(AdapterError, match=message):
-            load_adapted_language_model(str(folder), str(tmp_path / "base"))
+            StoredAdapter.open(folder, str(tmp_path / "base")).language_model()
     edit_weights(folder, lambda weights: weights.popitem())
     with pytest.raises(AdapterError, match="is not whole"):
-        load_adapted_language_model(str(folder), str(tmp_path / "base"))
+        StoredAdapter.open(folder, str(tmp_path / "base")).language_model()

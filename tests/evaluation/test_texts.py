@@ -24,7 +24,7 @@ from hf_causal_context.evaluation.report import write_report
 from hf_causal_context.evaluation.results import Perplexity
 from hf_causal_context.evaluation.sampling import adapters_disabled
 from hf_causal_context.evaluation.text_evaluator import evaluate_texts
-from hf_causal_context.inference.adapted import load_adapted_language_model
+from hf_causal_context.inference.adapted import StoredAdapter
 
 from ..training.small_language import language_model, word_tokenizer
 from .small import result_of
@@ -144,7 +144,7 @@ def test_the_command_finds_the_kind_of_the_adapter_by_itself(adapter, folder, tm
     for sentence in values["verdict"]["sentences"]:
         assert printed.count(f"- {sentence}\n") == 2
 
-    model, tokenizer = load_adapted_language_model(adapter)
+    model, tokenizer = StoredAdapter.open(adapter).language_model()
     report = evaluate_texts(model, tokenizer, load_text_folders(folder), **FAST)
     values["settings"] = {name: values["settings"][name] for name in report.settings}
     assert json.loads(json.dumps(report.to_dict())) == values
