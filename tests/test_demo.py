@@ -16,7 +16,7 @@ from peft import get_peft_model
 from PIL import Image
 
 from hf_causal_context import CausalContextConfig, Context
-from hf_causal_context.adapter.layer import conditionings
+from hf_causal_context.adapter.lookup import conditionings
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.cli import main
 from hf_causal_context.inference.sampling import generate

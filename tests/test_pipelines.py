@@ -19,6 +19,7 @@ from hf_causal_context import (
     load_context_adapter,
     unload_context_adapter,
 )
+from hf_causal_context.adapter import lookup
 
 from .training import tiny_pipelines
 
@@ -139,6 +140,13 @@ def test_images_per_prompt_with_and_without_guidance(tmp_path, name, guidance):
         with intervene(pipe, contexts):
             together = run(name, pipe, images=2, guidance=guidance)
         torch.testing.assert_close(together, torch.cat(apart), **CLOSE)
+
+
+def test_a_call_does_not_look_through_all_modules(loaded, monkeypatch):
+    name, pipe, *_ = loaded
+    with intervene(pipe, CONTEXTS[1]):
+        monkeypatch.setattr(lookup, "CausalContextLayer", None)  # what modules would be compared with
+        run(name, pipe)
 
 
 def test_unloading_leaves_no_trace(loaded):

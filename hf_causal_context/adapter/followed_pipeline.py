@@ -17,9 +17,9 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from .conditioning.hooks import requested, take_context
-from .conditioning.rows import PipelineCall
-from .layer import conditionings
+from .conditioning.hooks import during_call, requested, take_context
+from .conditioning.rows import Call
+from .lookup import conditionings
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -91,23 +91,21 @@ def _followed_class(cls: type) -> type:
         context, bound.arguments = take_context(bound.arguments)
         running, owners = _call(bound), conditionings(self)
         own = [owner.make_request(context) for owner in owners] if context is not None else []
-        with requested(own):
-            active = [request for owner in owners if (request := owner.request()) is not None]
-            with requested([request.during(running) for request in active] if running is not None else []):
-                return cls.__call__(*bound.args, **bound.kwargs)
+        with requested(own), during_call(owners, running):
+            return cls.__call__(*bound.args, **bound.kwargs)
 
     # The same name, by which diffusers finds related pipelines and writes model_index.json.
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls.__name__, (_Followed, cls), {"__call__": call, **names})
 
 
-def _call(bound: inspect.BoundArguments) -> PipelineCall | None:
+def _call(bound: inspect.BoundArguments) -> Call | None:
     defaults = {name: parameter.default for name, parameter in bound.signature.parameters.items()}
     given = {name: None if value is inspect.Parameter.empty else value for name, value in defaults.items()}
     given |= bound.arguments
     prompts = next((n for name in _PROMPTS if (n := _count(given.get(name))) is not None), None)
     images: Any = next((given[name] for name in _IMAGES_PER_PROMPT if given.get(name) is not None), 1)
-    return None if prompts is None else PipelineCall(prompts, images)
+    return None if prompts is None else Call(prompts, images)
 
 
 def _count(value: object) -> int | None:

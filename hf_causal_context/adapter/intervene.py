@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ..contexts import ContextBatch
+from .announced_generate import AnnouncedGenerate
 from .conditioning.hooks import Conditioning, requested
 from .followed_pipeline import following
-from .layer import conditionings
+from .lookup import conditionings
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -64,17 +64,17 @@ class intervene:  # noqa: N801 (reads like torch.no_grad)
         # Of several adapted components of a pipeline only some may have an adapter of that name.
         owners = [owner for owner in owners if adapter_name in owner.concepts] or owners
         self._pipe = None if isinstance(model, nn.Module) else model
-        self._make_requests = [
-            partial(owner.make_request, context, adapter_name, images_per_prompt, guidance_copies, observational)
+        self._requests = [  # errors show here, before any work
+            owner.make_request(context, adapter_name, images_per_prompt, guidance_copies, observational)
             for owner in owners
         ]
-        for make in self._make_requests:
-            make()  # errors show here, before any work
+        if isinstance(model, nn.Module) and hasattr(model, "main_input_name"):
+            AnnouncedGenerate.put_on(model)  # of a model whose part has the adapter
         self._entered: list[ExitStack] = []
 
     def __enter__(self) -> None:
         with ExitStack() as stack:
-            stack.enter_context(requested([make() for make in self._make_requests]))
+            stack.enter_context(requested(self._requests))
             if self._pipe is not None:
                 stack.enter_context(following(self._pipe))
             self._entered.append(stack.pop_all())

@@ -337,24 +337,6 @@ class ConvNd(nn.Module, CausalContextLayer):
         return super().merge_refusal(adapter_name)
 
 
-def conditionings(model: object) -> list[Conditioning]:
-    """Those of the adapted models inside a module, or among the components of a diffusers pipeline."""
-    components = [model] if isinstance(model, nn.Module) else getattr(model, "components", {}).values()
-    found = {
-        id(module.conditioning): module.conditioning
-        for component in components
-        if isinstance(component, nn.Module)
-        for module in component.modules()
-        if isinstance(module, CausalContextLayer)
-    }
-    return list(found.values())
-
-
-def adapted_layers(model: nn.Module) -> dict[str, CausalContextLayer]:
-    """The adapted layers inside a model by their paths."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, CausalContextLayer)}
-
-
 def adapted_class(module: nn.Module) -> type[Linear] | type[TransposedLinear] | type[ConvNd] | None:
     """The form of the adapter for a module, None if there is none."""
     if isinstance(module, BaseTunerLayer):

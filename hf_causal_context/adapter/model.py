@@ -14,12 +14,15 @@ from torch import Tensor, nn
 
 from ..contexts import ContextBatch
 from ..layers import StructuralLayer
+from .announced_generate import AnnouncedGenerate
 from .config import CausalContextConfig
 from .intervene import intervene
 from .layer import CausalContextLayer, adapted_class
 from .peft_type import PREFIX
-from .saving import keep_adapters_out_of_base, restore_save_pretrained
+from .saving import SavedWithoutAdapters
 from .targets import default_target_modules, describe_candidates
+
+_METHODS = (SavedWithoutAdapters, AnnouncedGenerate)
 
 
 class CausalContextModel(BaseTuner):
@@ -59,8 +62,9 @@ class CausalContextModel(BaseTuner):
             raise NoMatchingPeftModuleError(f"{error} {describe_candidates(model)}") from None
         layer = next(_layers(model), None)
         if layer is not None:
-            layer.conditioning.install(model, on_removal=restore_save_pretrained)
-            keep_adapters_out_of_base(model)
+            layer.conditioning.install(model, on_removal=_take_methods_off)
+            for method in _METHODS:
+                method.put_on(model)
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         assert isinstance(peft_config, CausalContextConfig)
@@ -132,6 +136,11 @@ class CausalContextModel(BaseTuner):
                 "intervened on. Merge inside `with intervene(model, context):` for another.",
                 stacklevel=3,
             )
+
+
+def _take_methods_off(model: nn.Module) -> None:
+    for method in _METHODS:
+        method.take_off(model)
 
 
 def acyclicity_penalty(model: nn.Module, adapter_name: str = "default") -> Tensor:

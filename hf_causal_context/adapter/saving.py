@@ -7,11 +7,9 @@ knows, and the reload would draw those weights at random.
 from __future__ import annotations
 
 import copy
-import inspect
 import warnings
-import weakref
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from peft import PeftConfig, get_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -20,41 +18,23 @@ from torch import Tensor, nn
 
 from .._files import complete_or_absent
 from .config import CausalContextConfig
-from .layer import CausalContextLayer, adapted_layers
+from .layer import CausalContextLayer
+from .lookup import adapted_layers
 from .peft_type import PEFT_PREFIX
+from .wrapped_methods import WrappedMethod
 
 
-def keep_adapters_out_of_base(model: nn.Module) -> None:
-    """Replace a model's `save_pretrained`, which pipelines call, too."""
-    if hasattr(type(model), "save_pretrained"):
-        model.save_pretrained = _SavePretrained(model)  # type: ignore[assignment]
+class SavedWithoutAdapters(WrappedMethod):
+    """`save_pretrained` of a model with adapters, which pipelines call, too."""
 
-
-def restore_save_pretrained(model: nn.Module) -> None:
-    """Give a model its own `save_pretrained` back."""
-    model.__dict__.pop("save_pretrained", None)
-
-
-class _SavePretrained:
-    def __init__(self, model: nn.Module) -> None:
-        # Weak: a cycle would keep the memory of a deleted model until the next garbage collection.
-        self._model = weakref.ref(model)
-        # Pipelines look at the signature.
-        self.__signature__ = inspect.signature(cast(Any, model).save_pretrained)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_model": self._model()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ = state | {"_model": weakref.ref(state["_model"])}
+    name = "save_pretrained"
 
     def __call__(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
-        model: Any = self._model()
-        save = type(model).save_pretrained
+        model = self.model
         layers = adapted_layers(model)
         # transformers' own integration of PEFT saves the adapter only, as its users expect.
         if not layers or (getattr(model, "_hf_peft_config_loaded", False) and hasattr(model, "get_adapter_state_dict")):
-            return save(model, save_directory, *args, **kwargs)
+            return self.original(save_directory, *args, **kwargs)
         merged = next((layer for layer in layers.values() if layer.merged), None)
         if merged is not None:
             raise ValueError(
@@ -67,7 +47,7 @@ class _SavePretrained:
             _check_folder_name(name)
         handle = model.register_state_dict_post_hook(_rename)
         try:
-            result = save(model, save_directory, *args, **kwargs)
+            result = self.original(save_directory, *args, **kwargs)
         finally:
             handle.remove()
         for name in names:

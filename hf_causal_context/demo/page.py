@@ -21,7 +21,7 @@ except ImportError as error:
     raise ImportError("The demo needs gradio: pip install 'hf-causal-context[demo]'.") from error
 
 from ..adapter.effects import causal_effects
-from ..adapter.layer import conditionings
+from ..adapter.lookup import conditionings
 from ..bases.families import Base
 from ..bases.images import to_image
 from ..contexts import OBSERVATIONAL, Context, quoted

@@ -164,7 +164,8 @@ class StoredAdapter:
         library = (self.config.auto_mapping or {}).get("parent_library") or ""
         if library.startswith("diffusers"):
             raise ValueError(
-                f"{self.source} is an adapter of a diffusion model. `hf-causal-context generate` makes pictures with it."
+                f"{self.source} is an adapter of a diffusion model. `hf-causal-context generate` makes "
+                "pictures with it."
             )
         if self.config.task_type is not None and not self.is_of_language_model:
             raise ValueError(f"{self.source} is an adapter for {self.config.task_type}, which writes no texts.")

@@ -19,7 +19,7 @@ from .._files import CONFIG
 from ..adapter.compatibility import check_fits
 from ..adapter.config import CausalContextConfig
 from ..adapter.followed_pipeline import follow, unfollow
-from ..adapter.layer import adapted_layers, conditionings
+from ..adapter.lookup import adapted_layers, conditionings
 from ..adapter.storage.download import download
 from ..adapter.storage.files import read_header, read_weights
 from ..adapter.storage.layout import AdapterError, not_whole

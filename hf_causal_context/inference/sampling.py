@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..adapter.intervene import intervene
-from ..adapter.layer import conditionings
+from ..adapter.lookup import conditionings
 from ..bases.loading import Base, as_base
 from ..contexts import Context, ContextLike, as_context
 

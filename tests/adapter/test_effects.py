@@ -8,7 +8,7 @@ from peft import get_peft_model
 from torch import nn
 
 from hf_causal_context import CausalContextConfig, causal_effects
-from hf_causal_context.adapter.layer import adapted_layers
+from hf_causal_context.adapter.lookup import adapted_layers
 
 from .small import VARIANTS, Mlp, adapted, gpt2
 

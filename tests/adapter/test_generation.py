@@ -98,6 +98,31 @@ def test_beams(name, ids, kwargs):
     assert torch.equal(together, separately(model, ids, **kwargs))
 
 
+def test_generate_of_a_model_whose_part_has_the_adapter(ids):
+    torch.manual_seed(0)
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=4, patch_size=2
+        ),
+        text_config=transformers.LlamaConfig(
+            vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+        ),
+        image_token_index=63,
+    )
+    whole = transformers.LlavaForConditionalGeneration(config).eval()
+    whole.generation_config.eos_token_id, whole.generation_config.pad_token_id = None, 0
+    adapted(whole.model.language_model)
+    with intervene(whole, CONTEXTS):
+        together = generate(whole, ids, num_beams=3)
+    apart = []
+    for i, context in enumerate(CONTEXTS):
+        with intervene(whole, context):
+            apart.append(generate(whole, ids[i : i + 1], num_beams=3))
+    assert torch.equal(together, torch.cat(apart))
+    with intervene(whole, CONTEXTS[:2]), pytest.raises(ValueError, match="2 contexts were given, but generate.. was"):
+        generate(whole, ids, num_beams=3)
+
+
 def test_sampling(name, ids):
     model = build(name)
     kwargs = {"do_sample": True, "top_k": 0}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import LongformerConfig, LongformerModel
 
-from hf_causal_context import Context, intervene
+from hf_causal_context import ConceptSet, Context, intervene
 from hf_causal_context.adapter.conditioning.hooks import _STATE
 
 from ..architectures import ARCHITECTURES, IMAGE_TOKEN
@@ -38,6 +38,17 @@ def test_a_mixed_batch_equals_separate_runs(model):
             apart.append(model(x[i : i + 1]))
     torch.testing.assert_close(together, torch.cat(apart), rtol=1e-5, atol=1e-6)
     assert (together[0] - together[3]).abs().max() > 1e-3
+
+
+def test_contexts_are_resolved_once_however_often_they_are_used(model, monkeypatch):
+    calls = []
+    strengths = ConceptSet.strengths
+    monkeypatch.setattr(ConceptSet, "strengths", lambda *args: calls.append(args) or strengths(*args))
+    context = intervene(model, MIXED)
+    for _ in range(2):
+        with context:
+            model(inputs())
+    assert len(calls) == 1
 
 
 def test_every_way_to_say_it_gives_the_same(model):

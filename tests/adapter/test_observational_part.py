@@ -9,7 +9,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from hf_causal_context import CausalContextConfig, Context, causal_effects, intervene
-from hf_causal_context.adapter.layer import adapted_layers
+from hf_causal_context.adapter.lookup import adapted_layers
 
 from .fixtures.adapters import FOLDER
 from .small import CONCEPTS, MIXED, VARIANTS, Mlp, adapted, inputs

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_causal_context import intervene
-from hf_causal_context.adapter.layer import adapted_layers
+from hf_causal_context.adapter.lookup import adapted_layers
 from hf_causal_context.training.loop.sharding import shard_base
 
 from .small import MIXED, adapted, inputs

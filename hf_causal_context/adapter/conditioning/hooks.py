@@ -21,7 +21,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -32,7 +32,7 @@ from torch.utils.hooks import RemovableHandle
 from ...contexts import ConceptSet, Context, ContextBatch, quoted
 from ...functional import per_feature
 from .request import AdapterContext, Request, check_names, check_one_adapter_per_mask, completed, normalise, restricted
-from .rows import input_rows, match_layer_rows, prompts_of_generate, refuse_sequence_first
+from .rows import Call, input_rows, match_layer_rows, refuse_sequence_first
 
 
 class AdaptedLayer(Protocol):
@@ -91,9 +91,10 @@ _ATTENTION_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attent
 class Conditioning:
     """The pair of hooks on one base model, and the adapters that its layers carry."""
 
+    changes = 0  # how often hooks were put on a model or taken off, in this process
+
     def __init__(self, layer: AdaptedLayer) -> None:
-        # Any of them: PEFT activates and deactivates adapters on all layers alike. Weak, so that it tells when the
-        # adapter was taken off by others (diffusers' unload_lora).
+        # Any of them: PEFT activates and deactivates adapters on all layers alike. Weak: see `alive`.
         self._layer = weakref.ref(layer)
         self.concepts: dict[str, ConceptSet] = {}
         self.observational_ranks: dict[str, int] = {}
@@ -107,6 +108,7 @@ class Conditioning:
                 if isinstance(previous := getattr(hook, "__self__", None), Conditioning):
                     previous.remove(model)
             self._on_removal = on_removal
+            Conditioning.changes += 1
             # A model with an argument of that name keeps it; there, only intervene() sets contexts.
             self._takes_context = "context" not in inspect.signature(model.forward).parameters
             self._handles = [
@@ -121,6 +123,11 @@ class Conditioning:
         self.__dict__ = state | {"_layer": weakref.ref(state["_layer"])}
 
     @property
+    def alive(self) -> bool:
+        """Whether the adapter is still there: others may have taken it off (diffusers' unload_lora)."""
+        return self._layer() is not None
+
+    @property
     def layer(self) -> AdaptedLayer:
         """One of the adapted layers."""
         layer = self._layer()
@@ -133,6 +140,7 @@ class Conditioning:
             handle.remove()
         if self._handles:
             self._on_removal(model)
+            Conditioning.changes += 1
         self._handles = []
 
     def active_adapters(self) -> dict[str, ConceptSet]:
@@ -141,10 +149,7 @@ class Conditioning:
 
     def request(self) -> Request | None:
         """The innermost request for this model on this thread."""
-        request = _STATE.box.request
-        while request is not None and request.owner is not self:
-            request = request.outer
-        return request
+        return _innermost(self)
 
     def strengths_for(self, layer: AdaptedLayer, adapter_name: str, x: Tensor, num_rows: int) -> Tensor | None:
         """The strengths (1, 1 + K) or (n, 1 + K) for a layer's input of n rows; None without a context at inference.
@@ -198,16 +203,14 @@ class Conditioning:
         if request is None:
             return None
         context = request.find(adapter_name, concepts)
-        return None if context is None else context.to(x.device).rows(num_rows, prompts_of_generate, request.call)
+        return None if context is None else context.to(x.device).rows(num_rows, request.call)
 
     def _resolve(self, frame: Frame, request: Request, adapter_name: str, concepts: ConceptSet) -> Tensor | None:
         context = request.find(adapter_name, concepts)
         if context is None:
             return None
         assert frame.device is not None
-        frame.strengths[adapter_name] = strengths = context.to(frame.device).rows(
-            frame.num_rows, prompts_of_generate, request.call
-        )
+        frame.strengths[adapter_name] = strengths = context.to(frame.device).rows(frame.num_rows, request.call)
         if len(strengths) > 1:
             refuse_sequence_first(frame.model)
         return strengths
@@ -215,7 +218,7 @@ class Conditioning:
     def _enter_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not torch.compiler.is_compiling() and self._layer() is None:
+        if not torch.compiler.is_compiling() and not self.alive:
             self.remove(model)
             return None
         box = _STATE.box
@@ -226,7 +229,7 @@ class Conditioning:
             context = kwargs["context"]
             kwargs = {name: value for name, value in kwargs.items() if name != "context"}
         if context is not None:
-            frame.request = self.make_request(context)
+            frame.request = self.make_request(context).within(box.request, None)
         else:
             frame.request = self.request()
             if frame.request is not None and torch.is_grad_enabled() and _in_backward():
@@ -308,14 +311,30 @@ class Conditioning:
             uniform = len(set(own)) == 1
             return AdapterContext(concepts.strengths(own), uniform, images_per_prompt, guidance_copies, False)
 
-        outer = self.request()
         adapters = {name: encode(concepts) for name, concepts in addressed.items()}
         self.layer.check_merged_context({name: context.strengths for name, context in adapters.items()})
-        if adapter_name is None:
-            return Request(self, adapters, _STATE.box.request, encode, contexts, tuple(self.layer.active_adapters))
-        if outer is None:
-            return Request(self, adapters, _STATE.box.request, None)
-        return Request(self, outer.adapters | adapters, _STATE.box.request, outer.encode)
+        if adapter_name is not None:
+            return Request(self, adapters, None, None, named=True)
+        return Request(self, adapters, None, encode, contexts, tuple(self.layer.active_adapters))
+
+
+def _innermost(owner: object) -> Request | None:
+    request = _STATE.box.request
+    while request is not None and request.owner is not owner:
+        request = request.outer
+    return request
+
+
+@contextmanager
+def during_call(owners: Iterable[Conditioning], call: Call | None) -> Iterator[None]:
+    """Let the contexts in force for models know, for a while, what runs them; None where that is not known.
+
+    Raises:
+        ValueError: for another number of contexts than of prompts.
+    """
+    active = [request for owner in owners if (request := owner.request()) is not None]
+    with requested([request.during(call) for request in active] if call is not None else []):
+        yield
 
 
 @contextmanager
@@ -325,7 +344,7 @@ def requested(requests: Iterable[Request]) -> Iterator[None]:
     saved = box.request, box.frame
     try:
         for request in requests:
-            box.request = replace(request, outer=box.request)
+            box.request = request.within(box.request, _innermost(request.owner))
         # No frame: one that is left from an interrupted forward must not serve parts of a model that run on their own.
         box.frame = None
         yield

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...contexts import ConceptSet, Context, as_context, as_contexts, quoted
-from .rows import PipelineCall, match_samples
+from .rows import Call, match_samples
 
 
 @dataclass
@@ -44,15 +44,11 @@ class AdapterContext:
             self.strengths = self.strengths.to(device)
         return self
 
-    def rows(
-        self, num_rows: int, prompts_of_generate: Callable[[], int | None], call: PipelineCall | None = None
-    ) -> Tensor:
+    def rows(self, num_rows: int, call: Call | None) -> Tensor:
         """The strengths for N rows of the model's input: (1, 1 + K) or (N, 1 + K); see `rows.match_samples`."""
         if self.uniform and num_rows % len(self.strengths) == 0:
             return self.strengths[:1]
-        return match_samples(
-            self.strengths, num_rows, self.images_per_prompt, self.guidance_copies, prompts_of_generate, call
-        )
+        return match_samples(self.strengths, num_rows, self.images_per_prompt, self.guidance_copies, call)
 
 
 @dataclass
@@ -65,10 +61,23 @@ class Request:
     encode: Callable[[ConceptSet], AdapterContext] | None  # for adapters added later; None if one adapter was named
     contexts: tuple[Context, ...] = ()
     checked_for: tuple[str, ...] | None = None  # the active adapters whose concepts the names were checked against
-    call: PipelineCall | None = None  # the running call of a followed pipeline
+    call: Call | None = None  # what runs the model now
+    named: bool = False  # it is for one adapter by name: the others keep their contexts
 
-    def during(self, call: PipelineCall) -> Request:
-        """The same contexts during a pipeline's call; refuses (ValueError) another number of them than of prompts."""
+    def within(self, outer: Request | None, same_owner: Request | None) -> Request:
+        """The same contexts inside another request; of one for a named adapter, the other adapters keep theirs.
+
+        Args:
+            outer: the request in force, of whatever model.
+            same_owner: the innermost one of this model.
+        """
+        if not self.named or same_owner is None:
+            return replace(self, outer=outer)
+        adapters = same_owner.adapters | self.adapters
+        return replace(self, adapters=adapters, encode=same_owner.encode, outer=outer)
+
+    def during(self, call: Call) -> Request:
+        """The same contexts during a call; refuses (ValueError) another number of them than of prompts."""
         for context in self.adapters.values():
             if not context.uniform:
                 call.check(len(context.strengths))

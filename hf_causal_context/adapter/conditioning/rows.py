@@ -7,10 +7,7 @@ observational part, then of the concepts.
 
 from __future__ import annotations
 
-import inspect
 import re
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,49 +22,58 @@ _SEQUENCE_FIRST = ("longformer", "led", "xlnet")
 
 
 @dataclass(frozen=True)
-class PipelineCall:
-    """How many prompts a running diffusers pipeline was given, and how many images it makes of each."""
+class Call:
+    """What runs the model: a diffusers pipeline, or `generate` of transformers, with a number of prompts.
+
+    Attributes:
+        prompts: how many it was given.
+        copies: how many images a pipeline makes of each; None for `generate`, which repeats every prompt in place as
+            often as it needs (beams, returned sequences).
+    """
 
     prompts: int
-    images_per_prompt: int
+    copies: int | None
 
     def check(self, samples: int) -> None:
         """Refuse (ValueError) a number of contexts that is neither one per prompt nor one per image."""
-        images = self.prompts * self.images_per_prompt
-        if samples not in (1, self.prompts, images):
-            per_image = f", or one per image ({images})" if self.images_per_prompt > 1 else ""
+        images = self.prompts * (self.copies or 1)
+        if samples in (1, self.prompts, images):
+            return
+        if self.copies is None:
             raise ValueError(
-                f"{samples} contexts were given, but the pipeline was called with {self.prompts} prompts (or classes, "
-                f"or rows). Pass one context, or one per prompt ({self.prompts}){per_image}."
+                f"{samples} contexts were given, but generate() was called with {self.prompts} "
+                f"{'prompt' if self.prompts == 1 else 'prompts'}. Pass one context, or one per prompt. A pipeline of "
+                "transformers runs prompts one by one; to give each a context, call it with batch_size=len(prompts)."
             )
+        per_image = f", or one per image ({images})" if self.copies > 1 else ""
+        raise ValueError(
+            f"{samples} contexts were given, but the pipeline was called with {self.prompts} prompts (or classes, "
+            f"or rows). Pass one context, or one per prompt ({self.prompts}){per_image}."
+        )
 
     def rows(self, strengths: Tensor, num_rows: int) -> Tensor | None:
-        """Strengths (S, 1 + K) for N rows of a text encoder (prompts) or a denoiser (images, copied for guidance)."""
+        """Strengths (S, 1 + K) for N rows of the model, or of a text encoder; None where they do not divide."""
         self.check(strengths.shape[0])
-        images = self.prompts * self.images_per_prompt
         if num_rows == strengths.shape[0] == self.prompts:
             return strengths
+        images = self.prompts * (self.copies or 1)
         if num_rows % images:
             return None
+        if self.copies is None:
+            return strengths.repeat_interleave(num_rows // self.prompts, 0)
         if strengths.shape[0] == self.prompts:
             # Pipelines interleave the images of a prompt and tile the guidance copies.
-            strengths = strengths.repeat_interleave(self.images_per_prompt, 0)
+            strengths = strengths.repeat_interleave(self.copies, 0)
         return strengths.repeat(num_rows // images, 1)
 
 
 def match_samples(
-    strengths: Tensor,
-    num_rows: int,
-    images_per_prompt: int,
-    guidance_copies: int,
-    prompts_of_generate: Callable[[], int | None],
-    call: PipelineCall | None,
+    strengths: Tensor, num_rows: int, images_per_prompt: int, guidance_copies: int, call: Call | None
 ) -> Tensor:
     """Turn strengths (S, 1 + K) into those of the N rows of the model's input: (1, 1 + K) or (N, 1 + K).
 
     Args:
-        prompts_of_generate: see `prompts_of_generate`.
-        call: the running call of a followed pipeline, which knows how it multiplies samples.
+        call: what runs the model, and knows how it multiplies samples.
 
     Raises:
         ValueError: when it cannot be known which row belongs to which sample.
@@ -77,21 +83,11 @@ def match_samples(
         return strengths
     if call is not None and (expanded := call.rows(strengths, num_rows)) is not None:
         return expanded
-    # Compiled forwards have no call stack to look at; the first one, of the prompts, is not compiled.
-    prompts = None if torch.compiler.is_compiling() else prompts_of_generate()
-    if prompts is not None and prompts != samples:
-        raise ValueError(
-            f"{samples} contexts were given, but generate() was called with {prompts} "
-            f"{'prompt' if prompts == 1 else 'prompts'}. Pass one context, or one per prompt. A pipeline of "
-            "transformers runs prompts one by one; to give each a context, call it with batch_size=len(prompts)."
-        )
     if samples == num_rows:
         return strengths
     images = samples * images_per_prompt
     if num_rows in (images, images * guidance_copies):
         return strengths.repeat_interleave(images_per_prompt, 0).repeat(num_rows // images, 1)
-    if prompts is not None and num_rows % prompts == 0:
-        return strengths.repeat_interleave(num_rows // samples, 0)  # beams and returned sequences are interleaved
     raise ValueError(
         f"{samples} contexts were given, but the model's input has {num_rows} rows, and {samples} contexts x "
         f"{images_per_prompt} images_per_prompt x {guidance_copies} guidance_copies is another number. Pass one "
@@ -167,20 +163,3 @@ def _has_ragged_images(model: nn.Module, kwargs: dict[str, Any], num_rows: int) 
         return images.shape[0] != num_rows
     per_sample = (ids == token).sum(-1)
     return bool((per_sample != per_sample[:1]).any())
-
-
-def prompts_of_generate() -> int | None:
-    """How many prompts transformers' generate(), which repeats every one in place, was called with; None outside it.
-
-    Looks up the call stack, since nothing in the model's inputs tells.
-    """
-    from transformers.generation import utils
-
-    # Its self type hides the method from type checkers.
-    code = inspect.unwrap(vars(utils.GenerationMixin)["generate"]).__code__
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code is code:
-            return frame.f_locals.get("batch_size")
-        frame = frame.f_back
-    return None

@@ -1,0 +1,33 @@
+"""Tells the hooks with how many prompts `generate` of transformers was called.
+
+It repeats every prompt in place (beams, returned sequences), and nothing in the model's inputs tells how often.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .conditioning.hooks import during_call
+from .conditioning.rows import Call
+from .lookup import conditionings
+from .wrapped_methods import WrappedMethod
+
+
+class AnnouncedGenerate(WrappedMethod):
+    """`generate` of a model with adapters, or of one that holds such a model."""
+
+    name = "generate"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with during_call(conditionings(self.model), Call(_prompts(self.model, args, kwargs), None)):
+            return self.original(*args, **kwargs)
+
+
+def _prompts(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """How many rows `generate` begins with, from the argument that transformers takes them from."""
+    names = ("inputs", model.main_input_name, "input_ids", "inputs_embeds")
+    given = [*args[:1], *(kwargs.get(name) for name in names), *(kwargs.get("encoder_outputs") or ())[:1]]
+    rows = next((value for value in (*given, *kwargs.values()) if isinstance(value, Tensor) and value.ndim), None)
+    return 1 if rows is None else rows.shape[0]
