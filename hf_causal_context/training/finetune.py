@@ -2,46 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from ..adapter.config import CausalContextConfig
 from ..bases.families import Base
 from ..bases.gap import BaseGap
 from ..bases.loading import check_base, load_base
 from ..bases.names import lasting_name
-from ..data import InterventionalData, check_data
+from ..data import InterventionalData
 from ..data.from_arguments import load_data
-from ..hub.card import write_card
 from ..hub.contents import CardContents
 from ..inference.sampling import check_conditions, generate
-from ..layers import Mechanism
-from .arguments import AdapterArguments, TrainingArguments
-from .data_record import record_data
+from .arguments import TrainingArguments
+from .context_losses import ContextLosses
 from .denoiser.batches import DenoiserBatches
 from .denoiser.features import denoiser_features
 from .denoiser.gap import NUM_ROWS, denoiser_gap
 from .denoiser.losses import denoising_losses
 from .denoiser.objectives import denoising_objective
-from .gap_report import record_gap, report_gap
-from .grids import grid_name, validation_contexts, write_grid
-from .loop.memory import memory_for_base
-from .loop.processes import main_process_first, make_accelerator
-from .loop.sharding import shard_base
-from .loop.trainer import fit
-from .observational import observational_samples, settle_observational_steps
-from .publishing import published
-from .reweighting import add_reweighted_contexts
-
-_DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+from .grids import newest_grid, write_grid
+from .loop.objective import Objective
+from .recipe import DTYPES, FineTuning
 
 
 def train(arguments: TrainingArguments, base: Base | None = None, data: InterventionalData | None = None) -> Path:
@@ -57,102 +44,111 @@ def train(arguments: TrainingArguments, base: Base | None = None, data: Interven
         TrainingDivergedError, TrainingMemoryError, TrainingInterrupted, CheckpointError, FileNotFoundError: see `fit`.
         ValueError, OSError: with `push_to_hub`, see `published`.
     """
-    accelerator = make_accelerator(arguments)
-    return published(accelerator, arguments, partial(_fine_tune, accelerator, arguments, base, data))
+    return DenoiserFineTuning(arguments, base, data).run()
 
 
-def _fine_tune(
-    accelerator: Accelerator, arguments: TrainingArguments, base: Base | None, data: InterventionalData | None
-) -> Path:
-    if base is None:
-        check_base(arguments.pretrained_model_name_or_path, arguments.revision)
-    data = data if data is not None else load_data(arguments)
-    if accelerator.is_main_process:
-        report = check_data(data)
-        print(report.table(), flush=True)
-        report.raise_for_errors()
-    base = base or load_base(
-        arguments.pretrained_model_name_or_path,
-        revision=arguments.revision,
-        variant=arguments.variant,
-        torch_dtype=_DTYPES[accelerator.mixed_precision],  # of the frozen weights; the adapter's are float32
-    )
-    check_conditions(base, None, 0 if base.takes_classes else None, None, arguments.resolution)
-    with memory_for_base(accelerator.device, arguments):
-        base.move_encoders(accelerator.device)
-        if not arguments.shard_base:  # else a device may be too small for it
-            base.denoiser.to(accelerator.device)
-    set_seed(arguments.seed)  # the adapter's initial weights
-    model = attach_adapter(base.denoiser, data, arguments)
-    if arguments.gradient_checkpointing:
-        base.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-    if arguments.reweighted_contexts:
-        with main_process_first(accelerator, Path(arguments.output_dir)):  # it estimates what the others read
-            look = partial(_features, base, model, data, arguments.resolution)
-            made_from = {"resolution": arguments.resolution}
-            data = add_reweighted_contexts(data, arguments, accelerator, look, made_from)
-    num_steps = arguments.max_train_steps or arguments.num_train_epochs * _steps_per_epoch(
-        data, arguments, accelerator.num_processes
-    )
-    arguments = settle_observational_steps(arguments, num_steps)
-    objective = denoising_objective(base, arguments.snr_gamma)
-    with main_process_first(accelerator, Path(arguments.output_dir)):  # it fills the cache that the others read
-        batches = DenoiserBatches(
-            base,
-            data,
-            arguments,
-            num_steps * arguments.gradient_accumulation_steps,
-            accelerator.device,
-            accelerator.process_index,
-            accelerator.num_processes,
+class DenoiserFineTuning(FineTuning[TrainingArguments]):
+    """Fine-tuning of a diffusion pipeline's denoiser."""
+
+    batches: DenoiserBatches
+
+    def __init__(self, arguments: TrainingArguments, base: Base | None, data: InterventionalData | None) -> None:
+        super().__init__(arguments, data)
+        self._base = base
+
+    @property
+    def base(self) -> Base:
+        """The pipeline."""
+        assert self._base is not None
+        return self._base
+
+    def check_base(self) -> None:
+        if self._base is None:
+            check_base(self.arguments.pretrained_model_name_or_path, self.arguments.revision)
+
+    def load_data(self) -> InterventionalData:
+        return load_data(self.arguments)
+
+    def load_base(self) -> nn.Module:
+        arguments, dtype = self.arguments, DTYPES[self.accelerator.mixed_precision]
+        self._base = self._base or load_base(
+            arguments.pretrained_model_name_or_path,
+            revision=arguments.revision,
+            variant=arguments.variant,
+            torch_dtype=None if dtype == torch.float32 else dtype,
         )
-    validation = validation_contexts(arguments, arguments.observational_name, data.concepts, data.held_out)
-    with main_process_first(accelerator, Path(arguments.output_dir)):  # it measures, and the others wait
-        gap = report_gap(accelerator, arguments, partial(_gap, accelerator, base, batches, arguments.seed))
-    validates = bool(arguments.num_validation_images or arguments.validation_steps)
-    here = validates and (accelerator.is_main_process or arguments.shard_base)
-    measured = (data.held_out or data.contexts) if here else ()
-    losses = denoising_losses(accelerator, base, model, batches, arguments, tuple(measured), bool(data.held_out))
-    resting = accelerator.device if data.streaming else torch.device("cpu")
-    base.move_encoders(resting)
+        check_conditions(self.base, None, 0 if self.base.takes_classes else None, None, arguments.resolution)
+        return self.base.denoiser
 
-    def begin(first: int) -> dict[str, float]:
-        losses.begin(first)
-        return record_gap(gap, Path(arguments.output_dir))
+    def place_base(self) -> None:
+        self.base.move_encoders(self.accelerator.device)
 
-    def validate(step: int) -> None:
-        losses.tell(step)
-        if arguments.num_validation_images:
-            show(step)
+    def look_at(self) -> tuple[Callable[[Dataset], Tensor], dict[str, Any]]:
+        resolution = self.arguments.resolution
+        return partial(_features, self.base, self.model, self.data, resolution), {"resolution": resolution}
 
-    def show(step: int) -> None:
-        base.move_encoders(accelerator.device)
+    def num_rows(self) -> int:
+        assert self.data.counts is not None  # no stream
+        return sum(self.data.counts.values())
+
+    def make_batches(self, num_batches: int) -> DenoiserBatches:
+        device, (rank, world_size) = self.accelerator.device, self.process
+        self.batches = DenoiserBatches(self.base, self.data, self.arguments, num_batches, device, rank, world_size)
+        return self.batches
+
+    def objective(self) -> Objective:
+        return denoising_objective(self.base, self.arguments.snr_gamma)
+
+    def measure_gap(self) -> BaseGap:
+        with self.accelerator.autocast():
+            return denoiser_gap(self.base, self.batches.few("", NUM_ROWS), self.arguments.seed)
+
+    def losses(self) -> ContextLosses:
+        here = self.validates and (self.accelerator.is_main_process or self.arguments.shard_base)
+        held_out = bool(self.data.held_out)
+        contexts = tuple(self.data.held_out or self.data.contexts) if here else ()
+        return denoising_losses(
+            self.accelerator, self.base, self.model, self.batches, self.arguments, contexts, held_out
+        )
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.base.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+
+    def make_ready(self) -> None:
+        self._rest_encoders()
+
+    @property
+    def validates(self) -> bool:
+        return bool(self.num_shown or self.arguments.validation_steps)
+
+    @property
+    def num_shown(self) -> int:
+        return self.arguments.num_validation_images
+
+    def show(self, step: int) -> None:
+        base, arguments = self.base, self.arguments
+        base.move_encoders(self.accelerator.device)
         try:
             rows = generate(
                 base,
-                validation,
-                seeds=range(arguments.num_validation_images),
+                self.shown,
+                seeds=range(self.num_shown),
                 prompt=arguments.validation_prompt if base.takes_captions else None,
                 class_label=0 if base.takes_classes else None,
                 num_inference_steps=arguments.num_inference_steps,
                 resolution=arguments.resolution,
             )
         finally:
-            base.move_encoders(resting)
-        write_grid(accelerator, arguments.output_dir, rows, validation, arguments.observational_name, step)
+            self._rest_encoders()
+        write_grid(self.accelerator, arguments.output_dir, rows, self.shown, arguments.observational_name, step)
 
-    if arguments.shard_base:
-        with memory_for_base(accelerator.device, arguments):
-            shard_base(model, accelerator.device)
-    if arguments.compile:
-        base.denoiser.compile()
-    wanted = validate if validates else None
-    ordered = partial(batches, num_observational=observational_samples(arguments, accelerator.num_processes))
-    folder = fit(accelerator, model, objective, ordered, arguments, num_steps, wanted, begin=begin)
-    grid = grid_name(num_steps)
-    if accelerator.is_main_process:
-        record_data(data, folder)
-        CardContents(
+    def _rest_encoders(self) -> None:
+        # Rows of a stream are encoded as they come.
+        self.base.move_encoders(self.accelerator.device if self.data.streaming else "cpu")
+
+    def card_contents(self, folder: Path) -> CardContents:
+        base, arguments = self.base, self.arguments
+        return CardContents(
             name=folder.resolve().name,
             library="diffusers",
             base=lasting_name(arguments.pretrained_model_name_or_path),
@@ -160,48 +156,11 @@ def _fine_tune(
             call=base.stock_call(prompt=arguments.validation_prompt, class_label=0, resolution=arguments.resolution),
             revision=arguments.revision,
             variant=arguments.variant,
-            grid=grid if (folder / grid).exists() else None,
-        ).save(folder)
-        write_card(folder)
-    return folder
-
-
-def attach_adapter(
-    base: nn.Module, data: InterventionalData, arguments: AdapterArguments, task_type: str | None = None
-) -> PeftModel:
-    """Inject a fresh adapter into a denoiser or a language model, in place.
-
-    `task_type` is PEFT's, of language models: it tells how the adapter is loaded, and that it generates.
-    """
-    config = CausalContextConfig(
-        concepts=data.concepts.names,
-        concept_rank=arguments.concept_rank,
-        observational_rank=arguments.observational_rank,
-        mechanism=cast(Mechanism, arguments.mechanism),
-        anchored=arguments.anchored,
-        target_modules=arguments.target_modules,
-        task_type=task_type,
-        revision=arguments.revision,
-    )
-    model = cast(PeftModel, get_peft_model(cast(Any, base), config))
-    # PEFT looks at the model only, such as a denoiser.
-    config.base_model_name_or_path = lasting_name(arguments.pretrained_model_name_or_path)
-    return model
-
-
-def _gap(accelerator: Accelerator, base: Base, batches: DenoiserBatches, seed: int) -> BaseGap:
-    """How far the base is from the observational set."""
-    with accelerator.autocast():
-        return denoiser_gap(base, batches.few("", NUM_ROWS), seed)
+            grid=newest_grid(folder),
+        )
 
 
 def _features(base: Base, model: nn.Module, data: InterventionalData, resolution: int | None, rows: Dataset) -> Tensor:
     """What the base sees in the pictures of rows, (N, D)."""
     pictures = rows[data.content_column]
     return denoiser_features(base, model, pictures, resolution or base.default_resolution, len(data.concepts))
-
-
-def _steps_per_epoch(data: InterventionalData, arguments: TrainingArguments, num_processes: int) -> int:
-    if data.counts is None:
-        raise ValueError("A stream has no known length, so it has no epochs. Give --max_train_steps.")
-    return arguments.steps_per_epoch(sum(data.counts.values()), num_processes)

@@ -39,6 +39,12 @@ def grid_name(step: int) -> str:
     return f"samples/step-{step:06d}.png"
 
 
+def newest_grid(folder: Path) -> str | None:
+    """The last grid in the folder of a run, None where there is none."""
+    names = [path.relative_to(folder).as_posix() for path in folder.glob("samples/step-*.png")]
+    return max(names, default=None)
+
+
 def write_grid(
     accelerator: Accelerator,
     output_dir: str,

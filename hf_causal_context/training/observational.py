@@ -24,10 +24,30 @@ def settle_observational_steps(arguments: AnyArguments, num_steps: int) -> AnyAr
     """Return the arguments with a number of observational steps; a resumed run goes on as it began.
 
     Raises:
-        ValueError: for no steps left for the concepts, or an observational part but no observational rows.
+        ValueError: what `check_observational_set` raises, with the number of steps known.
     """
+    check_observational_set(arguments)
     if arguments.observational_rank == 0:
         return dataclasses.replace(arguments, observational_steps=0)
+    steps = arguments.observational_steps
+    if steps is None:
+        steps = _steps_of_resumed_run(arguments)
+    if steps is None:
+        steps = int(SHARE * num_steps)
+    _check_room(steps, num_steps)
+    return dataclasses.replace(arguments, observational_steps=steps)
+
+
+def check_observational_set(arguments: AdapterArguments) -> None:
+    """Refuse an observational part that would have nothing to learn from, or leave no steps, before anything is loaded.
+
+    Raises:
+        ValueError: for such settings.
+    """
+    if arguments.observational_rank == 0:
+        return
+    if arguments.observational_steps is not None and arguments.max_train_steps is not None:
+        _check_room(arguments.observational_steps, arguments.max_train_steps)
     weights = parse_weights(arguments.context_weights, arguments.observational_name) or {}
     if weights.get("") == 0:
         name = arguments.observational_name
@@ -35,16 +55,13 @@ def settle_observational_steps(arguments: AnyArguments, num_steps: int) -> AnyAr
             f"--context_weights {name}=0 leaves out the observational set, so the observational part could not be told "
             f"from the concepts. Leave {name}=0 out, or the part: --observational_rank 0."
         )
-    steps = arguments.observational_steps
-    if steps is None:
-        steps = _steps_of_resumed_run(arguments)
-    if steps is None:
-        steps = int(SHARE * num_steps)
+
+
+def _check_room(steps: int, num_steps: int) -> None:
     if steps >= num_steps:
         raise ValueError(
             f"--observational_steps={steps} of {num_steps} steps leave none for the concepts. Lower it, or train more."
         )
-    return dataclasses.replace(arguments, observational_steps=steps)
 
 
 def observational_samples(arguments: AdapterArguments, num_processes: int) -> int:

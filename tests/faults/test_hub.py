@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hf_causal_context.cli import main
-from hf_causal_context.training import finetune
+from hf_causal_context.training import recipe
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.finetune import train
 
@@ -34,13 +34,13 @@ def given(hub, pipeline_folder, tmp_path):
 
 @pytest.mark.parametrize("status", ["drop", 503])
 def test_a_hub_that_is_gone_at_the_end_costs_nothing(status, given, hub, tmp_path, monkeypatch):
-    write_card = finetune.write_card
+    write_card = recipe.write_card
 
     def write_card_and_lose_the_hub(folder):
         write_card(folder)
         hub.server.fail_next(".", status=status, times=10**6)
 
-    monkeypatch.setattr(finetune, "write_card", write_card_and_lose_the_hub)
+    monkeypatch.setattr(recipe, "write_card", write_card_and_lose_the_hub)
     command = f"hf-causal-context push --adapter {tmp_path}/out --repo_id user/adapter"
     expected = rf"The adapter is trained and in {tmp_path}/out, but not on the Hub: (?s:.*)Push it with `({command})`"
     with pytest.raises(OSError, match=expected) as raised:

@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from hf_causal_context._files import BASE_GAP
 from hf_causal_context.bases.gap import BaseGap
-from hf_causal_context.training import finetune
+from hf_causal_context.training import finetune, recipe
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.finetune import train
 from hf_causal_context.training.gap_report import report_gap
@@ -50,8 +50,7 @@ def refuse(*args):
 
 
 def without_measuring(monkeypatch):
-    for module in (finetune, language):
-        monkeypatch.setattr(module, "report_gap", lambda *args: None)
+    monkeypatch.setattr(recipe, "report_gap", lambda *args: None)
 
 
 def assert_same_weights(one, other):

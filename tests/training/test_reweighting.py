@@ -16,8 +16,9 @@ from hf_causal_context.data.reweighting import Doubt, ReweightedContext
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.denoiser.batches import DenoiserBatches
 from hf_causal_context.training.denoiser.features import denoiser_features
-from hf_causal_context.training.finetune import attach_adapter, train
+from hf_causal_context.training.finetune import train
 from hf_causal_context.training.loop.processes import make_accelerator
+from hf_causal_context.training.recipe import attach_adapter
 from hf_causal_context.training.reweighting import FILE, add_reweighted_contexts, table
 
 from .small import adapter_weights, settings, write_folders

@@ -1,0 +1,239 @@
+"""Fine-tuning an adapter, whatever its base: one order of steps for denoisers and for language models."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from ..adapter.config import CausalContextConfig
+from ..bases.gap import BaseGap
+from ..bases.names import lasting_name
+from ..data import InterventionalData, check_data
+from ..hub.card import write_card
+from ..hub.contents import CardContents
+from ..layers import Mechanism
+from .arguments import AdapterArguments
+from .context_losses import ContextLosses
+from .data_record import record_data
+from .gap_report import record_gap, report_gap
+from .grids import validation_contexts
+from .loop.memory import memory_for_base
+from .loop.objective import Objective
+from .loop.processes import main_process_first, make_accelerator
+from .loop.sharding import shard_base
+from .loop.trainer import fit
+from .observational import AnyArguments, check_observational_set, observational_samples, settle_observational_steps
+from .publishing import published
+from .reweighting import add_reweighted_contexts
+
+DTYPES = {
+    "no": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}  # of frozen weights; the adapter's: float32
+
+
+class FineTuning(ABC, Generic[AnyArguments]):
+    """One run: subclasses say what a kind of base does in its own way.
+
+    Args:
+        arguments: the settings.
+        data: data that is loaded already, instead of what `arguments` name.
+
+    Attributes:
+        model: the base with its adapter, once it is attached.
+    """
+
+    model: PeftModel
+
+    def __init__(self, arguments: AnyArguments, data: InterventionalData | None) -> None:
+        self.accelerator: Accelerator = make_accelerator(arguments)
+        self.arguments, self._data = arguments, data
+        self.process = (self.accelerator.process_index, self.accelerator.num_processes)
+
+    @property
+    def data(self) -> InterventionalData:
+        """What is trained on."""
+        assert self._data is not None
+        return self._data
+
+    @abstractmethod
+    def check_base(self) -> None:
+        """Refuse a base that cannot be trained, before anything that takes long."""
+
+    @abstractmethod
+    def load_data(self) -> InterventionalData:
+        """Load what the arguments name."""
+
+    @abstractmethod
+    def load_base(self) -> nn.Module:
+        """Load the base, unless it is there, check that the data fits it, and return what adapters are attached to."""
+
+    def place_base(self) -> None:
+        """Put on the device what else the measurements before the training need there."""
+
+    @property
+    def task_type(self) -> str | None:
+        """PEFT's, of language models: it tells how the adapter is loaded, and that it generates."""
+        return None
+
+    @abstractmethod
+    def look_at(self) -> tuple[Callable[[Dataset], Tensor], dict[str, Any]]:
+        """What tells what was intervened on: rows -> features (N, D); and what these depend on, as JSON."""
+
+    @abstractmethod
+    def num_rows(self) -> int:
+        """Rows of an epoch; not of streams."""
+
+    @abstractmethod
+    def make_batches(self, num_batches: int) -> Callable[..., Iterator[Any]]:
+        """Batches of this process: called with the first one's number and with `num_observational` samples."""
+
+    @abstractmethod
+    def objective(self) -> Objective:
+        """Batch -> losses."""
+
+    @abstractmethod
+    def measure_gap(self) -> BaseGap:
+        """How far the base is from the observational set."""
+
+    @abstractmethod
+    def losses(self) -> ContextLosses:
+        """What measures and tells the loss of every context."""
+
+    @abstractmethod
+    def enable_gradient_checkpointing(self) -> None:
+        """Let the base compute activations again instead of keeping them."""
+
+    def make_ready(self) -> None:
+        """Do what is left before the first step, when the base is where it will be."""
+
+    @property
+    @abstractmethod
+    def num_shown(self) -> int:
+        """Samples per context at validations; 0 for none."""
+
+    @abstractmethod
+    def show(self, step: int) -> None:
+        """Write and log samples of every context."""
+
+    def write_beside(self, folder: Path) -> None:
+        """Write what belongs beside the adapter."""
+
+    @abstractmethod
+    def card_contents(self, folder: Path) -> CardContents:
+        """What the card says of the finished adapter in a folder."""
+
+    def run(self) -> Path:
+        """Fine-tune, push the result if the arguments say so, and return the folder that holds it."""
+        return published(self.accelerator, self.arguments, self._run)
+
+    def _run(self) -> Path:
+        arguments, accelerator, output_dir = self.arguments, self.accelerator, Path(self.arguments.output_dir)
+        check_observational_set(arguments)
+        self.check_base()
+        self._data = self._data if self._data is not None else self.load_data()
+        if self.data.streaming and arguments.max_train_steps is None:
+            raise ValueError("A stream has no known length, so it has no epochs. Give --max_train_steps.")
+        if accelerator.is_main_process:
+            report = check_data(self.data)
+            print(report.table(), flush=True)
+            report.raise_for_errors()
+        base = self.load_base()
+        with memory_for_base(accelerator.device, arguments):
+            self.place_base()
+            if not arguments.shard_base:  # else a device may be too small for it
+                base.to(accelerator.device)
+        self.shown = validation_contexts(
+            arguments, arguments.observational_name, self.data.concepts, self.data.held_out
+        )
+        set_seed(arguments.seed)  # the adapter's initial weights
+        self.model = attach_adapter(base, self.data, arguments, self.task_type)
+        if arguments.reweighted_contexts:
+            with main_process_first(accelerator, output_dir):  # it estimates what the others read
+                self._data = add_reweighted_contexts(self.data, arguments, accelerator, *self.look_at())
+        num_steps = arguments.max_train_steps or arguments.num_train_epochs * arguments.steps_per_epoch(
+            self.num_rows(), accelerator.num_processes
+        )
+        self.arguments = arguments = settle_observational_steps(arguments, num_steps)
+        with main_process_first(accelerator, output_dir):  # it fills the cache that the others read
+            batches = self.make_batches(num_steps * arguments.gradient_accumulation_steps)
+        with main_process_first(accelerator, output_dir):  # it measures, and the others wait
+            gap = report_gap(accelerator, arguments, self.measure_gap)
+        losses = self.losses()
+        if arguments.gradient_checkpointing:
+            self.enable_gradient_checkpointing()
+        if arguments.shard_base:
+            with memory_for_base(accelerator.device, arguments):
+                shard_base(self.model, accelerator.device)
+        self.make_ready()
+        if arguments.compile:
+            base.compile()
+
+        def begin(first: int) -> dict[str, float]:
+            losses.begin(first)
+            return record_gap(gap, output_dir)
+
+        def validate(step: int) -> None:
+            losses.tell(step)
+            if self.num_shown:
+                self.show(step)
+
+        def finish(folder: Path) -> None:
+            self.write_beside(folder)
+            record_data(self.data, folder)
+            self._write_card(folder)
+
+        folder = fit(
+            accelerator,
+            self.model,
+            self.objective(),
+            partial(batches, num_observational=observational_samples(arguments, accelerator.num_processes)),
+            arguments,
+            num_steps,
+            validate if self.validates else None,
+            finish=finish,
+            begin=begin,
+        )
+        if accelerator.is_main_process:
+            self._write_card(folder)  # again: now there are the last samples, too
+        return folder
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is anything to do at validations."""
+        return bool(self.num_shown or self.arguments.validation_steps or self.data.held_out)
+
+    def _write_card(self, folder: Path) -> None:
+        self.card_contents(folder).save(folder)
+        write_card(folder)
+
+
+def attach_adapter(
+    base: nn.Module, data: InterventionalData, arguments: AdapterArguments, task_type: str | None = None
+) -> PeftModel:
+    """Inject a fresh adapter into a denoiser or a language model, in place."""
+    config = CausalContextConfig(
+        concepts=data.concepts.names,
+        concept_rank=arguments.concept_rank,
+        observational_rank=arguments.observational_rank,
+        mechanism=cast(Mechanism, arguments.mechanism),
+        anchored=arguments.anchored,
+        target_modules=arguments.target_modules,
+        task_type=task_type,
+        revision=arguments.revision,
+    )
+    model = cast(PeftModel, get_peft_model(cast(Any, base), config))
+    # PEFT looks at the model only, such as a denoiser.
+    config.base_model_name_or_path = lasting_name(arguments.pretrained_model_name_or_path)
+    return model
