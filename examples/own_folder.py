@@ -17,9 +17,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from hf_causal_context.commands.generate import generate_files
+from hf_causal_context.bases.images import picture_grid
 from hf_causal_context.data import check_data, load_folders
 from hf_causal_context.data.worlds.digits import sample_digits
+from hf_causal_context.hub import load
+from hf_causal_context.inference.sampling import generate
 from hf_causal_context.quickstart import BASE, TARGET_MODULES
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.finetune import train
@@ -55,9 +57,10 @@ def main() -> None:
         )
     )
     contexts = ["obs", "thickness", "slant", "slant+thickness", "thickness=0.5"]
-    (grid,) = generate_files(
-        str(adapter), contexts, arguments.output_dir / "samples", seeds=range(6), num_inference_steps=10, grid=True
-    )
+    pipe = load(adapter)
+    rows = generate(pipe, [() if name == "obs" else name for name in contexts], seeds=range(6), num_inference_steps=10)
+    grid = arguments.output_dir / "grid.png"
+    picture_grid(rows, contexts).save(grid)
     print(f"Look at {grid} and at the grid of the training in {adapter / 'samples'}.")
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .contexts import ConceptSet, Context, context_text, quoted
+from ._messages import quoted
+from .contexts import ConceptSet, Context, context_text
+from .errors import UserValueError
 
 
 class ContextCollator:
@@ -49,7 +51,7 @@ class ContextCollator:
         batch = self.collate([self._rest(feature) for feature in features])
         rows = {len(batch[name]) for name in ("input_ids", "labels") if name in batch}
         if rows - {len(features)}:
-            raise ValueError(
+            raise UserValueError(
                 f"The collator made {(rows - {len(features)}).pop()} rows of {len(features)} features, so it cannot be "
                 "known which row has which context. Take one that makes a row of each feature: without packing, "
                 "padding-free batches, or pairs of chosen and rejected texts."
@@ -59,7 +61,7 @@ class ContextCollator:
 
     def _context(self, feature: Mapping[str, Any]) -> Context:
         if self.context_column not in feature:
-            raise ValueError(
+            raise UserValueError(
                 f"The features have no column {self.context_column!r}, but {quoted(feature)}. Keep it: "
                 "remove_unused_columns=False in the trainer's arguments, and no packing, which joins rows of different "
                 "contexts."

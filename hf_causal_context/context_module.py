@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
+from .errors import UserValueError
 
 
 class Posterior(NamedTuple):
@@ -136,7 +137,7 @@ class ContextModule(NoiseModule):
         _check_minima(2, depth=depth)
         for name, value in {"perfect_interventions": perfect_interventions, "encode_context": encode_context}.items():
             if published and value:
-                raise ValueError(
+                raise UserValueError(
                     f"published=True computes what the published experiments did, which had no {name}. Leave one of "
                     "them out."
                 )
@@ -278,7 +279,7 @@ class CausalLayer(nn.Module):
 def _check_minima(minimum: int, **numbers: int) -> None:
     for name, value in numbers.items():
         if value < minimum:
-            raise ValueError(f"{name}={value} must be at least {minimum}.")
+            raise UserValueError(f"{name}={value} must be at least {minimum}.")
 
 
 def _zero(layer: nn.Linear) -> nn.Linear:

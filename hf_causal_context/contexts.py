@@ -5,7 +5,6 @@ Shapes: B rows (samples), K concepts.
 
 from __future__ import annotations
 
-import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,9 @@ from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
+
+from ._messages import quoted, shown
+from .errors import UserTypeError, UserValueError
 
 RESERVED_CHARACTERS = "+=,"
 OBSERVATIONAL = "observational"  # the name, in contexts, of the strength of an adapter's observational part
@@ -55,7 +57,7 @@ class Context:
         for part in parts if observational is None else (*parts, {OBSERVATIONAL: observational}):
             for name, strength in _strength_items(part):
                 if strengths.setdefault(name, strength) != strength:
-                    raise ValueError(
+                    raise UserValueError(
                         f"Concept {name!r} has two strengths in one context: {strengths[name]:g} and {strength:g}. "
                         "Give it one."
                     )
@@ -80,11 +82,11 @@ class Context:
         for item in _split_concepts(text):
             name, equals, number = (piece.strip() for piece in item.partition("="))
             if not name:
-                raise ValueError(f"Empty concept name in context {text!r}. Write 'name', or 'name=strength'.")
+                raise UserValueError(f"Empty concept name in context {text!r}. Write 'name', or 'name=strength'.")
             try:
                 parts.append({name: float(number) if equals else 1.0})
             except ValueError:
-                raise ValueError(
+                raise UserValueError(
                     f"Strength {number!r} of concept {name!r} in context {text!r} is not a number. "
                     "Write for example 'thick=0.5'."
                 ) from None
@@ -155,7 +157,7 @@ def as_context(value: object) -> Context:
         case tuple() | list() | set() | frozenset():
             return Context(*value)
         case _:
-            raise TypeError(
+            raise UserTypeError(
                 f"{shown(value)} of type {type(value).__name__} is not a context. Allowed: a Context, a name such as "
                 "'thick' or 'thick+slant', a mapping to strengths, or a tuple of names; for a batch a list of them, "
                 "or a float tensor (rows, number of concepts)."
@@ -176,7 +178,7 @@ def as_contexts(value: object) -> tuple[Context, ...] | None:
         return None
     assert isinstance(value, list | tuple)
     if not value:
-        raise ValueError(
+        raise UserValueError(
             "An empty list of contexts: a list holds one context per sample. The observational context is ()."
         )
     return tuple(as_context(item) for item in value)
@@ -201,22 +203,24 @@ class ConceptSet:
 
     def __post_init__(self) -> None:
         if isinstance(self.names, str) or not isinstance(self.names, Iterable):
-            raise TypeError(f"concepts={shown(self.names)} must be a sequence of names, such as ('thick', 'slant').")
+            raise UserTypeError(
+                f"concepts={shown(self.names)} must be a sequence of names, such as ('thick', 'slant')."
+            )
         object.__setattr__(self, "names", tuple(islice(self.names, MAX_CONCEPTS + 1)))
         if not self.names:
-            raise ValueError("No concepts given. Name at least one, for example concepts=('thick', 'slant').")
+            raise UserValueError("No concepts given. Name at least one, for example concepts=('thick', 'slant').")
         if len(self.names) > MAX_CONCEPTS:
-            raise ValueError(f"More than {MAX_CONCEPTS:,} concepts given. Divide them among several adapters.")
+            raise UserValueError(f"More than {MAX_CONCEPTS:,} concepts given. Divide them among several adapters.")
         for name in self.names:
             _check_name(name)
         if OBSERVATIONAL in self.names:
-            raise ValueError(
+            raise UserValueError(
                 f"{OBSERVATIONAL!r} cannot be the name of a concept: in contexts it is the strength of the adapter's "
                 f"observational part, as in '{OBSERVATIONAL}=0.5+thick'. Rename the concept."
             )
         duplicates = [name for name, count in Counter(self.names).items() if count > 1]
         if duplicates:
-            raise ValueError(f"Duplicate concepts: {quoted(duplicates)}. Every concept needs a name of its own.")
+            raise UserValueError(f"Duplicate concepts: {quoted(duplicates)}. Every concept needs a name of its own.")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -236,7 +240,7 @@ class ConceptSet:
         try:
             return self.names.index(name)
         except ValueError:
-            raise ValueError(
+            raise UserValueError(
                 f"Unknown concept {name!r}{f' in {where}' if where else ''}. Known concepts: {quoted(self.names)}. "
                 "Correct the name, or add it to concepts= of the adapter's config."
             ) from None
@@ -250,7 +254,7 @@ class ConceptSet:
         """
         for context in contexts:
             if context.observational != 1:
-                raise ValueError(
+                raise UserValueError(
                     f"Context {str(context)!r} sets the strength of the observational part, which belongs to an "
                     "adapter at inference, not to data or masks. Leave it out here."
                 )
@@ -281,17 +285,21 @@ class ConceptSet:
             ValueError: for another shape, the meta device, or values that are not finite.
         """
         if not mask.is_floating_point():
-            raise TypeError(f"The intervention mask has dtype {mask.dtype}; it must be floating point. Call .float().")
+            raise UserTypeError(
+                f"The intervention mask has dtype {mask.dtype}; it must be floating point. Call .float()."
+            )
         if mask.ndim not in (1, 2) or mask.shape[-1] != len(self) or mask.shape[0] == 0:
-            raise ValueError(
+            raise UserValueError(
                 f"The intervention mask has shape {tuple(mask.shape)}; it must be (rows, {len(self)}), one column for "
                 f"each of the concepts {quoted(self.names)}."
             )
         if mask.device.type == "meta":
-            raise ValueError("The intervention mask lies on the device 'meta'. Move it to the device of the model.")
+            raise UserValueError("The intervention mask lies on the device 'meta'. Move it to the device of the model.")
         # A value check waits for the device and cannot be part of a compiled graph.
         if not torch.compiler.is_compiling() and not bool(torch.isfinite(mask).all()):
-            raise ValueError("The intervention mask contains NaN or infinite values. Strengths must be finite numbers.")
+            raise UserValueError(
+                "The intervention mask contains NaN or infinite values. Strengths must be finite numbers."
+            )
         return mask if mask.ndim == 2 else mask[None]
 
 
@@ -310,12 +318,12 @@ def _strength_items(part: object) -> Iterator[tuple[str, float]]:
         for name, strength in part.items():
             _check_name(name)
             if not isinstance(strength, Real) or not abs(cast(float, strength)) <= MAX_STRENGTH:
-                raise ValueError(
+                raise UserValueError(
                     f"Strength {shown(strength)} of concept {name!r} must be a finite number (in float32), such as 0.5."
                 )
             yield name, float(strength)
     else:
-        raise TypeError(
+        raise UserTypeError(
             f"{shown(part)} of type {type(part).__name__} cannot be part of a context. Allowed: names and mappings "
             "name -> strength. Different contexts for the samples of a batch go into a list: "
             "[('thick',), {'slant': 0.5}]."
@@ -324,20 +332,20 @@ def _strength_items(part: object) -> Iterator[tuple[str, float]]:
 
 def _check_name(name: object) -> None:
     if not isinstance(name, str):
-        raise TypeError(f"Concept name {shown(name)} is of type {type(name).__name__}; it must be a string.")
+        raise UserTypeError(f"Concept name {shown(name)} is of type {type(name).__name__}; it must be a string.")
     if len(name) > MAX_NAME_LENGTH:
-        raise ValueError(
+        raise UserValueError(
             f"Concept name {shown(name)} has {len(name):,} characters; allowed are {MAX_NAME_LENGTH}. Shorten it."
         )
     if not name or name != name.strip():
-        raise ValueError(f"Concept name {name!r} must not be empty or begin or end with white space.")
+        raise UserValueError(f"Concept name {name!r} must not be empty or begin or end with white space.")
     if not name.isprintable() or any(character in RESERVED_CHARACTERS for character in name):
-        raise ValueError(
+        raise UserValueError(
             f"Concept name {name!r} must not contain '+', '=', ',' or control characters: they separate concepts in "
             "contexts such as 'thick=0.5+slant'. Rename it."
         )
     if not _INVISIBLE.isdisjoint(name):
-        raise ValueError(f"Concept name {name!a} contains characters that show as nothing. Rename it.")
+        raise UserValueError(f"Concept name {name!a} contains characters that show as nothing. Rename it.")
 
 
 def _split_concepts(text: str) -> Iterator[str]:
@@ -359,39 +367,18 @@ def context_text(value: object, observational_name: str) -> str:
         ValueError: for None, names and strengths that are not valid, or a strength of the observational part.
     """
     if value is None:
-        raise ValueError(f"The context is missing (None). Observational rows say {observational_name!r} or ''.")
+        raise UserValueError(f"The context is missing (None). Observational rows say {observational_name!r} or ''.")
     if isinstance(value, dict):
         value = {name: strength for name, strength in value.items() if strength is not None}
     elif value == observational_name or value == [observational_name]:
         return ""
     context = as_context(value)
     if context.observational != 1:
-        raise ValueError(
+        raise UserValueError(
             f"The context {str(context)!r} of the data sets the strength of the observational part, which is for "
             "inference only: all data belong to the observational world. Leave it out."
         )
     return str(context)
-
-
-class _ShortRepr(reprlib.Repr):
-    def repr_int(self, x: int, level: int) -> str:
-        # Python refuses to print more than 4,300 digits.
-        return super().repr_int(x, level) if x.bit_length() < 4_096 else f"<a number of {x.bit_length():,} bits>"
-
-
-_SHORT = _ShortRepr()
-_SHORT.maxstring = _SHORT.maxother = 100
-_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = _SHORT.maxset = 8
-
-
-def shown(value: object) -> str:
-    """Any value as error messages show it: shortened, however long or deeply nested it is."""
-    return _SHORT.repr(value)
-
-
-def quoted(names: Iterable[str]) -> str:
-    """Names as error messages list them."""
-    return ", ".join(repr(name) for name in names)
 
 
 def file_name(label: str) -> str:

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from .contexts import ConceptSet, shown
+from ._messages import shown
+from .contexts import ConceptSet
+from .errors import UserValueError
 
 Mechanism: TypeAlias = Literal["independent", "reduced", "structural"]
 MECHANISMS: tuple[Mechanism, ...] = get_args(Mechanism)
@@ -46,16 +48,18 @@ class ConceptGraph:
     ) -> None:
         K = len(concepts)
         if edges is not None and order is not None:
-            raise ValueError("Give concept_graph or concept_order, not both: the graph's edges already imply an order.")
+            raise UserValueError(
+                "Give concept_graph or concept_order, not both: the graph's edges already imply an order."
+            )
         if order is not None:
             if sorted(order) != sorted(concepts):
-                raise ValueError(
+                raise UserValueError(
                     f"concept_order={shown(tuple(order))} must name every concept once: {shown(concepts.names)}, "
                     "causes first."
                 )
             edges = [(cause, effect) for i, cause in enumerate(order) for effect in order[i + 1 :]]
         elif edges is not None and len(edges) > MAX_EDGES:
-            raise ValueError(
+            raise UserValueError(
                 f"concept_graph has {len(edges):,} edges; at most {MAX_EDGES:,} are allowed. Where most concepts act "
                 "on each other, give concept_order instead."
             )
@@ -68,7 +72,7 @@ class ConceptGraph:
         positions = {name: k for k, name in enumerate(concepts)}
         for edge in edges:
             if len(edge) != 2:
-                raise ValueError(f"Edge {shown(edge)} of concept_graph must be a pair (cause, effect).")
+                raise UserValueError(f"Edge {shown(edge)} of concept_graph must be a pair (cause, effect).")
             for name in edge:
                 if name not in positions:
                     concepts.index(name, f"edge {shown(tuple(edge))} of concept_graph")  # raises
@@ -77,7 +81,7 @@ class ConceptGraph:
             sequence = tuple(TopologicalSorter(parents).static_order())
         except CycleError as error:
             cycle = " -> ".join(concepts.names[k] for k in error.args[1])
-            raise ValueError(f"concept_graph has a cycle: {cycle}. Effects must not cause their causes.") from None
+            raise UserValueError(f"concept_graph has a cycle: {cycle}. Effects must not cause their causes.") from None
         # Graphs are kept and shared, so they do not lie where a `with torch.device(...)` says.
         self.direct = torch.zeros(K, K, dtype=torch.bool, device="cpu")  # row = effect, column = cause
         self.total = torch.zeros(K, K, dtype=torch.bool, device="cpu")

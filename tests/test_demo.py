@@ -228,8 +228,8 @@ def test_the_package_does_not_import_gradio():
 def test_the_command_says_what_is_missing(tmp_path, monkeypatch, capsys):
     assert main(["demo", "--adapter", str(tmp_path)]) == 1
     assert "holds no adapter: there is no adapter_config.json in it" in capsys.readouterr().err
-    for name in ("hf_causal_context.demo.page", "hf_causal_context.demo.views"):
-        monkeypatch.delitem(sys.modules, name)
+    for name in ("commands.demo", "demo", "demo.page", "demo.views"):
+        monkeypatch.delitem(sys.modules, f"hf_causal_context.{name}")
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["demo", "--adapter", str(tmp_path)]) == 1
     assert "pip install 'hf-causal-context[demo]'" in capsys.readouterr().err

@@ -12,13 +12,15 @@ import pytest
 PACKAGE = "hf_causal_context"
 ROOT = Path(__file__).parents[1]
 ROWS = (
-    ("contexts", "functional", "_files", "_markdown"),
+    ("errors", "_messages", "_files", "_markdown"),
+    ("contexts", "functional"),
     ("layers", "context_module", "collating"),
     ("adapter", "bases", "data", "models"),
     ("inference",),
     ("hub", "evaluation", "demo"),
     ("training",),
-    ("commands", "quickstart"),
+    ("quickstart",),
+    ("commands",),
     ("cli",),
 )
 # Part of the package -> what it must not import, although the rows allow it.

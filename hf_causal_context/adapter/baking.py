@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..contexts import ConceptSet, Context, ContextLike, as_context
+from ..errors import UserValueError
 from .config import CausalContextConfig
 from .layer import CausalContextLayer, ConvNd
 from .peft_type import PEFT_PREFIX, PREFIX
@@ -87,7 +88,7 @@ def context_strengths(config: CausalContextConfig, contexts: Sequence[Context]) 
     """
     for context in contexts:
         if context.observational != 1 and not config.observational_rank:
-            raise ValueError(
+            raise UserValueError(
                 f"Context {str(context)!r} sets the strength of the observational part, and the adapter has none "
                 "(observational_rank=0). Leave it out."
             )
@@ -104,7 +105,7 @@ def adapter_config(model: nn.Module, adapter_name: str = "default") -> CausalCon
     config = configs.get(adapter_name) if isinstance(configs, dict) else None
     if not isinstance(config, CausalContextConfig):
         names = [name for name, c in configs.items() if isinstance(c, CausalContextConfig)]
-        raise ValueError(f"The model has no causal context adapter {adapter_name!r}. It has: {names}.")
+        raise UserValueError(f"The model has no causal context adapter {adapter_name!r}. It has: {names}.")
     return config
 
 
@@ -140,7 +141,7 @@ def _check_lora_computes_the_same(name: str, layer: CausalContextLayer) -> None:
         if not plain
     ]
     if problems:
-        raise ValueError(
+        raise UserValueError(
             f"The convolution {name!r} has {', '.join(problems)}, which PEFT's LoRA ignores, so a baked LoRA would "
             "give another output. Keep the adapter"
             + ("." if base.groups > 1 else ", or merge the context into the weights with merge_adapter().")

@@ -14,7 +14,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from .._files import CONFIG
-from ..contexts import ConceptSet, shown
+from .._messages import shown
+from ..contexts import ConceptSet
+from ..errors import UserTypeError, UserValueError
 from ..layers import MECHANISMS, ConceptGraph, Mechanism
 from .peft_type import CAUSAL_CONTEXT
 from .storage import fields
@@ -91,7 +93,7 @@ class CausalContextConfig(PeftConfig):
         allowed = [f.name for f in dataclasses.fields(cls)]
         unknown = sorted(set(kwargs).difference(allowed))
         if unknown:
-            raise TypeError(
+            raise UserTypeError(
                 f"Unknown fields {shown(unknown)} in the adapter's config (format version {FORMAT_VERSION}). Allowed: "
                 f"{', '.join(allowed)}. Correct the spelling, or upgrade hf_causal_context if a newer one saved it."
             )
@@ -103,10 +105,12 @@ class CausalContextConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = CAUSAL_CONTEXT
         if isinstance(self.concepts, Mapping | Set):
-            raise TypeError(f"concepts={shown(self.concepts)} has no order. Give a list of names.")
+            raise UserTypeError(f"concepts={shown(self.concepts)} has no order. Give a list of names.")
         self.concepts = ConceptSet(self.concepts).names
         if self.mechanism not in MECHANISMS:
-            raise ValueError(f"Unknown mechanism {shown(self.mechanism)}. Allowed: {', '.join(map(repr, MECHANISMS))}.")
+            raise UserValueError(
+                f"Unknown mechanism {shown(self.mechanism)}. Allowed: {', '.join(map(repr, MECHANISMS))}."
+            )
         for name in ("perfect_interventions", "anchored", "init_weights"):
             fields.check_flag(name, getattr(self, name))
         fields.check_number("alpha", self.alpha, MAX_ALPHA)
@@ -127,7 +131,7 @@ class CausalContextConfig(PeftConfig):
         limit = MAX_MIXED_RANK if mixed else MAX_RANK
         width = fields.check_count(name, width, 1, limit)
         if len(self.concepts) * width > limit:
-            raise ValueError(
+            raise UserValueError(
                 f"{len(self.concepts):,} concepts of {name}={width:,} make an adapter of rank "
                 f"{len(self.concepts) * width:,}; at most {limit:,} is allowed"
                 + (" for mechanisms that mix concepts or have expressive layers." if mixed else ".")
@@ -143,7 +147,7 @@ class CausalContextConfig(PeftConfig):
         if self.concept_graph is None and self.concept_order is None:
             return
         if self.mechanism == "independent":
-            raise ValueError(
+            raise UserValueError(
                 "mechanism='independent' does not mix concepts, so it takes no concept_graph or concept_order. Use "
                 "'reduced' or 'structural', or leave them out."
             )
@@ -159,9 +163,9 @@ class CausalContextConfig(PeftConfig):
         fields.check_indices("layers_to_transform", self.layers_to_transform)
         fields.check_module_paths("modules_to_save", self.modules_to_save)
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+            raise UserValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
         if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
-            raise ValueError(
+            raise UserValueError(
                 "layers_to_transform and layers_pattern cannot be used when target_modules is a string; put the blocks "
                 "into the regular expression."
             )
@@ -250,9 +254,9 @@ def _graph(
 
 def _check_format_version(version: object) -> None:
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ValueError(f"format_version={shown(version)} must be a whole number from 1 to {FORMAT_VERSION}.")
+        raise UserValueError(f"format_version={shown(version)} must be a whole number from 1 to {FORMAT_VERSION}.")
     if version > FORMAT_VERSION:
-        raise ValueError(
+        raise UserValueError(
             f"This adapter has format version {shown(version)}; the installed hf_causal_context reads up to "
             f"{FORMAT_VERSION}. Upgrade it: pip install --upgrade hf-causal-context."
         )

@@ -14,6 +14,7 @@ import torch
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
+from ..errors import MissingPackageError, UserValueError
 from ..layers import OutputLayer, RepresentationLayer
 from .layer import CausalContextLayer
 
@@ -97,7 +98,7 @@ def _figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'hf-causal-context[plot]'.") from error
+        raise MissingPackageError("Plots need matplotlib: pip install 'hf-causal-context[plot]'.") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -131,7 +132,7 @@ def causal_effects(model: nn.Module, adapter_name: str = "default") -> CausalEff
         if not isinstance(layer, CausalContextLayer) or adapter_name not in layer.causal_context_down:
             continue
         if adapter_name in layer.causal_context_expressive:
-            raise ValueError(
+            raise UserValueError(
                 f"Adapter {adapter_name!r} is not linear (expressive_depth > 0), so effects have no one size."
             )
         concepts = layer.concepts[adapter_name].names
@@ -142,7 +143,7 @@ def causal_effects(model: nn.Module, adapter_name: str = "default") -> CausalEff
         interventional.append(torch.stack(columns, dim=1))
         changes.append(_relative_changes(layer, adapter_name, nothing, each))
     if not names:
-        raise ValueError(f"The model has no causal context adapter {adapter_name!r}.")
+        raise UserValueError(f"The model has no causal context adapter {adapter_name!r}.")
     return CausalEffects(
         concepts, tuple(names), torch.stack(observational), torch.stack(interventional), torch.stack(changes)
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..contexts import ContextBatch
+from ..errors import UserTypeError, UserValueError
 from .announced_generate import AnnouncedGenerate
 from .conditioning.hooks import Conditioning, requested
 from .followed_pipeline import following
@@ -87,13 +88,13 @@ class intervene:  # noqa: N801 (reads like torch.no_grad)
 
 def _of_pipeline(pipe: DiffusionPipeline) -> list[Conditioning]:
     if not isinstance(getattr(pipe, "components", None), dict):
-        raise TypeError(
+        raise UserTypeError(
             f"intervene() takes a model (nn.Module) or a diffusers pipeline, not {type(pipe).__name__}. Pass for "
             "example pipe or pipe.unet."
         )
     found = conditionings(pipe)
     if not found:
-        raise ValueError(
+        raise UserValueError(
             f"No component of {type(pipe).__name__} has a causal context adapter, so a context would change nothing. "
             "Load one with load_context_adapter(pipe, folder_or_repository)."
         )
@@ -108,13 +109,13 @@ def find_conditioning(model: nn.Module) -> Conditioning:
     """
     found = conditionings(model)
     if len(found) > 1:
-        raise ValueError(
+        raise UserValueError(
             f"{type(model).__name__} holds {len(found)} models with adapters of their own. Pass one of them to "
             "intervene(), and nest its uses for several."
         )
     if found:
         return found[0]
-    raise ValueError(
+    raise UserValueError(
         f"{type(model).__name__} has no causal context adapter, so a context would change nothing. Attach one with "
         "get_peft_model(model, CausalContextConfig(...)) or load one with PeftModel.from_pretrained."
     )

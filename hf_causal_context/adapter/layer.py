@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..contexts import ConceptSet, Context
+from ..errors import UserValueError
 from ..functional import linear
 from ..layers import (
     CausalLayer,
@@ -153,7 +154,7 @@ class CausalContextLayer(BaseTunerLayer):
         """
         refusal = self.merge_refusal(adapter_name)
         if refusal:
-            raise ValueError(f"Adapter {adapter_name!r} cannot be baked or merged: {refusal}.")
+            raise UserValueError(f"Adapter {adapter_name!r} cannot be baked or merged: {refusal}.")
         with torch.no_grad():
             down = cast(RepresentationLayer, self.causal_context_down[adapter_name]).weight.float()
             up = cast(OutputLayer, self.causal_context_up[adapter_name]).weight.float()
@@ -177,14 +178,14 @@ class CausalContextLayer(BaseTunerLayer):
         context = request.find(adapter_name, self.concepts[adapter_name]) if request is not None else None
         if context is None:
             if self.training:
-                raise ValueError(
+                raise UserValueError(
                     f"No context is set for merging adapter {adapter_name!r} in training mode. Merge inside `with "
                     "intervene(model, context):`."
                 )
             return self.concepts[adapter_name].strengths([Context()])
         strengths = completed(context.strengths, len(self.concepts[adapter_name]))
         if not context.uniform and not bool((strengths == strengths[:1]).all()):
-            raise ValueError(
+            raise UserValueError(
                 f"Only one context can be merged into a weight; {len(strengths)} different ones are set. Merge "
                 "inside `with intervene(model, context):` with a single context."
             )
@@ -206,7 +207,7 @@ class CausalContextLayer(BaseTunerLayer):
             strengths = self._merge_strengths(name)
             merged = weight.data + self.get_delta_weight(name, strengths).to(weight)
             if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(
+                raise UserValueError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
                 )  # PEFT's words
             weight.data = merged
@@ -230,7 +231,7 @@ class CausalContextLayer(BaseTunerLayer):
         if not isinstance(weight, nn.Parameter) or type(weight.data) is not Tensor or not weight.is_floating_point():
             refusal = f"its base weight is quantised or sharded ({type(weight.data).__name__}, {weight.dtype})"
         if refusal:
-            raise ValueError(
+            raise UserValueError(
                 f"Adapter {adapter_name!r} cannot be merged into a {type(self.get_base_layer()).__name__}: {refusal}. "
                 "Keep it as an adapter."
             )
@@ -248,7 +249,7 @@ class CausalContextLayer(BaseTunerLayer):
                 continue
             if not bool((completed(asked, len(self.concepts[name])) == merged.to(asked)).all()):
                 context = self.concepts[name].contexts(merged)[0]
-                raise ValueError(
+                raise UserValueError(
                     f"Adapter {name!r} is merged for the context {str(context)!r}; another one would change nothing. "
                     "Call unmerge_adapter() first."
                 )

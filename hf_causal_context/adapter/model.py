@@ -13,6 +13,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
 from ..contexts import ContextBatch
+from ..errors import UserValueError
 from ..layers import StructuralLayer
 from .announced_generate import AnnouncedGenerate
 from .config import CausalContextConfig
@@ -77,7 +78,7 @@ class CausalContextModel(BaseTuner):
             if not key or inside or not self._check_target_module_exists(peft_config, key):
                 continue
             if adapted_class(module) is None:
-                raise ValueError(
+                raise UserValueError(
                     f"Target module {key!r} of type {type(module).__name__} is not supported. Supported: Linear (not "
                     "inside nn.MultiheadAttention), Conv1D of GPT-2, Conv1d, Conv2d and Conv3d. Exclude it with "
                     f"exclude_modules. {describe_candidates(model)}"
@@ -156,7 +157,9 @@ def acyclicity_penalty(model: nn.Module, adapter_name: str = "default") -> Tenso
         and isinstance(causal := layer.causal(adapter_name), StructuralLayer)
     ]
     if not penalties:
-        raise ValueError(f"Adapter {adapter_name!r} has no layer with mechanism='structural', so there are no cycles.")
+        raise UserValueError(
+            f"Adapter {adapter_name!r} has no layer with mechanism='structural', so there are no cycles."
+        )
     return torch.stack(penalties).sum()
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .._files import complete_or_absent
+from ..errors import UserValueError
 from .config import CausalContextConfig
 from .layer import CausalContextLayer
 from .lookup import adapted_layers
@@ -37,7 +38,7 @@ class SavedWithoutAdapters(WrappedMethod):
             return self.original(save_directory, *args, **kwargs)
         merged = next((layer for layer in layers.values() if layer.merged), None)
         if merged is not None:
-            raise ValueError(
+            raise UserValueError(
                 f"Adapters {merged.merged_adapters} are merged into the weights of {type(model).__name__}, so the base "
                 "cannot be saved as it was. Call unmerge_adapter() (or unfuse_lora()) first, or merge_and_unload() to "
                 "keep the merged weights for good."
@@ -85,7 +86,7 @@ def _weights(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 
 def _check_folder_name(adapter_name: str) -> None:
     if Path(adapter_name).name != adapter_name:
-        raise ValueError(
+        raise UserValueError(
             f"The adapter's name {adapter_name!r} cannot be the name of a folder to save it in. Rename it."
         )
 

@@ -7,6 +7,7 @@ from collections import Counter
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
+from ..errors import UserValueError
 from .layer import adapted_class
 
 # diffusers names the projections of attention alike in all its denoisers and autoencoders; the second row are the
@@ -38,7 +39,7 @@ def default_target_modules(model: nn.Module, model_config: dict) -> set[str] | s
             present = {name for name in names if _ends_with(model, name)}
             if present:
                 return present
-    raise ValueError(
+    raise UserValueError(
         f"Please specify `target_modules` in the config: there are no defaults for {type(model).__name__}. "
         + describe_candidates(model)
     )

@@ -17,6 +17,8 @@ from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
+from ..errors import UserValueError
+
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
 
 
@@ -109,7 +111,7 @@ class Base:
         if isinstance(size, list | tuple):
             size = size[0] if len(set(size)) == 1 else None
         if size is None:
-            raise ValueError(
+            raise UserValueError(
                 f"The base's {self.denoiser_name} has sample_size={self._config.sample_size!r}, which is no default "
                 "resolution for square pictures. Pass a resolution, or set sample_size in its config.json."
             )
@@ -141,7 +143,7 @@ class Base:
             or pixels.shape[1] != self.image_channels
             or any(n % self.size_multiple for n in pixels.shape[2:])
         ):
-            raise ValueError(
+            raise UserValueError(
                 f"Pictures of shape {tuple(pixels.shape)} do not fit the base: it takes (rows, {self.image_channels}, "
                 f"height, width) with height and width multiples of {self.size_multiple}. Convert or resize them."
             )
@@ -181,7 +183,9 @@ class Base:
         Raises:
             ValueError: for a base without captions.
         """
-        raise ValueError(f"{type(self.pipe).__name__} takes no captions. Leave them out, or use a text-to-image base.")
+        raise UserValueError(
+            f"{type(self.pipe).__name__} takes no captions. Leave them out, or use a text-to-image base."
+        )
 
     def predict(
         self, model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor], context: Tensor | None
@@ -371,7 +375,7 @@ def _prediction(pipe: DiffusionPipeline) -> Prediction:
         return "flow"
     prediction = scheduler.config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction", "sample") or "beta_schedule" not in scheduler.config:
-        raise ValueError(
+        raise UserValueError(
             f"The base's scheduler {type(scheduler).__name__} with prediction_type={prediction!r} has no noise "
             "schedule that training can use. Allowed: FlowMatchEulerDiscreteScheduler, or a scheduler with a "
             "beta_schedule that predicts 'epsilon', 'v_prediction' or 'sample', such as DDPMScheduler. Save the base "

@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from ..errors import UserValueError
+
 _MARGIN = 4
 
 
@@ -31,7 +33,7 @@ def picture_grid(rows: Sequence[Tensor], labels: Sequence[str], scale: int | Non
         or len(shapes) != 1
         or not all(row.ndim == 4 and row.shape[1] in (1, 3) for row in rows)
     ):
-        raise ValueError(
+        raise UserValueError(
             f"Rows of shapes {[tuple(row.shape) for row in rows]} with {len(labels)} labels make no grid. Give one "
             "label for each row, and rows (pictures, 1 or 3, height, width) of one size."
         )

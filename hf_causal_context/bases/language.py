@@ -13,6 +13,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..errors import UserValueError
+
 
 def load_language_model(name_or_path: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
     """Load a base from a folder or the Hub; only safetensors, and no code from the repository.
@@ -42,7 +44,7 @@ def check_language_model(name_or_path: str, revision: str | None) -> PreTrainedC
         ) from error
     mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) not in mapping:
-        raise ValueError(
+        raise UserValueError(
             f"{name_or_path!r} is a {config.model_type}, which is neither a causal nor an encoder-decoder language "
             "model. Choose a base that writes text."
         )

@@ -8,7 +8,8 @@ import torch
 from diffusers import DiffusionPipeline
 from transformers import AutoConfig
 
-from ..contexts import quoted
+from .._messages import quoted
+from ..errors import UserValueError
 from .families import FAMILIES, Base
 from .names import unpacked
 
@@ -80,7 +81,7 @@ def as_base(pipe: DiffusionPipeline) -> Base:
 def _family(class_name: object) -> type[Base]:
     family = FAMILIES.get(class_name) if isinstance(class_name, str) else None
     if family is None:
-        raise ValueError(
+        raise UserValueError(
             f"Pipelines of class {class_name!r} are not supported as a base. Supported: {quoted(FAMILIES)}. Save the "
             "base as one of them, or train its denoiser in a loop of your own: get_peft_model(denoiser, config)."
         )

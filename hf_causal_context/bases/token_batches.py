@@ -15,6 +15,7 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
 
+from ..errors import UserValueError
 from .tokens import IGNORED, Tokenisation, TokenRow
 
 _SHOWN_CHARACTERS = 60  # of a row that is wrong
@@ -94,7 +95,7 @@ def tokenised(rows: Iterable[Mapping[str, Any]], tokenise: Tokenisation) -> Iter
         except ValueError as error:
             where = f"context {row['context']!r}" if row["context"] else "the observational context"
             begin = str(row[tokenise.content_column])[:_SHOWN_CHARACTERS]
-            raise ValueError(f"The row of {where} that begins {begin!r}: {error}") from error
+            raise UserValueError(f"The row of {where} that begins {begin!r}: {error}") from error
 
 
 def _padded(rows: Sequence[np.ndarray], value: int) -> Tensor:

@@ -20,7 +20,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..contexts import quoted
+from .._messages import quoted
+from ..errors import UserValueError
 
 IGNORED = -100
 DEFAULT_MAX_LENGTH = 1024
@@ -71,22 +72,22 @@ class Tokenisation:
         completion_only: bool | None = None,
     ) -> None:
         if content_column not in _SHAPES:
-            raise ValueError(
+            raise UserValueError(
                 f"Rows of the column {content_column!r} are no texts. Needed are rows with 'text', 'messages', or "
                 "'prompt' and 'completion'."
             )
         if encoder_decoder and content_column != "prompt":
-            raise ValueError(
+            raise UserValueError(
                 f"An encoder-decoder reads a prompt and learns its completion, but the rows have {content_column!r}. "
                 "Give them the columns 'prompt' and 'completion', or take a causal model."
             )
         if encoder_decoder and completion_only is False:
-            raise ValueError(
+            raise UserValueError(
                 "--completion_only_loss=False: an encoder-decoder learns completions only. Leave it out, or take a "
                 "causal model."
             )
         if completion_only and content_column == "text":
-            raise ValueError(
+            raise UserValueError(
                 "--completion_only_loss: the rows have 'text', without completions. Give them 'prompt' and "
                 "'completion', or 'messages', or leave it out."
             )
@@ -103,11 +104,11 @@ class Tokenisation:
         prompt, completion = self._ids(*self._parts(row))
         if self.encoder_decoder:
             if not prompt or not completion:
-                raise ValueError(f"The {'completion' if prompt else 'prompt'} has no tokens. Remove the row.")
+                raise UserValueError(f"The {'completion' if prompt else 'prompt'} has no tokens. Remove the row.")
             labels = completion[: self.max_length]
             return TokenRow(np.array(prompt, np.int32), np.array(labels, np.int32), (len(prompt),))
         if prompt and len(prompt) >= self.max_length:
-            raise ValueError(
+            raise UserValueError(
                 f"The prompt has {len(prompt)} tokens of --max_length={self.max_length}, which leaves no room for the "
                 "completion. Raise it, or shorten the prompt."
             )
@@ -117,7 +118,7 @@ class Tokenisation:
             labels = ids.copy()
             labels[: len(prompt)] = IGNORED
         if not (labels[1:] != IGNORED).any():
-            raise ValueError(
+            raise UserValueError(
                 f"There is nothing to learn: {len(prompt)} tokens of prompt, {len(completion)} of text. The first "
                 "token of a row has nothing before it. Remove the row."
             )
@@ -143,7 +144,7 @@ class Tokenisation:
         ids = self.prompt_ids(prompt)
         first = [n for n in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id) if n is not None][:1]
         if not ids and not first:
-            raise ValueError(
+            raise UserValueError(
                 "The prompt is empty, and the tokenizer has no beginning- or end-of-sequence token to begin with. Give "
                 "a --prompt (for the samples of train-text a --validation_prompt): the first words of the text."
             )
@@ -161,7 +162,7 @@ class Tokenisation:
             return [], self._tokens(self._chat(completion), add_special_tokens=False)
         begin, whole = self._chat(prompt, add_generation_prompt=True), self._chat([*prompt, *completion])
         if not whole.startswith(begin):
-            raise ValueError(
+            raise UserValueError(
                 "The chat template writes the prompt in another way when the completion follows, so what the model "
                 "would see at inference is not what it learns. Use another template, or write the rows as text."
             )
@@ -187,16 +188,16 @@ class Tokenisation:
         if self.content_column == "prompt":
             prompt, completion = row["prompt"], row["completion"]
             if isinstance(prompt, str) != isinstance(completion, str):
-                raise ValueError("prompt and completion must both be text, or both be messages.")
+                raise UserValueError("prompt and completion must both be text, or both be messages.")
             if self.encoder_decoder and not isinstance(prompt, str):
-                raise ValueError("An encoder-decoder takes prompt and completion as text, not as messages.")
+                raise UserValueError("An encoder-decoder takes prompt and completion as text, not as messages.")
             return prompt, completion
         messages = row["messages"]
         if not self.completion_only:
             return None, messages
         if not messages or messages[-1]["role"] != "assistant":
             roles = ", ".join(message["role"] for message in messages)
-            raise ValueError(
+            raise UserValueError(
                 f"--completion_only_loss learns the last message, which must be the assistant's. Roles: {roles}."
             )
         return messages[:-1], messages[-1:]
@@ -206,7 +207,7 @@ class Tokenisation:
 
     def _chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> str:
         if self.tokenizer.chat_template is None:
-            raise ValueError(
+            raise UserValueError(
                 "The rows are messages, but the tokenizer has no chat template. Take the model's instruction-tuned "
                 "version, set tokenizer.chat_template, or write the rows as 'text' or as 'prompt' and 'completion'."
             )
@@ -216,7 +217,7 @@ class Tokenisation:
                 plain, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except TemplateError as error:
-            raise ValueError(f"The chat template refuses these messages: {error}") from error
+            raise UserValueError(f"The chat template refuses these messages: {error}") from error
         return cast(str, text)
 
     def _cut(self, ids: list[int]) -> list[int]:
@@ -239,20 +240,20 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
     """
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
-            raise ValueError(
+            raise UserValueError(
                 f"--pad_token={pad_token!r} is not in the tokenizer's vocabulary. Its special tokens: "
                 f"{quoted(tokenizer.all_special_tokens)}. Name one of its tokens."
             )
         tokenizer.pad_token = pad_token
     if tokenizer.pad_token_id is None:
-        raise ValueError(
+        raise UserValueError(
             "The tokenizer has no padding token. Name one of its tokens: --pad_token (tokenizer.pad_token in Python); "
             f"its special tokens: {quoted(tokenizer.all_special_tokens)}. Padding is never learnt, so the "
             "end-of-sequence token does."
         )
     embeddings: Any = model.get_input_embeddings()
     if len(tokenizer) > embeddings.num_embeddings:
-        raise ValueError(
+        raise UserValueError(
             f"The tokenizer has {len(tokenizer)} tokens, the model's embeddings {embeddings.num_embeddings}. Take the "
             "tokenizer that belongs to the model."
         )
@@ -283,7 +284,9 @@ def row_length(model: PreTrainedModel, max_length: int | None) -> int:
     """
     maximum = known_positions(model)
     if max_length is not None and maximum is not None and max_length > maximum:
-        raise ValueError(f"--max_length={max_length}, but {type(model).__name__} knows {maximum} positions. Lower it.")
+        raise UserValueError(
+            f"--max_length={max_length}, but {type(model).__name__} knows {maximum} positions. Lower it."
+        )
     return max_length or min(DEFAULT_MAX_LENGTH, maximum or DEFAULT_MAX_LENGTH)
 
 
@@ -332,7 +335,7 @@ def check_packing(model: PreTrainedModel, batch_size: int = 2) -> None:
     name = type(model).__name__
     refusal = f"--packing: {name} does not keep the texts of a row apart. Leave it out."
     if model.config.is_encoder_decoder:
-        raise ValueError(refusal)
+        raise UserValueError(refusal)
     training, device = model.training, model.device
     rows = min(batch_size, 2)
     tokens = (
@@ -348,11 +351,11 @@ def check_packing(model: PreTrainedModel, batch_size: int = 2) -> None:
         alone, joined = logits(tokens[:, 7:]), logits(tokens)
         packed = logits(tokens, position_ids=positions)
     except TypeError as error:
-        raise ValueError(f"{refusal} ({error})") from error
+        raise UserValueError(f"{refusal} ({error})") from error
     finally:
         model.train(training)
     # What is left of the influence that the first text has on the second one without positions: 1e-6 where texts are
     # kept apart, and rounding in half precision.
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
     if not (packed - alone).abs().max() <= tolerance * (joined - alone).abs().max():
-        raise ValueError(refusal)
+        raise UserValueError(refusal)

@@ -1,4 +1,4 @@
-"""What `check-data` says of a base: how far it is from the observational set, before any training."""
+"""`hf-causal-context check-data`: counts contexts, and says what would spoil a training."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from ..bases.language import load_language_model
 from ..bases.loading import load_base
 from ..bases.token_batches import Collation
 from ..bases.tokens import Tokenisation, row_length
-from ..data import InterventionalData
-from ..data.arguments import AnyDataArguments
+from ..data import InterventionalData, check_data
+from ..data.arguments import AnyDataArguments as Arguments
+from ..data.from_arguments import load_any_data
 from ..data.text_rows import columns_of
 from ..training.arguments import TrainingArguments
 from ..training.denoiser import gap as denoiser_gap
@@ -25,7 +26,21 @@ from ..training.language.losses import few_tokens
 _SEED = 0  # as in training, unless told otherwise
 
 
-def gap_of(data: InterventionalData, arguments: AnyDataArguments) -> BaseGap:
+def run(arguments: Arguments) -> None:
+    """Print a table of the data, and how far a base is from it if one is named.
+
+    Raises:
+        ValueError, OSError: for data or a base that cannot be used.
+    """
+    data = load_any_data(arguments)
+    report = check_data(data)
+    print(report.table(), flush=True)
+    report.raise_for_errors()
+    if arguments.pretrained_model_name_or_path is not None:
+        print(gap_of(data, arguments).advice(None))
+
+
+def gap_of(data: InterventionalData, arguments: Arguments) -> BaseGap:
     """How far the base that the arguments name is from the observational set; on the GPU if there is one.
 
     Raises:
@@ -35,7 +50,7 @@ def gap_of(data: InterventionalData, arguments: AnyDataArguments) -> BaseGap:
     return measure(data, arguments, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _gap_of_images(data: InterventionalData, arguments: AnyDataArguments, device: torch.device) -> BaseGap:
+def _gap_of_images(data: InterventionalData, arguments: Arguments, device: torch.device) -> BaseGap:
     name = cast(str, arguments.pretrained_model_name_or_path)
     base = load_base(name)
     base.pipe.to(device)
@@ -47,7 +62,7 @@ def _gap_of_images(data: InterventionalData, arguments: AnyDataArguments, device
     return denoiser_gap.denoiser_gap(base, batches.few("", denoiser_gap.NUM_ROWS), _SEED)
 
 
-def _gap_of_texts(data: InterventionalData, arguments: AnyDataArguments, device: torch.device) -> BaseGap:
+def _gap_of_texts(data: InterventionalData, arguments: Arguments, device: torch.device) -> BaseGap:
     name = cast(str, arguments.pretrained_model_name_or_path)
     model = load_language_model(name, None, torch.float32)
     model.to(cast(Any, device))

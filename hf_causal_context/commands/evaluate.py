@@ -1,4 +1,4 @@
-"""What `hf-causal-context evaluate` does: load, evaluate, write."""
+"""`hf-causal-context evaluate`: measures an adapter on its data, and writes a report."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from typing import Any
 from ..contexts import Context
 from ..data.arguments import AnyDataArguments, argument
 from ..data.from_arguments import load_data, load_text_data
+from ..errors import UserValueError
 from ..evaluation.evaluator import evaluate
 from ..evaluation.features import load_vision_features, require_torchmetrics
+from ..evaluation.markdown import markdown
 from ..evaluation.report import write_report
 from ..evaluation.results import EvaluationReport
 from ..evaluation.text_evaluator import evaluate_texts
 from ..inference.adapted import StoredAdapter
+from .adapter_arguments import DTYPES, parse_contexts
 
-_DTYPES = ["float32", "float16", "bfloat16"]
 _MINIMA = {
     "num_samples": 2,
     "num_seeds": 1,
@@ -35,7 +37,7 @@ _TEXTS_ONLY = ("text_column", "max_new_tokens")
 
 
 @dataclass
-class EvaluationArguments(AnyDataArguments):
+class Arguments(AnyDataArguments):
     """Settings of one evaluation; those of the data are the training's.
 
     Raises:
@@ -47,7 +49,7 @@ class EvaluationArguments(AnyDataArguments):
     pretrained_model_name_or_path: str | None = argument(None, "Its base; by default the one it names.")
     revision: str | None = argument(None, "Revision of the base on the Hub.")
     variant: str | None = argument(None, "Variant of the base's files, such as fp16.")
-    dtype: str = argument("float32", "Of the base: float32, float16 or bfloat16.", choices=_DTYPES)
+    dtype: str = argument("float32", "Of the base: float32, float16 or bfloat16.", choices=DTYPES)
 
     contexts: list[str] | None = argument(
         None, "Combinations to evaluate; by default all that the data holds. obs and single concepts always are."
@@ -68,11 +70,11 @@ class EvaluationArguments(AnyDataArguments):
 
     def __post_init__(self) -> None:
         if missing := ", ".join(f"--{name}" for name in ("adapter", "output_dir") if not getattr(self, name)):
-            raise ValueError(f"Missing: {missing}. Give the adapter and the folder for the report.")
+            raise UserValueError(f"Missing: {missing}. Give the adapter and the folder for the report.")
         for name, minimum in _MINIMA.items():
             value = getattr(self, name)
             if value is not None and not value >= minimum:
-                raise ValueError(f"--{name}={value} must be at least {minimum}.")
+                raise UserValueError(f"--{name}={value} must be at least {minimum}.")
 
     def refuse_useless(self, language: bool) -> None:
         """Refuse settings that an adapter of this kind does not have.
@@ -83,13 +85,22 @@ class EvaluationArguments(AnyDataArguments):
         default = {field.name: field.default for field in fields(self)}
         names = _PICTURES_ONLY if language else _TEXTS_ONLY
         if useless := [f"--{name}" for name in names if getattr(self, name) != default[name]]:
-            raise ValueError(
+            raise UserValueError(
                 f"{self.adapter} is an adapter of a {'language model' if language else 'diffusers pipeline'}, so "
                 f"{', '.join(useless)} would have no effect. Leave it out."
             )
 
 
-def evaluate_adapter(arguments: EvaluationArguments) -> tuple[EvaluationReport, list[Path]]:
+def run(arguments: Arguments) -> None:
+    """Evaluate, and print the report, its files and its verdict; see `evaluate_adapter` for what it raises."""
+    report, paths = evaluate_adapter(arguments)
+    print(f"\n{markdown(report)}")
+    for path in paths:
+        print(path)
+    print("\n" + "\n".join(f"- {sentence}" for sentence in report.verdict.sentences))
+
+
+def evaluate_adapter(arguments: Arguments) -> tuple[EvaluationReport, list[Path]]:
     """Evaluate an adapter, of pictures or of texts, on its data; write the report, and return it with its files.
 
     Raises:
@@ -103,9 +114,8 @@ def evaluate_adapter(arguments: EvaluationArguments) -> tuple[EvaluationReport, 
     arguments.refuse_useless(language)
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)  # one that cannot be written is found now
-    contexts = None
-    if (names := arguments.contexts) is not None:
-        contexts = [Context() if name == arguments.observational_name else Context.parse(name) for name in names]
+    names = arguments.contexts
+    contexts = None if names is None else parse_contexts(names, arguments.observational_name)
     numbers = {name: value for name in ("num_samples", "batch_size") if (value := getattr(arguments, name)) is not None}
     run = _evaluate_texts if language else _evaluate_pictures
     report = run(adapter, arguments, contexts, num_seeds=arguments.num_seeds, seed=arguments.seed, **numbers)
@@ -117,7 +127,7 @@ def evaluate_adapter(arguments: EvaluationArguments) -> tuple[EvaluationReport, 
 
 
 def _evaluate_pictures(
-    adapter: StoredAdapter, arguments: EvaluationArguments, contexts: Sequence[Context] | None, **options: Any
+    adapter: StoredAdapter, arguments: Arguments, contexts: Sequence[Context] | None, **options: Any
 ) -> EvaluationReport:
     if arguments.feature_extractor is not None:
         require_torchmetrics()
@@ -141,7 +151,7 @@ def _evaluate_pictures(
 
 
 def _evaluate_texts(
-    adapter: StoredAdapter, arguments: EvaluationArguments, contexts: Sequence[Context] | None, **options: Any
+    adapter: StoredAdapter, arguments: Arguments, contexts: Sequence[Context] | None, **options: Any
 ) -> EvaluationReport:
     data = load_text_data(replace(arguments, text_column=arguments.text_column or "text"))
     model, tokenizer = adapter.language_model(contexts or (), dtype=arguments.dtype)

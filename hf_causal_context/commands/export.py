@@ -1,35 +1,42 @@
-"""Chosen contexts as LoRA files: what `hf-causal-context export` does."""
+"""`hf-causal-context export`: chosen contexts as LoRA files that other tools read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
-from ..inference.adapted import StoredAdapter
+from ..data.arguments import argument
 from ..inference.export import FileFormat, export_contexts, lora_paths
+from .adapter_arguments import RevisionArguments
 
 
-def export_files(
-    adapter: str,
-    contexts: Sequence[str],
-    output_dir: Path,
-    *,
-    file_format: FileFormat,
-    pretrained_model_name_or_path: str | None = None,
-    revision: str | None = None,
-    variant: str | None = None,
-    dtype: str = "float32",
-    adapter_revision: str | None = None,
-) -> list[Path]:
-    """Write one LoRA per context of a saved adapter, and return the paths; arguments as for `export_contexts`.
+@dataclass(kw_only=True)
+class Arguments(RevisionArguments):
+    """Settings of the command."""
 
-    Raises:
-        ValueError: for another kind of adapter, an unknown base, or what `export_contexts` refuses.
-        OSError: for an adapter or base that cannot be read, or files that exist or cannot be written.
-    """
-    stored = StoredAdapter.open(
-        adapter, pretrained_model_name_or_path, revision=revision, adapter_revision=adapter_revision
+    context: list[str] = field(
+        metadata={
+            "help": 'Such as a+b "a=0.5,b=-1"; singles and pairs are all of them, obs the empty one.',
+            "aliases": ["--contexts"],
+        }
     )
-    files = lora_paths(stored.config, contexts, output_dir, file_format)  # refuses before the base is loaded
-    base = stored.pipeline(list(files.values()), variant=variant, dtype=dtype)
-    return export_contexts(base, contexts, output_dir, file_format=file_format)
+    format: str = field(
+        metadata={
+            "help": "peft: folders for PeftModel.from_pretrained; diffusers: files for load_lora_weights; kohya: files "
+            "for the tools around Stable Diffusion.",
+            "choices": ["peft", "diffusers", "kohya"],
+        }
+    )
+    output_dir: Path = field(metadata={"help": "Folder for the files."})
+    variant: str | None = argument(None, "Of the base's files, such as fp16.")
+
+
+def run(arguments: Arguments) -> None:
+    """Write one LoRA per context, and print the paths; see `export_contexts` for what it raises."""
+    stored, file_format = arguments.open(), cast(FileFormat, arguments.format)
+    # Refuses before the base is loaded.
+    contexts = list(lora_paths(stored.config, arguments.context, arguments.output_dir, file_format).values())
+    base = stored.pipeline(contexts, variant=arguments.variant, dtype=arguments.dtype)
+    for path in export_contexts(base, arguments.context, arguments.output_dir, file_format=file_format):
+        print(path)

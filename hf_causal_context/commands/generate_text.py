@@ -1,80 +1,73 @@
-"""Texts in chosen contexts: what `hf-causal-context generate-text` does."""
+"""`hf-causal-context generate-text`: texts in chosen contexts, as lines of JSON."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .._files import complete_or_absent
-from ..contexts import Context
-from ..inference.adapted import StoredAdapter
+from ..data.arguments import argument
+from ..errors import UserValueError
 from ..inference.texts import Prompt, generate_texts
+from .adapter_arguments import ContextArguments, RevisionArguments
 
 
-def generate_text_file(
-    adapter: str,
-    contexts: Sequence[str],
-    output_file: Path,
-    *,
-    prompt: str,
-    seeds: Sequence[int],
-    max_new_tokens: int,
-    chat: bool = False,
-    greedy: bool = False,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    pretrained_model_name_or_path: str | None = None,
-    revision: str | None = None,
-    dtype: str = "float32",
-    observational_name: str = "obs",
-    adapter_revision: str | None = None,
-    token: str | bool | None = None,
-) -> list[dict[str, Any]]:
+@dataclass(kw_only=True)
+class Arguments(RevisionArguments, ContextArguments):
+    """Settings of the command."""
+
+    prompt: str = field(metadata={"help": 'What the texts begin with; "" for nothing.'})
+    output_file: Path = field(metadata={"help": "Such as texts.jsonl: a JSON line per text."})
+    max_new_tokens: int = argument(60, "Length of the texts.")
+    seeds: list[int] = argument([0], "One text per context and seed.")
+    temperature: float | None = argument(None, "By default the model's own.")
+    top_p: float | None = argument(None, "By default the model's own.")
+    greedy: bool = argument(False, "The likeliest tokens instead of draws.")
+    chat: bool = argument(False, "The prompt is a user's message to a chat model.")
+
+
+def run(arguments: Arguments) -> None:
+    """Write the file, and print its lines."""
+    for row in generate_text_file(arguments):
+        print(_json_line(row), end="")
+
+
+def generate_text_file(arguments: Arguments) -> list[dict[str, Any]]:
     """Write one JSON line per seed and context, and return them: {"context", "seed", "prompt", "text"}.
 
-    Args:
-        chat: the prompt is what a user says, in the tokenizer's chat template.
-        greedy: one text per context, without random draws; their "seed" is null.
+    Of greedy texts, of which there is one per context, the "seed" is null.
 
     Raises:
         ValueError: for another kind of adapter, unknown concepts, or what `generate_texts` refuses.
         OSError: for an adapter or base that cannot be read, or a file that cannot be written.
     """
-    if greedy and (temperature, top_p) != (None, None):
-        raise ValueError(
+    sampling = {"temperature": arguments.temperature, "top_p": arguments.top_p}
+    prompt, output_file = arguments.prompt, arguments.output_file
+    if arguments.greedy and any(value is not None for value in sampling.values()):
+        raise UserValueError(
             "--greedy draws nothing, so --temperature and --top_p have no effect. Leave one or the other out."
         )
     if output_file.is_dir():
         raise IsADirectoryError(f"--output_file {output_file} is a folder. Give a file in it, such as texts.jsonl.")
-    parsed = [Context() if name == observational_name else Context.parse(name) for name in contexts]
-    stored = StoredAdapter.open(
-        adapter, pretrained_model_name_or_path, revision=revision, adapter_revision=adapter_revision, token=token
-    )
-    model, tokenizer = stored.language_model(parsed, dtype=dtype)
-    prompts: list[Prompt] = [[{"role": "user", "content": prompt}] if chat else prompt]
-    lines = []
-    for seed in (None,) if greedy else seeds:
+    contexts = arguments.parsed()
+    model, tokenizer = arguments.open().language_model(contexts, dtype=arguments.dtype)
+    prompts: list[Prompt] = [[{"role": "user", "content": prompt}] if arguments.chat else prompt]
+    rows = []
+    for seed in (None,) if arguments.greedy else arguments.seeds:
         [texts] = generate_texts(
-            model,
-            tokenizer,
-            prompts,
-            parsed,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            temperature=temperature,
-            top_p=top_p,
+            model, tokenizer, prompts, contexts, max_new_tokens=arguments.max_new_tokens, seed=seed, **sampling
         )
-        lines += [
-            {"context": str(context) or observational_name, "seed": seed, "prompt": prompt, "text": text}
-            for context, text in zip(parsed, texts, strict=True)
+        rows += [
+            {"context": str(context) or arguments.observational_name, "seed": seed, "prompt": prompt, "text": text}
+            for context, text in zip(contexts, texts, strict=True)
         ]
     with complete_or_absent(output_file) as unfinished:
-        unfinished.write_text("".join(map(json_line, lines)), encoding="utf-8")
-    return lines
+        unfinished.write_text("".join(map(_json_line, rows)), encoding="utf-8")
+    return rows
 
 
-def json_line(row: Mapping[str, Any]) -> str:
-    """A row of the file, with its newline."""
+def _json_line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"

@@ -11,7 +11,9 @@ from typing import Any, TypeAlias
 
 from datasets import Dataset
 
-from ..contexts import ConceptSet, Context, ContextLike, quoted
+from .._messages import quoted
+from ..contexts import ConceptSet, Context, ContextLike
+from ..errors import UserValueError
 from .columns import Rows, known_features, require_columns, with_text_column
 from .interventional import InterventionalData, from_dataset
 from .texts import texts_from_dataset
@@ -49,7 +51,7 @@ def contexts_from_attributes(dataset: Rows, rules: Mapping[str, str]) -> Rows:
     concepts = ConceptSet(tuple(rules))
     dataset, features = known_features(dataset)
     if "context" in features:
-        raise ValueError("The dataset has a column 'context' already. Use it, or remove or rename it first.")
+        raise UserValueError("The dataset has a column 'context' already. Use it, or remove or rename it first.")
     parsed = {concept: _parse_rule(concept, rules[concept]) for concept in concepts}
     columns = sorted({column for _, names in parsed.values() for column in names})
     for concept, (_, names) in parsed.items():
@@ -65,7 +67,7 @@ def contexts_from_attributes(dataset: Rows, rules: Mapping[str, str]) -> Rows:
     rows = with_text_column(dataset, "context", columns, context)
     if isinstance(rows, Dataset) and unfulfilled:
         concept = min(unfulfilled)
-        raise ValueError(
+        raise UserValueError(
             f"No row fulfils the rule of {concept!r}: {rules[concept]!r}. Compare it with the values of the columns "
             f"{quoted(sorted(parsed[concept][1]))}, for example 1 against '1'."
         )
@@ -127,7 +129,7 @@ def _parse_rule(concept: str, text: str) -> tuple[Predicate, set[str]]:
         predicate = _condition(tree.body)
     except (SyntaxError, ValueError) as error:
         reason = "it is not a condition" if isinstance(error, SyntaxError) else str(error)
-        raise ValueError(
+        raise UserValueError(
             f"The rule of {concept!r} cannot be read: {text!r}: {reason}. Allowed are comparisons of columns with "
             "numbers or quoted text, joined by and, or, not, such as Smiling == 1 and Eyeglasses == 0. Rename columns "
             "that are not plain names."
@@ -139,7 +141,7 @@ def _apply(concept: str, predicate: Predicate, row: Row) -> bool:
     try:
         return bool(predicate(row))
     except TypeError as error:
-        raise ValueError(f"The rule of {concept!r} cannot be applied to {dict(row)!r}: {error}.") from None
+        raise UserValueError(f"The rule of {concept!r} cannot be applied to {dict(row)!r}: {error}.") from None
 
 
 def _condition(node: ast.expr) -> Predicate:
@@ -158,7 +160,7 @@ def _condition(node: ast.expr) -> Predicate:
                 holds(before(row), after(row))
                 for holds, before, after in zip(compare, values[:-1], values[1:], strict=True)
             )
-    raise ValueError(f"{ast.unparse(node)!r} is not a comparison")
+    raise UserValueError(f"{ast.unparse(node)!r} is not a comparison")
 
 
 def _value(node: ast.expr) -> Predicate:
@@ -169,4 +171,4 @@ def _value(node: ast.expr) -> Predicate:
             return lambda row: literal
         case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
             return lambda row: -number
-    raise ValueError(f"{ast.unparse(node)!r} is neither a column nor a number nor quoted text")
+    raise UserValueError(f"{ast.unparse(node)!r} is neither a column nor a number nor quoted text")

@@ -13,7 +13,9 @@ import fsspec
 from datasets import Image, IterableDataset
 from tqdm.auto import tqdm
 
-from ..contexts import Context, quoted
+from .._messages import quoted
+from ..contexts import Context
+from ..errors import UserValueError
 from .columns import BATCH_ROWS, Rows, known_features
 from .interventional import InterventionalData
 from .text_rows import columns_of, row_problem
@@ -63,7 +65,9 @@ class DataReport:
             ValueError: with all errors.
         """
         if self.errors:
-            raise ValueError("The data cannot be trained on:\n" + "\n".join(f"- {message}" for message in self.errors))
+            raise UserValueError(
+                "The data cannot be trained on:\n" + "\n".join(f"- {message}" for message in self.errors)
+            )
 
 
 def check_data(data: InterventionalData, *, decode: bool = True) -> DataReport:
@@ -178,7 +182,7 @@ def _first_of_stream(
 
 def _text(row: Mapping[str, Any]) -> bytes:
     if problem := row_problem(row):
-        raise ValueError(problem)
+        raise UserValueError(problem)
     return json.dumps(row).encode()
 
 
@@ -189,7 +193,7 @@ def _content(value: Any) -> bytes:
         with fsspec.open(value["path"], "rb") as file:
             return file.read()  # type: ignore[union-attr]
     if value is None:
-        raise ValueError("no value")
+        raise UserValueError("no value")
     return value if isinstance(value, bytes) else repr(value).encode()
 
 

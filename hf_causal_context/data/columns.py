@@ -7,7 +7,8 @@ from typing import Any, TypeAlias
 
 from datasets import Dataset, Features, IterableDataset, Value
 
-from ..contexts import quoted
+from .._messages import quoted
+from ..errors import UserTypeError, UserValueError
 
 Rows: TypeAlias = Dataset | IterableDataset
 
@@ -25,14 +26,16 @@ def known_features(dataset: object) -> tuple[Rows, Features]:
     """
     if not isinstance(dataset, Dataset | IterableDataset):
         splits = f" Choose one of its splits: {quoted(map(str, dataset))}." if isinstance(dataset, dict) else ""
-        raise TypeError(
+        raise UserTypeError(
             f"{type(dataset).__name__} is not a dataset. Allowed: a datasets.Dataset or IterableDataset.{splits}"
         )
     if isinstance(dataset, IterableDataset) and dataset.features is None:
         try:
             dataset = dataset._resolve_features()
         except StopIteration:
-            raise ValueError("The streaming dataset has no rows. Check its files, or the filters before it.") from None
+            raise UserValueError(
+                "The streaming dataset has no rows. Check its files, or the filters before it."
+            ) from None
     assert dataset.features is not None
     return dataset, dataset.features
 
@@ -45,7 +48,7 @@ def require_columns(features: Features, columns: dict[str, str]) -> None:
     """
     for column, reason in columns.items():
         if column not in features:
-            raise ValueError(
+            raise UserValueError(
                 f"The dataset has no column {column!r} ({reason}). Its columns: {quoted(features)}. "
                 "Name one of them, or add the column."
             )

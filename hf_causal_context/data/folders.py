@@ -11,7 +11,9 @@ from pathlib import Path
 from datasets import Dataset, Features, Image, Value
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-from ..contexts import ConceptSet, ContextLike, context_text, quoted, shown
+from .._messages import quoted, shown
+from ..contexts import ConceptSet, ContextLike, context_text
+from ..errors import UserValueError
 from .interventional import InterventionalData, from_dataset
 
 METADATA = "metadata.jsonl"
@@ -48,7 +50,7 @@ def load_folders(
         if (folder / METADATA).exists()
     }
     if captions and (without := [folder for context, folder in folders.items() if context not in captions]):
-        raise ValueError(
+        raise UserValueError(
             f"{_listed(without)} has no {METADATA}, while other folders have. Caption every folder, or none."
         )
 
@@ -94,15 +96,15 @@ def context_folders(root: Path, observational_name: str, joint_separator: str, h
         try:
             context = context_text(folder.name.replace(joint_separator, "+"), observational_name)
         except ValueError as error:
-            raise ValueError(f"Folder {str(folder)!r}: {error} Rename the folder.") from error
+            raise UserValueError(f"Folder {str(folder)!r}: {error} Rename the folder.") from error
         if context in folders:
-            raise ValueError(
+            raise UserValueError(
                 f"The folders {folders[context].name!r} and {folder.name!r} in {str(root)!r} are the same context. "
                 f"Put their {held} into one."
             )
         folders[context] = folder
     if not folders:
-        raise ValueError(
+        raise UserValueError(
             f"{str(root)!r} has no folders. It must hold one folder of {held} per context, such as "
             f"'{observational_name}', 'thick' and 'thick+slant'."
         )
@@ -120,7 +122,7 @@ def visible_files(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
 def _pictures(folder: Path) -> list[Path]:
     pictures = sorted(visible_files(folder, PICTURE_SUFFIXES))
     if not pictures:
-        raise ValueError(
+        raise UserValueError(
             f"The folder {str(folder)!r} has no pictures. Allowed are the formats of Pillow, such as .png and .jpg. "
             "Add pictures, or remove the folder."
         )
@@ -139,28 +141,28 @@ def _captions(folder: Path, pictures: list[Path]) -> list[str]:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             entry = json.loads(line)
         except UnicodeDecodeError as error:
-            raise ValueError(f"{where} is not UTF-8 ({error.reason}). Save the file as UTF-8.") from None
+            raise UserValueError(f"{where} is not UTF-8 ({error.reason}). Save the file as UTF-8.") from None
         except (ValueError, RecursionError) as error:  # too many digits, too many brackets
-            raise ValueError(f"{where} is not JSON ({error}). Write one object per line.") from None
+            raise UserValueError(f"{where} is not JSON ({error}). Write one object per line.") from None
         name, text = (entry.get("file_name"), entry.get("text")) if isinstance(entry, dict) else (None, None)
         if not isinstance(name, str) or not isinstance(text, str):
-            raise ValueError(f'{where} must be {{"file_name": "...", "text": "..."}}; received {shown(line)}.')
+            raise UserValueError(f'{where} must be {{"file_name": "...", "text": "..."}}; received {shown(line)}.')
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(f"{where}: the text holds half a character. Correct it.")
+            raise UserValueError(f"{where}: the text holds half a character. Correct it.")
         relative = os.path.normpath(name)
         # Judged by name, not resolved: pictures that are links, as in the cache of the Hub, are the user's own.
         if os.path.isabs(relative) or relative.split(os.sep)[0] == os.pardir:
-            raise ValueError(
+            raise UserValueError(
                 f"{where}: file_name {shown(name)} leaves the folder. Only pictures inside it can be named."
             )
         path = folder / relative
         if path not in known:
             raise FileNotFoundError(f"{where}: there is no picture {shown(name)} in the folder. Correct file_name.")
         if path in captions:
-            raise ValueError(f"{where}: {name!r} has a second caption. Keep one line per picture.")
+            raise UserValueError(f"{where}: {name!r} has a second caption. Keep one line per picture.")
         captions[path] = text
     if missing := [path for path in pictures if path not in captions]:
-        raise ValueError(
+        raise UserValueError(
             f"{str(folder / METADATA)!r} has no caption for {_listed(missing)}. Add a line for each, or remove the "
             "pictures."
         )

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserValueError
 from . import (
     InterventionalData,
     from_attributes,
@@ -78,13 +79,13 @@ def load_any_data(arguments: AnyDataArguments) -> InterventionalData:
 
 def _require_one_source(arguments: ContextDataArguments) -> None:
     if (arguments.train_data_dir is None) == (arguments.dataset_name is None):
-        raise ValueError(
+        raise UserValueError(
             "Give the data as either --train_data_dir (a folder with one sub-folder per context) or --dataset_name (a "
             f"dataset with a column of contexts); received {arguments.train_data_dir!r} and "
             f"{arguments.dataset_name!r}."
         )
     if arguments.attribute_rules and (arguments.train_data_dir is not None or arguments.concepts is not None):
-        raise ValueError(
+        raise UserValueError(
             "--attribute_rules make contexts and concepts from the columns of a dataset: they go with --dataset_name, "
             "and without --train_data_dir and --concepts."
         )
@@ -135,7 +136,7 @@ def _parse_rules(items: list[str]) -> dict[str, str]:
     for item in items:
         concept, colon, rule = item.partition(":")
         if not colon:
-            raise ValueError(
+            raise UserValueError(
                 f"--attribute_rules {item!r} must be a concept, a colon and a rule, such as "
                 "'smiling: Smiling == 1 and Eyeglasses == 0'."
             )

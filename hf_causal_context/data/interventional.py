@@ -12,7 +12,9 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
 from numpy.typing import NDArray
 
-from ..contexts import ConceptSet, Context, ContextLike, context_text, quoted
+from .._messages import quoted
+from ..contexts import ConceptSet, Context, ContextLike, context_text
+from ..errors import UserTypeError, UserValueError
 from .columns import STREAM_BATCH_ROWS, Rows, known_features, of_contexts, require_columns, with_text_column
 
 
@@ -77,12 +79,12 @@ def from_dataset(
     columns = {context_column: "context_column=", content_column: "content_column="}
     require_columns(features, columns | ({caption_column: "caption_column="} if caption_column else {}))
     if len({context_column, content_column, caption_column}) < 3:
-        raise ValueError("context_column=, content_column= and caption_column= must be three different columns.")
+        raise UserValueError("context_column=, content_column= and caption_column= must be three different columns.")
     if context_column != "context" and "context" in (content_column, caption_column):
-        raise ValueError(f"The contexts of {context_column!r} go into a column 'context'. Rename the one there is.")
+        raise UserValueError(f"The contexts of {context_column!r} go into a column 'context'. Rename the one there is.")
     known = None if concepts is None else _concept_set(concepts)
     if known is not None and observational_name in known:
-        raise ValueError(
+        raise UserValueError(
             f"The concept {observational_name!r} has the name of the observational context. Rename the concept, or "
             "choose another observational_name=."
         )
@@ -162,7 +164,7 @@ def _concept_set(concepts: Sequence[str] | ConceptSet) -> ConceptSet:
 
 def _named(contexts: Iterable[ContextLike], observational_name: str) -> set[str]:
     if isinstance(contexts, str):
-        raise TypeError(f"{contexts!r} must be a list of contexts, such as ['thick+slant'].")
+        raise UserTypeError(f"{contexts!r} must be a list of contexts, such as ['thick+slant'].")
     return {context_text(context, observational_name) for context in contexts}
 
 
@@ -189,7 +191,7 @@ def _with_captions(rows: Rows, features: Features, caption_column: str | None, c
     if caption_column is not None:
         feature = features[caption_column]
         if not isinstance(feature, Value) or "string" not in feature.dtype:
-            raise ValueError(
+            raise UserValueError(
                 f"The caption column {caption_column!r} holds {feature}; it must hold one text per row. Map it first."
             )
     if "caption" in (caption_column, content_column):
@@ -203,7 +205,7 @@ def _single_concepts(contexts: Iterable[str]) -> ConceptSet:
     targets = {Context.parse(context).targets for context in contexts}
     singles = sorted(names[0] for names in targets if len(names) == 1)
     if not singles:
-        raise ValueError(
+        raise UserValueError(
             f"No context has exactly one target, so the concepts are unknown. Contexts found: {quoted(contexts)}. "
             "Add a set for every single concept, or name them with concepts=."
         )
@@ -217,7 +219,7 @@ def _table_data(
     counts = Counter(row_contexts.tolist())
     for argument, named in (("held_out_contexts", held_out), ("training_contexts", training or set())):
         if missing := sorted(named - set(counts)):
-            raise ValueError(
+            raise UserValueError(
                 f"{argument}= names {quoted(missing)}, which has no rows. Contexts found: {quoted(sorted(counts))} "
                 "('' is observational). Correct the name, or add the rows."
             )
@@ -242,7 +244,7 @@ def _stream_data(
     content_column: str,
 ) -> InterventionalData:
     if concepts is None:
-        raise ValueError(
+        raise UserValueError(
             "A streaming dataset needs concepts=: finding them would mean to read all of it. Name them in order."
         )
     found = held_out | ({"", *concepts} if training is None else training)
@@ -272,9 +274,9 @@ def _partition(
     if training is None:
         training = {context for context in found if len(Context.parse(context).targets) < 2} - held_out
     if both := sorted(training & held_out):
-        raise ValueError(f"{quoted(both)} cannot be both trained on and held out. Remove it from one of the lists.")
+        raise UserValueError(f"{quoted(both)} cannot be both trained on and held out. Remove it from one of the lists.")
     if not training:
-        raise ValueError(
+        raise UserValueError(
             f"No rows to train on. Contexts found, all held out: {quoted(sorted(found))}. Add the observational set "
             "and one set per concept."
         )

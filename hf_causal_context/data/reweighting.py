@@ -22,7 +22,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..contexts import ConceptSet, Context, quoted
+from .._messages import quoted
+from ..contexts import ConceptSet, Context
+from ..errors import UserValueError
 from .density_ratios import NUM_FOLDS, estimate_log_ratios, log_pool
 
 # A combination below it rests on too few rows to be learnt from them, and is left to the mechanism.
@@ -203,12 +205,14 @@ def wanted_combinations(names: Sequence[str], concepts: ConceptSet) -> list[Cont
         sizes = (2,) if names[0] == "pairs" else range(2, len(concepts) + 1)
         return [Context(*targets) for size in sizes for targets in combinations(concepts, size)]
     if shorthand := {"pairs", "all"}.intersection(names):
-        raise ValueError(f"{sorted(shorthand)[0]!r} stands alone; received {list(names)}. Name it, or combinations.")
+        raise UserValueError(
+            f"{sorted(shorthand)[0]!r} stands alone; received {list(names)}. Name it, or combinations."
+        )
     wanted = [Context.parse(name) for name in names]
     concepts.mask(wanted)  # refuses unknown names
     for context in wanted:
         if len(context.targets) < 2 or set(context.strengths.values()) != {1.0}:
-            raise ValueError(
+            raise UserValueError(
                 f"{str(context) or 'The observational context'!r} cannot be reweighted: it is no combination of "
                 "concepts at strength 1. Name such as 'thick+slant', or 'pairs', or 'all'."
             )
@@ -226,7 +230,7 @@ def check_sets(contexts: Sequence[str], concepts: ConceptSet) -> Tensor:
     counts = torch.bincount(codes[codes >= 0], minlength=len(concepts) + 1).tolist()
     names = ("the observational set", *(f"the set of {name!r}" for name in concepts))
     if few := [f"{name} has {count}" for name, count in zip(names, counts, strict=True) if count < NUM_FOLDS]:
-        raise ValueError(
+        raise UserValueError(
             f"Reweighting combinations needs the observational set and one set per concept at strength 1, each of at "
             f"least {NUM_FOLDS} training rows: {', '.join(few)}. Add rows, or leave --reweighted_contexts out."
         )

@@ -17,7 +17,9 @@ from datasets import Features, IterableDataset
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-from ..contexts import Context, quoted
+from .._messages import quoted
+from ..contexts import Context
+from ..errors import UserTypeError, UserValueError
 from .columns import known_features, of_contexts
 from .interventional import InterventionalData
 
@@ -54,11 +56,13 @@ class ContextSampler(Sampler[list[int]]):
     ) -> None:
         _check_numbers(batch_size, seed, start, rank, world_size)
         if num_batches < start:
-            raise ValueError(f"num_batches={num_batches} must be at least start={start}: it counts skipped ones too.")
+            raise UserValueError(
+                f"num_batches={num_batches} must be at least start={start}: it counts skipped ones too."
+            )
         number_of: dict[str, int] = {}
         codes = np.fromiter((number_of.setdefault(context, len(number_of)) for context in contexts), dtype=np.int32)
         if not number_of:
-            raise ValueError("No rows to sample from: contexts= is empty. Give the context of every row.")
+            raise UserValueError("No rows to sample from: contexts= is empty. Give the context of every row.")
         names = sorted(number_of)
         by_context = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
         self._rows = [by_context[number_of[name]] for name in names]
@@ -129,7 +133,7 @@ def stream_batches(
     """
     _check_numbers(batch_size, seed, start, rank, world_size)
     if not isinstance(data.rows, IterableDataset):
-        raise TypeError("The data is not streaming. Use ContextSampler, or load it with streaming=True.")
+        raise UserTypeError("The data is not streaming. Use ContextSampler, or load it with streaming=True.")
     shares, begin = _shares(data.contexts, weights), _beginning(data.contexts, num_observational)
     return _stream_batches(data.rows, data.contexts, shares, begin, batch_size, seed, start, rank, world_size)
 
@@ -160,7 +164,7 @@ def _decoded(example: dict[str, Any], features: Features) -> dict[str, Any]:
     except Exception as error:  # decoders raise whatever they like, and seldom which file it was
         paths = [value["path"] for value in example.values() if isinstance(value, dict) and value.get("path")]
         where = ", ".join(paths) or f"A row of the context {example['context']!r}"
-        raise ValueError(f"{where}: {error}") from error
+        raise UserValueError(f"{where}: {error}") from error
 
 
 def _endless(rows: IterableDataset, context: str, seed: int) -> Iterator[dict[str, Any]]:
@@ -175,7 +179,7 @@ def _endless(rows: IterableDataset, context: str, seed: int) -> Iterator[dict[st
             empty = False
             yield example
         if empty:
-            raise ValueError(f"The stream has no rows of the context {context!r}. Add them, or remove the context.")
+            raise UserValueError(f"The stream has no rows of the context {context!r}. Add them, or remove the context.")
 
 
 def schedule(
@@ -208,13 +212,13 @@ def _interleaved(shares: NDArray[np.float64], first: int, last: int) -> tuple[In
 def _shares(contexts: Sequence[str], weights: Mapping[str, float] | None) -> NDArray[np.float64]:
     given = {str(Context.parse(context)): weight for context, weight in (weights or {}).items()}
     if unknown := sorted(set(given) - set(contexts)):
-        raise ValueError(
+        raise UserValueError(
             f"weights= names {quoted(unknown)}, which has no rows. Contexts of the rows: {quoted(contexts)} ('' is "
             "observational)."
         )
     values = np.array([given.get(context, 1.0) for context in contexts], dtype=np.float64)
     if not np.isfinite(values).all() or (values < 0).any() or not values.any():
-        raise ValueError(
+        raise UserValueError(
             f"weights={dict(weights or {})!r} must be finite numbers, none negative and not all zero: each is the "
             "relative share of a context."
         )
@@ -223,7 +227,7 @@ def _shares(contexts: Sequence[str], weights: Mapping[str, float] | None) -> NDA
 
 def _beginning(contexts: Sequence[str], num_observational: int) -> tuple[int, int]:
     if num_observational < 0 or (num_observational and "" not in contexts):
-        raise ValueError(
+        raise UserValueError(
             f"num_observational={num_observational} must be 0 or more, and 0 where there are no observational rows. "
             f"Contexts of the rows: {quoted(contexts)}."
         )
@@ -232,8 +236,8 @@ def _beginning(contexts: Sequence[str], num_observational: int) -> tuple[int, in
 
 def _check_numbers(batch_size: int, seed: int, start: int, rank: int, world_size: int) -> None:
     if batch_size < 1 or seed < 0 or start < 0:
-        raise ValueError(
+        raise UserValueError(
             f"batch_size={batch_size} must be at least 1, seed={seed} and start={start} must not be negative."
         )
     if not 0 <= rank < world_size:
-        raise ValueError(f"rank={rank} must be 0 to world_size - 1, and world_size={world_size} at least 1.")
+        raise UserValueError(f"rank={rank} must be 0 to world_size - 1, and world_size={world_size} at least 1.")

@@ -10,6 +10,8 @@ from typing import Any, cast
 
 from datasets import Features, Json, LargeList, List, Value
 
+from ..errors import UserValueError
+
 TEXT_SUFFIXES = frozenset({".txt", ".jsonl"})
 
 # The columns of each shape; where a row has several, the first counts.
@@ -88,11 +90,11 @@ def read_texts(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if line.strip():
                     yield number, parse(line)
             except UnicodeDecodeError as error:
-                raise ValueError(
+                raise UserValueError(
                     f"Line {number} of {str(path)!r} is not UTF-8 ({error.reason}). Save the file as UTF-8."
                 ) from None
             except ValueError as error:
-                raise ValueError(f"Line {number} of {str(path)!r}: {error}.") from None
+                raise UserValueError(f"Line {number} of {str(path)!r}: {error}.") from None
 
 
 def _parse_text(line: str) -> dict[str, Any]:
@@ -103,21 +105,23 @@ def _parse_object(line: str) -> dict[str, Any]:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:  # too many digits, too many brackets
-        raise ValueError(f"not JSON ({error}). Write one object per line") from None
+        raise UserValueError(f"not JSON ({error}). Write one object per line") from None
     columns = text_columns(entry) if isinstance(entry, dict) else ()
     if not columns:
-        raise ValueError(
+        raise UserValueError(
             'it must be {"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}; received '
             f"{reprlib.repr(entry)}"
         )
     if problem := row_problem({column: entry[column] for column in columns}):
-        raise ValueError(f"{problem}. Correct or remove the line")
+        raise UserValueError(f"{problem}. Correct or remove the line")
     row = {column: _plain(entry[column]) for column in columns}
     if "\\ud" in line.lower():
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"half a character ({error.object[error.start]!a}). Correct or remove the line") from None
+            raise UserValueError(
+                f"half a character ({error.object[error.start]!a}). Correct or remove the line"
+            ) from None
     return row
 
 

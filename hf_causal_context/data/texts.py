@@ -12,6 +12,7 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
 
 from ..contexts import ConceptSet, ContextLike
+from ..errors import UserValueError
 from .columns import Rows, known_features, require_columns
 from .folders import METADATA, context_folders, visible_files
 from .interventional import InterventionalData, from_dataset
@@ -111,7 +112,7 @@ def texts_from_dataset(
 def _text_files(folder: Path) -> list[Path]:
     files = sorted(path for path in visible_files(folder, TEXT_SUFFIXES) if path.name != METADATA)
     if not files:
-        raise ValueError(
+        raise UserValueError(
             f"The folder {str(folder)!r} has no texts. Allowed are .txt, with one text per line, and .jsonl, with one "
             f"object per line, but not {METADATA}. Add texts, or remove the folder."
         )
@@ -124,7 +125,7 @@ def _common_features(files: list[str]) -> Features:
     for file in files:
         line, row = next(read_texts(Path(file)), (0, {}))
         if not row:
-            raise ValueError(f"The file {file!r} has no texts. Add some, or remove it.")
+            raise UserValueError(f"The file {file!r} has no texts. Add some, or remove it.")
         expected = expected or row_features(row)
         _check_shape(row, expected, line, file, files[0])
     return expected
@@ -132,7 +133,7 @@ def _common_features(files: list[str]) -> Features:
 
 def _check_shape(row: dict[str, Any], expected: Features, line: int, file: str, first: str) -> None:
     if (found := row_features(row)) != expected:
-        raise ValueError(
+        raise UserValueError(
             f"Line {line} of {file!r} has {_shape(found)}, but {first!r} has {_shape(expected)}. All rows must have "
             "one shape: change one of the two."
         )
@@ -174,7 +175,7 @@ def _check_features(features: Features, columns: tuple[str, ...]) -> None:
         fits, allowed = texts, "one text per row. Name another with text_column=, or map it first."
     if not fits:
         held = " and ".join(f"{column!r} holds {features[column]}" for column in columns)
-        raise ValueError(f"The column {held}; it must hold {allowed}")
+        raise UserValueError(f"The column {held}; it must hold {allowed}")
 
 
 def _renamed(rows: Rows, text_column: str) -> Rows:

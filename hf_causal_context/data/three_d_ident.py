@@ -8,7 +8,7 @@ from __future__ import annotations
 from itertools import combinations
 from pathlib import Path
 
-from ..contexts import quoted
+from .._messages import quoted
 from .folders import load_folders
 from .interventional import InterventionalData
 

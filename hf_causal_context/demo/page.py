@@ -15,16 +15,19 @@ from typing import Any
 
 from PIL import Image
 
+from ..errors import MissingPackageError, UserValueError
+
 try:
     import gradio as gr
 except ImportError as error:
-    raise ImportError("The demo needs gradio: pip install 'hf-causal-context[demo]'.") from error
+    raise MissingPackageError("The demo needs gradio: pip install 'hf-causal-context[demo]'.") from error
 
+from .._messages import quoted
 from ..adapter.effects import causal_effects
 from ..adapter.lookup import conditionings
 from ..bases.families import Base
 from ..bases.images import to_image
-from ..contexts import OBSERVATIONAL, Context, quoted
+from ..contexts import OBSERVATIONAL, Context
 from ..inference.adapted import StoredAdapter
 from ..inference.sampling import generate
 from .views import (
@@ -74,7 +77,9 @@ class Studio:
     def __init__(self, base: Base) -> None:
         owners = conditionings(base.pipe)
         if not owners:
-            raise ValueError("The base has no adapter to show. Attach one: load_context_adapter(base.pipe, folder).")
+            raise UserValueError(
+                "The base has no adapter to show. Attach one: load_context_adapter(base.pipe, folder)."
+            )
         self.base = base
         self.adapter_name, known = next(iter(owners[0].active_adapters().items()))
         self.concepts = known.names
@@ -90,7 +95,7 @@ class Studio:
     def combinations(self, chosen: Sequence[str], *values: Any) -> Iterator[str]:
         """No intervention, the chosen concepts at strength 1, and their pairs."""
         if not 1 <= len(chosen) <= MOST_COMBINED:
-            raise ValueError(f"{len(chosen)} concepts are chosen. Choose 1 to {MOST_COMBINED}.")
+            raise UserValueError(f"{len(chosen)} concepts are chosen. Choose 1 to {MOST_COMBINED}.")
         settings = self._settings(values)
         singles = [Context(name) | settings.nothing for name in chosen]
         pairs = [a | b for a, b in combinations(singles, 2)]
@@ -124,9 +129,9 @@ class Studio:
         settings, numbers = self._settings(values), _numbers(strengths)
         source = Context.parse(made_in)
         if picture is None:
-            raise ValueError("There is no picture yet. Upload one, or press “Draw one”.")
+            raise UserValueError("There is no picture yet. Upload one, or press “Draw one”.")
         if settings.context == source:
-            raise ValueError("The sliders say what the picture was made in already. Move one of them.")
+            raise UserValueError("The sliders say what the picture was made in already. Move one of them.")
         with self._lock:
             found = counterfactual(
                 self.base,
@@ -164,7 +169,7 @@ class Studio:
         dials = (*self.concepts, OBSERVATIONAL) if self.has_part else self.concepts
         strengths, (*given, count, first, steps) = values[: len(dials)], values[len(dials) :]
         if count is None or first is None:
-            raise ValueError("The number of pictures or the first seed is missing. Give whole numbers.")
+            raise UserValueError("The number of pictures or the first seed is missing. Give whole numbers.")
         condition = dict.fromkeys(["prompt" if self.base.takes_captions else "class_label"][: len(given)], *given)
         context = Context(dict(zip(dials, strengths, strict=True)))
         return Settings(context, condition, range(int(first), int(first) + int(count)), int(steps))
@@ -354,5 +359,5 @@ def _numbers(text: str) -> list[float]:
     except ValueError:
         numbers = []
     if not 1 <= len(numbers) <= MOST_STRENGTHS or not all(abs(number) <= 10 for number in numbers):
-        raise ValueError(f"Strengths {text!r}: write 1 to {MOST_STRENGTHS} numbers, such as 0, 0.5, 1.")
+        raise UserValueError(f"Strengths {text!r}: write 1 to {MOST_STRENGTHS} numbers, such as 0, 0.5, 1.")
     return numbers

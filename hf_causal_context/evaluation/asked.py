@@ -7,9 +7,11 @@ from itertools import combinations
 
 from torch import nn
 
+from .._messages import quoted
 from ..adapter.layer import CausalContextLayer
-from ..contexts import ConceptSet, Context, quoted
+from ..contexts import ConceptSet, Context
 from ..data import InterventionalData
+from ..errors import UserValueError
 from .evidence import MIN_REAL_ROWS
 
 MAX_UNSEEN_PAIRS = 6
@@ -26,11 +28,11 @@ def adapter_concepts(model: nn.Module, data: InterventionalData, missing: str) -
     """
     layer = next((module for module in model.modules() if isinstance(module, CausalContextLayer)), None)
     if layer is None:
-        raise ValueError(missing)
+        raise UserValueError(missing)
     active = [name for name in layer.active_adapters if name in layer.concepts]
     concepts = ConceptSet(tuple(concept for name in active for concept in layer.concepts[name]))
     if set(concepts) != set(data.concepts):
-        raise ValueError(
+        raise UserValueError(
             f"The adapter has the concepts {quoted(concepts)}, the data {quoted(data.concepts)}. They must be the "
             "same: rename the contexts of the data, or leave the others out."
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from typing import Unpack
 
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from ..bases.families import Base
 from ..bases.loading import as_base
 from ..contexts import ConceptSet, Context, ContextLike, as_context
 from ..data import InterventionalData
-from ..inference.sampling import check_conditions, generate
+from ..errors import UserValueError
+from ..inference.sampling import BATCH_SIZE, NUM_INFERENCE_STEPS, SamplingOptions, check_conditions, generate
 from .asked import adapter_concepts, contexts_to_sample, ordered
 from .evidence import Evidence, check_real_rows
 from .features import require_torchmetrics
@@ -95,16 +96,11 @@ def evaluate(
     contexts: Sequence[ContextLike] | None = None,
     num_samples: int = 256,
     num_seeds: int = 3,
-    num_inference_steps: int = 25,
-    prompt: str | None = None,
-    class_label: int | None = None,
-    guidance_scale: float | None = None,
-    resolution: int | None = None,
-    batch_size: int = 8,
     attributes: Callable[[Tensor], Tensor] | None = None,
     attribute_names: Sequence[str] = (),
     feature_extractor: nn.Module | None = None,
     seed: int = 0,
+    **sampling: Unpack[SamplingOptions],
 ) -> EvaluationReport:
     """Sample an adapter in the contexts of interventional data, and compare.
 
@@ -116,8 +112,8 @@ def evaluate(
         contexts: the combinations; by default all with real rows, or some pairs if there are none to compare with.
         num_samples: pictures per context and seed group.
         num_seeds: seed groups; two or more give confidence intervals.
-        num_inference_steps, prompt, class_label, guidance_scale, resolution, batch_size: see `generate`.
         attributes, attribute_names, feature_extractor, seed: see `evaluate_samples`.
+        sampling: see `generate`.
 
     Raises:
         ValueError: for a base without an adapter, other concepts than the data's, unknown contexts, too few real rows,
@@ -132,9 +128,10 @@ def evaluate(
     concepts = adapter_concepts(base.denoiser, data, missing)
     wanted = None if contexts is None else list(map(as_context, contexts))
     concepts.strengths(wanted or [])  # refuses unknown names
-    check_conditions(base, prompt, class_label, guidance_scale, resolution)
+    prompt, class_label, resolution = (sampling.get(name) for name in ("prompt", "class_label", "resolution"))
+    check_conditions(base, prompt, class_label, sampling.get("guidance_scale"), resolution)
     if num_samples < 2 or num_seeds < 1:
-        raise ValueError(f"num_samples={num_samples} must be at least 2 and num_seeds={num_seeds} at least 1.")
+        raise UserValueError(f"num_samples={num_samples} must be at least 2 and num_seeds={num_seeds} at least 1.")
     read = _reader(attributes, attribute_names, feature_extractor)
     real = read_real_rows(data, read, base.image_channels, resolution or base.default_resolution, seed)
     check_real_rows(concepts, {context: len(rows) for context, rows in real.items()})
@@ -144,18 +141,13 @@ def evaluate(
         notes.append(f"Real pictures have captions, all samples the prompt {prompt or ''!r}: distances hold that too.")
     if base.takes_classes:
         notes.append(f"All samples are of class {class_label}, real pictures of any: distances hold that too.")
-    draw = partial(
-        generate,
-        base,
-        prompt=prompt,
-        class_label=class_label,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        resolution=resolution,
-        batch_size=batch_size,
-    )
+    batch_size = sampling.get("batch_size", BATCH_SIZE)
+
+    def draw(context: Context, seeds: Sequence[int]) -> Tensor:
+        return generate(base, [context], seeds=seeds, **sampling)[0]
+
     sampled = sample_all(
-        Sampler(base, lambda context, seeds: draw([context], seeds=seeds)[0], read, batch_size),
+        Sampler(base, draw, read, batch_size),
         concepts,
         asked,
         [range(group * num_samples, (group + 1) * num_samples) for group in range(num_seeds)],
@@ -175,10 +167,10 @@ def evaluate(
     settings = {
         "num_samples": num_samples,
         "num_seeds": num_seeds,
-        "num_inference_steps": num_inference_steps,
+        "num_inference_steps": sampling.get("num_inference_steps", NUM_INFERENCE_STEPS),
         "prompt": prompt,
         "class_label": class_label,
-        "guidance_scale": guidance_scale,
+        "guidance_scale": sampling.get("guidance_scale"),
         "resolution": resolution or base.default_resolution,
         "seed": seed,
     }
@@ -189,7 +181,9 @@ def _reader(
     attributes: Callable[[Tensor], Tensor] | None, names: Sequence[str], feature_extractor: nn.Module | None
 ) -> Reader:
     if (attributes is None) != (not names):
-        raise ValueError("attributes= and attribute_names= go together: a function, and the names of what it measures.")
+        raise UserValueError(
+            "attributes= and attribute_names= go together: a function, and the names of what it measures."
+        )
     if feature_extractor is not None:
         require_torchmetrics()
     return Reader(attributes, tuple(names), feature_extractor)
@@ -208,17 +202,17 @@ def _check_groups(
 ) -> None:
     concepts.strengths(list(groups))  # refuses unknown names
     if missing := [_shown(c) for c in (Context(), *map(Context, concepts)) if c not in groups]:
-        raise ValueError(
+        raise UserValueError(
             f"samples= lacks {', '.join(missing)}. Leakage needs the empty context and every single concept; draw them."
         )
     sizes = [len(part) for part in base_samples]
     if not sizes or min(sizes) < 2 or len(set(sizes)) > 1:
-        raise ValueError(
+        raise UserValueError(
             f"base_samples= holds groups of {sizes} samples. Give one or more groups of one size, above 1."
         )
     for context, parts in groups.items():
         if [len(part) for part in parts] != sizes:
-            raise ValueError(
+            raise UserValueError(
                 f"Context {_shown(context)} has groups of {[len(part) for part in parts]} samples, the base of "
                 f"{sizes}: they must be equal. Draw the same seeds for all."
             )
@@ -227,7 +221,7 @@ def _check_groups(
 def _check_shapes(example: Tensor, others: Sequence[Tensor]) -> None:
     for rows in others:
         if rows.shape[1:] != example.shape[1:]:
-            raise ValueError(
+            raise UserValueError(
                 f"Rows of shape {tuple(rows.shape[1:])} and of shape {tuple(example.shape[1:])} cannot be compared. "
                 "Real rows, samples and the base's samples must have one shape."
             )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..contexts import ConceptSet, Context
+from ..errors import UserValueError
 from .readings import Readings
 from .results import Perplexity
 
@@ -83,7 +84,7 @@ def check_real_rows(concepts: ConceptSet, counts: Mapping[Context, int]) -> None
     """
     for context in (Context(), *map(Context, concepts)):
         if (num := counts.get(context, 0)) < MIN_REAL_ROWS:
-            raise ValueError(
+            raise UserValueError(
                 f"The context {str(context) or '(observational)'!r} has {num} real rows. At least {MIN_REAL_ROWS} are "
                 "needed of the observational context and of every single concept, to train the classifiers and to "
                 "measure leakage. Add rows."

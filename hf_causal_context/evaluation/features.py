@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import MissingPackageError, UserValueError
+
 _LARGEST_SUBSET = 1000
 _DEFAULT_SIDE, _DEFAULT_MEAN, _DEFAULT_DEVIATION = 224, (0.5,) * 3, (0.5,) * 3
 
@@ -25,7 +27,7 @@ def require_torchmetrics() -> None:
     try:
         import torchmetrics  # noqa: F401
     except ImportError as error:
-        raise ImportError("FID and KID need torchmetrics: pip install 'hf-causal-context[metrics]'.") from error
+        raise MissingPackageError("FID and KID need torchmetrics: pip install 'hf-causal-context[metrics]'.") from error
 
 
 def frechet_and_kernel_distance(samples: Tensor, reference: Tensor) -> tuple[float, float]:
@@ -89,13 +91,13 @@ def load_vision_features(name_or_path: str) -> VisionFeatures:
         name_or_path, use_safetensors=True, trust_remote_code=False, output_loading_info=True
     )
     if missing := sorted(name for name in info["missing_keys"] if "text" not in name):
-        raise ValueError(
+        raise UserValueError(
             f"--feature_extractor {name_or_path!r} lacks weights of its model, which would be random: "
             f"{', '.join(missing[:3])}. Name a complete vision model, such as facebook/dinov2-small."
         )
     model = getattr(loaded, "vision_model", loaded)  # the half of CLIP and SigLIP that sees
     if getattr(model, "main_input_name", None) != "pixel_values":
-        raise ValueError(
+        raise UserValueError(
             f"--feature_extractor {name_or_path!r} is a {type(model).__name__}, which takes no pictures. Name a vision "
             "model, such as facebook/dinov2-small or openai/clip-vit-base-patch32."
         )
@@ -109,7 +111,7 @@ def load_vision_features(name_or_path: str) -> VisionFeatures:
     with torch.no_grad():
         output = cast(Any, features.model)(pixel_values=torch.zeros(1, 3, size, size))
     if getattr(output, "pooler_output", None) is None:
-        raise ValueError(
+        raise UserValueError(
             f"--feature_extractor {name_or_path!r} is a {type(model).__name__}, which has no pooled output. Name "
             "another vision model, such as facebook/dinov2-small."
         )

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from ..errors import MissingPackageError
 from .metrics import Estimate
 from .results import EvaluationReport, Leakage
 from .verdict import worst_leak
@@ -26,7 +27,7 @@ def draw_report(report: EvaluationReport, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'hf-causal-context[plot]'.") from error
+        raise MissingPackageError("Plots need matplotlib: pip install 'hf-causal-context[plot]'.") from error
 
     K = len(report.concepts)
     heights = (0.9 + 0.42 * len(report.contexts), 2.2 + 0.42 * K, 3.0)

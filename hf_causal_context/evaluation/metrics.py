@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import UserValueError
+
 NUM_PROJECTIONS = 500
 
 
@@ -56,13 +58,13 @@ def sliced_wasserstein(
     import ot
 
     if samples.shape[1:] != reference.shape[1:] or not len(samples) or not len(reference):
-        raise ValueError(
+        raise UserValueError(
             f"Samples of shape {tuple(samples.shape)} cannot be compared with a reference of shape "
             f"{tuple(reference.shape)}. Apart from their number they must have the same, non-empty shape."
         )
     x, y = (values.flatten(1).to(torch.float64).cpu().numpy() for values in (samples, reference))
     if not torch.isfinite(samples).all() or not torch.isfinite(reference).all():
-        raise ValueError("Samples or reference contain NaN or infinite values.")
+        raise UserValueError("Samples or reference contain NaN or infinite values.")
     distance: Any = ot.sliced_wasserstein_distance(x, y, n_projections=num_projections, seed=seed)
     return float(distance)
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import UserValueError
+
 LARGEST_SIDE = 64
 NUM_EXAMPLES = 8
 
@@ -72,7 +74,7 @@ class Reader:
         """
         rows = rows.detach().float().cpu()
         if not torch.isfinite(rows).all():
-            raise ValueError(
+            raise UserValueError(
                 f"{where} contain NaN or infinite values. An adapter that diverged makes them, or a base in float16 "
                 "that needs bfloat16 or float32."
             )
@@ -88,7 +90,7 @@ class Reader:
             return None
         read = torch.as_tensor(self.attributes(rows)).float().cpu()
         if read.shape != (len(rows), len(self.attribute_names)):
-            raise ValueError(
+            raise UserValueError(
                 f"attributes= returned shape {tuple(read.shape)} for {len(rows)} rows and {len(self.attribute_names)} "
                 "attribute_names=. It must return one row for each, with one column for every name."
             )
@@ -99,7 +101,7 @@ class Reader:
         if self.feature_extractor is None:
             return None
         if rows.ndim != 4 or rows.shape[1] not in (1, 3):
-            raise ValueError(
+            raise UserValueError(
                 f"feature_extractor= takes pictures (N, 1 or 3, H, W); {where} have shape {tuple(rows.shape)}. Leave "
                 "it out."
             )
@@ -107,7 +109,7 @@ class Reader:
         parameter = next(self.feature_extractor.parameters(), None)
         features = self.feature_extractor.eval()(pictures if parameter is None else pictures.to(parameter.device))
         if features.ndim != 2 or len(features) != len(rows):
-            raise ValueError(
+            raise UserValueError(
                 f"feature_extractor= returned shape {tuple(features.shape)} for {len(rows)} pictures. It must return "
                 "one row of features for each."
             )

@@ -17,6 +17,7 @@ from ..bases.images import read_picture
 from ..contexts import Context
 from ..data import InterventionalData
 from ..data.columns import Rows
+from ..errors import UserValueError
 from .readings import Reader, Readings
 
 MAX_REAL_ROWS = 2000  # per context; more add time, and little to distances of a few hundred samples
@@ -45,7 +46,7 @@ def read_real_rows(
     for context, row in tqdm(rows_of_contexts(data, MAX_REAL_ROWS, seed), desc="read real pictures", unit="picture"):
         picture = row[data.content_column]
         if not isinstance(picture, Image.Image):
-            raise ValueError(
+            raise UserValueError(
                 f"A row of context {context!r} holds {type(picture).__name__} in the column {data.content_column!r}, "
                 "not a picture. Name another --image_column, or remove the row."
             )

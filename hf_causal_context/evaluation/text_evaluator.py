@@ -17,6 +17,7 @@ from ..bases.tokens import Tokenisation, room_after, row_length
 from ..contexts import ConceptSet, Context, ContextLike, as_context
 from ..data import InterventionalData
 from ..data.text_rows import prompt_of
+from ..errors import UserValueError
 from ..inference.texts import Prompt
 from .asked import adapter_concepts, contexts_to_sample
 from .evidence import Evidence, check_real_rows
@@ -74,7 +75,7 @@ def evaluate_texts(
     wanted = None if contexts is None else list(map(as_context, contexts))
     concepts.strengths(wanted or [])  # refuses unknown names
     if num_samples < 2 or num_seeds < 1:
-        raise ValueError(f"num_samples={num_samples} must be at least 2 and num_seeds={num_seeds} at least 1.")
+        raise UserValueError(f"num_samples={num_samples} must be at least 2 and num_seeds={num_seeds} at least 1.")
     base = cast(Any, model.get_base_model())
     encoder_decoder = bool(base.config.is_encoder_decoder)
     tokenise = Tokenisation(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import CARD_CONTENTS, complete_or_absent
+from ..errors import UserValueError
 
 STRENGTHS = (0.0, 0.5, 1.0, 1.5)  # columns of the picture of strengths
 
@@ -81,7 +82,7 @@ class CardContents:
         try:
             return cls(**stored)
         except TypeError as error:
-            raise ValueError(
+            raise UserValueError(
                 f"{folder / CARD_CONTENTS} is not what this version writes ({error}). Make the folder again with "
                 "`hf-causal-context push`."
             ) from error

@@ -25,8 +25,10 @@ from .._files import (
     WEIGHTS,
     complete_or_absent,
 )
+from .._messages import quoted
 from ..bases.names import public_name
-from ..contexts import ConceptSet, Context, quoted
+from ..contexts import ConceptSet, Context
+from ..errors import UserValueError
 from ..inference.adapted import StoredAdapter
 from ..inference.shown_contexts import shown_contexts
 from .card import is_edited, render_card
@@ -95,7 +97,7 @@ def save(
     pictures_only |= {"guidance_scale": guidance_scale, "resolution": resolution}
     texts_only = {"chat": chat or None, "max_new_tokens": max_new_tokens}
     if useless := [name for name, value in (pictures_only if language else texts_only).items() if value is not None]:
-        raise ValueError(
+        raise UserValueError(
             f"{adapter} is an adapter of a {'language model' if language else 'diffusers pipeline'}, so "
             f"{', '.join(f'--{name}' for name in useless)} would have no effect. Leave it out."
         )
@@ -221,7 +223,7 @@ def _read_evaluation(folder: str | Path, concepts: Sequence[str]) -> dict[str, A
         )
     report = _read_json(path)
     if report.get("concepts") != list(concepts):
-        raise ValueError(
+        raise UserValueError(
             f"{path} is about the concepts {report.get('concepts')}, and the adapter has {list(concepts)}. Evaluate "
             "this adapter."
         )

@@ -20,6 +20,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .._files import CARD, first_line
 from ..bases.names import is_folder, lasting_name
+from ..errors import UserValueError
 from .card import is_edited, render_card
 from .card_code import quoted
 from .contents import CardContents
@@ -111,9 +112,9 @@ def check_pushable(
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is no name of a repository: {error} Give user/name.") from error
+        raise UserValueError(f"{repo_id!r} is no name of a repository: {error} Give user/name.") from error
     if is_folder(lasting_name(base)):
-        raise ValueError(
+        raise UserValueError(
             f"The base {base!r} is a folder of this machine, which nobody who downloads the adapter has. Push the base "
             "first (push_to_hub of the pipeline, or of the model and its tokenizer), then give its id: "
             "--pretrained_model_name_or_path user/base."

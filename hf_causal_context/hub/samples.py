@@ -16,6 +16,7 @@ from ..adapter.baking import adapter_config, save_baked
 from ..adapter.effects import causal_effects
 from ..bases.tokens import Tokenisation
 from ..contexts import Context, file_name
+from ..errors import UserValueError
 from .card_code import quoted
 from .contents import STRENGTHS, CardContents
 
@@ -183,7 +184,7 @@ def _inputs(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, encoder
     if tokenizer(prompt)["input_ids"] != ids:  # begin with a special token, or without the one that ends a text
         text, options = cast(str, tokenizer.decode(ids)), {"add_special_tokens": False}
         if tokenizer(text, **options)["input_ids"] != ids:
-            raise ValueError(
+            raise UserValueError(
                 f"The prompt {prompt!r} cannot be shown as text for this tokenizer. Give another --prompt."
             )
     shown = "".join(f", {name}={value}" for name, value in options.items())

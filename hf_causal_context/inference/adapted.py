@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .._files import CONFIG, checkpoint_steps
+from .._messages import shown
 from ..adapter.baking import context_strengths
 from ..adapter.compatibility import check_fits
 from ..adapter.config import CausalContextConfig
@@ -25,7 +26,8 @@ from ..bases.families import Base
 from ..bases.language import load_language_model
 from ..bases.loading import load_base
 from ..bases.names import is_packaged
-from ..contexts import Context, shown
+from ..contexts import Context
+from ..errors import UserValueError
 from .pipelines import adapter_places, attach
 
 _LANGUAGE_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
@@ -101,7 +103,7 @@ class StoredAdapter:
             return self.given_base, self.given_revision
         name = self.config.base_model_name_or_path
         if not name:
-            raise ValueError(f"{self.source} does not name its base. Give --pretrained_model_name_or_path.")
+            raise UserValueError(f"{self.source} does not name its base. Give --pretrained_model_name_or_path.")
         if not Path(self.source).is_dir() and not is_packaged(name):
             self._check_repository(name)
         if Path(name).is_absolute() and not Path(name).exists():
@@ -134,7 +136,7 @@ class StoredAdapter:
             OSError: for a base that cannot be read.
         """
         if self.is_of_language_model:
-            raise ValueError(
+            raise UserValueError(
                 f"{self.source} is an adapter of a language model, not of a diffusers pipeline. `hf-causal-context "
                 "generate-text` writes texts with it; save_baked(model, context, folder) in Python exports it."
             )
@@ -163,12 +165,12 @@ class StoredAdapter:
         """
         library = (self.config.auto_mapping or {}).get("parent_library") or ""
         if library.startswith("diffusers"):
-            raise ValueError(
+            raise UserValueError(
                 f"{self.source} is an adapter of a diffusion model. `hf-causal-context generate` makes "
                 "pictures with it."
             )
         if self.config.task_type is not None and not self.is_of_language_model:
-            raise ValueError(f"{self.source} is an adapter for {self.config.task_type}, which writes no texts.")
+            raise UserValueError(f"{self.source} is an adapter for {self.config.task_type}, which writes no texts.")
         name, revision = self.base
         context_strengths(self.config, contexts)
         tensors = read_header(self.folder, self.config.layout(), self.source)

@@ -27,6 +27,7 @@ from ..bases.families import Flux
 from ..bases.images import read_picture
 from ..bases.loading import Base, as_base
 from ..contexts import OBSERVATIONAL, Context, ContextLike, as_context
+from ..errors import UserTypeError, UserValueError
 from .sampling import check_conditions, eval_mode
 
 if TYPE_CHECKING:
@@ -96,12 +97,12 @@ def counterfactual(
     base = pipe if isinstance(pipe, Base) else as_base(pipe)
     check_conditions(base, prompt, class_label, None, None)
     if len(strengths) == 0 or not np.isfinite(strengths).all():
-        raise ValueError(f"strengths={list(strengths)} must be one or more finite numbers, such as [0.5, 1.0].")
+        raise UserValueError(f"strengths={list(strengths)} must be one or more finite numbers, such as [0.5, 1.0].")
     source, target = as_context(from_context), as_context(to_context)
     contexts = [source, *(_between(source, target, strength) for strength in strengths)]
     intervene(base.pipe, contexts)  # errors show here, before any work
     if num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1; 50 is usual.")
+        raise UserValueError(f"num_inference_steps={num_inference_steps} must be at least 1; 50 is usual.")
     pixels = _pixels(base, image)
     weights = None if mask is None else _mask(mask, pixels)
 
@@ -189,7 +190,7 @@ class Sampler:
         # A step from (almost) pure noise forgets where it came from: there is nothing to invert.
         times, squares = times[squares > _SMALLEST_SNR], squares[squares > _SMALLEST_SNR]
         if not len(times):
-            raise ValueError(
+            raise UserValueError(
                 f"num_inference_steps={self.steps} leads from pure noise to the picture without a step in between that "
                 "could be inverted. Use more; 50 is usual."
             )
@@ -269,18 +270,18 @@ def _pixels(base: Base, image: Image.Image | Sequence[Image.Image] | Tensor) -> 
     if not isinstance(image, Tensor):
         pictures = [image] if isinstance(image, Image.Image) else list(image)
         if not pictures or not all(isinstance(picture, Image.Image) for picture in pictures):
-            raise TypeError(
+            raise UserTypeError(
                 f"image={image!r} is no picture. Pass a PIL image, a list of them, or a tensor (B, C, H, W) in [0, 1]."
             )
         arrays = [read_picture(picture, base.image_channels, base.default_resolution) for picture in pictures]
         return torch.from_numpy(np.stack(arrays)).float() / 255
     if image.ndim != 4 or not image.numel() or not image.is_floating_point() or not _in_range(image):
-        raise ValueError(
+        raise UserValueError(
             f"image is a tensor of shape {tuple(image.shape)} and type {image.dtype} with values {_range(image)}. Pass "
             "floats (B, C, H, W) in [0, 1]."
         )
     if base.fixed_size and image.shape[2:] != (base.default_resolution,) * 2:
-        raise ValueError(
+        raise UserValueError(
             f"image has {image.shape[2]} x {image.shape[3]} pixels, and {type(base.pipe).__name__} generates "
             f"{base.default_resolution} x {base.default_resolution} only. Resize it, or pass PIL images."
         )
@@ -294,7 +295,7 @@ def _mask(mask: Image.Image | Tensor, pixels: Tensor) -> Tensor:
         grey = ImageOps.fit(ImageOps.exif_transpose(mask).convert("L"), (width, height))
         return torch.from_numpy(np.asarray(grey).copy()).float()[None, None] / 255
     if tuple(mask.shape) != (height, width) or not _in_range(mask):
-        raise ValueError(
+        raise UserValueError(
             f"mask has shape {tuple(mask.shape)} and values {_range(mask)}. Pass ({height}, {width}) in [0, 1], 1 "
             "where the edit may act, or a grey picture."
         )

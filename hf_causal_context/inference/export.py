@@ -21,12 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .._files import complete_or_absent
+from .._messages import quoted
 from ..adapter.baking import adapter_config, bake, context_strengths
 from ..adapter.config import CausalContextConfig
 from ..adapter.layer import CausalContextLayer
 from ..adapter.saving import write_adapter
 from ..bases.families import Base
-from ..contexts import ConceptSet, Context, file_name, quoted
+from ..contexts import ConceptSet, Context, file_name
+from ..errors import UserValueError
 
 FileFormat = Literal["peft", "diffusers", "kohya"]
 
@@ -97,13 +99,13 @@ def lora_paths(
         wanted |= dict.fromkeys(words[name] if name in words and name not in concepts else [Context.parse(name)])
     context_strengths(config, list(wanted))  # refuses what the adapter does not have
     if not wanted:
-        raise ValueError(
+        raise UserValueError(
             f"contexts={list(names)} name nothing to export from an adapter with the concepts {quoted(concepts)}. Give "
             "such as 'singles', or a context."
         )
     is_base = not config.observational_rank and (config.mechanism == "independent" or config.anchored)
     if Context() in wanted and is_base:
-        raise ValueError(
+        raise UserValueError(
             "The empty context of this adapter is the base model itself; its LoRA would change nothing. Leave it out."
         )
     suffix = "" if file_format == "peft" else ".safetensors"
@@ -113,7 +115,7 @@ def lora_paths(
         name = file_name(str(context) or "obs")
         other = taken.setdefault(name.casefold(), context)  # some file systems do not tell cases apart
         if other != context:
-            raise ValueError(
+            raise UserValueError(
                 f"The contexts {str(other)!r} and {str(context)!r} would both be written to {name + suffix!r}. Export "
                 "them one by one, into folders of their own."
             )
@@ -126,24 +128,24 @@ def lora_paths(
 def _check_format(base: Base, models: dict[str, nn.Module], file_format: FileFormat) -> None:
     pipeline = type(base.pipe).__name__
     if not isinstance(base.pipe, LoraBaseMixin):
-        raise ValueError(
+        raise UserValueError(
             f"{pipeline} has no load_lora_weights, so no file of the format {file_format!r} could be loaded into it. "
             f"Use --format peft, and PeftModel.from_pretrained(pipe.{base.denoiser_name}, folder)."
         )
     if file_format == "kohya" and base.denoiser_name != "unet":
-        raise ValueError(
+        raise UserValueError(
             f"The format 'kohya' is for the UNets of Stable Diffusion and SDXL; {pipeline} has a {base.denoiser_name}. "
             "Use --format diffusers."
         )
     loadable = base.pipe._lora_loadable_modules
     for name, model in models.items():
         if name not in loadable:
-            raise ValueError(
+            raise UserValueError(
                 f"The adapter of {name!r} has no place in the format {file_format!r}: {pipeline} loads LoRAs of "
                 f"{quoted(loadable)} only. Use --format peft."
             )
         if adapter_config(model).modules_to_save:
-            raise ValueError(
+            raise UserValueError(
                 f"The adapter of {name!r} holds whole modules (modules_to_save), which are no LoRA and have no place "
                 f"in the format {file_format!r}. Use --format peft."
             )
@@ -211,7 +213,7 @@ def _check_readable(base: Base, kohya: dict[str, Tensor], state: dict[str, Tenso
                 part = convert_state_dict_to_peft(convert_state_dict_to_diffusers(part))
         found |= {f"{component}.{key}" for key in part}
     if lost := sorted({key.split(".lora_")[0] for key in state if key not in found}):
-        raise ValueError(
+        raise UserValueError(
             f"Diffusers cannot read the modules {quoted(lost)} from the format 'kohya'. Use --format diffusers, or "
             "train without them."
         )

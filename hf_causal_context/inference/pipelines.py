@@ -16,6 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .._files import CONFIG
+from .._messages import quoted
 from ..adapter.compatibility import check_fits
 from ..adapter.config import CausalContextConfig
 from ..adapter.followed_pipeline import follow, unfollow
@@ -23,7 +24,7 @@ from ..adapter.lookup import adapted_layers, conditionings
 from ..adapter.storage.download import download
 from ..adapter.storage.files import read_header, read_weights
 from ..adapter.storage.layout import AdapterError, not_whole
-from ..contexts import quoted
+from ..errors import UserTypeError, UserValueError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -122,7 +123,7 @@ def unload_context_adapter(pipe: DiffusionPipeline, adapter_name: str | None = N
     owners = {name: module for name, module in _modules(pipe).items() if conditionings(module)}
     loaded = {name for module in owners.values() for owner in conditionings(module) for name in owner.concepts}
     if not loaded or (adapter_name is not None and adapter_name not in loaded):
-        raise ValueError(
+        raise UserValueError(
             f"{type(pipe).__name__} has no causal context adapter"
             + (f" {adapter_name!r}. It has: {quoted(sorted(loaded))}." if adapter_name else ".")
         )
@@ -130,7 +131,7 @@ def unload_context_adapter(pipe: DiffusionPipeline, adapter_name: str | None = N
     for component, module in owners.items():
         for layer in adapted_layers(module).values():
             if names & set(layer.merged_adapters):
-                raise ValueError(
+                raise UserValueError(
                     f"Adapters {layer.merged_adapters} are merged into the weights of pipe.{component}. Call "
                     f"pipe.{component}.unfuse_lora() (or unmerge_adapter()) first."
                 )
@@ -144,13 +145,13 @@ def unload_context_adapter(pipe: DiffusionPipeline, adapter_name: str | None = N
 def _modules(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     """The pipeline's networks by the names of their components, without the wrappers of torch.compile."""
     if not isinstance(getattr(pipe, "components", None), dict):
-        raise TypeError(f"An adapter is loaded into a diffusers pipeline, not into a {type(pipe).__name__}.")
+        raise UserTypeError(f"An adapter is loaded into a diffusers pipeline, not into a {type(pipe).__name__}.")
     modules = {}
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module):
             modules[name] = cast(nn.Module, getattr(component, "_orig_mod", component))
             if isinstance(component, PeftModel):
-                raise ValueError(
+                raise UserValueError(
                     f"pipe.{name} is a PeftModel, which pipelines cannot save. Set pipe.{name} = "
                     f"pipe.{name}.get_base_model() first; adapters stay attached."
                 )
@@ -189,11 +190,11 @@ def _component_for(
 
 def _check_room(module: nn.Module, component: str, adapter_name: str) -> None:
     if adapter_name in getattr(module, "peft_config", {}):
-        raise ValueError(
+        raise UserValueError(
             f"pipe.{component} already has an adapter {adapter_name!r}. Unload it first, or give another adapter_name."
         )
     if any(hasattr(inner, "_hf_hook") or hasattr(inner, "_diffusers_hook") for inner in list(module.modules())[1:]):
-        raise ValueError(
+        raise UserValueError(
             f"Parts of pipe.{component} are offloaded one by one (sequential or group offloading). Load the adapter "
             "first, then enable offloading."
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -17,6 +17,20 @@ from ..adapter.intervene import intervene
 from ..adapter.lookup import conditionings
 from ..bases.loading import Base, as_base
 from ..contexts import Context, ContextLike, as_context
+from ..errors import UserTypeError, UserValueError
+
+NUM_INFERENCE_STEPS, BATCH_SIZE = 25, 8
+
+
+class SamplingOptions(TypedDict, total=False):
+    """How `generate` samples, for functions that hand it on; see there."""
+
+    prompt: str | None
+    class_label: int | None
+    num_inference_steps: int
+    guidance_scale: float | None
+    resolution: int | None
+    batch_size: int
 
 
 @torch.no_grad()
@@ -27,10 +41,10 @@ def generate(
     seeds: Sequence[int],
     prompt: str | None = None,
     class_label: int | None = None,
-    num_inference_steps: int,
+    num_inference_steps: int = NUM_INFERENCE_STEPS,
     guidance_scale: float | None = None,
     resolution: int | None = None,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
 ) -> list[Tensor]:
     """Pictures (S, C, H, W) in [0, 1] for every context, on the CPU.
 
@@ -50,9 +64,11 @@ def generate(
     base = base if isinstance(base, Base) else as_base(base)
     check_conditions(base, prompt, class_label, guidance_scale, resolution)
     if isinstance(contexts, str | Mapping | Context):
-        raise TypeError(f"contexts={contexts!r} is a single context. Pass a list of contexts, such as [(), 'thick'].")
+        raise UserTypeError(
+            f"contexts={contexts!r} is a single context. Pass a list of contexts, such as [(), 'thick']."
+        )
     if not contexts or not seeds or batch_size < 1:
-        raise ValueError(
+        raise UserValueError(
             f"Nothing to generate: {len(contexts)} contexts, {len(seeds)} seeds, batch_size={batch_size}. Give at "
             "least one of each; the observational context is ()."
         )
@@ -94,23 +110,23 @@ def check_conditions(
     """
     name = type(base.pipe).__name__
     if prompt is not None and not base.takes_captions:
-        raise ValueError(f"prompt={prompt!r} was given, but {name} takes no captions. Leave it out.")
+        raise UserValueError(f"prompt={prompt!r} was given, but {name} takes no captions. Leave it out.")
     if class_label is not None and not base.takes_classes:
-        raise ValueError(f"class_label={class_label!r} was given, but this base has no classes. Leave it out.")
+        raise UserValueError(f"class_label={class_label!r} was given, but this base has no classes. Leave it out.")
     if base.num_classes is not None and (class_label is None or not 0 <= class_label < base.num_classes):
-        raise ValueError(
+        raise UserValueError(
             f"class_label={class_label!r}, but this base is conditioned on classes 0 to {base.num_classes - 1}. Pass "
             "one of them."
         )
     if guidance_scale is not None and not base.takes_guidance:
-        raise ValueError(f"guidance_scale={guidance_scale} was given, but {name} has no guidance. Leave it out.")
+        raise UserValueError(f"guidance_scale={guidance_scale} was given, but {name} has no guidance. Leave it out.")
     if base.fixed_size and resolution not in (None, base.default_resolution):
-        raise ValueError(
+        raise UserValueError(
             f"resolution={resolution} was given, but {name} generates {base.default_resolution} pixels only. Leave it "
             "out, and train at that resolution."
         )
     if resolution is not None and resolution % base.size_multiple:
-        raise ValueError(
+        raise UserValueError(
             f"resolution={resolution} was given, but {name} needs a multiple of {base.size_multiple}. Round it."
         )
 

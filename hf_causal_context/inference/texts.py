@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..adapter.intervene import intervene
 from ..bases.tokens import Tokenisation, known_positions, room_after
 from ..contexts import Context
+from ..errors import UserValueError
 
 Prompt = str | Sequence[Mapping[str, str]]
 
@@ -51,7 +52,7 @@ def generate_texts(
         ValueError: for a prompt without tokens, one that leaves too little room, or unknown concepts.
     """
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
+        raise UserValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
     encoder_decoder = bool(cast(Any, model).config.is_encoder_decoder)
     column = "prompt" if encoder_decoder else "text"
     tokenise = Tokenisation(tokenizer, column, encoder_decoder=encoder_decoder, max_length=sys.maxsize)
@@ -84,12 +85,12 @@ def _check_room(model: PreTrainedModel | PeftModel, ids: Sequence[int], new: int
     if known is None:
         return
     if encoder_decoder and len(ids) > known:
-        raise ValueError(f"The prompt has {len(ids)} tokens, and the model reads {known}. Shorten it.")
+        raise UserValueError(f"The prompt has {len(ids)} tokens, and the model reads {known}. Shorten it.")
     room = room_after(model, ids)
     if room < 1:
-        raise ValueError(f"The prompt has {len(ids)} tokens, and the model knows {known} positions. Shorten it.")
+        raise UserValueError(f"The prompt has {len(ids)} tokens, and the model knows {known} positions. Shorten it.")
     if new > room:
-        raise ValueError(
+        raise UserValueError(
             f"The model knows {known} positions, and the prompt has {len(ids)} tokens, so max_new_tokens={new} is too "
             f"much. Give at most {room}."
         )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..context_module import ContextModule, NoiseModule, Posterior
 from ..contexts import ConceptSet, ContextBatch, as_context, as_contexts
+from ..errors import UserValueError
 from ..functional import normal_like
 from .encoder_decoders import EncoderDecoder, base_from_config
 
@@ -95,7 +96,7 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
         else:
             names = [name for name, _ in self.backbone.named_modules() if name]
             if latent_module not in names:
-                raise ValueError(f"latent_module={latent_module!r} is no module of the base. It has: {names}.")
+                raise UserValueError(f"latent_module={latent_module!r} is no module of the base. It has: {names}.")
             self.backbone.get_submodule(latent_module).requires_grad_(False)  # what it computes is not used
             features = math.prod(self.backbone.latent_shape)
         sizes = (features, features, len(self.concept_set), noise_width)
@@ -151,7 +152,7 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
                 self.backbone(pictures)
         except _FoundError as stop:
             return self.context_module.encode(cast(Tensor, stop.args[0]).flatten(1), mask)
-        raise ValueError(f"The base never called {self.latent_module!r}, so there is nothing to encode.")
+        raise UserValueError(f"The base never called {self.latent_module!r}, so there is nothing to encode.")
 
     def decode(self, noise: Tensor, context: ContextBatch, generator: torch.Generator | None = None) -> Tensor:
         """Exogenous coordinates (B, K, N) in a context, or one per sample -> pictures (B, C, S, S) in [0, 1].
@@ -163,7 +164,7 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
         """
         expected = (len(self.concept_set), self.context_module.noise_width)
         if noise.ndim != 3 or noise.shape[1:] != expected:
-            raise ValueError(
+            raise UserValueError(
                 f"Exogenous coordinates of shape {tuple(noise.shape)}; they must be (B, {expected[0]}, {expected[1]}): "
                 "concepts and noise_width."
             )
@@ -232,7 +233,7 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
         else:
             mask = self.concept_set.mask(as_contexts(context) or (as_context(context),))
         if len(mask) not in (1, num):
-            raise ValueError(f"{len(mask)} contexts for {num} samples. Give one, or one for each sample.")
+            raise UserValueError(f"{len(mask)} contexts for {num} samples. Give one, or one for each sample.")
         mask = torch.zeros_like(mask) if self.ignore_contexts else mask
         return mask.to(self.device, self.dtype)
 
@@ -240,13 +241,13 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
         """Raise a ValueError unless pictures are (B, C, S, S) in [0, 1]."""
         expected = (self.backbone.channels, self.backbone.size, self.backbone.size)
         if pictures.ndim != 4 or pictures.shape[1:] != expected or not pictures.is_floating_point():
-            raise ValueError(
+            raise UserValueError(
                 f"Pictures of shape {tuple(pictures.shape)} and dtype {pictures.dtype}; this autoencoder takes float "
                 f"tensors (B, {', '.join(map(str, expected))}) with values in [0, 1]. Resize or convert them."
             )
         low, high = pictures.aminmax() if len(pictures) else (torch.zeros(()), torch.ones(()))
         if not (low >= 0 and high <= 1):  # NaN fails, too
-            raise ValueError(
+            raise UserValueError(
                 f"Pictures have values from {low:g} to {high:g}; they must lie in [0, 1]. Divide bytes by 255; for "
                 "values in [-1, 1] take (x + 1) / 2."
             )
@@ -274,13 +275,13 @@ def _constant(latent: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
 def _check_base(base: nn.Module, latent_module: str | None) -> None:
     name = type(base).__name__
     if latent_module is None and not isinstance(base, EncoderDecoder):
-        raise ValueError(
+        raise UserValueError(
             f"The base, of type {name}, is no EncoderDecoder. Wrap an AutoencoderKL in KLAutoencoder(size, vae); of a "
             "hierarchical model name the module of its top latent: latent_module=."
         )
     needed = ("config", "size", "channels", "output", "latent_shape", "sample")
     if latent_module is not None and (missing := [part for part in needed if not hasattr(base, part)]):
-        raise ValueError(
+        raise UserValueError(
             f"The base, of type {name}, has no {', '.join(missing)}, so its module {latent_module!r} cannot be "
             "replaced. HierarchicalVAE shows what a hierarchical base needs."
         )

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from ..errors import UserValueError
 from .hierarchical_vae import HierarchicalVAE
 
 
@@ -54,9 +55,9 @@ class LightweightVAE(EncoderDecoder):
 
     def __init__(self, size: int = 64, channels: int = 3) -> None:
         if size != 28 and (size < 16 or size % 16):
-            raise ValueError(f"size={size} must be 28 or a multiple of 16. Resize the pictures.")
+            raise UserValueError(f"size={size} must be 28 or a multiple of 16. Resize the pictures.")
         if channels < 1:
-            raise ValueError(f"channels={channels} must be at least 1.")
+            raise UserValueError(f"channels={channels} must be at least 1.")
         super().__init__()
         self.config = {"size": size, "channels": channels}
         self.size, self.channels = size, channels
@@ -134,7 +135,7 @@ class KLAutoencoder(EncoderDecoder):
         settings = {name: value for name, value in dict(vae.config).items() if not name.startswith("_")}
         reduction = 2 ** (len(settings["block_out_channels"]) - 1)
         if size < reduction or size % reduction:
-            raise ValueError(f"size={size} must be a multiple of {reduction}, by which this AutoencoderKL reduces.")
+            raise UserValueError(f"size={size} must be a multiple of {reduction}, by which this AutoencoderKL reduces.")
         self.config = {"size": size, "vae": settings}
         self.size, self.channels = size, settings["in_channels"]
         self.latent_shape = (settings["latent_channels"], size // reduction, size // reduction)
@@ -162,17 +163,17 @@ def base_from_config(config: Mapping[str, Any]) -> nn.Module:
         ValueError: for a class that is not one of `BASES`: an autoencoder's file is data, and never names code.
     """
     if not isinstance(config, Mapping):
-        raise ValueError(
+        raise UserValueError(
             f'base={config!r} must be a model, or a mapping such as {{"class": "LightweightVAE", "size": 64}}.'
         )
     arguments = dict(config)
     name = arguments.pop("class", None)
     if not isinstance(name, str) or name not in BASES:
-        raise ValueError(
+        raise UserValueError(
             f"This autoencoder is built around {name!r}. Known: {', '.join(BASES)}. Pass a base of your own as an "
             "object: ContextAutoencoder.from_pretrained(folder, base=MyEncoderDecoder(...))."
         )
     try:
         return BASES[name](**arguments)
     except TypeError as error:
-        raise ValueError(f"The configuration {arguments} does not describe a {name}: {error}.") from error
+        raise UserValueError(f"The configuration {arguments} does not describe a {name}: {error}.") from error

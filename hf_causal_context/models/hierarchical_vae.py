@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserValueError
 from ..functional import normal_like
 
 
@@ -34,7 +35,7 @@ class HierarchicalVAE(nn.Module):
 
     def __init__(self, size: int = 32, channels: int = 3, width: int = 16, latent_channels: int = 4) -> None:
         if size < 8 or size % 8:
-            raise ValueError(f"size={size} must be a multiple of 8. Resize the pictures.")
+            raise UserValueError(f"size={size} must be a multiple of 8. Resize the pictures.")
         super().__init__()
         self.config: dict[str, Any] = {
             "size": size,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .._files import ARGUMENTS
 from ..data.arguments import ContextDataArguments, DataArguments, TextDataArguments, argument
+from ..errors import UserValueError
 from ..layers import MECHANISMS
 
 LR_SCHEDULERS = (
@@ -63,16 +64,16 @@ class OptimisationArguments:
         for name, minimum in _MINIMA.items():
             value = getattr(self, name, None)
             if value is not None and not value >= minimum:
-                raise ValueError(f"--{name}={value} must be at least {minimum}.")
+                raise UserValueError(f"--{name}={value} must be at least {minimum}.")
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"--{name}={getattr(self, name)} must be positive.")
+                raise UserValueError(f"--{name}={getattr(self, name)} must be positive.")
         if not self.output_dir:
-            raise ValueError("Missing: --output_dir. Give the folder for the results.")
+            raise UserValueError("Missing: --output_dir. Give the folder for the results.")
         for name, allowed in self._choices().items():
             if getattr(self, name) not in allowed:
                 listed = ", ".join(str(choice) for choice in allowed if choice is not None)
-                raise ValueError(f"--{name}={getattr(self, name)} is unknown. Allowed: {listed}.")
+                raise UserValueError(f"--{name}={getattr(self, name)} is unknown. Allowed: {listed}.")
 
     def _choices(self) -> dict[str, tuple[str | None, ...]]:
         return {"lr_scheduler": LR_SCHEDULERS, "mixed_precision": (None, "no", "fp16", "bf16")}
@@ -123,28 +124,28 @@ class AdapterArguments(OptimisationArguments, ContextDataArguments):
     def __post_init__(self) -> None:
         required = ("pretrained_model_name_or_path", "output_dir")
         if missing := ", ".join(f"--{name}" for name in required if not getattr(self, name)):
-            raise ValueError(f"Missing: {missing}. Give the base and the folder for the results.")
+            raise UserValueError(f"Missing: {missing}. Give the base and the folder for the results.")
         super().__post_init__()
         if self.reweighted_contexts and self.streaming:
-            raise ValueError(
+            raise UserValueError(
                 "--reweighted_contexts draws rows by number, which a stream has not. Leave --streaming or it out."
             )
         if self.reweighted_contexts and self.shard_base:
-            raise ValueError(
+            raise UserValueError(
                 "--reweighted_contexts looks at rows with a whole base in one process. Leave --shard_base or it out."
             )
         if self.observational_rank == 0 and self.observational_steps:
-            raise ValueError(
+            raise UserValueError(
                 f"--observational_steps={self.observational_steps} would train nothing, since there is no "
                 "observational part (--observational_rank=0). Leave one of them out."
             )
         if self.push_to_hub and self.shard_base:
-            raise ValueError(
+            raise UserValueError(
                 "--push_to_hub makes samples with a whole base on one device. Leave it out, and push the adapter "
                 "afterwards, where a whole base fits (hf-causal-context push)."
             )
         if self.compile and self.shard_base:
-            raise ValueError("--compile was not made to work with --shard_base. Leave one of them out.")
+            raise UserValueError("--compile was not made to work with --shard_base. Leave one of them out.")
 
     def _choices(self) -> dict[str, tuple[str | None, ...]]:
         return {"mechanism": MECHANISMS, **super()._choices()}
@@ -196,7 +197,7 @@ class TextArguments(AdapterArguments, TextDataArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.packing and self.streaming:
-            raise ValueError(
+            raise UserValueError(
                 "--packing puts texts together before training, and a stream is read during it. Leave --streaming or "
                 "--packing out."
             )
@@ -246,20 +247,20 @@ class AutoencoderArguments(OptimisationArguments, DataArguments):
         super().__post_init__()
         for name in ("beta", "group_penalty", "l2_penalty", "early_stopping_min_delta"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"--{name}={getattr(self, name)} must not be negative.")
+                raise UserValueError(f"--{name}={getattr(self, name)} must not be negative.")
         if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"--validation_fraction={self.validation_fraction} must lie between 0 and 1.")
+            raise UserValueError(f"--validation_fraction={self.validation_fraction} must lie between 0 and 1.")
         if self.mode == "end-to-end" and self.base is not None:
-            raise ValueError(
+            raise UserValueError(
                 f"--mode={self.mode} with --base={self.base}: end-to-end starts from nothing. "
                 "Choose frozen or fine-tune."
             )
         if self.published and self.context_weights:
-            raise ValueError("--published gives contexts turns, so --context_weights has no effect. Leave one out.")
+            raise UserValueError("--published gives contexts turns, so --context_weights has no effect. Leave one out.")
         if self.streaming:
-            raise ValueError("An autoencoder's pictures are kept in memory. Leave --streaming out.")
+            raise UserValueError("An autoencoder's pictures are kept in memory. Leave --streaming out.")
         if self.early_stopping_patience is not None and self.validation_steps is None:
-            raise ValueError("--early_stopping_patience counts validations. Give --validation_steps, too.")
+            raise UserValueError("--early_stopping_patience counts validations. Give --validation_steps, too.")
 
     def _choices(self) -> dict[str, tuple[str | None, ...]]:
         return {"mode": MODES, "reconstruction": ("bce", "gaussian"), **super()._choices()}

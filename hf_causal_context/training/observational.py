@@ -11,6 +11,7 @@ import json
 from typing import TypeVar
 
 from .._files import ARGUMENTS
+from ..errors import UserValueError
 from .arguments import OLDER_RUNS, AdapterArguments
 from .loop.checkpoints import earlier_run
 from .weights import parse_weights
@@ -51,7 +52,7 @@ def check_observational_set(arguments: AdapterArguments) -> None:
     weights = parse_weights(arguments.context_weights, arguments.observational_name) or {}
     if weights.get("") == 0:
         name = arguments.observational_name
-        raise ValueError(
+        raise UserValueError(
             f"--context_weights {name}=0 leaves out the observational set, so the observational part could not be told "
             f"from the concepts. Leave {name}=0 out, or the part: --observational_rank 0."
         )
@@ -59,7 +60,7 @@ def check_observational_set(arguments: AdapterArguments) -> None:
 
 def _check_room(steps: int, num_steps: int) -> None:
     if steps >= num_steps:
-        raise ValueError(
+        raise UserValueError(
             f"--observational_steps={steps} of {num_steps} steps leave none for the concepts. Lower it, or train more."
         )
 

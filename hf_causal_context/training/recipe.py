@@ -19,6 +19,7 @@ from ..adapter.config import CausalContextConfig
 from ..bases.gap import BaseGap
 from ..bases.names import lasting_name
 from ..data import InterventionalData, check_data
+from ..errors import UserValueError
 from ..hub.card import write_card
 from ..hub.contents import CardContents
 from ..layers import Mechanism
@@ -144,7 +145,7 @@ class FineTuning(ABC, Generic[AnyArguments]):
         self.check_base()
         self._data = self._data if self._data is not None else self.load_data()
         if self.data.streaming and arguments.max_train_steps is None:
-            raise ValueError("A stream has no known length, so it has no epochs. Give --max_train_steps.")
+            raise UserValueError("A stream has no known length, so it has no epochs. Give --max_train_steps.")
         if accelerator.is_main_process:
             report = check_data(self.data)
             print(report.table(), flush=True)

@@ -15,9 +15,10 @@ from datasets import Dataset
 from torch import Tensor
 
 from .._files import checkpoint_steps
-from ..contexts import quoted
+from .._messages import quoted
 from ..data import InterventionalData
 from ..data.reweighting import ReweightedContext, check_sets, reweight, wanted_combinations
+from ..errors import UserValueError
 from .arguments import AdapterArguments
 from .loop.checkpoints import write_file
 
@@ -94,12 +95,12 @@ def add_reweighted_contexts(
     if path.exists() and (checkpoint_steps(output_dir) or not accelerator.is_main_process):
         stored = json.loads(path.read_text())
         if stored["made_from"] != key:
-            raise ValueError(
+            raise UserValueError(
                 f"{path} was made from other data or settings ({stored['made_from']}) than this run's ({key}). Resume "
                 "with those, or choose another --output_dir."
             )
     elif checkpoint_steps(output_dir):
-        raise ValueError(
+        raise UserValueError(
             f"{output_dir} holds checkpoints of a run without --reweighted_contexts. Leave the argument out, or choose "
             "another --output_dir."
         )

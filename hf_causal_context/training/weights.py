@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 
-from ..contexts import Context, quoted
+from .._messages import quoted
+from ..contexts import Context
 from ..data import InterventionalData
+from ..errors import UserValueError
 from .arguments import AdapterArguments
 
 # Of a reweighted combination in batches, at most, beside 1 for a context with rows of its own.
@@ -38,7 +40,7 @@ def parse_weights(items: list[str], observational_name: str) -> dict[str, float]
         try:
             weights[str(Context.parse("" if name == observational_name else name))] = float(number)
         except ValueError:
-            raise ValueError(f"--context_weights {item!r} must be a context and a number, such as obs=2.") from None
+            raise UserValueError(f"--context_weights {item!r} must be a context and a number, such as obs=2.") from None
     return weights or None
 
 
@@ -50,10 +52,10 @@ def check_weights(given: Mapping[str, float], contexts: Collection[str], observa
     """
     if stray := sorted(set(given) - set(contexts)):
         known = ", ".join(context or observational_name for context in contexts)
-        raise ValueError(f"--context_weights names {quoted(stray)}, which is not trained on. Contexts: {known}.")
+        raise UserValueError(f"--context_weights names {quoted(stray)}, which is not trained on. Contexts: {known}.")
     if not all(0 <= weight < math.inf for weight in given.values()) or not any(given.get(c, 1) for c in contexts):
         items = " ".join(f"{context or observational_name}={weight:g}" for context, weight in given.items())
-        raise ValueError(
+        raise UserValueError(
             f"--context_weights {items} must be finite numbers, none negative and not all zero: shares of contexts in "
             "batches."
         )

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_causal_context.cli import main
-from hf_causal_context.commands.evaluate import EvaluationArguments
+from hf_causal_context.commands.evaluate import Arguments as EvaluationArguments
 from hf_causal_context.data.arguments import AnyDataArguments
 from hf_causal_context.training.arguments import AutoencoderArguments, TextArguments, TrainingArguments
 from tests.data.small import write_folders

@@ -29,7 +29,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ...contexts import ConceptSet, Context, ContextBatch, quoted
+from ..._messages import quoted
+from ...contexts import ConceptSet, Context, ContextBatch
+from ...errors import UserValueError
 from ...functional import per_feature
 from .request import AdapterContext, Request, check_names, check_one_adapter_per_mask, completed, normalise, restricted
 from .rows import Call, input_rows, match_layer_rows, refuse_sequence_first
@@ -45,16 +47,13 @@ class AdaptedLayer(Protocol):
     @property
     def active_adapters(self) -> Iterable[str]:
         """Names of the active adapters, of other methods too."""
-        ...
 
     @property
     def merged(self) -> bool:
         """Whether adapters are merged into the weight."""
-        ...
 
     def check_merged_context(self, strengths: dict[str, Tensor]) -> None:
         """Refuse (ValueError) strengths of adapters that differ from those merged into the weight."""
-        ...
 
 
 @dataclass
@@ -168,7 +167,7 @@ class Conditioning:
             strengths = self._strengths_outside_forward(adapter_name, concepts, x, num_rows)
         if strengths is None:
             if layer.training:
-                raise ValueError(
+                raise UserValueError(
                     f"No context is set for adapter {adapter_name!r} in training mode. Train inside `with "
                     "intervene(model, contexts):` or pass context= to the model; the observational context is (). "
                     "For inference call model.eval()."
@@ -262,7 +261,7 @@ class Conditioning:
 
     def _check_observational_part(self, addressed: dict[str, ConceptSet]) -> None:
         if addressed and not any(self.observational_ranks[name] for name in addressed):
-            raise ValueError(
+            raise UserValueError(
                 f"The strength of the observational part was given, but {quoted(addressed)} "
                 f"{'has' if len(addressed) == 1 else 'have'} none (observational_rank=0). Leave it out, or train the "
                 "adapter with such a part."
@@ -287,11 +286,11 @@ class Conditioning:
         """
         for name, value in (("images_per_prompt", images_per_prompt), ("guidance_copies", guidance_copies)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+                raise UserValueError(f"{name}={value!r} must be a whole number of at least 1.")
         addressed = self.active_adapters()
         if adapter_name is not None:
             if adapter_name not in self.concepts:
-                raise ValueError(f"Unknown adapter {adapter_name!r}. This model has: {quoted(self.concepts)}.")
+                raise UserValueError(f"Unknown adapter {adapter_name!r}. This model has: {quoted(self.concepts)}.")
             addressed = {adapter_name: self.concepts[adapter_name]}
         contexts, mask = normalise(context, observational)
         if mask is not None:

@@ -15,7 +15,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from ...contexts import ConceptSet, Context, as_context, as_contexts, quoted
+from ..._messages import quoted
+from ...contexts import ConceptSet, Context, as_context, as_contexts
+from ...errors import UserTypeError, UserValueError
 from .rows import Call, match_samples
 
 
@@ -37,7 +39,7 @@ class AdapterContext:
         """
         if self.strengths.device != device:
             if self.given_as_tensor:
-                raise ValueError(
+                raise UserValueError(
                     f"The intervention mask lies on {self.strengths.device}, the model's input on {device}. Move it: "
                     f"mask.to({str(device)!r})."
                 )
@@ -104,7 +106,7 @@ def normalise(context: object, observational: float | None) -> tuple[tuple[Conte
         Context(observational=observational)  # refuses what is no strength
         return (), context
     if context is None:
-        raise TypeError("context=None is not a context. The observational context is ().")
+        raise UserTypeError("context=None is not a context. The observational context is ().")
     per_sample = as_contexts(context)
     contexts = per_sample if per_sample is not None else (as_context(context),)
     return tuple(Context(each, observational=observational) for each in contexts), None
@@ -127,7 +129,7 @@ def completed(strengths: Tensor, num_concepts: int, observational: float = 1.0) 
 def check_one_adapter_per_mask(mask: Tensor, addressed: dict[str, ConceptSet]) -> None:
     """Columns of a mask have no names: refuse one that could be meant for several adapters (ValueError)."""
     if len(addressed) > 1:
-        raise ValueError(
+        raise UserValueError(
             f"A mask of shape {tuple(mask.shape)} does not say for which of the active adapters {quoted(addressed)} it "
             "is. Pass adapter_name= to intervene()."
         )
@@ -144,13 +146,13 @@ def check_names(
         for target in context.targets:
             owners = [name for name, concepts in addressed.items() if target in concepts]
             if len(owners) > 1:
-                raise ValueError(
+                raise UserValueError(
                     f"Concept {target!r} belongs to several active adapters: {quoted(owners)}. Say which one is "
                     f"meant: intervene(model, context, adapter_name={owners[0]!r})."
                 )
             if not owners and addressed:
                 elsewhere = [name for name, concepts in others.items() if target in concepts]
-                raise ValueError(
+                raise UserValueError(
                     f"Unknown concept {target!r} in context {str(context)!r}. Known concepts: {quoted(known)} (of "
                     f"{'adapter' if len(addressed) == 1 else 'adapters'} {quoted(addressed)}). "
                     + (

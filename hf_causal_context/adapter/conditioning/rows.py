@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...errors import UserValueError
+
 # Where the rows of a model's input are counted, first match first; otherwise the first tensor is taken.
 _INPUT_NAMES = ("sample", "hidden_states", "input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values")
 _VISION = re.compile("vision|visual|image")
@@ -40,13 +42,13 @@ class Call:
         if samples in (1, self.prompts, images):
             return
         if self.copies is None:
-            raise ValueError(
+            raise UserValueError(
                 f"{samples} contexts were given, but generate() was called with {self.prompts} "
                 f"{'prompt' if self.prompts == 1 else 'prompts'}. Pass one context, or one per prompt. A pipeline of "
                 "transformers runs prompts one by one; to give each a context, call it with batch_size=len(prompts)."
             )
         per_image = f", or one per image ({images})" if self.copies > 1 else ""
-        raise ValueError(
+        raise UserValueError(
             f"{samples} contexts were given, but the pipeline was called with {self.prompts} prompts (or classes, "
             f"or rows). Pass one context, or one per prompt ({self.prompts}){per_image}."
         )
@@ -88,7 +90,7 @@ def match_samples(
     images = samples * images_per_prompt
     if num_rows in (images, images * guidance_copies):
         return strengths.repeat_interleave(images_per_prompt, 0).repeat(num_rows // images, 1)
-    raise ValueError(
+    raise UserValueError(
         f"{samples} contexts were given, but the model's input has {num_rows} rows, and {samples} contexts x "
         f"{images_per_prompt} images_per_prompt x {guidance_copies} guidance_copies is another number. Pass one "
         "context, one per row, or say how a pipeline multiplies samples: intervene(pipe, contexts), or "
@@ -113,7 +115,7 @@ def match_layer_rows(strengths: Tensor, num_rows: int, layer_name: str, ragged: 
     if known:
         return strengths
     if num_rows % model_rows or ragged or "expert" in layer_name:
-        raise ValueError(
+        raise UserValueError(
             f"Layer {layer_name!r} sees {num_rows} rows while the model's input has {model_rows} with different "
             "contexts, so it cannot be known which context belongs to which row (the layer's rows do not depend on the "
             "batch, or samples are ragged: of different lengths, or with different numbers of images). Use one context "
@@ -127,7 +129,7 @@ def refuse_sequence_first(model: nn.Module) -> None:
     """Raise ValueError for an architecture whose layers see time steps before samples, under different contexts."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type in _SEQUENCE_FIRST:
-        raise ValueError(
+        raise UserValueError(
             f"Layers of {type(model).__name__} see time steps before samples, so different contexts in one batch "
             "cannot be told apart. Use one context for the whole batch."
         )
@@ -145,7 +147,7 @@ def input_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             return value.device, value.shape[0], _has_ragged_images(model, kwargs, value.shape[0])
         if isinstance(value, list | tuple) and value and all(isinstance(item, Tensor) for item in value):
             return value[0].device, len(value), True  # one tensor of its own length per sample
-    raise ValueError(
+    raise UserValueError(
         "The model was called without a tensor, so its rows cannot be matched to contexts. Pass the inputs as tensors."
     )
 

@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..._files import CONFIG, PICKLE, WEIGHTS
-from ...contexts import shown
+from ..._messages import shown
+from ...errors import UserValueError
 from ..peft_type import CAUSAL_CONTEXT, PEFT_PREFIX
 from .layout import AdapterError, Layout, StoredTensor
 
@@ -68,12 +69,12 @@ def read_fields(path: str | PathLike[str], source: str | None = None) -> dict[st
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        raise ValueError("it gives a field twice")
+        raise UserValueError("it gives a field twice")
     return fields
 
 
 def _no_constant(constant: str) -> None:
-    raise ValueError(f"{constant} is not a number")
+    raise UserValueError(f"{constant} is not a number")
 
 
 def read_header(folder: Path, layout: Layout, source: str) -> dict[str, StoredTensor]:

@@ -7,14 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ...contexts import shown
+from ..._messages import shown
+from ...errors import UserValueError
 from ..peft_type import PREFIX
 
 MAX_MATCHING_SECONDS = 5.0
 _MIXED_UP = "Its files belong to different adapters, or are damaged."
 
 
-class AdapterError(ValueError):
+class AdapterError(UserValueError):
     """A stored adapter that cannot be used: what is wrong with it, and the remedy."""
 
 

@@ -13,7 +13,9 @@ from graphlib import TopologicalSorter
 import numpy as np
 from numpy.typing import NDArray
 
-from ...contexts import ContextLike, as_context, quoted
+from ..._messages import quoted
+from ...contexts import ContextLike, as_context
+from ...errors import UserValueError
 
 
 class LinearGaussianModel:
@@ -47,7 +49,7 @@ class LinearGaussianModel:
         """
         strengths = as_context(context).strengths
         if unknown := sorted(set(strengths).difference(self.interventions)):
-            raise ValueError(f"This world has no concepts {quoted(unknown)}. It has: {quoted(self.interventions)}.")
+            raise UserValueError(f"This world has no concepts {quoted(unknown)}. It has: {quoted(self.interventions)}.")
         noise = {name: rng.standard_normal(num) for name in self.names}
         values: dict[str, NDArray[np.float64]] = {}
         for name in self._order:

@@ -31,7 +31,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ...contexts import ContextLike, as_context, quoted
+from ..._messages import quoted
+from ...contexts import ContextLike, as_context
+from ...errors import UserValueError
 
 CONCEPTS = ("scaled", "shear", "shift", "swelling", "thickening", "thinning")
 SIDE = 28
@@ -64,12 +66,14 @@ def apply(pictures: NDArray[np.uint8], context: ContextLike) -> NDArray[np.uint8
     """
     strengths = as_context(context).strengths
     if unknown := sorted(set(strengths).difference(CONCEPTS)):
-        raise ValueError(f"This world has no concepts {quoted(unknown)}. It has: {quoted(CONCEPTS)}.")
+        raise UserValueError(f"This world has no concepts {quoted(unknown)}. It has: {quoted(CONCEPTS)}.")
     if scaled := {name: strength for name, strength in strengths.items() if strength != 1}:
-        raise ValueError(f"The operations have one strength, 1; received {scaled}. Leave strengths out of the context.")
+        raise UserValueError(
+            f"The operations have one strength, 1; received {scaled}. Leave strengths out of the context."
+        )
     grey = pictures.ndim == 3 or (pictures.ndim == 4 and pictures.shape[1] == 1)
     if not grey or pictures.shape[-2:] != (SIDE, SIDE) or pictures.dtype != np.uint8:
-        raise ValueError(
+        raise UserValueError(
             f"Pictures must be (N, {SIDE}, {SIDE}) or (N, 1, {SIDE}, {SIDE}) of dtype uint8; received "
             f"{pictures.shape} of {pictures.dtype}. Resize them, and scale them to 0 ... 255."
         )
@@ -91,12 +95,12 @@ def load_mnist(folder: str | Path, split: Split = "train") -> tuple[NDArray[np.u
         ValueError: for another split, a file that is not what its name says, or another number of labels than pictures.
     """
     if split not in ("train", "test"):
-        raise ValueError(f"Unknown split {split!r}. MNIST has: 'train', 'test'.")
+        raise UserValueError(f"Unknown split {split!r}. MNIST has: 'train', 'test'.")
     prefix = "train" if split == "train" else "t10k"
     pictures = _read_idx(Path(folder), f"{prefix}-images-idx3-ubyte", (SIDE, SIDE))
     classes = _read_idx(Path(folder), f"{prefix}-labels-idx1-ubyte", ())
     if len(pictures) != len(classes):
-        raise ValueError(
+        raise UserValueError(
             f"{str(folder)!r} has {len(pictures)} pictures but {len(classes)} labels in its {split} split. "
             "Download both files again."
         )
@@ -114,14 +118,14 @@ def _read_idx(folder: Path, name: str, row_shape: tuple[int, ...]) -> NDArray[np
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{str(path)!r} is not a complete gzip file ({error}). Download it again.") from error
+        raise UserValueError(f"{str(path)!r} is not a complete gzip file ({error}). Download it again.") from error
     axes = 1 + len(row_shape)
     header = np.frombuffer(content[: 4 * (1 + axes)], ">u4") if len(content) >= 4 * (1 + axes) else np.zeros(1, ">u4")
     values = np.frombuffer(content, np.uint8)[4 * (1 + axes) :]
     shape = tuple(int(length) for length in header[1:])
     if header[0] != 0x0800 + axes or shape[1:] != row_shape or len(values) != math.prod(shape):
         expected = " x ".join(map(str, ("N", *row_shape)))
-        raise ValueError(
+        raise UserValueError(
             f"{str(path)!r} is not an IDX file of {expected} bytes: its header says type {int(header[0]):#06x} and "
             f"lengths {shape}, {len(values)} bytes follow. Download it again."
         )

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...contexts import Context, ContextLike
+from ...errors import UserValueError
 from .linear_gaussian import LinearGaussianModel
 
 # Intervened on; colour and shape never are.
@@ -131,12 +132,12 @@ def read_quad(pictures: NDArray[np.uint8] | _Floats | Tensor) -> dict[str, NDArr
     """
     array = np.asarray(pictures.detach().cpu() if isinstance(pictures, Tensor) else pictures)
     if array.ndim != 4 or array.shape[1] != 3 or array.shape[2] != array.shape[3]:
-        raise ValueError(
+        raise UserValueError(
             f"read_quad takes square RGB pictures (N, 3, side, side); received the shape {array.shape}. Move the "
             "channels to the second axis, and crop to squares."
         )
     if not (array.dtype == np.uint8 or np.issubdtype(array.dtype, np.floating)):
-        raise ValueError(
+        raise UserValueError(
             f"read_quad takes pictures of dtype uint8, or floating point in [0, 1]; received {array.dtype}. Convert "
             "them with .astype(np.uint8)."
         )
@@ -155,7 +156,7 @@ def read_quad(pictures: NDArray[np.uint8] | _Floats | Tensor) -> dict[str, NDArr
 def _checked_side(size: int) -> int:
     side = operator.index(size)
     if side < _SMALLEST_SIDE:
-        raise ValueError(
+        raise UserValueError(
             f"Pictures of {side} pixels a side are too small: below {_SMALLEST_SIDE} the shape can cover the corners. "
             f"Give {_SMALLEST_SIDE} or more."
         )

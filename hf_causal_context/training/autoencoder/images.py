@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from ..._messages import quoted
 from ...bases.images import read_picture
-from ...contexts import ConceptSet, Context, ContextLike, as_context, quoted
+from ...contexts import ConceptSet, Context, ContextLike, as_context
 from ...data import ContextSampler, InterventionalData, slots_of
+from ...errors import UserTypeError, UserValueError
 from ..arguments import AutoencoderArguments
 from ..noise import generator_of
 from ..weights import parse_weights
@@ -39,7 +41,7 @@ class PictureSet:
 
     def __post_init__(self) -> None:
         if self.pictures.ndim != 4 or self.pictures.dtype != torch.uint8 or len(self.pictures) != len(self.contexts):
-            raise ValueError(
+            raise UserValueError(
                 f"Pictures of shape {tuple(self.pictures.shape)} and dtype {self.pictures.dtype} with "
                 f"{len(self.contexts)} contexts. They must be bytes (rows, channels, side, side), 0 to 255, and have "
                 "one context each."
@@ -61,7 +63,7 @@ class PictureSet:
             TypeError: for a stream.
         """
         if not isinstance(data.rows, Dataset):
-            raise TypeError("A stream cannot be kept in memory. Load the data with streaming=False.")
+            raise UserTypeError("A stream cannot be kept in memory. Load the data with streaming=False.")
         rows = data.rows.select_columns([data.content_column, "context"])
         pictures = np.empty((len(rows), channels, size, size), dtype=np.uint8)
         for i, row in enumerate(tqdm(rows, desc="read pictures", disable=len(rows) < 2000)):
@@ -88,7 +90,7 @@ class PictureSet:
         name = str(as_context(context))
         rows = np.flatnonzero(self.contexts == name)
         if not len(rows):
-            raise ValueError(f"The context {name!r} has no pictures. There are: {quoted(self.names)} ('' is obs).")
+            raise UserValueError(f"The context {name!r} has no pictures. There are: {quoted(self.names)} ('' is obs).")
         return self.pictures[torch.from_numpy(rows)]
 
     def select(self, rows: NDArray[np.int64]) -> PictureSet:
@@ -107,7 +109,7 @@ class PictureSet:
             rows = generator.permutation(np.flatnonzero(self.contexts == name))
             kept = round(len(rows) * (1 - fraction))
             if not 0 < kept < len(rows):
-                raise ValueError(
+                raise UserValueError(
                     f"The context {name!r} has {len(rows)} rows, too few to keep {fraction:g} of them for validation. "
                     "Add rows, or change --validation_fraction."
                 )

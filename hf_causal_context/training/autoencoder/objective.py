@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...context_module import ContextModule
+from ...errors import UserValueError
 from ...functional import group_norm
 from ...models.context_autoencoder import ContextAutoencoder
 from ..loop.objective import Objective
@@ -57,10 +58,10 @@ class AutoencoderObjective(Objective):
     ) -> None:
         module = model.context_module
         if (group_penalty or l2_penalty) and not isinstance(module, ContextModule):
-            raise ValueError("Penalties act on causal weights, and this autoencoder has no context module.")
+            raise UserValueError("Penalties act on causal weights, and this autoencoder has no context module.")
         self.output = model.backbone.output
         if reconstruction == "bce" and self.output != "logits":
-            raise ValueError(
+            raise UserValueError(
                 f"Binary cross-entropy needs logits, and this {type(model.backbone).__name__} decodes to pixels. "
                 "Use --reconstruction=gaussian."
             )

@@ -9,9 +9,11 @@ import torch
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
 
-from ...contexts import ConceptSet, quoted
+from ..._messages import quoted
+from ...contexts import ConceptSet
 from ...data import check_data
 from ...data.from_arguments import load_data
+from ...errors import UserValueError
 from ...models.context_autoencoder import ContextAutoencoder
 from ...models.encoder_decoders import KLAutoencoder
 from ..arguments import AutoencoderArguments
@@ -75,7 +77,7 @@ def train_autoencoder(
         accelerator.num_processes,
     )
     if arguments.lr_warmup_steps >= num_steps:
-        raise ValueError(
+        raise UserValueError(
             f"The run has {num_steps} optimiser steps, all of them within --lr_warmup_steps="
             f"{arguments.lr_warmup_steps}. Lower it or --train_batch_size, or train longer (--num_train_epochs, "
             "--max_train_steps)."
@@ -117,7 +119,7 @@ def make_autoencoder(arguments: AutoencoderArguments, concepts: ConceptSet) -> C
     base: Any = {"class": "LightweightVAE", "size": arguments.resolution, "channels": arguments.channels}
     latent_module = None
     if arguments.mode != "end-to-end" and arguments.base is None:
-        raise ValueError(
+        raise UserValueError(
             f"--mode={arguments.mode} starts from an autoencoder. Give it: --base, a folder or a Hub id; for example "
             "one trained with --without_context_module."
         )
@@ -130,7 +132,7 @@ def make_autoencoder(arguments: AutoencoderArguments, concepts: ConceptSet) -> C
             vae = cast(AutoencoderKL, AutoencoderKL.from_pretrained(arguments.base))
             base = KLAutoencoder(arguments.resolution, vae)
         else:
-            raise ValueError(
+            raise UserValueError(
                 f"--base={arguments.base} holds a {kind}. It must be a ContextAutoencoder or a diffusers AutoencoderKL."
             )
     return ContextAutoencoder(
@@ -161,19 +163,19 @@ def mean_loss(objective: AutoencoderObjective, model: ContextAutoencoder, pictur
 
 def _check_fit(model: ContextAutoencoder, pictures: PictureSet, arguments: AutoencoderArguments) -> None:
     if model.concept_set != pictures.concepts:
-        raise ValueError(
+        raise UserValueError(
             f"The autoencoder's concepts are {quoted(model.concept_set)}, the data's {quoted(pictures.concepts)}. They "
             "must be the same, in the same order."
         )
     model.check_pictures(to_floats(pictures.pictures[:1]))
     if (model.published, model.ignore_contexts) != (arguments.published, arguments.ignore_contexts):
-        raise ValueError(
+        raise UserValueError(
             f"The autoencoder has published={model.published} and ignore_contexts={model.ignore_contexts}, the "
             f"arguments {arguments.published} and {arguments.ignore_contexts}. Give both the same."
         )
     needed = {"", *pictures.concepts} if model.with_context_module and not model.ignore_contexts else set()
     if missing := sorted(needed - set(pictures.names)):
-        raise ValueError(
+        raise UserValueError(
             f"There are no pictures of {quoted(missing)} ('' is the observational context), so nothing says what the "
             f"context means. There are pictures of {quoted(pictures.names)}. Add a set, or remove the concept."
         )

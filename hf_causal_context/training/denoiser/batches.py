@@ -27,6 +27,7 @@ from ...bases.families import Base
 from ...bases.images import read_picture
 from ...contexts import Context
 from ...data import ContextSampler, InterventionalData, slots_of, stream_batches
+from ...errors import UserValueError
 from ..arguments import TrainingArguments
 from ..few_rows import few_rows, joined, numbers_of_context
 from ..loop.interruption import ignore_interruptions
@@ -121,7 +122,7 @@ class DenoiserBatches:
             numbers = numbers_of_context(self._rows, context, num, seed)
             encoded = [self._to_batch(_stack(cast(Any, self._rows).__getitems__(numbers)), Draws(seed, ()))]
         if not encoded:
-            raise ValueError(
+            raise UserValueError(
                 f"The stream has no rows of the context {context or self._arguments.observational_name!r}. Add them, "
                 "or leave the context out."
             )
@@ -206,23 +207,23 @@ class DenoiserBatches:
         name = type(base.pipe).__name__
         feature = (self._data.rows.features or {}).get(self._data.content_column)
         if feature is not None and not isinstance(feature, ImageFeature):
-            raise ValueError(
+            raise UserValueError(
                 f"The column {self._data.content_column!r} holds {feature}, not pictures. Name another "
                 "--image_column, or cast it: dataset.cast_column(name, datasets.Image())."
             )
         columns = self._data.rows.column_names or []
         if base.takes_classes and (column is None or column not in columns):
-            raise ValueError(
+            raise UserValueError(
                 f"This {name} is conditioned on classes, but --class_column={column} names no column of the data. It "
                 f"has: {', '.join(columns)}."
             )
         if column is not None and not base.takes_classes:
-            raise ValueError(f"--class_column={column} was given, but this {name} takes no classes. Leave it out.")
+            raise UserValueError(f"--class_column={column} was given, but this {name} takes no classes. Leave it out.")
         for argument in ("instance_prompt", "validation_prompt"):
             if (text := getattr(self._arguments, argument)) and not base.takes_captions:
-                raise ValueError(f"--{argument}={text!r} was given, but {name} takes no captions. Leave it out.")
+                raise UserValueError(f"--{argument}={text!r} was given, but {name} takes no captions. Leave it out.")
         if self._data.has_captions and not base.takes_captions:
-            raise ValueError(f"The data has captions, but {name} takes none. Leave --caption_column or them out.")
+            raise UserValueError(f"The data has captions, but {name} takes none. Leave --caption_column or them out.")
 
 
 class _Rows(torch.utils.data.Dataset):
@@ -242,7 +243,7 @@ class _Rows(torch.utils.data.Dataset):
         try:
             rows = cast(Any, self._rows).__getitems__(chosen)
         except Exception as error:  # decoders raise whatever they like, and seldom which file it was
-            raise ValueError(f"{self._unreadable(chosen)}: {error}") from error
+            raise UserValueError(f"{self._unreadable(chosen)}: {error}") from error
         return [row | {"context": self.contexts[number]} for number, row in zip(numbers, rows, strict=True)]
 
     def _unreadable(self, numbers: list[int]) -> str:

@@ -13,6 +13,7 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
 from ...bases.loading import Base
+from ...errors import UserValueError
 from ..noise import Draws
 
 
@@ -96,7 +97,7 @@ def denoising_objective(base: Base, snr_gamma: float | None = None) -> Diffusion
     if base.prediction != "flow":
         return DiffusionObjective(base, snr_gamma)
     if snr_gamma is not None:
-        raise ValueError(
+        raise UserValueError(
             "--snr_gamma weights diffusion schedules; this base is trained by flow matching. Leave it out."
         )
     return FlowMatchingObjective(base)

@@ -12,11 +12,13 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 
+from ..._messages import quoted
 from ...bases.likelihoods import perplexity
 from ...bases.token_batches import TextBatch, tokenised
 from ...bases.tokens import Tokenisation, TokenRow
-from ...contexts import ConceptSet, Context, quoted
+from ...contexts import ConceptSet, Context
 from ...data import InterventionalData
+from ...errors import UserValueError
 from ..arguments import TextArguments
 from ..context_losses import ContextLosses
 from ..few_rows import few_rows, numbers_of_context
@@ -54,7 +56,7 @@ def rows_to_measure(
     else:
         few = {c: few_tokens(data, c, _TRAINED_ROWS, tokenise, seed, rows) for c in data.contexts}
     if empty := [context for context, own in few.items() if not own]:
-        raise ValueError(
+        raise UserValueError(
             f"The stream has no rows of the held-out contexts {quoted(empty)}. Add them, or leave them out of "
             "--held_out_contexts."
         )

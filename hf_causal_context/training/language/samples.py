@@ -18,6 +18,7 @@ from ...bases.tokens import Tokenisation, room_after
 from ...contexts import Context
 from ...data import InterventionalData
 from ...data.text_rows import prompt_of
+from ...errors import UserValueError
 from ..arguments import TextArguments
 from ..loop.checkpoints import write_file
 
@@ -42,7 +43,7 @@ def sample_prompt(
     prompt = prompt_of(next(iter(data.rows)), data.content_column, arguments.validation_prompt)
     ids = tokenise.beginning(prompt)
     if room_after(model, ids) < 1:
-        raise ValueError(
+        raise UserValueError(
             f"The prompt of the sample texts has {len(ids)} tokens, which leaves no room for an answer. Give a shorter "
             "--validation_prompt, or --num_validation_texts 0."
         )

@@ -1,0 +1,22 @@
+"""`hf-causal-context quickstart`: train, compose and score an adapter on handwritten digits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..data.arguments import argument
+from ..quickstart import quickstart
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    """Settings of the command."""
+
+    output_dir: Path = argument(Path("digits-context"), "Folder for the adapter and its samples.")
+    seed: int = argument(0, "Of the data and the training.")
+
+
+def run(arguments: Arguments) -> None:
+    """Run it; see `quickstart` for what it raises."""
+    quickstart(arguments.output_dir, arguments.seed)
