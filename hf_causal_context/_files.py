@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+UNFINISHED = ".unfinished-*"  # what a killed process leaves of what it was writing
 
 CARD, CARD_CONTENTS = "README.md", "card.json"
 RESULTS, RESULTS_PICTURE, REPORT = "results.md", "results.png", "evaluation/report.json"
@@ -28,15 +29,26 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
+def complete_files(folder: Path) -> Iterator[Path]:
+    """Where to write files and folders that shall appear in `folder`, which may hold others.
+
+    When the body ends, each appears complete, over an earlier one of its name; when it fails, none does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED.removesuffix("*"), dir=folder) as place:
+        yield (unfinished := Path(place))
+        for path in list(unfinished.iterdir()):
+            there = folder / path.name
+            if path.is_dir() and there.is_dir():  # folders, unlike files, are not replaced
+                there.rename(unfinished / f".earlier-{path.name}")
+            path.rename(there)
+
+
+@contextmanager
 def complete_or_absent(path: Path) -> Iterator[Path]:
     """Where to write a file or folder that shall appear at `path` when it is complete, over an earlier one, or not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as place:
-        unfinished = Path(place) / path.name
-        yield unfinished
-        if path.is_dir():  # folders, unlike files, are not replaced; the earlier one goes with the temporary one
-            path.rename(Path(place) / f"earlier-{path.name}")
-        unfinished.rename(path)
+    with complete_files(path.parent) as folder:
+        yield folder / path.name
 
 
 def checkpoint_steps(output_dir: Path) -> dict[int, Path]:

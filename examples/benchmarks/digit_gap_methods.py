@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from hf_causal_context import Context
+from hf_causal_context._files import complete_or_absent
 from hf_causal_context.bases.families import Base
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.data import InterventionalData
@@ -120,8 +121,8 @@ def train_loras(study: Study, steps: int, names: tuple[str, ...]) -> Path:
         own = study.data.rows.with_format("numpy").filter(lambda c, own=context: c == own, input_columns="context")
         images = torch.from_numpy(cast(Any, own)["image"][:])[:, None].float() / 127.5 - 1
         train_lora(model.train(), base.noise_scheduler(), images, settings, "default")
-        model.save_pretrained(folder / f".{name}.unfinished")
-        (folder / f".{name}.unfinished").rename(folder / name)
+        with complete_or_absent(folder / name) as unfinished:
+            model.save_pretrained(unfinished)
     return folder
 
 

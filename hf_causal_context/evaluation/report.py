@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from .._files import complete_or_absent
 from ..bases.images import picture_grid
 from .figure import draw_report
 from .markdown import markdown
@@ -65,12 +66,8 @@ def samples_grid(report: EvaluationReport) -> Image.Image | None:
 
 
 def _write(path: Path, save: Callable[[Path], Any]) -> Path:
-    unfinished = path.with_name(f".unfinished-{path.name}")
-    try:
+    with complete_or_absent(path) as unfinished:
         save(unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return path
 
 

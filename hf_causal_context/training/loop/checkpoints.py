@@ -11,7 +11,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +20,18 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..._files import ARGUMENTS, CHECKPOINT_NAME, checkpoint_steps
+from ..._files import (
+    ARGUMENTS,
+    CHECKPOINT_NAME,
+    UNFINISHED,
+    WEIGHTS,
+    checkpoint_steps,
+    complete_files,
+    complete_or_absent,
+)
 from ...adapter.config import CausalContextConfig
 from ..arguments import OLDER_RUNS, OptimisationArguments
 from .corruption import damage, read_record, write_record
@@ -83,7 +91,7 @@ def save_model(model: PeftModel | ModelMixin, folder: Path) -> None:
     Raises:
         CheckpointError: when they cannot be written.
     """
-    name = "adapter_model.safetensors" if isinstance(model, PeftModel) else SAFETENSORS_WEIGHTS_NAME
+    name = WEIGHTS if isinstance(model, PeftModel) else SAFETENSORS_WEIGHTS_NAME
     write_files(folder, name, lambda unfinished: _write(model, unfinished))
 
 
@@ -95,15 +103,41 @@ def write_files(folder: Path, name: str, save: Callable[[Path], object]) -> None
     Raises:
         CheckpointError: when they cannot be written.
     """
+    with writing(folder / name, folder), complete_files(folder) as unfinished:
+        save(unfinished)
+
+
+def write_file(path: Path, output_dir: Path, save: Callable[[Path], object]) -> None:
+    """Write a file of the run in `output_dir` by `save(path)`: complete, or not at all.
+
+    Raises:
+        CheckpointError: when it cannot be written.
+    """
+    with writing(path, output_dir), complete_or_absent(path) as unfinished:
+        save(unfinished)
+
+
+@contextmanager
+def writing(path: Path, output_dir: Path) -> Iterator[None]:
+    """Within the body, `path` is written for the run in `output_dir`.
+
+    Raises:
+        CheckpointError: instead of what the system, torch and safetensors raise when a disk is full or broken.
+    """
     try:
-        with tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as unfinished:
-            save(Path(unfinished))
-            for path in Path(unfinished).iterdir():
-                if path.is_dir() and (folder / path.name).is_dir():
-                    shutil.rmtree(folder / path.name)  # folders, unlike files, are not replaced
-                path.replace(folder / path.name)
-    except Exception as error:  # safetensors has an error of its own for a full disk
-        raise not_written(folder / name, folder, error) from error
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"Could not write {path} ({error}). {free_space(output_dir)} {last_checkpoint(output_dir)} Make room, then "
+            "resume with --resume_from_checkpoint latest."
+        ) from error
+
+
+def clean_up(output_dir: Path) -> None:
+    """Remove what a killed run left unfinished."""
+    for pattern in (UNFINISHED, ".checkpoint-*.unfinished", ".checkpoint-*.removed"):
+        for path in output_dir.glob(pattern):
+            shutil.rmtree(path)
 
 
 def find_checkpoint(output_dir: Path, wanted: str, say: Callable[[str], object]) -> tuple[int, Path] | None:
@@ -214,7 +248,7 @@ def remove_checkpoint(folder: Path) -> None:
     shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.removed")))
 
 
-def save_checkpoint(accelerator: Accelerator, arguments: OptimisationArguments, step: int) -> Path:
+def save_checkpoint(accelerator: Accelerator, arguments: OptimisationArguments, step: int) -> None:
     """Write `checkpoint-<step>` and remove the oldest ones beyond `checkpoints_total_limit`.
 
     Raises:
@@ -222,63 +256,26 @@ def save_checkpoint(accelerator: Accelerator, arguments: OptimisationArguments, 
     """
     output_dir, limit = Path(arguments.output_dir), arguments.checkpoints_total_limit
     folder = output_dir / f"checkpoint-{step}"
-    unfinished = output_dir / f".{folder.name}.unfinished"
-    # Waiting is no writing: when another process is gone, that is not an error of the disk.
-    with _writing(folder, unfinished):
-        unfinished.mkdir(exist_ok=True)
-    accelerator.wait_for_everyone()
-    with _writing(folder, unfinished):
-        accelerator.save_state(str(unfinished))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        with _writing(folder, unfinished):
+    unfinished = output_dir / f".{folder.name}.unfinished"  # all processes write into it
+
+    def finish() -> None:
+        if accelerator.is_main_process:
             arguments.save(unfinished)
             write_record(unfinished, accelerator.num_processes)
             unfinished.rename(folder)
-    accelerator.wait_for_everyone()
+
+    stages = (lambda: unfinished.mkdir(exist_ok=True), lambda: accelerator.save_state(str(unfinished)), finish)
+    for write in stages:
+        with writing(folder, output_dir):
+            try:
+                write()
+            except Exception:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                raise
+        accelerator.wait_for_everyone()  # waiting is no writing: another process that is gone is no error of the disk
     if accelerator.is_main_process and limit is not None:
         for old in list(checkpoint_steps(output_dir).values())[:-limit]:
             remove_checkpoint(old)
-    return folder
-
-
-@contextmanager
-def _writing(folder: Path, unfinished: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # torch and safetensors each have an error of their own for a full disk
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise not_written(folder, folder.parent, error) from error
-
-
-def not_written(path: Path, output_dir: Path, error: Exception) -> CheckpointError:
-    """What to raise when `path` could not be written."""
-    return CheckpointError(
-        f"Could not write {path} ({error}). {free_space(output_dir)} {last_checkpoint(output_dir)} Make room, then "
-        "resume with --resume_from_checkpoint latest."
-    )
-
-
-def write_file(path: Path, output_dir: Path, save: Callable[[Path], object]) -> None:
-    """Write a file of the run in `output_dir` by `save(path)`: complete, or not at all.
-
-    Raises:
-        CheckpointError: when it cannot be written.
-    """
-    unfinished = path.with_name(f".unfinished-{path.name}")
-    try:
-        save(unfinished)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise not_written(path, output_dir, error) from error
-    unfinished.replace(path)
-
-
-def clean_up(output_dir: Path) -> None:
-    """Remove what a killed run left unfinished."""
-    for pattern in (".checkpoint-*.unfinished", ".checkpoint-*.removed", ".model-*"):
-        for path in output_dir.glob(pattern):
-            shutil.rmtree(path)
 
 
 def check_writable(output_dir: Path) -> None:
