@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
-UNFINISHED = ".unfinished-*"  # what a killed process leaves of what it was writing
+PARTIAL = ".partial-*"  # what a killed process leaves of what it was writing
 
 CARD, CARD_CONTENTS = "README.md", "card.json"
 RESULTS, RESULTS_PICTURE, REPORT = "results.md", "results.png", "evaluation/report.json"
@@ -35,7 +35,7 @@ def complete_files(folder: Path) -> Iterator[Path]:
     When the body ends, each appears complete, over an earlier one of its name; when it fails, none does.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=UNFINISHED.removesuffix("*"), dir=folder) as place:
+    with tempfile.TemporaryDirectory(prefix=PARTIAL.removesuffix("*"), dir=folder) as place:
         yield (unfinished := Path(place))
         for path in list(unfinished.iterdir()):
             there = folder / path.name

@@ -46,8 +46,9 @@ def test_kills_at_random_moments_change_nothing(limit, start, pipeline_folder, t
     killed = given | {"output_dir": str(output_dir), "resume_from_checkpoint": "latest"}
     complete, unfinished = set(), 0
     for number in range(KILLS):
-        # Every other kill within a checkpoint; the others within resuming or the three steps after it.
-        where, most = ("save_checkpoint", in_saving) if number % 2 else ("_fit", 4 * calls)
+        # Every other kill within a checkpoint; the others within resuming or the three steps after it
+        # (`fit` begins with `watched_processes`).
+        where, most = ("save_checkpoint", in_saving) if number % 2 else ("watched_processes", 4 * calls)
         run = start(killed, Faults(kill_at_call=(where, random.randint(1, most))))
         assert run.wait() is None
         assert run.process.exitcode == -SIGKILL

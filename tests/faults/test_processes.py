@@ -4,7 +4,7 @@ import itertools
 import re
 import time
 from collections import Counter
-from signal import SIGKILL
+from signal import SIGKILL, SIGTERM
 
 import pytest
 
@@ -87,6 +87,24 @@ def test_a_killed_process_ends_the_others_and_the_same_command_goes_on(
     assert [run.wait() for run in together(killed, 2)] == [killed["output_dir"]] * 2
     assert [run.wait() for run in whole] == [given["output_dir"]] * 2
     assert_same_run(killed["output_dir"], given["output_dir"])
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(together, pipeline_folder, data, tmp_path):
+    changes = {"train_batch_size": 2, "max_train_steps": 16, "checkpointing_steps": 100, "use_ema": True}
+    given = settings(pipeline_folder("ddpm"), data, tmp_path / "whole", lr_scheduler="cosine", **changes)
+    whole = together(given, 2)
+    output_dir = tmp_path / "stopped"
+    stopped = given | {"output_dir": str(output_dir), "resume_from_checkpoint": "latest"}
+    said = {run.wait() for run in together(stopped, 2, {1: Faults(signal_after_step=(3, SIGTERM))})}
+    (step,) = checkpoint_steps(output_dir)
+    assert 3 <= step <= 13  # they agree on it within ten steps
+    assert said == {
+        f"TrainingInterrupted: Stopped after step {step} of 16. The last complete checkpoint is "
+        f"{output_dir}/checkpoint-{step}. Go on by running the same command again."
+    }
+    assert [run.wait() for run in together(stopped, 2)] == [stopped["output_dir"]] * 2
+    assert [run.wait() for run in whole] == [given["output_dir"]] * 2
+    assert_same_run(output_dir, given["output_dir"])
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +22,6 @@ import datasets
 import diffusers
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 
 from hf_causal_context.bases.families import FAMILIES
 from hf_causal_context.training import finetune
@@ -40,7 +40,8 @@ class Faults:
     signal_in_microbatch: tuple[int, int] | None = None
     kill_while_saving: int | None = None  # the step whose optimiser is written half
     kill_at_call: tuple[str, int] | None = None  # so many calls, in C too, after this function began
-    calls_file: str | None = None  # how many calls there were in `_fit`, and how many of them in `save_checkpoint`
+    calls_file: str | None = None  # how many calls there were in `fit`, and how many of them in `save_checkpoint`
+    collectives_file: str | None = None  # one line for each all-reduce that the loop asks for; steps then seem quick
     no_memory_to_generate: bool = False
     fail_first: bool = False  # where the main process prepares what the others read
     seen_file: str | None = None  # one line for each micro-batch: digests of its pictures
@@ -95,7 +96,8 @@ def _install(faults: Faults) -> None:
     def raise_signal(number: int) -> None:
         os.kill(os.getpid(), number)
 
-    log, make_objective, save = Accelerator.log, finetune.denoising_objective, accelerate.checkpointing.save
+    make_objective, save = finetune.denoising_objective, accelerate.checkpointing.save
+    train_step = trainer.Run.train_step
     if faults.kill_at_call:
         where, number = faults.kill_at_call
         module = checkpoints if where == "remove_checkpoint" else trainer
@@ -110,6 +112,8 @@ def _install(faults: Faults) -> None:
         setattr(module, where, kill_later)
     if faults.calls_file:
         _count_calls(faults.calls_file)
+    if faults.collectives_file:
+        _note_collectives(faults.collectives_file)
     if faults.no_memory_to_generate:
 
         def out_of_memory(*args, **kwargs):
@@ -123,9 +127,9 @@ def _install(faults: Faults) -> None:
 
         finetune.DenoiserBatches = fail
 
-    def log_with_faults(self, values, step):
-        log(self, values, step=step)
-        if faults.signal_after_step and step == faults.signal_after_step[0]:
+    def train_step_with_faults(self):
+        train_step(self)
+        if faults.signal_after_step and self.done == faults.signal_after_step[0]:
             raise_signal(faults.signal_after_step[1])
         if faults.ready_file:
             Path(faults.ready_file).touch()
@@ -153,26 +157,38 @@ def _install(faults: Faults) -> None:
         Path(path).write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
         os.kill(os.getpid(), signal.SIGKILL)
 
-    Accelerator.log = log_with_faults
+    trainer.Run.train_step = train_step_with_faults
     finetune.denoising_objective = objective_with_faults
     accelerate.checkpointing.save = save_half
 
 
 def _count_calls(path: str) -> None:
     calls, in_saving = itertools.count(), []
-    fit, save_checkpoint = trainer._fit, trainer.save_checkpoint
+    watched, save_checkpoint = trainer.watched_processes, trainer.save_checkpoint
 
-    def counted_fit(*args):
+    @contextmanager
+    def counted(*args):  # around all of `fit`
         sys.setprofile(lambda frame, event, arg: next(calls) and None)
-        folder = fit(*args)
+        with watched(*args):
+            yield
         sys.setprofile(None)
         Path(path).write_text(f"{next(calls)} {sum(in_saving)}")
-        return folder
 
     def counted_save(*args):
         before = next(calls)
-        folder = save_checkpoint(*args)
+        save_checkpoint(*args)
         in_saving.append(next(calls) - before)
-        return folder
 
-    trainer._fit, trainer.save_checkpoint = counted_fit, counted_save
+    trainer.watched_processes, trainer.save_checkpoint = counted, counted_save
+
+
+def _note_collectives(path: str) -> None:
+    all_reduce = dist.all_reduce  # that of gradients is called in C++
+
+    def noted(*args, **kwargs):
+        with open(path, "a") as file:
+            file.write(f"{args[0].numel()}\n")
+        return all_reduce(*args, **kwargs)
+
+    dist.all_reduce = noted
+    trainer.perf_counter = itertools.count(0.0, 1e-3).__next__

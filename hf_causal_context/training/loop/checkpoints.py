@@ -23,15 +23,7 @@ from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..._files import (
-    ARGUMENTS,
-    CHECKPOINT_NAME,
-    UNFINISHED,
-    WEIGHTS,
-    checkpoint_steps,
-    complete_files,
-    complete_or_absent,
-)
+from ..._files import ARGUMENTS, CHECKPOINT_NAME, PARTIAL, checkpoint_steps, complete_files, complete_or_absent
 from ...adapter.config import CausalContextConfig
 from ..arguments import OLDER_RUNS, OptimisationArguments
 from .corruption import damage, read_record, write_record
@@ -91,7 +83,7 @@ def save_model(model: PeftModel | ModelMixin, folder: Path) -> None:
     Raises:
         CheckpointError: when they cannot be written.
     """
-    name = WEIGHTS if isinstance(model, PeftModel) else SAFETENSORS_WEIGHTS_NAME
+    name = "adapter_model.safetensors" if isinstance(model, PeftModel) else SAFETENSORS_WEIGHTS_NAME
     write_files(folder, name, lambda unfinished: _write(model, unfinished))
 
 
@@ -133,11 +125,33 @@ def writing(path: Path, output_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def clean_up(output_dir: Path) -> None:
-    """Remove what a killed run left unfinished."""
-    for pattern in (UNFINISHED, ".checkpoint-*.unfinished", ".checkpoint-*.removed"):
-        for path in output_dir.glob(pattern):
-            shutil.rmtree(path)
+def open_output_dir(
+    accelerator: Accelerator, model: PeftModel | ModelMixin, arguments: OptimisationArguments
+) -> tuple[int, Path] | None:
+    """Make a run's folder, and return the step and the folder of the checkpoint that it goes on from, if any.
+
+    Raises:
+        FileNotFoundError, FileExistsError, CheckpointError, ValueError: see `fit`.
+    """
+    output_dir, wanted = Path(arguments.output_dir), arguments.resume_from_checkpoint
+    found = find_checkpoint(output_dir, wanted, accelerator.print) if wanted else None
+    if found is not None:
+        check_same_run(found[1], arguments, model, accelerator.num_processes)
+    elif wanted:
+        accelerator.print(f"There is no checkpoint in {output_dir} yet: the run starts from the beginning.")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        for pattern in (PARTIAL, ".checkpoint-*.unfinished", ".checkpoint-*.removed"):  # of a killed run
+            for path in output_dir.glob(pattern):
+                shutil.rmtree(path)
+        if not wanted and checkpoint_steps(output_dir):
+            raise FileExistsError(
+                f"{output_dir} holds checkpoints of another run. Go on with it by --resume_from_checkpoint latest, "
+                "remove them, or choose another --output_dir."
+            )
+        check_space(output_dir, model, arguments)
+        arguments.save(output_dir)
+    return found
 
 
 def find_checkpoint(output_dir: Path, wanted: str, say: Callable[[str], object]) -> tuple[int, Path] | None:
@@ -294,16 +308,19 @@ def check_writable(output_dir: Path) -> None:
         )
 
 
-def check_space(output_dir: Path, needed: int) -> None:
-    """Refuse to start on a disk that cannot hold two checkpoints of `needed` bytes.
+def check_space(output_dir: Path, model: PeftModel | ModelMixin, arguments: OptimisationArguments) -> None:
+    """Refuse to start on a disk that cannot hold two checkpoints.
 
     Raises:
         CheckpointError: with what is free and what is needed.
     """
-    if shutil.disk_usage(output_dir).free < 2 * needed:
+    copies = 4 if arguments.use_ema else 3  # the weights, AdamW's two moments, the average
+    frozen = 0 if isinstance(model, PeftModel) else 1  # of an adapter, they are not saved
+    numbers = sum(p.numel() * (copies if p.requires_grad else frozen) for p in model.parameters())
+    needed = 2 * 4 * numbers / 1e6
+    if shutil.disk_usage(output_dir).free < needed * 1e6:
         raise CheckpointError(
-            f"{free_space(output_dir)} Two checkpoints need {2 * needed / 1e6:.1f} MB. Make room, or choose another "
-            "--output_dir."
+            f"{free_space(output_dir)} Two checkpoints need {needed:.1f} MB. Make room, or choose another --output_dir."
         )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import torch
 
 from ..._files import first_line
 from ..arguments import OptimisationArguments
+from .checkpoints import last_checkpoint
 
 
 class TrainingMemoryError(MemoryError):
@@ -36,6 +38,17 @@ def less_memory(arguments: OptimisationArguments) -> str:
     offered = [f"--{name}{note}" for name, note in changes.items() if getattr(arguments, name, None) is False]
     begin = f"Resume with {' or '.join(offered)}, or start anew with" if offered else "Start anew with"
     return f"{begin} a smaller --train_batch_size and more --gradient_accumulation_steps, or --mixed_precision bf16."
+
+
+def validation_without_memory(error: BaseException, step: int, output_dir: Path, ends_run: bool) -> str:
+    """Say that a validation ran out of memory, and what to do about it."""
+    goes_on = "" if ends_run else "Training goes on without it, and tries again when the next is due. "
+    resume = " Then resume with --resume_from_checkpoint latest." if ends_run else ""
+    return (
+        f"Validation ran out of memory at step {step} ({first_line(error)}). {goes_on}{last_checkpoint(output_dir)} "
+        "Let it make less at once: fewer --num_validation_images or --num_validation_texts, or a smaller "
+        f"--max_new_tokens.{resume}"
+    )
 
 
 def memory_for_base(device: torch.device, arguments: OptimisationArguments) -> AbstractContextManager[None]:

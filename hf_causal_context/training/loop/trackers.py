@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
+from ..arguments import OptimisationArguments
 from .checkpoints import last_checkpoint
 
 
@@ -39,16 +41,19 @@ class ForgivingTracker:
         return call
 
 
-def start_trackers(accelerator: Accelerator, settings: dict[str, Any], output_dir: Path, name: str) -> None:
-    """Start the trackers of `accelerator`, called `name` in messages; without them if they cannot be started."""
+def start_trackers(accelerator: Accelerator, arguments: OptimisationArguments) -> None:
+    """Start the trackers that `arguments` name; without them if they cannot be started."""
+    if not arguments.report_to:
+        return
 
     def say(error: Exception, consequence: str = "what it shows will be incomplete") -> None:
         accelerator.print(
-            f"The tracker {name} failed ({type(error).__name__}: {error}). Training goes on; {consequence}. "
-            f"{last_checkpoint(output_dir)} Further failures are not shown. Mend its connection or disk for the next "
-            "run, or leave --report_to out."
+            f"The tracker {arguments.report_to} failed ({type(error).__name__}: {error}). Training goes on; "
+            f"{consequence}. {last_checkpoint(Path(arguments.output_dir))} Further failures are not shown. Mend its "
+            "connection or disk for the next run, or leave --report_to out."
         )
 
+    settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in asdict(arguments).items()}
     try:
         accelerator.init_trackers("hf_causal_context", settings)
     except Exception as error:  # see above

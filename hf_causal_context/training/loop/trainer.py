@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from contextlib import nullcontext
 from pathlib import Path
+from time import perf_counter
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
 from diffusers import ModelMixin
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from peft import PeftModel
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch import Tensor
 from tqdm import tqdm
 
-from ..._files import checkpoint_steps, first_line
+from ..._files import checkpoint_steps
 from ..arguments import OptimisationArguments
 from .checkpoints import (
-    check_same_run,
-    check_space,
-    clean_up,
-    find_checkpoint,
     last_checkpoint,
+    open_output_dir,
     register_model_hooks,
     remove_checkpoint,
     save_checkpoint,
@@ -35,11 +30,16 @@ from .checkpoints import (
 )
 from .early_stopping import EarlyStopping
 from .interruption import noted_interruptions
-from .memory import TrainingMemoryError, is_out_of_memory, less_memory, memory_for
+from .memory import TrainingMemoryError, is_out_of_memory, less_memory, memory_for, validation_without_memory
 from .objective import Objective
+from .optimization import averaged, make_optimizer, make_schedule, set_learning_rate
 from .processes import watched_processes
 from .sharding import is_sharded
 from .trackers import start_trackers
+
+# The host waits for the device, and the processes for each other, once in so many steps: the wait is then next to
+# nothing. Where steps are slow it is once in about a second, so that whoever watches or stops a run does not wait long.
+STEPS_PER_SYNC, SECONDS_PER_SYNC = 10, 1.0
 
 
 class TrainingDivergedError(FloatingPointError):
@@ -109,255 +109,255 @@ def fit(
         FileExistsError: for checkpoints of another run in `output_dir`.
         ValueError: for a checkpoint of a run with other settings.
     """
-    hooks, finish = hooks or StepHooks(), finish or (lambda folder: None)
-    begin = begin or (lambda first: {})
     with watched_processes(accelerator, Path(arguments.output_dir)):
-        return _fit(
-            accelerator, model, objective, batches, arguments, num_steps, validate, early_stopping, hooks, finish, begin
-        )
+        found = open_output_dir(accelerator, model, arguments)
+        first = found[0] if found is not None else 0
+        known = begin(first) if begin is not None and accelerator.is_main_process else {}
+        run = Run(accelerator, model, objective, arguments, num_steps, validate, early_stopping, hooks or StepHooks())
+        if found is not None:
+            run.resume(*found)
+        start_trackers(accelerator, arguments)
+        if known:
+            accelerator.log(dict(known), step=first)
+        run.train(batches)
+        return run.save(finish)
 
 
-def _fit(
-    accelerator: Accelerator,
-    model: PeftModel | ModelMixin,
-    objective: Objective,
-    batches: Callable[[int], Iterator[Any]],
-    arguments: OptimisationArguments,
-    num_steps: int,
-    validate: Callable[[int], float | None] | None,
-    early_stopping: EarlyStopping | None,
-    hooks: StepHooks,
-    finish: Callable[[Path], object],
-    begin: Callable[[int], Mapping[str, float]],
-) -> Path:
-    output_dir = Path(arguments.output_dir)
-    sharded = is_sharded(model)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    resumed = arguments.resume_from_checkpoint
-    found = find_checkpoint(output_dir, resumed, accelerator.print) if resumed else None
-    if found is not None:
-        check_same_run(found[1], arguments, model, accelerator.num_processes)
-    elif resumed:
-        accelerator.print(f"There is no checkpoint in {output_dir} yet: the run starts from the beginning.")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    known: Mapping[str, float] = {}
-    if accelerator.is_main_process:
-        clean_up(output_dir)
-        if not resumed and checkpoint_steps(output_dir):
-            raise FileExistsError(
-                f"{output_dir} holds checkpoints of another run. Go on with it by --resume_from_checkpoint latest, "
-                "remove them, or choose another --output_dir."
-            )
-        copies = 4 if arguments.use_ema else 3  # the weights, AdamW's two moments, the average
-        whole = () if isinstance(model, PeftModel) else model.parameters()
-        frozen = sum(p.numel() for p in whole if not p.requires_grad)
-        check_space(output_dir, 4 * frozen + copies * sum(4 * p.numel() for p in parameters))
-        arguments.save(output_dir)
-        known = begin(found[0] if found else 0)
+class Run:
+    """A training run: what its checkpoints hold, and what is done with it. For its arguments, see `fit`."""
 
-    # 1. Everything that a checkpoint holds
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=arguments.learning_rate,
-        betas=(arguments.adam_beta1, arguments.adam_beta2),
-        weight_decay=arguments.adam_weight_decay,
-        eps=arguments.adam_epsilon,
-        # One kernel for all parameters. With fp16's scaler it would skip steps without Accelerate seeing it.
-        fused=True if accelerator.device.type == "cuda" and accelerator.mixed_precision != "fp16" else None,
-    )
-    schedule = make_schedule(optimizer, arguments, num_steps)
-    register_model_hooks(accelerator)
-    accelerator.register_for_checkpointing(schedule)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    ema = (
-        EMAModel(parameters, decay=arguments.ema_decay, use_ema_warmup=True, power=0.75) if arguments.use_ema else None
-    )
-    for state in (ema, early_stopping):
-        if state is not None:
-            accelerator.register_for_checkpointing(state)
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: PeftModel | ModelMixin,
+        objective: Objective,
+        arguments: OptimisationArguments,
+        num_steps: int,
+        validation: Callable[[int], float | None] | None,
+        early_stopping: EarlyStopping | None,
+        hooks: StepHooks,
+    ) -> None:
+        self.accelerator, self.objective, self.arguments, self.num_steps = accelerator, objective, arguments, num_steps
+        self.validation, self.early_stopping, self.hooks = validation, early_stopping, hooks
+        self.output_dir, self.sharded = Path(arguments.output_dir), is_sharded(model)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = make_optimizer(self.parameters, arguments, accelerator)
+        self.schedule = make_schedule(optimizer, arguments, num_steps)
+        register_model_hooks(accelerator)
+        self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
+        self.ema = None
+        if arguments.use_ema:
+            self.ema = EMAModel(self.parameters, decay=arguments.ema_decay, use_ema_warmup=True, power=0.75)
+        for state in (self.schedule, self.ema, early_stopping):
+            if state is not None:
+                accelerator.register_for_checkpointing(state)
+        self.done = 0
+        self.without_memory: set[type[Exception]] = set()  # kinds of errors of validations
+        # Of the steps that `synchronize` has not seen: the learning rates before and after each, its loss and norm.
+        self.rates: list[tuple[float, float]] = []
+        self.losses, self.norms = torch.zeros(2, STEPS_PER_SYNC, device=accelerator.device)
+        self.steps_per_sync, self.steps_per_second = 1, 0.0
 
-    # 2. Where to begin
-    first = 0
-    if found is not None:
-        first, folder = found
-        accelerator.load_state(str(folder))
-        if ema is not None:
-            ema.to(accelerator.device)
-        set_learning_rate(schedule, arguments.learning_rate)
-        accelerator.print(f"Resumed from {folder}.")
-        if accelerator.is_main_process:  # what came after it belongs to a run that is given up
-            for step, later in checkpoint_steps(output_dir).items():
-                if step > first:
-                    remove_checkpoint(later)
-    if arguments.report_to:
-        settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in asdict(arguments).items()}
-        start_trackers(accelerator, settings, output_dir, arguments.report_to)
-        for tracker in accelerator.trackers if known else ():
-            tracker.log(known, step=first)
+    def resume(self, step: int, checkpoint: Path) -> None:
+        """Go on from a checkpoint; those that came after it belong to a run that is given up."""
+        self.accelerator.load_state(str(checkpoint))
+        self.done = step
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)
+        set_learning_rate(self.schedule, self.arguments.learning_rate)
+        self.accelerator.print(f"Resumed from {checkpoint}.")
+        if self.accelerator.is_main_process:
+            for later, folder in checkpoint_steps(self.output_dir).items():
+                if later > step:
+                    remove_checkpoint(folder)
 
-    def stopped(problem: str, step: int) -> TrainingDivergedError:
-        rate = schedule.get_last_lr()[0]
-        return TrainingDivergedError(
-            f"{problem} at step {step + 1} (learning rate {rate:.3g}). Nothing was saved after it. "
-            f"{last_checkpoint(output_dir)} Resume from it, or start anew, with a lower --learning_rate or "
-            "--max_grad_norm; the same settings would end here again."
-        )
-
-    told: set[type[Exception]] = set()
-
-    def validated(step: int) -> bool:
-        """Whether the run should end."""
-        stop = torch.zeros((), device=accelerator.device)
-        if validate is not None and (sharded or accelerator.is_main_process):
-            loss = None
-            wrapped.eval()
-            try:
-                # Samples come in other shapes than batches, so code would be compiled anew for them.
-                eager = torch.compiler.set_stance("force_eager") if arguments.compile else nullcontext()
-                with eager, averaged(ema, parameters):
-                    loss = validate(step)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                said = f"Validation ran out of memory at step {step} ({first_line(error)})."
-                less = (
-                    "Let it make less at once: fewer --num_validation_images or --num_validation_texts, or a smaller "
-                    "--max_new_tokens."
-                )
-                if sharded:  # the other processes wait for this one's pieces
-                    raise TrainingMemoryError(
-                        f"{said} {last_checkpoint(output_dir)} {less} Then resume with --resume_from_checkpoint latest."
-                    ) from error
-                if type(error) not in told:
-                    accelerator.print(
-                        f"{said} Training goes on without it, and tries again when the next is due. "
-                        f"{last_checkpoint(output_dir)} {less}"
+    def train(self, batches: Callable[[int], Iterator[Any]]) -> None:
+        """Take the steps that are left, with their checkpoints and validations."""
+        self.wrapped.train()
+        self.stream = batches(self.done * self.arguments.gradient_accumulation_steps)
+        hidden = not self.accelerator.is_local_main_process
+        self.bar = tqdm(total=self.num_steps, initial=self.done, desc="train", unit="step", disable=hidden)
+        # A checkpoint is written before its step's validation, so a resumed run begins with that.
+        stopping = self.validation_is_due() and self.validate()
+        with noted_interruptions() as self.interruption, self.bar:
+            while self.done < self.num_steps and not stopping:
+                self.train_until_sync()
+                interrupted = self.synchronize()
+                if interrupted or self.checkpoint_is_due():
+                    save_checkpoint(self.accelerator, self.arguments, self.done)
+                if interrupted and self.done < self.num_steps:
+                    self.accelerator.end_training()
+                    again = self.arguments.resume_from_checkpoint == "latest"
+                    raise TrainingInterrupted(
+                        f"Stopped after step {self.done} of {self.num_steps}. {last_checkpoint(self.output_dir)} Go on "
+                        f"by running the same command {'again' if again else 'with --resume_from_checkpoint latest'}."
                     )
-                told.add(type(error))
-            finally:
-                wrapped.train()
-            if told:
-                clear_device_cache(garbage_collection=True)  # what a failed one held
-            if loss is not None:
-                accelerator.log({"validation_loss": loss}, step=step)
-                stop += early_stopping is not None and early_stopping.should_stop(loss)
-        if early_stopping is not None:
-            stop = cast(Tensor, accelerator.reduce(stop, "sum"))
-        accelerator.wait_for_everyone()
-        return bool(stop.item())
+                stopping = self.validation_is_due() and self.validate()
+        if stopping:
+            text = f"Validation no longer improves: stopped after step {self.done} of {self.num_steps}."
+            self.accelerator.print(text)
 
-    def read(step: int) -> Any:
-        """The next batch."""
+    def train_until_sync(self) -> None:
+        """Take steps until the next synchronization, which is not later than a checkpoint or a validation."""
+        self.began, alone = perf_counter(), self.accelerator.num_processes == 1
+        while True:
+            try:
+                with memory_for(
+                    f"Step {self.done + 1}", lambda: f"{last_checkpoint(self.output_dir)} {less_memory(self.arguments)}"
+                ):
+                    self.train_step()
+            except Exception:
+                if alone:  # among several, the others would be waited for
+                    self.synchronize()  # what failed may follow from a loss that is not finite
+                raise
+            due = self.checkpoint_is_due() or self.validation_is_due() or len(self.rates) == self.steps_per_sync
+            if due or (alone and self.interruption.signal):
+                return
+
+    def train_step(self) -> None:
+        """Take one optimizer step; its loss and norm stay on the device until the next synchronization."""
+        accelerator, accumulation = self.accelerator, self.arguments.gradient_accumulation_steps
+        place = len(self.rates)
+        total = self.losses[place].zero_()
+        self.hooks.start_step(self.done)
+        for _ in range(accumulation):
+            batch = self.read_batch()
+            with accelerator.accumulate(self.wrapped):
+                with accelerator.autocast():
+                    loss = self.objective(self.wrapped, batch).mean()
+                accelerator.backward(loss)
+                total += loss.detach() / accumulation
+        self.hooks.end_backward()
+        self.norms[place] = cast(Tensor, accelerator.clip_grad_norm_(self.parameters, self.arguments.max_grad_norm))
+        before = cast(float, self.schedule.get_last_lr()[0])
+        self.optimizer.step()
+        self.hooks.end_step()
+        if not accelerator.optimizer_step_was_skipped:  # by the scaler of fp16
+            self.schedule.step()
+            if self.ema is not None:
+                self.ema.step(self.parameters)
+        self.optimizer.zero_grad()
+        self.done += 1
+        self.rates.append((before, cast(float, self.schedule.get_last_lr()[0])))
+
+    def read_batch(self) -> Any:
+        """Return the next batch.
+
+        Raises:
+            UnreadableDataError: when it can no longer be made.
+        """
         try:
-            return next(stream)
+            return next(self.stream)
         except Exception as error:  # decoders raise whatever they like
             of_device = isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)
             if of_device or isinstance(error, MemoryError):
                 raise
             raise UnreadableDataError(
-                f"The data of step {step + 1} cannot be read: {error} {last_checkpoint(output_dir)} Put back what was "
-                "there when the run began (if a worker was killed: lower --dataloader_num_workers, which takes less "
-                "memory), then resume with --resume_from_checkpoint latest."
+                f"The data of step {self.done + 1} cannot be read: {error} {last_checkpoint(self.output_dir)} Put "
+                "back what was there when the run began (if a worker was killed: lower --dataloader_num_workers, which "
+                "takes less memory), then resume with --resume_from_checkpoint latest."
             ) from error
 
-    def is_due(step: int) -> bool:
-        return bool(arguments.validation_steps) and step % arguments.validation_steps == 0 and 0 < step < num_steps
+    def synchronize(self) -> bool:
+        """Check and log the steps since the last synchronization; return whether a process was interrupted.
 
-    # 3. The loop
-    wrapped.train()
-    accumulation = arguments.gradient_accumulation_steps
-    stream = batches(first * accumulation)
-    bar = tqdm(total=num_steps, initial=first, desc="train", unit="step", disable=not accelerator.is_local_main_process)
-    # A checkpoint is written before its step's validation, so a resumed run begins with that.
-    stopping, done = is_due(first) and validated(first), first
-    with noted_interruptions() as interruption, bar:
-        while done < num_steps and not stopping:
-            step = done
-            hooks.start_step(step)
-            total = torch.zeros((), device=accelerator.device)
-            with memory_for(f"Step {step + 1}", lambda: f"{last_checkpoint(output_dir)} {less_memory(arguments)}"):
-                for _ in range(accumulation):
-                    batch = read(step)
-                    with accelerator.accumulate(wrapped):
-                        with accelerator.autocast():
-                            loss = objective(wrapped, batch).mean()
-                        accelerator.backward(loss)
-                        total += loss.detach() / accumulation
-                value = cast(Tensor, accelerator.reduce(total, "mean")).item()
-                if not math.isfinite(value):
-                    raise stopped(f"The loss became {value}", step)
-                hooks.end_backward()
-                norm = cast(Tensor, accelerator.clip_grad_norm_(parameters, arguments.max_grad_norm)).item()
-                if not math.isfinite(norm) and accelerator.mixed_precision != "fp16":  # whose scaler skips the step
-                    raise stopped(f"The gradient's norm became {norm}", step)
-                optimizer.step()
-            hooks.end_step()
-            if not accelerator.optimizer_step_was_skipped:  # by the scaler of fp16
-                schedule.step()
-                if ema is not None:
-                    ema.step(parameters)
-            optimizer.zero_grad()
-            done = step + 1
-            rate = schedule.get_last_lr()[0]
-            bar.update()
-            bar.set_postfix(loss=f"{value:.4f}", lr=f"{rate:.2g}")
-            accelerator.log({"loss": value, "learning_rate": rate, "gradient_norm": norm}, step=done)
-            if interruption.signal:
-                accelerator.set_trigger()
-            interrupted = accelerator.check_trigger()
-            if interrupted or done % arguments.checkpointing_steps == 0 or done == num_steps:
-                save_checkpoint(accelerator, arguments, done)
-            if interrupted and done < num_steps:
-                accelerator.end_training()
-                how = "again" if resumed == "latest" else "with --resume_from_checkpoint latest"
-                raise TrainingInterrupted(
-                    f"Stopped after step {done} of {num_steps}. {last_checkpoint(output_dir)} Go on by running the "
-                    f"same command {how}."
-                )
-            stopping = is_due(done) and validated(done)
-    if stopping:
-        accelerator.print(f"Validation no longer improves: stopped after step {done} of {num_steps}.")
+        Only here do the loop's steps make the host wait for the device, and the processes communicate besides
+        averaging gradients. They also agree on the number of steps until the next time.
 
-    # 4. The result: what is saved is what the model goes on with
-    if ema is not None:
-        ema.copy_to(parameters)
-    if accelerator.is_main_process:
-        save_model(accelerator.unwrap_model(wrapped), output_dir)
-        finish(output_dir)
-    validated(done)
-    accelerator.end_training()
-    return output_dir
+        Raises:
+            TrainingDivergedError: when a loss or gradient is not finite.
+        """
+        count = len(self.rates)
+        steps = min(STEPS_PER_SYNC, max(1, int(self.steps_per_second * SECONDS_PER_SYNC)))
+        own = torch.tensor([bool(self.interruption.signal), steps], dtype=torch.float, device=self.accelerator.device)
+        means = cast(Tensor, self.accelerator.reduce(torch.cat([own, self.losses[:count]]), "mean"))
+        interrupted, steps, *values = torch.cat([means, self.norms[:count]]).tolist()
+        self.steps_per_sync = int(steps)
+        self.steps_per_second = count / (perf_counter() - self.began)
+        seen = zip(values[:count], values[count:], self.rates, strict=True)
+        for step, (loss, norm, (before, after)) in enumerate(seen, self.done - count + 1):
+            self.check_finite(step, loss, norm, before)
+            self.accelerator.log({"loss": loss, "learning_rate": after, "gradient_norm": norm}, step=step)
+            self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{after:.2g}", refresh=False)
+        self.bar.update(count)
+        self.rates.clear()
+        return interrupted > 0
 
+    def check_finite(self, step: int, loss: float, norm: float, rate: float) -> None:
+        """Refuse to go on after a step whose loss or gradient is not finite.
 
-def make_schedule(optimizer: torch.optim.Optimizer, arguments: OptimisationArguments, num_steps: int) -> LambdaLR:
-    """The schedule of the learning rate; the cosine with a minimum ends at a hundredth of the peak."""
-    if arguments.lr_scheduler == "cosine_with_min_lr":
-        from transformers import get_cosine_with_min_lr_schedule_with_warmup
-
-        return get_cosine_with_min_lr_schedule_with_warmup(
-            optimizer, arguments.lr_warmup_steps, num_steps, min_lr_rate=0.01
+        Raises:
+            TrainingDivergedError: naming the step.
+        """
+        if not math.isfinite(loss):
+            problem = f"The loss became {loss}"
+        elif not math.isfinite(norm) and self.accelerator.mixed_precision != "fp16":  # whose scaler skips the step
+            problem = f"The gradient's norm became {norm}"
+        else:
+            return
+        raise TrainingDivergedError(
+            f"{problem} at step {step} (learning rate {rate:.3g}). Nothing was saved after it. "
+            f"{last_checkpoint(self.output_dir)} Resume from it, or start anew, with a lower --learning_rate or "
+            "--max_grad_norm; the same settings would end here again."
         )
-    return get_scheduler(
-        arguments.lr_scheduler, optimizer, num_warmup_steps=arguments.lr_warmup_steps, num_training_steps=num_steps
-    )
 
+    def checkpoint_is_due(self) -> bool:
+        """Return whether a checkpoint belongs to the last step."""
+        return self.done % self.arguments.checkpointing_steps == 0 or self.done == self.num_steps
 
-@contextmanager
-def averaged(ema: EMAModel | None, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Within the body, the parameters are their moving average, if there is one."""
-    if ema is None:
-        yield
-        return
-    ema.store(parameters)
-    ema.copy_to(parameters)
-    try:
-        yield
-    finally:
-        ema.restore(parameters)
+    def validation_is_due(self) -> bool:
+        """Return whether a validation belongs to the last step; that of the result is extra."""
+        every = self.arguments.validation_steps
+        return bool(every) and self.done % every == 0 and 0 < self.done < self.num_steps
 
+    def validate(self) -> bool:
+        """Validate, and return whether the run should end."""
+        stop = torch.zeros((), device=self.accelerator.device)
+        if self.validation is not None and (self.sharded or self.accelerator.is_main_process):
+            loss = self.validation_loss(self.validation)
+            if self.without_memory:
+                clear_device_cache(garbage_collection=True)  # what a failed one held
+            if loss is not None:
+                self.accelerator.log({"validation_loss": loss}, step=self.done)
+                stop += self.early_stopping is not None and self.early_stopping.should_stop(loss)
+        if self.early_stopping is not None:
+            stop = cast(Tensor, self.accelerator.reduce(stop, "sum"))
+        self.accelerator.wait_for_everyone()
+        return bool(stop.item())
 
-def set_learning_rate(schedule: Any, peak: float) -> None:
-    """Give a restored schedule the peak rate of this run; nothing changes when it is the same."""
-    schedule.base_lrs = [peak] * len(schedule.base_lrs)
-    for group, factor in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
-        group["initial_lr"], group["lr"] = peak, peak * factor(schedule.last_epoch)
+    def validation_loss(self, validation: Callable[[int], float | None]) -> float | None:
+        """Validate with the weights that would be saved; one that runs out of memory gives None.
+
+        Raises:
+            TrainingMemoryError: for lack of memory if the model is sharded: the other processes wait for its pieces.
+        """
+        self.wrapped.eval()
+        try:
+            # Samples come in other shapes than batches, so code would be compiled anew for them.
+            eager = torch.compiler.set_stance("force_eager") if self.arguments.compile else nullcontext()
+            with eager, averaged(self.ema, self.parameters):
+                return validation(self.done)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            message = validation_without_memory(error, self.done, self.output_dir, ends_run=self.sharded)
+            if self.sharded:
+                raise TrainingMemoryError(message) from error
+            if type(error) not in self.without_memory:
+                self.accelerator.print(message)
+            self.without_memory.add(type(error))
+            return None
+        finally:
+            self.wrapped.train()
+
+    def save(self, finish: Callable[[Path], object] | None) -> Path:
+        """Save the result and what belongs beside it, validate it, and return its folder."""
+        if self.ema is not None:
+            self.ema.copy_to(self.parameters)  # what is saved is what the model goes on with
+        if self.accelerator.is_main_process:
+            save_model(self.accelerator.unwrap_model(self.wrapped), self.output_dir)
+            if finish is not None:
+                finish(self.output_dir)
+        self.validate()
+        self.accelerator.end_training()
+        return self.output_dir
