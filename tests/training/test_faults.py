@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_causal_context._files import checkpoint_steps
+from hf_causal_context._files import checkpoint_steps, complete_or_absent
 from hf_causal_context.training import finetune
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.finetune import train
@@ -102,6 +103,18 @@ def test_a_kill_within_a_checkpoint_leaves_the_previous_one(start, pipeline_fold
     assert not list(output_dir.glob(".*"))
     assert whole.wait() == given["output_dir"]
     assert_same_run(output_dir, given["output_dir"])
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_what_killed_runs_left_unfinished_is_removed(pipeline_folder, data, tmp_path):
+    with complete_or_absent(tmp_path / "out" / "card.json") as unfinished:
+        unfinished.write_text("half")
+        name = unfinished.parent.name
+        shutil.copytree(unfinished.parent, tmp_path / "left")
+    for left in (name, ".checkpoint-2.unfinished", ".checkpoint-2.removed"):
+        shutil.copytree(tmp_path / "left", tmp_path / "out" / left)
+    train(TrainingArguments(**settings(pipeline_folder("ddpm"), data, tmp_path / "out")))
+    assert not list((tmp_path / "out").glob(".*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
