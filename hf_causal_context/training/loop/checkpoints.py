@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 from ..._files import ARGUMENTS, CHECKPOINT_NAME, PARTIAL, checkpoint_steps, complete_files, complete_or_absent
 from ...adapter.config import CausalContextConfig
+from ...errors import UserError, UserValueError
 from ..arguments import OLDER_RUNS, OptimisationArguments
 from .corruption import damage, read_record, write_record
 
@@ -45,7 +46,7 @@ _MAY_CHANGE = frozenset(
 _SIZES = frozenset({"train_batch_size", "gradient_accumulation_steps"})
 
 
-class CheckpointError(OSError):
+class CheckpointError(UserError, OSError):
     """A checkpoint could not be written, or is damaged; the others are untouched."""
 
 
@@ -241,7 +242,7 @@ def check_same_run(
             differing[name] = (old[name], new[name])
     if differing:
         listed = "; ".join(f"{name}: {then!r} then, {now!r} now" for name, (then, now) in differing.items())
-        raise ValueError(
+        raise UserValueError(
             f"{folder} belongs to a run with other settings ({listed}). Resume with the same ones, or "
             "start anew in another --output_dir."
         )

@@ -12,6 +12,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from ..._files import ARGUMENTS
+from ...errors import UserValueError
 
 _REQUIRED = (ARGUMENTS, "optimizer.bin", "custom_checkpoint_0.pkl", "random_states_0.pkl")
 _WEIGHTS = (("adapter_model.safetensors", "adapter_config.json"), (SAFETENSORS_WEIGHTS_NAME, "config.json"))
@@ -67,4 +68,4 @@ def _check(path: Path) -> None:
     elif path.suffix in (".bin", ".pkl", ".pt"):  # of torch.save: archives with checksums
         with zipfile.ZipFile(path) as archive:
             if spoilt := archive.testzip():
-                raise ValueError(f"the checksum of {spoilt} is wrong")
+                raise UserValueError(f"the checksum of {spoilt} is wrong")

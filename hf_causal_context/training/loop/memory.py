@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from ..._files import first_line
+from ...errors import UserError
 from ..arguments import OptimisationArguments
 from .checkpoints import last_checkpoint
 
 
-class TrainingMemoryError(MemoryError):
+class TrainingMemoryError(UserError, MemoryError):
     """There is not enough memory for the base, a step or a validation."""
 
 

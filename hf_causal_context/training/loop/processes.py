@@ -16,6 +16,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broad
 from torch import Tensor
 from torch.distributed import DistError
 
+from ...errors import UserValueError
 from ..arguments import OptimisationArguments
 from .checkpoints import check_writable, last_checkpoint
 from .sharding import check_configuration, check_processes
@@ -52,12 +53,12 @@ def make_accelerator(arguments: OptimisationArguments) -> Accelerator:
     )
     check_processes(arguments)
     if arguments.report_to and not accelerator.log_with:
-        raise ValueError(
+        raise UserValueError(
             f"--report_to={arguments.report_to}: this tracker is not installed, so nothing would be logged. Install it "
             "(pip install ...), or leave the argument out."
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("--mixed_precision=fp16 needs a GPU. On the CPU use bf16 or no.")
+        raise UserValueError("--mixed_precision=fp16 needs a GPU. On the CPU use bf16 or no.")
     return accelerator
 
 

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
+from ...errors import UserValueError
 from ..arguments import OptimisationArguments
 
 _OTHERS = {
@@ -36,7 +37,7 @@ def check_configuration(arguments: OptimisationArguments) -> None:
     offered = hasattr(arguments, "shard_base")
     for variable, name in _OTHERS.items():
         if parse_flag_from_env(variable):
-            raise ValueError(
+            raise UserValueError(
                 f"Accelerate is configured to use {name} ({variable}={os.environ[variable]}), which is not supported. "
                 "Configure plain data parallelism (accelerate config, or accelerate launch --multi_gpu)"
                 + (", and pass --shard_base, which cuts the frozen base into pieces." if offered else ".")
@@ -50,7 +51,7 @@ def check_processes(arguments: OptimisationArguments) -> None:
         ValueError: with how to start them.
     """
     if getattr(arguments, "shard_base", False) and not dist.is_initialized():
-        raise ValueError(
+        raise UserValueError(
             "--shard_base cuts the base into one piece per process, and this run has one process. Start several "
             "(accelerate launch --multi_gpu, or torchrun), or leave it out."
         )
@@ -71,7 +72,7 @@ def shard_base(model: PeftModel, device: torch.device) -> None:
     base = model.get_base_model()
     found = blocks(base)
     if not found:
-        raise ValueError(
+        raise UserValueError(
             f"--shard_base: {type(base).__name__} does not name its blocks (_no_split_modules), so every process would "
             "hold all of it whenever it runs. Leave it out."
         )

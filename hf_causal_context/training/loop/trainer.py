@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..._files import checkpoint_steps
+from ...errors import UserError, UserValueError
 from ..arguments import OptimisationArguments
 from .checkpoints import (
     last_checkpoint,
@@ -42,11 +43,11 @@ from .trackers import start_trackers
 STEPS_PER_SYNC, SECONDS_PER_SYNC = 10, 1.0
 
 
-class TrainingDivergedError(FloatingPointError):
+class TrainingDivergedError(UserError, FloatingPointError):
     """A loss or a gradient became NaN or infinite; nothing was saved after it."""
 
 
-class UnreadableDataError(ValueError):
+class UnreadableDataError(UserValueError):
     """The data could be read before the training, but not during it."""
 
 
