@@ -1,6 +1,6 @@
 """Two concepts on a frozen diffusers UNet: train on single interventions, run the combination nobody trained.
 
-    python examples/first_adapter.py
+    python -m examples.first_adapter
 
 The UNet has random weights and the concepts are simple changes of its output, so that the truth of every combination is
 known and the example runs in seconds on a CPU.

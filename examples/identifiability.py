@@ -1,6 +1,6 @@
 """The identifiability claim, tested: with an intervention on every concept, the learned concepts are the true ones.
 
-    python examples/identifiability.py
+    python -m examples.identifiability
 
 A simulated world x = f(e), c_j = C_j e + noise, whose concepts c follow a linear Gaussian causal model. The base model
 f is given and frozen, C is unknown: a `ContextModule` learns to generate the embeddings e of every context. The tables

@@ -1,6 +1,6 @@
 """The same adapter in other people's trainers: transformers.Trainer, and trl.SFTTrainer where it is installed.
 
-    python examples/language_trainers.py --output_dir trainers
+    python -m examples.language_trainers --output_dir trainers
 
 `ContextCollator` makes the mask of each batch from the column of contexts, which the trainer must keep
 (`remove_unused_columns=False`). The model is tiny and random: what it writes is noise, the steps are the real ones.

@@ -1,8 +1,8 @@
 """Make the cards in model_cards/ from the adapters that the examples make.
 
     hf-causal-context quickstart --output_dir digits-context
-    python examples/reviews/adapter.py --data_dir movie_reviews --base reviews-base --output_dir reviews-context
-    python examples/model_cards.py --adapters digits-context reviews-context
+    python -m examples.reviews.adapter --data_dir movie_reviews --base reviews-base --output_dir reviews-context
+    python -m examples.model_cards --adapters digits-context reviews-context
 
 The digits are evaluated first, on glyphs that training never saw (ten minutes on one core). A card is made of files;
 those that only a download needs (weights, tokenizers) are left out of the repository.

@@ -1,6 +1,6 @@
 """Your own folders of pictures: one per context, as `hf-causal-context train` reads them.
 
-    python examples/own_folder.py --output_dir my-adapter
+    python -m examples.own_folder --output_dir my-adapter
 
     pictures/obs/*.png  pictures/thickness/*.png  pictures/slant/*.png    trained
     pictures/slant+thickness/*.png     held out: a row of the sample grids, never trained

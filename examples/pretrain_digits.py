@@ -1,8 +1,8 @@
 """Train the small diffusion model of handwritten digits that the package ships as the quickstart's frozen base.
 
-    python examples/pretrain_digits.py --output_dir digit-base    # about an hour on two CPU cores
-    python examples/pretrain_digits.py --output_dir letter-base --fonts_dir FOLDER
-    python examples/pretrain_digits.py --output_dir letter-base --fonts_dir FOLDER --max_train_steps 800 \
+    python -m examples.pretrain_digits --output_dir digit-base    # about an hour on two CPU cores
+    python -m examples.pretrain_digits --output_dir letter-base --fonts_dir FOLDER
+    python -m examples.pretrain_digits --output_dir letter-base --fonts_dir FOLDER --max_train_steps 800 \
         --train_batch_size 48 --start_from hf_causal_context/models/digit_base    # where there is no GPU
 
 It sees the observational context of the digit world only. At the end a classifier of ten digits and of broken ones
@@ -20,13 +20,14 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
-from letters import sample_letters
 from sklearn.svm import SVC
 from torch import Tensor
 from tqdm import tqdm
 
 from hf_causal_context.bases.images import picture_grid
 from hf_causal_context.data.worlds.digits import RESOLUTION, sample_digits
+
+from .letters import sample_letters
 
 
 def build() -> DDIMPipeline:

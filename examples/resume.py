@@ -1,6 +1,6 @@
 """Interrupted training goes on exactly where it stopped: Ctrl-C in the middle, then the same weights as without it.
 
-    python examples/resume.py --output_dir resumed
+    python -m examples.resume --output_dir resumed
 
 The interrupted run saves a checkpoint and says how to go on; so does one that gets SIGTERM, as on preempted machines.
 After SIGKILL the latest `checkpoint-N` serves the same way.

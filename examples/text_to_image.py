@@ -1,7 +1,7 @@
 """A text-to-image base: the same trainer on Stable Diffusion, with captions and cached latents.
 
-    python examples/text_to_image.py --output_dir sd-adapter
-    python examples/text_to_image.py --output_dir sd-adapter --base stable-diffusion-v1-5/stable-diffusion-v1-5
+    python -m examples.text_to_image --output_dir sd-adapter
+    python -m examples.text_to_image --output_dir sd-adapter --base stable-diffusion-v1-5/stable-diffusion-v1-5
 
 Without --base it builds a tiny Stable Diffusion with random weights, so that it runs offline in seconds: the pictures
 are noise then, the steps are the real ones. SDXL, SD3, Flux and PixArt bases work the same way.

@@ -1,7 +1,7 @@
 """Several processes share every batch: the same adapter as one process with the whole batch.
 
-    torchrun --nproc_per_node 2 examples/two_processes.py --output_dir shared     # two CPU processes
-    accelerate launch examples/two_processes.py --output_dir shared               # the GPUs that accelerate knows
+    torchrun --nproc_per_node 2 -m examples.two_processes --output_dir shared     # two CPU processes
+    accelerate launch -m examples.two_processes --output_dir shared               # the GPUs that accelerate knows
 
 `accelerate launch --cpu --num_processes 2` silently runs one process; torchrun does what it says.
 """

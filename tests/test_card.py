@@ -328,7 +328,7 @@ def test_names_of_bases(tmp_path, monkeypatch):
     "folder", sorted(path.parent for path in CARDS.glob("*/README.md")), ids=lambda path: path.name
 )
 def test_model_cards_are_up_to_date(folder):
-    """Made anew by `python examples/model_cards.py`; what the code writes today must be what is committed."""
+    """Made anew by `python -m examples.model_cards`; what the code writes today must be what is committed."""
     assert render_card(folder) == (folder / "README.md").read_text(encoding="utf-8")
     contents = CardContents.load(folder)
     pictures = list(contents.samples.values()) if contents.library == "diffusers" else []

@@ -6,7 +6,6 @@ import random
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +13,10 @@ import torch
 from PIL import ImageFont
 from safetensors.torch import load_file
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
 
 def run(monkeypatch, name, *arguments):
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    runpy.run_module(f"examples.{name.removesuffix('.py').replace('/', '.')}", run_name="__main__")
 
 
 @pytest.mark.parametrize("name", ["own_folder.py", "text_to_image.py"])
@@ -48,8 +45,7 @@ def fonts(tmp_path):
 
 @pytest.fixture
 def letters(monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module("letters")
+    return importlib.import_module("examples.letters")
 
 
 def test_letters_are_seeded_and_whole(letters, fonts):
@@ -75,7 +71,6 @@ def test_digits_on_a_base_of_letters(monkeypatch, tmp_path, fonts, letters, caps
     tiny = ("--num_pictures", 20, "--max_train_steps", 2, "--num_samples", 2, "--device", "cpu")
     run(monkeypatch, "pretrain_digits.py", "--output_dir", base, "--fonts_dir", fonts, *tiny)
     assert (base / "samples.png").exists()
-    monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     tiny = ("--steps", 2, "--rows_per_context", 40, "--num_samples", 2)
     methods = ("base", "singles only", "singles only, no observational part", "a+b-obs")
@@ -106,9 +101,6 @@ def movie_reviews(tmp_path):
 
 @pytest.mark.slow
 def test_reviews(monkeypatch, movie_reviews, capsys):
-    monkeypatch.syspath_prepend(EXAMPLES / "reviews")  # as for a script in that folder
-    for name in ("base", "methods"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.chdir(movie_reviews)
     data = ("--data_dir", movie_reviews)
     run(monkeypatch, "reviews/base.py", *data, "--max_steps", 2)
@@ -141,7 +133,7 @@ def test_resume(monkeypatch, tmp_path, capsys):
 @pytest.mark.slow
 def test_two_processes_equal_one(monkeypatch, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
-    command += [str(EXAMPLES / "two_processes.py"), "--output_dir", str(tmp_path / "two"), "--max_train_steps", "2"]
+    command += ["-m", "examples.two_processes", "--output_dir", str(tmp_path / "two"), "--max_train_steps", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(command, check=True, timeout=240, env=environment)
     from hf_causal_context import quickstart

@@ -3,7 +3,6 @@
 import importlib
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from PIL import Image
 
 from hf_causal_context import Context
 
-PAPER = Path(__file__).parents[1] / "examples" / "paper"
 TINY = {"max_train_steps": 2, "train_batch_size": 8, "num_validation_images": 1, "lr_warmup_steps": 1}
 
 
@@ -20,9 +18,8 @@ TINY = {"max_train_steps": 2, "train_batch_size": 8, "num_validation_images": 1,
 def command(monkeypatch):
     """A function that runs one of the commands; its module is `command.modules[name]`."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.syspath_prepend(str(PAPER))
     names = ("command", "grid", "mnist", "protocol", "quad", "tables", "three_d_ident")
-    modules = {name: importlib.import_module(name) for name in names}
+    modules = {name: importlib.import_module(f"examples.paper.{name}") for name in names}
     monkeypatch.setattr(modules["protocol"], "NUM_SAMPLES", 20)
     monkeypatch.setattr(modules["protocol"], "BATCH", 10)
     for name in ("quad", "mnist", "three_d_ident"):
@@ -40,7 +37,7 @@ def command(monkeypatch):
     call.modules = modules
     yield call
     for name in names:
-        sys.modules.pop(name)
+        sys.modules.pop(f"examples.paper.{name}")
 
 
 def rows(folder):

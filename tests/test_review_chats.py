@@ -12,10 +12,9 @@ from peft import LoraConfig, get_peft_model
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from examples.worlds.reviews import Sentence
 from hf_causal_context import Context
-from hf_causal_context.data.worlds.reviews import Sentence
 
-REVIEWS = Path(__file__).parents[1] / "examples" / "reviews"
 SENTENCES = [
     Sentence("the best of the films and you know it", True),
     Sentence("a mildly enjoyable adaptation -- in 3d", True),
@@ -24,11 +23,8 @@ SENTENCES = [
 
 
 @pytest.fixture
-def module(monkeypatch):
-    monkeypatch.syspath_prepend(REVIEWS)  # as for a script in that folder
-    for name in ("base", "chats", "methods", "real_base", "smollm2_methods"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    return importlib.import_module
+def module():
+    return lambda name: importlib.import_module(f"examples.reviews.{name}")
 
 
 CONTEXTS = ["", "emoji", "pirate", "shout", "emoji+pirate", "emoji+shout", "pirate+shout", "emoji+pirate+shout"]
@@ -126,7 +122,7 @@ def test_the_benchmark_compares_methods_and_goes_on_after_an_interruption(module
     def compare(*options):
         arguments = ["--data_dir", tmp_path, "--base", tmp_path / "base", "--output_dir", results, "--num_samples", 3]
         monkeypatch.setattr(sys, "argv", ["smollm2.py", *map(str, arguments), "--max_steps", "2", *options])
-        runpy.run_path(str(REVIEWS / "smollm2.py"), run_name="__main__")
+        runpy.run_module("examples.reviews.smollm2", run_name="__main__")
         return (results / "results.md").read_text()
 
     table = compare("--methods", "LoRAs", "adapter")

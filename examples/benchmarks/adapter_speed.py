@@ -1,6 +1,6 @@
 """Speed, memory and size of the adapter beside PEFT's LoRA of the same rank, on a DiT and a UNet of 30-40 M parameters.
 
-    python examples/benchmarks/adapter_speed.py [--device cuda] [--json results.json]
+    python -m examples.benchmarks.adapter_speed [--device cuda] [--json results.json]
 
 Every variant runs in a process of its own (peak memory), its timed rounds interleaved with the others' (noise); times
 are medians over rounds, and ratios are medians of the rounds' ratios to LoRA. float32; on a GPU, bfloat16.

@@ -1,6 +1,6 @@
 """Pictures per second of the autoencoder's training, beside a plain loop: items one by one, one context per batch.
 
-    python examples/benchmarks/autoencoder_speed.py
+    python -m examples.benchmarks.autoencoder_speed
 
 Both train the same model on the same quad pictures, in float32, with 512 pictures per update. The plain loop is what
 one writes first: a Dataset that turns one picture after the other into floats, a DataLoader, batches of 64 with one
@@ -21,11 +21,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from hf_causal_context import ConceptSet, Context
 from hf_causal_context.context_module import BlockLinear
-from hf_causal_context.data.worlds.quad import CONCEPTS, sample_quad
 from hf_causal_context.models import ContextAutoencoder
 from hf_causal_context.training.arguments import AutoencoderArguments
 from hf_causal_context.training.autoencoder.images import PictureBatches, PictureSet
 from hf_causal_context.training.autoencoder.objective import AutoencoderObjective
+
+from ..worlds.quad import CONCEPTS, sample_quad
 
 PER_UPDATE, MICRO_BATCH = 512, 64
 

@@ -1,7 +1,7 @@
 """Does it compose? Every method on one frozen base, with the same data, updates and rank, against the truth.
 
-    python examples/benchmarks/composition.py --output_dir composition
-    python examples/benchmarks/composition.py --output_dir composition-gap --worlds dependent --base_world independent
+    python -m examples.benchmarks.composition --output_dir composition
+    python -m examples.benchmarks.composition --output_dir composition-gap --worlds dependent --base_world independent
 
 The second is what users have: a base that was not trained on their observational set. The data are vectors of a known
 causal world (`hf_causal_context/data/worlds/vectors.py`), dependent and independent. Every result is a file of its own,
@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from composition_methods import METHODS, Sampler, Study
-from composition_table import write_tables
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from vector_flow import VectorFlow, train_base
 
 from hf_causal_context import ConceptSet, Context
-from hf_causal_context.data.worlds.vectors import CONCEPTS, sample_vectors
 from hf_causal_context.evaluation.metrics import sliced_wasserstein
+
+from ..worlds.vectors import CONCEPTS, sample_vectors
+from .composition_methods import METHODS, Sampler, Study
+from .composition_table import write_tables
+from .vector_flow import VectorFlow, train_base
 
 WORLDS = ("dependent", "independent")
 ROWS_PER_CONTEXT = 20_000

@@ -14,11 +14,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from vector_flow import VectorFlow, Velocity, noised, optimise, sample
 
 from hf_causal_context import CausalContextConfig, ConceptSet, Context
 from hf_causal_context.data.reweighting import ReweightedContext, reweight
 from hf_causal_context.training.observational import SHARE
+
+from .vector_flow import VectorFlow, Velocity, noised, optimise, sample
 
 WIDTH = 4  # of a concept: every adapter has rank K WIDTH
 LEARNING_RATE = 2e-3

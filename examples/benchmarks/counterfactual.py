@@ -1,6 +1,6 @@
 """How true are counterfactual pictures? Digits, where the truth is known, beside the same edit by stacked LoRAs.
 
-    python examples/benchmarks/counterfactual.py --adapter digits-context --output_dir counterfactuals
+    python -m examples.benchmarks.counterfactual --adapter digits-context --output_dir counterfactuals
 
 `--adapter` is the quickstart's output. Observational digits of glyphs that training never saw are edited to every
 single intervention and every pair. The truth is the world's own: the same glyph and the same noise of every latent,
@@ -18,7 +18,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-from digit_peers import stacked_loras
 from torch import Tensor
 
 from hf_causal_context import Context, load_context_adapter
@@ -27,6 +26,8 @@ from hf_causal_context.bases.loading import load_base
 from hf_causal_context.data.worlds import digits
 from hf_causal_context.inference.counterfactuals import Sampler
 from hf_causal_context.quickstart import BASE, CONTEXTS, PAIRS, SINGLES
+
+from .digit_peers import stacked_loras
 
 METHODS = ("unedited", "stacked LoRAs", "this adapter", "spread unknown")
 HELD = 0.02  # root mean square, 5 of 255 levels

@@ -1,8 +1,8 @@
 """Does it compose on a base that never saw such images? The quickstart's digits on any base, beside two peers.
 
-    python examples/pretrain_digits.py --output_dir letter-base --fonts_dir FOLDER
-    python examples/benchmarks/digit_gap.py --output_dir digit-gap
-    python examples/benchmarks/digit_gap.py --output_dir digit-gap --base letter-base --steps 300 600 1200 2400
+    python -m examples.pretrain_digits --output_dir letter-base --fonts_dir FOLDER
+    python -m examples.benchmarks.digit_gap --output_dir digit-gap
+    python -m examples.benchmarks.digit_gap --output_dir digit-gap --base letter-base --steps 300 600 1200 2400
 
 Without `--base` it is the packaged base of digits, which has no gap. Peers are stacked LoRAs, and "a+b-obs": stacked
 LoRAs minus one that was trained on the observational set. Every number of updates is a training of its own, with a
@@ -17,13 +17,14 @@ import time
 from pathlib import Path
 
 import torch
-from digit_gap_methods import OBSERVATIONAL, TRAINED, UNTRAINED, Images, Study, train_loras
-from digit_gap_table import write_tables
 
 from hf_causal_context.bases.images import picture_grid
 from hf_causal_context.data.worlds.digits import CONCEPTS
 from hf_causal_context.evaluation.metrics import sliced_wasserstein
 from hf_causal_context.quickstart import BASE, CONTEXTS, reference_pictures
+
+from .digit_gap_methods import OBSERVATIONAL, TRAINED, UNTRAINED, Images, Study, train_loras
+from .digit_gap_table import write_tables
 
 
 def distances(images: Images) -> dict[str, float]:

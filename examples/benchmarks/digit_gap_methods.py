@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from digit_peers import train_lora
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
@@ -27,6 +26,8 @@ from hf_causal_context.inference.sampling import generate
 from hf_causal_context.quickstart import CONTEXTS, NUM_INFERENCE_STEPS, PAIRS, digit_data, training_arguments
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.finetune import train
+
+from .digit_peers import train_lora
 
 OBSERVATIONAL = "observational"  # name of the LoRA that is trained on the observational set
 SINGLES = CONTEXTS[: -len(PAIRS)]  # and the observational context

@@ -47,7 +47,7 @@ def table(name: str, results: Results, without_gap: Results) -> str:
     base = "" if name == BASE.name else f" --base {name}"
     steps = " ".join(str(steps) for steps in sorted({steps for _, steps in results if steps}))
     lines = [f"Base {name}, {seeds} seed{'s' * (seeds > 1)}:", ""]
-    lines += [f"    python examples/benchmarks/digit_gap.py --output_dir digit-gap{base} --steps {steps}", ""]
+    lines += [f"    python -m examples.benchmarks.digit_gap --output_dir digit-gap{base} --steps {steps}", ""]
     lines += ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
     for (method, steps), runs in results.items():
         cells = [method, str(steps or "")]

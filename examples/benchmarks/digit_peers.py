@@ -1,6 +1,6 @@
 """The quickstart's peer: one PEFT LoRA per concept on the same frozen base and data, stacked for the pairs.
 
-    python examples/benchmarks/digit_peers.py --output hf_causal_context/models/digit_peers.json
+    python -m examples.benchmarks.digit_peers --output hf_causal_context/models/digit_peers.json
 
 Each LoRA has the rank of one concept of the adapter, is trained on its own interventional set with as many updates as
 the adapter, and sees as many pictures of its context as the adapter does.
@@ -79,7 +79,7 @@ def main() -> None:
         batches = [generators[i : i + 64] for i in range(0, NUM_SAMPLES, 64)]
         samples[context] = torch.cat([pipe(len(g), generator=g, **options).images for g in batches])
     scores = score(samples)
-    command = "python examples/benchmarks/digit_peers.py --output hf_causal_context/models/digit_peers.json"
+    command = "python -m examples.benchmarks.digit_peers --output hf_causal_context/models/digit_peers.json"
     distances = {str(context): round(distance, 5) for context, distance in scores.items()}
     arguments.output.write_text(json.dumps({"command": command, "stacked_loras": distances}, indent=2) + "\n")
     print(arguments.output.read_text())

@@ -1,6 +1,6 @@
 """Does it compose in pictures? The quickstart's adapter without and with reweighted pairs, and its oracle.
 
-    python examples/benchmarks/digits.py --output_dir digits-benchmark
+    python -m examples.benchmarks.digits --output_dir digits-benchmark
 
 The oracle is the same adapter trained with the pairs. All are evaluated by `hf_causal_context.evaluation` beside real
 pictures of glyphs that training never saw; each leaves its report in the folder, and is not made again if it is there.

@@ -1,6 +1,6 @@
 """Speed of generation with the adapter beside PEFT's LoRA of the same rank, on Llamas of 10 M and 75 M parameters.
 
-    python examples/benchmarks/generation_speed.py [--device cuda] [--json results.json]
+    python -m examples.benchmarks.generation_speed [--device cuda] [--json results.json]
 
 Greedy decoding with the key-value cache, batches of 1 and 8. Timed rounds of the variants are interleaved (noise); a
 round's time is that of one `generate`, times are medians over rounds, and ratios are medians of the rounds' ratios: to

@@ -1,8 +1,8 @@
 """A training step and a denoiser call beside PEFT's LoRA of the same rank, on a UNet of Stable Diffusion 1.5's size.
 
-    python examples/benchmarks/gpu_training.py [--json results.json]
-    python examples/benchmarks/gpu_training.py --device cpu --size tiny --batches 2 --rounds 2
-    python examples/benchmarks/gpu_training.py --parts compiled_steps compiled_calls
+    python -m examples.benchmarks.gpu_training [--json results.json]
+    python -m examples.benchmarks.gpu_training --device cpu --size tiny --batches 2 --rounds 2
+    python -m examples.benchmarks.gpu_training --parts compiled_steps compiled_calls
 
 The weights are random, so nothing is downloaded. A step is forward, backward and optimiser, under bfloat16 autocast
 on a bfloat16 base with float32 adapter weights, as `hf-causal-context train --mixed_precision bf16` does it; a call

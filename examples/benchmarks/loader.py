@@ -1,6 +1,6 @@
 """Rows per second of balanced, resumable batches beside what `datasets` gives alone, on 64 x 64 PNG files.
 
-    python examples/benchmarks/loader.py
+    python -m examples.benchmarks.loader
 
 Every row is decoded, without worker processes. `datasets` alone reads the same rows in batches of the same size, in
 order and shuffled; the median of the rounds' ratios is printed, the readers take turns within a round.

@@ -1,6 +1,6 @@
 """One training on MNIST: thickness, slant and size as interventions on real digits, scored on pairs never trained.
 
-    python examples/benchmarks/mnist.py --mnist_dir FOLDER_WITH_IDX_FILES --output_dir mnist-context
+    python -m examples.benchmarks.mnist --mnist_dir FOLDER_WITH_IDX_FILES --output_dir mnist-context
 
 The base is the quickstart's, fine-tuned on the observational digits first (all weights, no concepts); then it is frozen
 and an adapter is trained by the package's trainer. Scores: sliced Wasserstein distance to digits that no training saw.

@@ -1,6 +1,6 @@
 """What grows with the number of concepts, of rows and of adapters: tables in Markdown and a plot.
 
-    python examples/benchmarks/scaling.py [--output_dir scaling] [--rounds 7] [--parts concepts adapters rows] [--quick]
+    python -m examples.benchmarks.scaling [--output_dir scaling] [--rounds 7] [--parts concepts adapters rows] [--quick]
 
 Concepts: a training step (forward, backward, AdamW) and a forward pass on a DiT, with adapters of K concepts of a fixed
 total rank and of a fixed width, beside PEFT's LoRA of the same rank. Rows: balanced batches of small rows, read by

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from protocol import METHODS, World, floor, run, write
-from tables import table
+from .protocol import METHODS, World, floor, run, write
+from .tables import table
 
 # The methods for a machine without a GPU; the full protocol runs all.
 SMALL_METHODS = ("base", "base pooled", "CM end-to-end", "CM fine-tune")

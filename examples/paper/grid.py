@@ -1,7 +1,7 @@
 """The paper's grids: depth and widths of the context module, beta, and the penalties of its causal weights.
 
-    python examples/paper/grid.py --output_dir paper-grid --scale small --vary beta
-    python examples/paper/grid.py --output_dir paper-grid-full --vary depth widths --seeds 0 1 2 3 4
+    python -m examples.paper.grid --output_dir paper-grid --scale small --vary beta
+    python -m examples.paper.grid --output_dir paper-grid-full --vary depth widths --seeds 0 1 2 3 4
 
 On quad (dependent), end-to-end; every combination of the axes that `--vary` names, all else as in the table.
 """
@@ -9,10 +9,10 @@ On quad (dependent), end-to-end; every combination of the axes that `--vary` nam
 import itertools
 from typing import Any
 
-from command import plain_parser
-from protocol import floor, run, write
-from quad import quad_world
-from tables import table
+from .command import plain_parser
+from .protocol import floor, run, write
+from .quad import quad_world
+from .tables import table
 
 AXES: dict[str, list[dict[str, Any]]] = {
     "depth": [{"depth": depth} for depth in (2, 4)],

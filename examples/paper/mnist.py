@@ -1,6 +1,6 @@
 """The paper's MNIST table: six morphological operations on digits; no combinations were published.
 
-    python examples/paper/mnist.py --data_dir mnist --output_dir paper-mnist --scale small
+    python -m examples.paper.mnist --data_dir mnist --output_dir paper-mnist --scale small
 
 `--data_dir` holds the files of the original distribution (t10k-images-idx3-ubyte.gz ...). The published strengths of
 the operations are not known: distances are not comparable with the published ones, only their order. Two pairs of
@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from command import parser, run_table
-from protocol import World, at_most
 
 from hf_causal_context import ConceptSet, Context
-from hf_causal_context.data.worlds.morphology import CONCEPTS, apply, load_mnist
 from hf_causal_context.training.autoencoder.images import PictureSet
+
+from ..worlds.morphology import CONCEPTS, apply, load_mnist
+from .command import parser, run_table
+from .protocol import World, at_most
 
 HELD_OUT = (Context("shear", "thickening"), Context("scaled", "thinning"))
 SCALES = {

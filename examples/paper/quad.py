@@ -1,7 +1,7 @@
 """The paper's quad tables: six concepts, nine pairs of them held out.
 
-    python examples/paper/quad.py --output_dir paper-quad --scale small     # minutes on two CPU cores
-    python examples/paper/quad.py --output_dir paper-quad-full              # the full protocol, for a GPU
+    python -m examples.paper.quad --output_dir paper-quad --scale small     # minutes on two CPU cores
+    python -m examples.paper.quad --output_dir paper-quad-full              # the full protocol, for a GPU
 
 `--world independent` removes all edges between the latents. It stands in for the published independent data, a
 download whose generator differs: its numbers are not comparable with the published ones. The small scale has 16 x 16
@@ -13,12 +13,13 @@ from functools import cache
 
 import numpy as np
 import torch
-from command import parser, run_table
-from protocol import World
 
 from hf_causal_context import ConceptSet, Context
-from hf_causal_context.data.worlds.quad import CONCEPTS, HELD_OUT, read_quad, sample_quad
 from hf_causal_context.training.autoencoder.images import PictureSet
+
+from ..worlds.quad import CONCEPTS, HELD_OUT, read_quad, sample_quad
+from .command import parser, run_table
+from .protocol import World
 
 SCALES = {
     "full": ({"resolution": 64, "num_train_epochs": 100}, 50_000),

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from protocol import World
+
+from .protocol import World
 
 PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text())
 _CITED = ("Ada-GVAE", "BetaTCVAE", "TVAE")

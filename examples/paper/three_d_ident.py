@@ -1,6 +1,6 @@
 """The paper's 3DIdent table: rendered pictures, intervened on background, object and spotlight; their pairs held out.
 
-    python examples/paper/three_d_ident.py --data_dir 3dident --output_dir paper-3dident
+    python -m examples.paper.three_d_ident --data_dir 3dident --output_dir paper-3dident
 
 `--data_dir` holds one folder of PNG files for each context: obs, bg, obj, sl, bg-obj, bg-sl, obj-sl. The published
 numbers are of an NVAE, ours of the lightweight VAE.
@@ -12,13 +12,14 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from command import parser, run_table
-from protocol import World, at_most
 
 from hf_causal_context import Context
 from hf_causal_context.bases.images import read_picture
-from hf_causal_context.data.three_d_ident import CONCEPTS, load_3dident
 from hf_causal_context.training.autoencoder.images import PictureSet
+
+from ..worlds.three_d_ident import CONCEPTS, load_3dident
+from .command import parser, run_table
+from .protocol import World, at_most
 
 SCALES = {
     "full": {"resolution": 64, "num_train_epochs": 100},

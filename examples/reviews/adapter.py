@@ -1,7 +1,7 @@
 """Four concepts of text in one adapter: trained on single interventions, then asked for pairs that nobody wrote.
 
-    python examples/reviews/base.py --data_dir movie_reviews --output_dir reviews-base
-    python examples/reviews/adapter.py --data_dir movie_reviews --base reviews-base --output_dir reviews-context
+    python -m examples.reviews.base --data_dir movie_reviews --output_dir reviews-base
+    python -m examples.reviews.adapter --data_dir movie_reviews --base reviews-base --output_dir reviews-context
 
 Four minutes on two CPU cores, after five for the base. Writes the adapter, its card and samples, the perplexity of true
 pairs in the log, and layers.png: which layers carry which concept.
@@ -10,16 +10,17 @@ pairs in the log, and layers.png: which layers carry which concept.
 import argparse
 from pathlib import Path
 
-from base import CONTEXTS, HELD_OUT_SENTENCES, PAIRS, SINGLES, adapter_arguments
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
 from hf_causal_context import Context, causal_effects
 from hf_causal_context.data import texts_from_dataset
-from hf_causal_context.data.worlds.reviews import CONCEPTS, read_sentences, write_reviews
 from hf_causal_context.inference.texts import generate_texts
 from hf_causal_context.training.language import train_text
+
+from ..worlds.reviews import CONCEPTS, read_sentences, write_reviews
+from .base import CONTEXTS, HELD_OUT_SENTENCES, PAIRS, SINGLES, adapter_arguments
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Pretrain the base of these examples: a small Llama on film reviews as they are written, with no intervention.
 
-    python examples/reviews/base.py --data_dir movie_reviews --output_dir reviews-base
+    python -m examples.reviews.base --data_dir movie_reviews --output_dir reviews-base
 
 About five minutes on two CPU cores. `movie_reviews` holds rt-polarity.pos and rt-polarity.neg; without --data_dir the
 same corpus is read from the Hub. With --gap the base is pretrained on other texts than those the adapters learn from,
@@ -25,8 +25,9 @@ from transformers import (
 )
 
 from hf_causal_context import Context
-from hf_causal_context.data.worlds.reviews import CONCEPTS, read_sentences, write_reviews
 from hf_causal_context.training.arguments import TextArguments
+
+from ..worlds.reviews import CONCEPTS, read_sentences, write_reviews
 
 HELD_OUT_SENTENCES = 500  # the last ones; nothing here or in the other examples trains on them
 PAD, BEGIN, END = "<pad>", "<s>", "</s>"

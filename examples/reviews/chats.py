@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 
 from hf_causal_context import Context
-from hf_causal_context.data.worlds.reviews import Sentence
+
+from ..worlds.reviews import Sentence
 
 FILM = "\N{CLAPPER BOARD}"
 PROMPT = [

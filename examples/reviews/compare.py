@@ -1,6 +1,6 @@
 """Do concepts of text compose? Our adapter beside stacked LoRAs, control tokens and steering vectors, in one run.
 
-    python examples/reviews/compare.py --data_dir movie_reviews --base reviews-base --output_dir reviews-compare
+    python -m examples.reviews.compare --data_dir movie_reviews --base reviews-base --output_dir reviews-compare
 
 Every method sees the observational set and one set per concept; pairs are never trained on, but by the oracle, which is
 our adapter trained with them. Every set gives a method 16 rows in a step on average. (Ours begins with steps on the
@@ -19,8 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from base import BEGIN, CONTEXTS, END, HELD_OUT_SENTENCES, PAIRS, SINGLES
-from methods import METHODS, Method, Setting, adapter, log_losses
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
@@ -30,7 +28,10 @@ from transformers import AutoTokenizer, set_seed
 
 from hf_causal_context import ConceptSet, Context
 from hf_causal_context._files import complete_or_absent
-from hf_causal_context.data.worlds.reviews import CONCEPTS, Sentence, read_sentences, write_reviews
+
+from ..worlds.reviews import CONCEPTS, Sentence, read_sentences, write_reviews
+from .base import BEGIN, CONTEXTS, END, HELD_OUT_SENTENCES, PAIRS, SINGLES
+from .methods import METHODS, Method, Setting, adapter, log_losses
 
 
 def fit_classifiers(sentences: list[Sentence], unseen: list[Sentence]) -> tuple[dict[str, Pipeline], dict[str, float]]:

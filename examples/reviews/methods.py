@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from base import LEARNING_RATE, ROWS, TARGETS, WIDTH, adapter_arguments
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -30,6 +29,8 @@ from transformers import (
 from hf_causal_context import ConceptSet, Context, intervene
 from hf_causal_context.data import texts_from_dataset
 from hf_causal_context.training.language import train_text
+
+from .base import LEARNING_RATE, ROWS, TARGETS, WIDTH, adapter_arguments
 
 OBSERVATIONAL_LORA = "obs"
 STEERING_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)

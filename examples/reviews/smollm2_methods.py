@@ -10,10 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from base import TARGETS
-from chats import CONCEPTS, PROMPT, chats
 from datasets import Dataset
-from methods import OBSERVATIONAL_LORA, less_observational, lora_sum, stacked
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -28,9 +25,13 @@ from transformers import (
 from hf_causal_context import Context, intervene
 from hf_causal_context.bases.tokens import Tokenisation, TokenRow
 from hf_causal_context.data import texts_from_dataset
-from hf_causal_context.data.worlds.reviews import Sentence
 from hf_causal_context.training.arguments import TextArguments
 from hf_causal_context.training.language import train_text
+
+from ..worlds.reviews import Sentence
+from .base import TARGETS
+from .chats import CONCEPTS, PROMPT, chats
+from .methods import OBSERVATIONAL_LORA, less_observational, lora_sum, stacked
 
 ROWS = 2  # of every set in a step, on average
 MAX_LENGTH = 56

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from examples.worlds.three_d_ident import CONCEPTS, FOLDERS, load_3dident
 from hf_causal_context.data.folders import load_folders
-from hf_causal_context.data.three_d_ident import CONCEPTS, FOLDERS, load_3dident
 
 
 @pytest.fixture

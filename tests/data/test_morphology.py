@@ -6,9 +6,9 @@ import struct
 import numpy as np
 import pytest
 
-from hf_causal_context.data.worlds import morphology
+from examples.worlds import morphology
+from examples.worlds.morphology import CONCEPTS, apply, load_mnist
 from hf_causal_context.data.worlds.digits import sample_digits
-from hf_causal_context.data.worlds.morphology import CONCEPTS, apply, load_mnist
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,7 @@ import pytest
 import torch
 from scipy.stats import kstest
 
-from hf_causal_context import Context
-from hf_causal_context.data.worlds.quad import (
+from examples.worlds.quad import (
     CONCEPTS,
     HELD_OUT,
     VARIABLES,
@@ -15,6 +14,7 @@ from hf_causal_context.data.worlds.quad import (
     sample_quad,
     standardised_latents,
 )
+from hf_causal_context import Context
 
 QUAD1, QUAD2, QUAD3, QUAD4, SIZE, COLOR, SHAPE, ORIENTATION = range(8)
 READ = VARIABLES[:5]  # what read_quad returns
@@ -131,7 +131,7 @@ def test_shapes_have_the_areas_of_their_geometry(dependent):
 
 
 def test_orientation_turns_counter_clockwise():
-    from hf_causal_context.data.worlds import quad
+    from examples.worlds import quad
 
     def coverage(shape, turn):
         return quad._coverage(np.array([shape]), np.array([0.8]), np.array([turn]), 64)[0]
@@ -183,7 +183,7 @@ def test_readings_are_the_values(dependent):
 
 
 def test_sizes_are_read_where_the_shape_has_the_hue_of_a_quarter():
-    from hf_causal_context.data.worlds import quad
+    from examples.worlds import quad
 
     rng = np.random.default_rng(0)
     values = rng.random((400, 8)).astype(np.float32)

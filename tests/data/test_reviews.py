@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hf_causal_context.data.worlds.reviews import CONCEPTS, Sentence, read_sentences, select_positive, write_reviews
+from examples.worlds.reviews import CONCEPTS, Sentence, read_sentences, select_positive, write_reviews
 
 WORDS = [
     *("a", "warm", "and", "clever", "film", "about", "two", "brothers"),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hf_causal_context.data.worlds.vectors import CONCEPTS, DIMENSION, latent_model, sample_vectors
+from examples.worlds.vectors import CONCEPTS, DIMENSION, latent_model, sample_vectors
 
 QUAD1, QUAD2, QUAD3, QUAD4, SIZE, COLOR, SHAPE, ORIENTATION = range(8)
 

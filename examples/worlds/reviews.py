@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ...contexts import ConceptSet, ContextLike, as_context
+from hf_causal_context.contexts import ConceptSet, ContextLike, as_context
 
 CONCEPTS = ("shouting", "question", "brief", "ebert")
 HUB_DATASET = "cornell-movie-review-data/rotten_tomatoes"

@@ -14,7 +14,8 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from ...contexts import ContextLike
+from hf_causal_context.contexts import ContextLike
+
 from .quad import CONCEPTS, VARIABLES, latent_model, standardised_latents
 
 __all__ = ["CONCEPTS", "DIMENSION", "latent_model", "sample_vectors"]

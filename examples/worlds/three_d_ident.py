@@ -8,9 +8,9 @@ from __future__ import annotations
 from itertools import combinations
 from pathlib import Path
 
-from .._messages import quoted
-from .folders import load_folders
-from .interventional import InterventionalData
+from hf_causal_context._messages import quoted
+from hf_causal_context.data.folders import load_folders
+from hf_causal_context.data.interventional import InterventionalData
 
 CONCEPTS = ("bg", "obj", "sl")
 FOLDERS = ("obs", *CONCEPTS, *map("-".join, combinations(CONCEPTS, 2)))

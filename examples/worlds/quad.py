@@ -30,9 +30,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...contexts import Context, ContextLike
-from ...errors import UserValueError
-from .linear_gaussian import LinearGaussianModel
+from hf_causal_context.contexts import Context, ContextLike
+from hf_causal_context.data.worlds.linear_gaussian import LinearGaussianModel
+from hf_causal_context.errors import UserValueError
 
 # Intervened on; colour and shape never are.
 CONCEPTS = ("quad1", "quad2", "quad3", "quad4", "size", "orientation")
