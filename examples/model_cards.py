@@ -10,7 +10,6 @@ those that only a download needs (weights, tokenizers) are left out of the repos
 
 import argparse
 import json
-import re
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -61,15 +60,10 @@ def evaluate_digits(adapter: Path) -> Path:
     return folder
 
 
-def measured(command: str) -> str:
-    """The README's section about a command, up to its picture."""
-    before, _, after = (ROOT / "README.md").read_text().partition(f"    python {command}")
-    return (
-        before.rpartition("\n\n### ")[2].partition("\n\n")[2]
-        + f"    python {command}"
-        + re.split("\n\n[!#]", after)[0]
-        + "\n"
-    )
+def film_reviews() -> str:
+    """The section of the reviews' page about this adapter, up to its picture."""
+    page = (ROOT / "examples" / "reviews" / "README.md").read_text(encoding="utf-8")
+    return page.partition("## Film reviews: a language model\n\n")[2].partition("\n\n![")[0] + "\n"
 
 
 def attributes(pictures: Tensor) -> Tensor:
@@ -88,7 +82,7 @@ def main() -> None:
                 evaluation = evaluate_digits(adapter)
                 options = {"num_inference_steps": NUM_INFERENCE_STEPS}
             else:
-                (adapter / "results.md").write_text(measured("examples/reviews/compare.py"))
+                (adapter / "results.md").write_text(film_reviews())
             concepts = json.loads((adapter / "adapter_config.json").read_text())["concepts"]
             descriptions = {concept: DESCRIPTIONS[concept] for concept in concepts}
             folder = save(

@@ -9,39 +9,11 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_causal_context.cli import main
-from hf_causal_context.data import density_ratios
-from hf_causal_context.evaluation import classifiers, metrics
-from hf_causal_context.training.denoiser import gap as denoiser_gap
-from hf_causal_context.training.denoiser import losses as denoiser_losses
-from hf_causal_context.training.language import gap as text_gap
-
+from .documents import ROOT, blocks, run, shorten_estimates, tiny_chat_model
 from .training.conftest import on_cpu, pipeline_folder  # noqa: F401 (fixtures)
-from .training.small_language import CHAT
 from .training.tiny_pipelines import TEXT_UNET
-
-ROOT = Path(__file__).parents[1]
-GUIDES = ROOT / "examples" / "guides"
-# Later options win; these make a command of a guide short.
-SHORTER = {
-    "check-data": {},
-    "train": {
-        "max_train_steps": 2,
-        "validation_steps": 2,
-        "train_batch_size": 4,
-        "num_validation_images": 1,
-        "num_inference_steps": 2,
-    },
-    "generate": {"seeds": 0, "num_inference_steps": 2},
-    "evaluate": {"num_samples": 2, "num_seeds": 1},
-    "train-text": {"max_train_steps": 2, "validation_steps": 2, "num_validation_texts": 1, "max_new_tokens": 4},
-    "generate-text": {"seeds": 0, "max_new_tokens": 4},
-}
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -53,28 +25,16 @@ def _folder(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("edit", "rewrite"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setattr(metrics, "NUM_PROJECTIONS", 20)
-    monkeypatch.setattr(classifiers, "_MIN_STEPS", 20)
-    for module in (denoiser_gap, text_gap):
-        monkeypatch.setattr(module, "NUM_ROWS", 4)
-    monkeypatch.setattr(denoiser_gap, "NUM_INFERENCE_STEPS", 2)
-    monkeypatch.setattr(denoiser_losses, "MOST_ROWS", 4)
-    for name, value in {"NUM_MODELS": 1, "FEWEST_STEPS": 2, "SMALLEST_BATCH": 2}.items():
-        monkeypatch.setattr(density_ratios, name, value)
+    shorten_estimates(monkeypatch)
     yield
     for name in ("edit", "rewrite"):
         sys.modules.pop(name, None)
 
 
-def blocks(name):
-    """Kind and text of each block of a guide."""
-    return re.findall(r"^```(\w+)\n(.*?)^```$", (GUIDES / name).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-
-
 def follow(name, changes):
     """Save the Python blocks under the names in their first lines, run the commands; return the names."""
     saved, unused = [], set(changes)
-    for kind, text in blocks(name):
+    for kind, text in blocks(f"examples/guides/{name}"):
         for old, new in changes.items():
             unused -= {old} if old in text else set()
             text = text.replace(old, new)
@@ -90,34 +50,6 @@ def follow(name, changes):
             assert kind == "text"
     assert not unused
     return saved
-
-
-def run(words):
-    AcceleratorState._reset_state(reset_partial_state=True)  # each command is a process of its own
-    GradientState._reset_state()
-    if words[0] == "python":
-        runpy.run_path(words[1], run_name="__main__")
-    else:
-        assert words[0] == "hf-causal-context"
-        shorter = [f"--{name}={value}" for name, value in SHORTER[words[1]].items()]
-        shorter += ["--num_inference_steps=2"] if "--num_inference_steps" in words else []
-        assert main([*words[1:], *shorter]) == 0
-
-
-def tiny_chat_model(folder):
-    """A Llama that reads and writes bytes, with a chat template."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<pad>", "<s>", "</s>"]
-    tokens = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(special + alphabet)}, merges=[]))
-    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokens.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    tokenizer.chat_template = CHAT
-    tokenizer.save_pretrained(folder)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    ids = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    LlamaForCausalLM(LlamaConfig(**sizes, **ids, max_position_embeddings=512)).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture
@@ -179,18 +111,3 @@ def test_language(tmp_path_factory, capsys):
     assert Path("texts-report", "report.md").read_text().startswith("# Does it compose?")
     # the second rewrite.py, with a model
     assert isinstance(runpy.run_path("rewrite.py")["rewrite"]("A film.", "Write it in capital letters."), str)
-
-
-@pytest.mark.parametrize("name", ["README.md", "examples/guides/images.md", "examples/guides/language.md"])
-def test_links_of_and_to_the_guides_lead_somewhere(name):
-    text = (ROOT / name).read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
-    links = [link for link in links if name != "README.md" or "guides" in link]
-    assert len(links) >= 2
-    for link in links:
-        path, _, anchor = link.partition("#")
-        target = ROOT / name if not path else (ROOT / name).parent / path
-        assert target.exists(), link
-        if anchor:
-            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
-            assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, link
