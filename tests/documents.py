@@ -47,6 +47,7 @@ SHORTER = {
         "checkpointing_steps": 2,
         "validation_steps": 2,
         "train_batch_size": 4,
+        "lr_warmup_steps": 0,
         "num_validation_images": 1,
     },
     "push": {"num_inference_steps": 2},
