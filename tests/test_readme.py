@@ -165,7 +165,8 @@ def test_links_lead_somewhere(name):
 @pytest.mark.parametrize("name", documents())
 def test_scripts_that_are_named_exist_and_have_the_options(name):
     text = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
-    for script, options in re.findall(r"python ((?:examples|tests)/\S+\.py)([^`\n|&]*)", text):
+    for module, options in re.findall(r"python -m (examples(?:\.\w+)+)([^`\n|&]*)", text):
+        script = Path(*module.split(".")).with_suffix(".py")
         assert (ROOT / script).exists(), script
         known = "".join(path.read_text(encoding="utf-8") for path in (ROOT / script).parent.glob("*.py"))
         for option in re.findall(r"--\w+", options):
