@@ -66,7 +66,7 @@ def main() -> None:
     transformers.Trainer(model, transformers.TrainingArguments(**settings), collator, tokens).train()
     finish("transformers", model, tokenizer, arguments.output_dir)
 
-    if find_spec("trl"):  # it tokenises by itself; leave its packing out, which joins rows of different contexts
+    if find_spec("trl"):  # it tokenizes by itself; leave its packing out, which joins rows of different contexts
         from trl import SFTConfig, SFTTrainer
         from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TrlCollator
 

@@ -43,7 +43,7 @@ LEFT_OUT = shutil.ignore_patterns(
 
 
 def evaluate_digits(adapter: Path) -> Path:
-    """The folder of an evaluation beside the world's own pictures of all pairs; what is there already is kept."""
+    """The folder of an evaluation beside the world's own images of all pairs; what is there already is kept."""
     folder = adapter / "evaluation"
     if not (folder / "report.json").exists():
         report = evaluate(
@@ -61,14 +61,14 @@ def evaluate_digits(adapter: Path) -> Path:
 
 
 def film_reviews() -> str:
-    """The section of the reviews' page about this adapter, up to its picture."""
+    """The section of the reviews' page about this adapter, up to its image."""
     page = (ROOT / "examples" / "reviews" / "README.md").read_text(encoding="utf-8")
     return page.partition("## Film reviews: a language model\n\n")[2].partition("\n\n![")[0] + "\n"
 
 
-def attributes(pictures: Tensor) -> Tensor:
-    """Pictures (N, 1, H, W) in [0, 1] -> the four attributes of their digits (N, 4)."""
-    return torch.from_numpy(read_attributes((255 * pictures[:, 0]).round().byte().numpy())).float()
+def attributes(images: Tensor) -> Tensor:
+    """Images (N, 1, H, W) in [0, 1] -> the four attributes of their digits (N, 4)."""
+    return torch.from_numpy(read_attributes((255 * images[:, 0]).round().byte().numpy())).float()
 
 
 def main() -> None:

@@ -6,7 +6,7 @@
         --train_batch_size 48 --start_from hf_causal_context/models/digit_base    # where there is no GPU
 
 It sees the observational context of the digit world only. At the end a classifier of ten digits and of broken ones
-(quarters of different digits) says how many samples it takes for a digit, beside the same figure for real pictures.
+(quarters of different digits) says how many samples it takes for a digit, beside the same figure for real images.
 With a folder of fonts it sees letters instead (`letters.py`): a base to which the digit world is new, or, if it starts
 from the base of digits, that draws them no more.
 """
@@ -24,7 +24,7 @@ from sklearn.svm import SVC
 from torch import Tensor
 from tqdm import tqdm
 
-from hf_causal_context.bases.images import picture_grid
+from hf_causal_context.bases.images import image_grid
 from hf_causal_context.data.worlds.digits import RESOLUTION, sample_digits
 
 from .letters import sample_letters
@@ -46,13 +46,13 @@ def build() -> DDIMPipeline:
     return DDIMPipeline(unet, DDIMScheduler(**schedule, timestep_spacing="trailing", clip_sample=True))
 
 
-def broken(pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Quarters of four different digits put together: what a classifier of digits should not recognise."""
+def broken(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Quarters of four different digits put together: what a classifier of digits should not recognize."""
     half = RESOLUTION // 2
-    out = pictures.copy()
+    out = images.copy()
     for rows in (slice(half), slice(half, None)):
         for columns in (slice(half), slice(half, None)):
-            out[:, rows, columns] = rng.permutation(pictures)[:, rows, columns]
+            out[:, rows, columns] = rng.permutation(images)[:, rows, columns]
     return out
 
 
@@ -64,22 +64,22 @@ def train_classifier(seed: int) -> SVC:
     return SVC(C=10).fit(inputs, np.concatenate([classes, np.full(len(wrong), 10)]))
 
 
-def recognised(classifier: SVC, pictures: np.ndarray) -> float:
-    return float((classifier.predict(pictures.reshape(len(pictures), -1) / 255) != 10).mean())
+def recognized(classifier: SVC, images: np.ndarray) -> float:
+    return float((classifier.predict(images.reshape(len(images), -1) / 255) != 10).mean())
 
 
-def pretrain(pipe: Any, pictures: Tensor, arguments: argparse.Namespace) -> None:
-    """Train the UNet of a pipeline on pictures (N, 1, 32, 32), uint8, and save it in half precision."""
+def pretrain(pipe: Any, images: Tensor, arguments: argparse.Namespace) -> None:
+    """Train the UNet of a pipeline on images (N, 1, 32, 32), uint8, and save it in half precision."""
     device = arguments.device
     unet, scheduler = pipe.unet.to(device).train(), pipe.scheduler
-    pictures = pictures.to(device)
+    images = images.to(device)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=arguments.learning_rate, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, 200, arguments.max_train_steps)
     ema = EMAModel(unet.parameters(), decay=0.998, use_ema_warmup=True, power=0.8, foreach=True)
     bar = tqdm(range(arguments.max_train_steps))
     for step in bar:
-        chosen = torch.randint(len(pictures), (arguments.train_batch_size,))
-        clean = pictures[chosen.to(device)] / 127.5 - 1
+        chosen = torch.randint(len(images), (arguments.train_batch_size,))
+        clean = images[chosen.to(device)] / 127.5 - 1
         noise, t = torch.randn(clean.shape).to(device), torch.randint(1000, (len(clean),)).to(device)
         prediction = unet(scheduler.add_noise(clean, noise, t), t).sample
         loss = (prediction - scheduler.get_velocity(clean, noise, t)).square().mean()
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument(
         "--start_from", help="a pipeline whose weights the training starts from, instead of random ones"
     )
-    parser.add_argument("--num_pictures", type=int, default=40_000)
+    parser.add_argument("--num_images", type=int, default=40_000)
     parser.add_argument("--max_train_steps", type=int, default=4000)
     parser.add_argument("--train_batch_size", type=int, default=96)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
@@ -118,29 +118,29 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    number, seed, fonts = arguments.num_pictures, arguments.seed, arguments.fonts_dir
-    pictures = sample_letters(number, fonts, seed) if fonts else sample_digits(number, seed=seed)[0]
+    number, seed, fonts = arguments.num_images, arguments.seed, arguments.fonts_dir
+    images = sample_letters(number, fonts, seed) if fonts else sample_digits(number, seed=seed)[0]
     torch.manual_seed(seed)
     pipe: Any = build()
     if arguments.start_from:
         pipe.unet.load_state_dict(DDIMPipeline.from_pretrained(arguments.start_from).unet.float().state_dict())
-    pretrain(pipe, torch.from_numpy(pictures)[:, None], arguments)
+    pretrain(pipe, torch.from_numpy(images)[:, None], arguments)
     generator, wanted = torch.Generator().manual_seed(1), arguments.num_samples
     samples = pipe(wanted, num_inference_steps=25, generator=generator, output_type="np").images
     drawn = np.rint(255 * samples[..., 0]).astype(np.uint8)
     some = torch.from_numpy(samples[:64]).movedim(-1, 1)
-    picture_grid(some.split(8), [" "] * len(some.split(8))).save(arguments.output_dir / "samples.png")
+    image_grid(some.split(8), [" "] * len(some.split(8))).save(arguments.output_dir / "samples.png")
     if fonts:
         return
     classifier = train_classifier(seed)
     unseen = sample_digits(1000, seed=seed + 1, split="test")[0]
     sets = {
         "samples": drawn,
-        "real pictures of unseen glyphs": unseen,
-        "broken pictures of unseen glyphs": broken(unseen, np.random.default_rng(1)),
+        "real images of unseen glyphs": unseen,
+        "broken images of unseen glyphs": broken(unseen, np.random.default_rng(1)),
     }
-    for name, pictures in sets.items():
-        print(f"recognised of {name}: {recognised(classifier, pictures):.3f}")
+    for name, images in sets.items():
+        print(f"recognized of {name}: {recognized(classifier, images):.3f}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m examples.text_to_image --output_dir sd-adapter
     python -m examples.text_to_image --output_dir sd-adapter --base stable-diffusion-v1-5/stable-diffusion-v1-5
 
-Without --base it builds a tiny Stable Diffusion with random weights, so that it runs offline in seconds: the pictures
+Without --base it builds a tiny Stable Diffusion with random weights, so that it runs offline in seconds: the images
 are noise then, the steps are the real ones. SDXL, SD3, Flux and PixArt bases work the same way.
 """
 
@@ -41,16 +41,16 @@ def tiny_stable_diffusion(folder: Path) -> None:
     StableDiffusionPipeline(**parts).save_pretrained(folder)
 
 
-def draw_pictures(root: Path) -> None:
+def draw_images(root: Path) -> None:
     """Squares that are red or large, each with a caption (the `text` of metadata.jsonl)."""
     for name in ("obs", "red", "large"):
         (root / name).mkdir(parents=True, exist_ok=True)
         captions = []
         for i in range(60):
             side = 10 if name == "large" else 3 + i % 3
-            picture = Image.new("RGB", (16, 16), (i, 4 * i, 255 - i))
-            picture.paste((200 + i % 50, 20, 20) if name == "red" else (20, 4 * i, 200), (2, 2, 2 + side, 2 + side))
-            picture.save(root / name / f"{i}.png")
+            image = Image.new("RGB", (16, 16), (i, 4 * i, 255 - i))
+            image.paste((200 + i % 50, 20, 20) if name == "red" else (20, 4 * i, 200), (2, 2, 2 + side, 2 + side))
+            image.save(root / name / f"{i}.png")
             captions.append({"file_name": f"{i}.png", "text": f"a square, {i % 3}"})
         (root / name / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
 
@@ -63,10 +63,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.base is None:
         tiny_stable_diffusion(arguments.output_dir / "base")
-    draw_pictures(arguments.output_dir / "pictures")
+    draw_images(arguments.output_dir / "images")
     settings = TrainingArguments(
         pretrained_model_name_or_path=arguments.base or str(arguments.output_dir / "base"),
-        train_data_dir=str(arguments.output_dir / "pictures"),
+        train_data_dir=str(arguments.output_dir / "images"),
         output_dir=str(arguments.output_dir / "adapter"),
         train_batch_size=6, snr_gamma=5.0, max_train_steps=arguments.max_train_steps,
         num_validation_images=2, num_inference_steps=4, validation_prompt="a square",

@@ -12,7 +12,7 @@ CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 PARTIAL = ".partial-*"  # what a killed process leaves of what it was writing
 
 CARD, CARD_CONTENTS = "README.md", "card.json"
-RESULTS, RESULTS_PICTURE, REPORT = "results.md", "results.png", "evaluation/report.json"
+RESULTS, RESULTS_IMAGE, REPORT = "results.md", "results.png", "evaluation/report.json"
 
 BASE_GAP = "base_gap.json"  # beside an adapter
 
@@ -52,7 +52,7 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
 
 
 def checkpoint_steps(output_dir: Path) -> dict[int, Path]:
-    """Optimiser step -> folder of every complete checkpoint, oldest first."""
+    """Optimizer step -> folder of every complete checkpoint, oldest first."""
     found = {
         int(match[1]): path
         for path in output_dir.glob("checkpoint-*")

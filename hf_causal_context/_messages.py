@@ -17,7 +17,7 @@ _SHORT.maxstring = _SHORT.maxother = 100
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = _SHORT.maxset = 8
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """Any value as error messages show it: shortened, however long or deeply nested it is."""
     return _SHORT.repr(value)
 

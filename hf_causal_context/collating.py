@@ -16,7 +16,7 @@ from .errors import UserValueError
 class ContextCollator:
     """Wraps a collator that makes a row of each feature: adds `context` (B, K), the mask of the features' contexts.
 
-    The trainer must keep the column: `remove_unused_columns=False` in its arguments. Where features are tokenised
+    The trainer must keep the column: `remove_unused_columns=False` in its arguments. Where features are tokenized
     already, columns that hold text are left out, because no collator can stack them.
 
     Args:
@@ -69,11 +69,11 @@ class ContextCollator:
         return Context.parse(context_text(feature[self.context_column], self.observational_name))
 
     def _rest(self, feature: Mapping[str, Any]) -> dict[str, Any]:
-        tokenised = "input_ids" in feature
+        tokenized = "input_ids" in feature
         return {
             name: value
             for name, value in feature.items()
-            if name != self.context_column and not (tokenised and _is_text(value))
+            if name != self.context_column and not (tokenized and _is_text(value))
         }
 
 

@@ -85,8 +85,8 @@ class ContextModule(NoiseModule):
         depth: widths from N to W in equal steps, so `depth` - 1 expressive layers.
         perfect_interventions: an intervened concept listens to no other; by default unless `published`.
         encode_context: the posterior of a concept's coordinates depends on whether it is intervened on; by default
-            unless `published`. Otherwise a picture has the same coordinates in every context, so contexts that share
-            pictures can hardly differ in what they make of the coordinates.
+            unless `published`. Otherwise an image has the same coordinates in every context, so contexts that share
+            images can hardly differ in what they make of the coordinates.
         published: compute what the published experiments computed. Then the first layer's weights are dense, and mix
             concepts in the observational context, with one bias for all contexts; in joint interventions an intervened
             concept listens to the others that are intervened on; and the causal weights are kept in [0, 1] by
@@ -270,7 +270,7 @@ class CausalLayer(nn.Module):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Bring published weights back to [0, 1]; to be called after every step of an optimiser."""
+        """Bring published weights back to [0, 1]; to be called after every step of an optimizer."""
         if self.weights_in_unit_interval:
             self.observational.clamp_(0, 1)
             self.interventional.clamp_(0, 1)

@@ -15,7 +15,7 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor
 
-from ._messages import quoted, shown
+from ._messages import quoted, short_repr
 from .errors import UserTypeError, UserValueError
 
 RESERVED_CHARACTERS = "+=,"
@@ -158,9 +158,9 @@ def as_context(value: object) -> Context:
             return Context(*value)
         case _:
             raise UserTypeError(
-                f"{shown(value)} of type {type(value).__name__} is not a context. Allowed: a Context, a name such as "
-                "'thick' or 'thick+slant', a mapping to strengths, or a tuple of names; for a batch a list of them, "
-                "or a float tensor (rows, number of concepts)."
+                f"{short_repr(value)} of type {type(value).__name__} is not a context. Allowed: a Context, a name "
+                "such as 'thick' or 'thick+slant', a mapping to strengths, or a tuple of names; for a batch a list of "
+                "them, or a float tensor (rows, number of concepts)."
             )
 
 
@@ -204,7 +204,7 @@ class ConceptSet:
     def __post_init__(self) -> None:
         if isinstance(self.names, str) or not isinstance(self.names, Iterable):
             raise UserTypeError(
-                f"concepts={shown(self.names)} must be a sequence of names, such as ('thick', 'slant')."
+                f"concepts={short_repr(self.names)} must be a sequence of names, such as ('thick', 'slant')."
             )
         object.__setattr__(self, "names", tuple(islice(self.names, MAX_CONCEPTS + 1)))
         if not self.names:
@@ -319,23 +319,24 @@ def _strength_items(part: object) -> Iterator[tuple[str, float]]:
             _check_name(name)
             if not isinstance(strength, Real) or not abs(cast(float, strength)) <= MAX_STRENGTH:
                 raise UserValueError(
-                    f"Strength {shown(strength)} of concept {name!r} must be a finite number (in float32), such as 0.5."
+                    f"Strength {short_repr(strength)} of concept {name!r} must be a finite number (in float32), such "
+                    "as 0.5."
                 )
             yield name, float(strength)
     else:
         raise UserTypeError(
-            f"{shown(part)} of type {type(part).__name__} cannot be part of a context. Allowed: names and mappings "
-            "name -> strength. Different contexts for the samples of a batch go into a list: "
+            f"{short_repr(part)} of type {type(part).__name__} cannot be part of a context. Allowed: names and "
+            "mappings name -> strength. Different contexts for the samples of a batch go into a list: "
             "[('thick',), {'slant': 0.5}]."
         )
 
 
 def _check_name(name: object) -> None:
     if not isinstance(name, str):
-        raise UserTypeError(f"Concept name {shown(name)} is of type {type(name).__name__}; it must be a string.")
+        raise UserTypeError(f"Concept name {short_repr(name)} is of type {type(name).__name__}; it must be a string.")
     if len(name) > MAX_NAME_LENGTH:
         raise UserValueError(
-            f"Concept name {shown(name)} has {len(name):,} characters; allowed are {MAX_NAME_LENGTH}. Shorten it."
+            f"Concept name {short_repr(name)} has {len(name):,} characters; allowed are {MAX_NAME_LENGTH}. Shorten it."
         )
     if not name or name != name.strip():
         raise UserValueError(f"Concept name {name!r} must not be empty or begin or end with white space.")

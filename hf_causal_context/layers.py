@@ -1,4 +1,4 @@
-"""The adapter's layers as parameters and initialisation; the equations are in `functional`.
+"""The adapter's layers as parameters and initialization; the equations are in `functional`.
 
 Every class keeps its parameters directly on itself and registers no buffers: PEFT reads the adapter's name from the
 last two parts of a parameter's name, and would save buffers.
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from ._messages import shown
+from ._messages import short_repr
 from .contexts import ConceptSet
 from .errors import UserValueError
 
@@ -54,8 +54,8 @@ class ConceptGraph:
         if order is not None:
             if sorted(order) != sorted(concepts):
                 raise UserValueError(
-                    f"concept_order={shown(tuple(order))} must name every concept once: {shown(concepts.names)}, "
-                    "causes first."
+                    f"concept_order={short_repr(tuple(order))} must name every concept once: "
+                    f"{short_repr(concepts.names)}, causes first."
                 )
             edges = [(cause, effect) for i, cause in enumerate(order) for effect in order[i + 1 :]]
         elif edges is not None and len(edges) > MAX_EDGES:
@@ -72,10 +72,10 @@ class ConceptGraph:
         positions = {name: k for k, name in enumerate(concepts)}
         for edge in edges:
             if len(edge) != 2:
-                raise UserValueError(f"Edge {shown(edge)} of concept_graph must be a pair (cause, effect).")
+                raise UserValueError(f"Edge {short_repr(edge)} of concept_graph must be a pair (cause, effect).")
             for name in edge:
                 if name not in positions:
-                    concepts.index(name, f"edge {shown(tuple(edge))} of concept_graph")  # raises
+                    concepts.index(name, f"edge {short_repr(tuple(edge))} of concept_graph")  # raises
             parents[positions[edge[1]]].add(positions[edge[0]])
         try:
             sequence = tuple(TopologicalSorter(parents).static_order())
@@ -114,7 +114,7 @@ class RepresentationLayer(nn.Module):
 class OutputLayer(nn.Module):
     """Linear map from the observational part and the K x W concepts back to the wrapped module's features.
 
-    Weight (out_features, S). Zero-initialised: a fresh adapter leaves the base model as it is. `identity=False` draws
+    Weight (out_features, S). Zero-initialized: a fresh adapter leaves the base model as it is. `identity=False` draws
     random weights, for tests.
     """
 
@@ -300,5 +300,5 @@ class StructuralLayer(_MixingLayer):
         )
 
     def acyclicity_penalty(self) -> Tensor:
-        """Scalar, zero when the learnt direct effects have no cycle; add it to the loss when no graph is given."""
+        """Scalar, zero when the learned direct effects have no cycle; add it to the loss when no graph is given."""
         return F.acyclicity_penalty(self._allowed_effects(self.coefficients), self.num_concepts)

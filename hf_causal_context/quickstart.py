@@ -22,9 +22,9 @@ from datasets import Image as ImageFeature
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ._files import RESULTS, RESULTS_PICTURE
-from .bases.families import Base
-from .bases.images import picture_grid
+from ._files import RESULTS, RESULTS_IMAGE
+from .bases.families import DiffusionBase
+from .bases.images import image_grid
 from .bases.loading import load_base
 from .contexts import Context
 from .data import InterventionalData, from_dataset
@@ -83,35 +83,33 @@ def digit_data(
     split: Split = "train",
 ) -> InterventionalData:
     """Sets of the digit world as a `datasets` table, by default those that the quickstart trains on."""
-    pictures: list[Image.Image] = []
+    images: list[Image.Image] = []
     names: list[str] = []
     for number, context in enumerate(contexts):
         drawn, _, _ = sample_digits(rows_per_context, context, seed=100 * seed + number, split=split)
-        pictures += [Image.fromarray(picture) for picture in drawn]
+        images += [Image.fromarray(image) for image in drawn]
         names += [str(context)] * rows_per_context
     features = Features({"image": ImageFeature(), "context": Value("string")})
-    table = Dataset.from_dict({"image": pictures, "context": names}, features=features)
+    table = Dataset.from_dict({"image": images, "context": names}, features=features)
     return from_dataset(table, concepts=CONCEPTS, training_contexts=training_contexts)
 
 
 @cache
-def reference_pictures(context: Context, num: int) -> np.ndarray[Any, Any]:
-    """The truth of a context: pictures (num, 32, 32), uint8, of glyphs that training never saw."""
+def reference_images(context: Context, num: int) -> np.ndarray[Any, Any]:
+    """The truth of a context: images (num, 32, 32), uint8, of glyphs that training never saw."""
     return sample_digits(num, context, seed=9000, split="test")[0]
 
 
 def score(samples: Mapping[Context, Tensor]) -> dict[Context, float]:
     """Sliced Wasserstein distance of samples (N, 1, 32, 32) in [0, 1] from the truth of their contexts."""
     return {
-        context: sliced_wasserstein(
-            pictures, torch.from_numpy(reference_pictures(context, 4 * NUM_SAMPLES))[:, None] / 255
-        )
-        for context, pictures in samples.items()
+        context: sliced_wasserstein(images, torch.from_numpy(reference_images(context, 4 * NUM_SAMPLES))[:, None] / 255)
+        for context, images in samples.items()
     }
 
 
-def sample(base: Base, contexts: Sequence[Context], num: int) -> dict[Context, Tensor]:
-    """Pictures (num, 1, 32, 32) in [0, 1] of every context, from the same noise."""
+def sample(base: DiffusionBase, contexts: Sequence[Context], num: int) -> dict[Context, Tensor]:
+    """Images (num, 1, 32, 32) in [0, 1] of every context, from the same noise."""
     options: dict[str, Any] = {"num_inference_steps": NUM_INFERENCE_STEPS, "batch_size": 64}
     return {context: generate(base, [context], seeds=range(num), **options)[0] for context in contexts}
 
@@ -121,7 +119,7 @@ def quickstart(output_dir: Path, seed: int = 0) -> None:
 
     Raises:
         TrainingInterrupted, CheckpointError: see `train`; the same call goes on from the last checkpoint.
-        RuntimeError: if the reloaded adapter gives other pictures.
+        RuntimeError: if the reloaded adapter gives other images.
     """
     start = time.perf_counter()
     print("Base: a small diffusion model of handwritten digits. Concepts:", ", ".join(CONCEPTS), flush=True)
@@ -132,21 +130,21 @@ def quickstart(output_dir: Path, seed: int = 0) -> None:
     samples = sample(base, CONTEXTS, NUM_SAMPLES)
     table = results_table(samples)
     print("\n" + table, flush=True)
-    draw(samples).save(output_dir / RESULTS_PICTURE)
+    draw(samples).save(output_dir / RESULTS_IMAGE)
     (output_dir / RESULTS).write_text(table + "\n")
     write_card(output_dir)
     again = load_base(str(BASE))
     load_context_adapter(again.pipe, output_dir)
     identical = torch.equal(sample(again, PAIRS[:1], NUM_SAMPLES)[PAIRS[0]], samples[PAIRS[0]])
     if not identical:
-        raise RuntimeError(f"The adapter reloaded from {output_dir} gives other pictures than the trained one.")
-    print("Reloaded with load_context_adapter: identical pictures.")
+        raise RuntimeError(f"The adapter reloaded from {output_dir} gives other images than the trained one.")
+    print("Reloaded with load_context_adapter: identical images.")
     seconds = time.perf_counter() - start
-    print(f"Adapter, card and pictures are in {output_dir}/ (look at {RESULTS_PICTURE}). {seconds:.0f} s.")
+    print(f"Adapter, card and images are in {output_dir}/ (look at {RESULTS_IMAGE}). {seconds:.0f} s.")
 
 
 def results_table(samples: Mapping[Context, Tensor]) -> str:
-    """Markdown: distances beside the floor, the base and the stacked LoRAs; then attributes read from the pictures."""
+    """Markdown: distances beside the floor, the base and the stacked LoRAs; then attributes read from the images."""
     peers = json.loads(PEERS.read_text())
     columns = (
         score({c: torch.from_numpy(sample_digits(NUM_SAMPLES, c, seed=77)[0])[:, None] / 255 for c in samples}),
@@ -155,7 +153,7 @@ def results_table(samples: Mapping[Context, Tensor]) -> str:
         score(samples),
     )
     lines = [
-        "Sliced Wasserstein distance to real pictures of unseen glyphs (lower is better):",
+        "Sliced Wasserstein distance to real images of unseen glyphs (lower is better):",
         "",
         "| context | data | real against real | base | stacked LoRAs | this adapter |",
         "|---|---|---|---|---|---|",
@@ -170,31 +168,31 @@ def results_table(samples: Mapping[Context, Tensor]) -> str:
         "",
         f"Stacked LoRAs: measured beforehand by `{peers['command']}`.",
         "",
-        "Attributes read from the pictures, real / this adapter:",
+        "Attributes read from the images, real / this adapter:",
         "",
         "| context | thickness (px) | darkness (0-1) | slant | size (px) |",
         "|---|---|---|---|---|",
     ]
-    for context, pictures in samples.items():
-        real = np.nanmean(read_attributes(reference_pictures(context, 4 * NUM_SAMPLES)), axis=0)
-        read = np.nanmean(read_attributes((255 * pictures[:, 0]).round().byte().numpy()), axis=0)
+    for context, images in samples.items():
+        real = np.nanmean(read_attributes(reference_images(context, 4 * NUM_SAMPLES)), axis=0)
+        read = np.nanmean(read_attributes((255 * images[:, 0]).round().byte().numpy()), axis=0)
         pairs_of_numbers = " | ".join(f"{a:.2f} / {b:.2f}" for a, b in zip(real, read, strict=True))
         lines.append(f"| {str(context) or '(observational)'} | {pairs_of_numbers} |")
     return "\n".join(lines)
 
 
 def draw(samples: Mapping[Context, Tensor], columns: int = 8) -> Image.Image:
-    """A grid of contexts: the world's own pictures on the left, the adapter's samples on the right."""
+    """A grid of contexts: the world's own images on the left, the adapter's samples on the right."""
     labels = [f"do({', '.join(context.targets)})" if context else "observational" for context in samples]
     real = [torch.from_numpy(sample_digits(columns, context, seed=5)[0])[:, None] / 255 for context in samples]
-    left = picture_grid(real, labels)
-    right = picture_grid([pictures[:columns] for pictures in samples.values()], [" "] * len(samples))
+    left = image_grid(real, labels)
+    right = image_grid([images[:columns] for images in samples.values()], [" "] * len(samples))
     heading = 26
     both = Image.new("RGB", (left.width + right.width, left.height + heading), "white")
     both.paste(left, (0, heading))
     both.paste(right, (left.width, heading))
     font = ImageFont.load_default(size=16)
-    titles = ((left.width - columns * 68, "real pictures"), (left.width + 20, "samples; there was no data of pairs"))
+    titles = ((left.width - columns * 68, "real images"), (left.width + 20, "samples; there was no data of pairs"))
     for x, title in titles:
         ImageDraw.Draw(both).text((x, 5), title, fill="black", font=font)
     return both

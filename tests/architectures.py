@@ -1,4 +1,4 @@
-"""Tiny, randomly initialised diffusers and transformers models, each with inputs for any number of rows."""
+"""Tiny, randomly initialized diffusers and transformers models, each with inputs for any number of rows."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id  # noqa: F401 (the client is not patched here)
 
 from hf_causal_context.bases.gap import BaseGap
-from hf_causal_context.bases.names import is_packaged, lasting_name, public_name, unpacked
+from hf_causal_context.bases.names import is_packaged, portable_base_name, resolve_base_name, unpacked
 from hf_causal_context.hub.card import is_edited, render_card, write_card
 from hf_causal_context.hub.card_tables import markdown_text
 from hf_causal_context.hub.contents import CardContents
@@ -44,7 +44,7 @@ REPORT = {
 
 @pytest.fixture
 def folder(tmp_path):
-    """An adapter's folder as `save` leaves it, without its pictures and weights."""
+    """An adapter's folder as `save` leaves it, without its images and weights."""
     folder = tmp_path / "strokes"
     (folder / "evaluation").mkdir(parents=True)
     config = {"concepts": ["thick", "slant"], "target_modules": ["to_q", "to_v"]}
@@ -121,8 +121,8 @@ def test_it_shows_everything_that_the_folder_holds(folder):
         "| slant+thick | none | 0.3100 | 0.1200 ± 0.0200 | 0.1100 | 0.95 | 0.75 / 0.80 |",
         "A note with a \\| in it.",
         "![What was measured](results.png)\n\n    a command\n\nBeside stacked LoRAs: 0.2",
-        "![Learnt influence of the concepts](influence.png)",
-        "The adapter: apache-2.0. The licence and terms of `user/base` apply to its use.",
+        "![Learned influence of the concepts](influence.png)",
+        "The adapter: apache-2.0. The license and terms of `user/base` apply to its use.",
         "@inproceedings{markham2026intervening",
     ):
         assert part in card, part
@@ -173,7 +173,7 @@ def test_a_report_on_texts_has_perplexities_in_place_of_distances(folder):
     assert "sliced_wasserstein" not in {result.metric_type for result in ModelCard(card).data.eval_results}
 
 
-def test_code_loads_what_the_card_is_of_and_asks_for_its_picture(folder):
+def test_code_loads_what_the_card_is_of_and_asks_for_its_image(folder):
     block = code(render_card(folder, "user/strokes"))
     compile(block, "card", "exec")
     assert 'DiffusionPipeline.from_pretrained("user/base", revision="v1")' in block
@@ -181,7 +181,7 @@ def test_code_loads_what_the_card_is_of_and_asks_for_its_picture(folder):
     assert 'with intervene(pipe, "slant+thick"):' in block
     call = 'pipe(num_inference_steps=25, prompt="say \\"word\\"", generator=torch.Generator().manual_seed(7))'
     assert call in block
-    assert 'picture.save("slant+thick.png")' in block
+    assert 'image.save("slant+thick.png")' in block
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_an_edited_card_is_kept_and_one_as_it_was_written_is_not(folder):
     write_card(folder)
     second = (folder / "README.md").read_text()
     assert "new results" in second
-    edited = second.replace("## Licence", "## My licence")
+    edited = second.replace("## License", "## My license")
     assert is_edited(edited)
     assert is_edited(second.rpartition("<!--")[0])
     (folder / "README.md").write_text(edited)
@@ -290,7 +290,7 @@ def test_names_with_markup_are_text(folder, name, library):
     assert json.dumps(pair, ensure_ascii=False) in block
     assert not is_edited(card)
     rendered = card.replace(f"```python\n{block}```", "").partition("\n---\n\n#")[2].rpartition("<!--")[0]
-    assert not re.search(r"<(?!img src=\"pictures)", rendered)
+    assert not re.search(r"<(?!img src=\"images)", rendered)
     for line in rendered.splitlines():
         if line.startswith("|"):
             assert len(re.findall(r"(?<!\\)\|", line)) in (3, 4, 8), line  # as many cells as the header's
@@ -314,14 +314,16 @@ def test_names_of_bases(tmp_path, monkeypatch):
     packaged = "hf_causal_context/models/digit_base"
     assert is_packaged(packaged)
     assert Path(unpacked(packaged), "model_index.json").exists()
-    assert lasting_name(unpacked(packaged)) == lasting_name(packaged) == packaged == public_name(packaged)
+    assert (
+        resolve_base_name(unpacked(packaged)) == resolve_base_name(packaged) == packaged == portable_base_name(packaged)
+    )
     assert not is_packaged("hf_causal_context/models/../../etc")
     assert not is_packaged("hf_causal_context/models/digit_base/unet")
-    assert lasting_name("user/base") == public_name("user/base") == "user/base"
+    assert resolve_base_name("user/base") == portable_base_name("user/base") == "user/base"
     (tmp_path / "base").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert lasting_name("base") == str((tmp_path / "base").resolve())
-    assert public_name("base") == "./base"
+    assert resolve_base_name("base") == str((tmp_path / "base").resolve())
+    assert portable_base_name("base") == "./base"
 
 
 @pytest.mark.parametrize(
@@ -331,6 +333,6 @@ def test_model_cards_are_up_to_date(folder):
     """Made anew by `python -m examples.model_cards`; what the code writes today must be what is committed."""
     assert render_card(folder) == (folder / "README.md").read_text(encoding="utf-8")
     contents = CardContents.load(folder)
-    pictures = list(contents.samples.values()) if contents.library == "diffusers" else []
-    for name in filter(None, [*pictures, contents.grid, contents.strengths, contents.influence]):
+    images = list(contents.samples.values()) if contents.library == "diffusers" else []
+    for name in filter(None, [*images, contents.grid, contents.strengths, contents.influence]):
         assert (folder / name).exists(), name

@@ -23,17 +23,17 @@ def base(pipeline_folder):  # noqa: F811
 
 
 @pytest.fixture
-def pictures(tmp_path, base):
+def images(tmp_path, base):
     unet = load_base(base).denoiser
     mode = "L" if unet.config.in_channels == 1 else "RGB"
     generator = torch.Generator().manual_seed(0)
     for name in ("obs", "thick", "slant", "slant+thick"):
-        folder = tmp_path / "pictures" / name
+        folder = tmp_path / "images" / name
         folder.mkdir(parents=True)
         for i in range(4):
             values = torch.randint(256, (16, 16, 3), dtype=torch.uint8, generator=generator).numpy()
             Image.fromarray(values).convert(mode).save(folder / f"{i}.png")
-    return tmp_path / "pictures"
+    return tmp_path / "images"
 
 
 @pytest.fixture
@@ -45,19 +45,19 @@ def adapter(tmp_path, base):
     return str(tmp_path / "adapter")
 
 
-def test_check_data_counts_contexts(pictures, capsys):
-    assert main(["check-data", "--train_data_dir", str(pictures)]) == 0
+def test_check_data_counts_contexts(images, capsys):
+    assert main(["check-data", "--train_data_dir", str(images)]) == 0
     output = capsys.readouterr().out
     assert "(observational)" in output
     assert "slant+thick" in output
     assert "held out" in output
 
 
-def test_check_data_says_what_is_wrong(pictures, capsys):
-    for path in (pictures / "obs").iterdir():
+def test_check_data_says_what_is_wrong(images, capsys):
+    for path in (images / "obs").iterdir():
         path.unlink()
-    (pictures / "obs").rmdir()
-    assert main(["check-data", "--train_data_dir", str(pictures)]) == 1
+    (images / "obs").rmdir()
+    assert main(["check-data", "--train_data_dir", str(images)]) == 1
     assert "observational" in capsys.readouterr().err
     assert main(["check-data"]) == 1
     assert "Give the data as either --train_data_dir" in capsys.readouterr().err
@@ -81,8 +81,8 @@ def test_check_data_of_texts(tmp_path, capsys):
     assert "no column 'image'" in capsys.readouterr().err
 
 
-def test_check_data_says_how_far_a_base_is(pictures, base, tmp_path, capsys):
-    command = ["check-data", "--train_data_dir", str(pictures), "--pretrained_model_name_or_path"]
+def test_check_data_says_how_far_a_base_is(images, base, tmp_path, capsys):
+    command = ["check-data", "--train_data_dir", str(images), "--pretrained_model_name_or_path"]
     assert main([*command, base]) == 0
     said = re.search(r"^The base .* your observational set \(loss .*$", capsys.readouterr().out, re.MULTILINE)[0]
     trained = ["--output_dir", str(tmp_path / "out"), "--max_train_steps", "1", "--num_validation_images", "0"]
@@ -90,7 +90,7 @@ def test_check_data_says_how_far_a_base_is(pictures, base, tmp_path, capsys):
     assert said in capsys.readouterr().out.splitlines()  # the same sentence as at the start of a training
     assert main([*command, str(tmp_path / "nowhere")]) == 1
     assert "nowhere' is not a saved diffusers pipeline" in capsys.readouterr().err
-    shutil.rmtree(pictures / "obs")
+    shutil.rmtree(images / "obs")
     assert main([*command, base]) == 1
     assert "The base" not in capsys.readouterr().out
 
@@ -108,8 +108,8 @@ def test_check_data_says_how_far_a_language_model_is(tmp_path, capsys):
     assert said in capsys.readouterr().out.splitlines()
 
 
-def test_train_then_generate(pictures, base, tmp_path, capsys):
-    command = ["train", "--pretrained_model_name_or_path", base, "--train_data_dir", str(pictures)]
+def test_train_then_generate(images, base, tmp_path, capsys):
+    command = ["train", "--pretrained_model_name_or_path", base, "--train_data_dir", str(images)]
     options = ["--max_train_steps", "2", "--train_batch_size", "3", "--num_validation_images", "1"]
     options += ["--num_inference_steps", "2", "--learning_rate", "0.01"]
     assert main([*command, "--output_dir", str(tmp_path / "out"), *options]) == 0
@@ -129,7 +129,7 @@ def test_train_then_generate(pictures, base, tmp_path, capsys):
     assert "--resume_from_checkpoint latest" in capsys.readouterr().err
 
 
-def test_a_base_is_found_from_anywhere_or_asked_for(pictures, base, tmp_path, monkeypatch, capsys):
+def test_a_base_is_found_from_anywhere_or_asked_for(images, base, tmp_path, monkeypatch, capsys):
     (tmp_path / "base").symlink_to(base)
     monkeypatch.chdir(tmp_path)
     command = [
@@ -137,7 +137,7 @@ def test_a_base_is_found_from_anywhere_or_asked_for(pictures, base, tmp_path, mo
         "--pretrained_model_name_or_path",
         "base",
         "--train_data_dir",
-        "pictures",
+        "images",
         "--output_dir",
         "out",
     ]
@@ -163,8 +163,8 @@ def test_generate_a_grid_that_depends_on_the_context(adapter, tmp_path):
 
 def test_wrong_use_is_an_error_without_a_traceback(adapter, tmp_path, capsys):
     made = ["--output_dir", str(tmp_path / "made")]
-    assert main(["generate", "--adapter", adapter, "--contexts", "colour", *made]) == 1
-    assert "Unknown concept 'colour'" in capsys.readouterr().err
+    assert main(["generate", "--adapter", adapter, "--contexts", "color", *made]) == 1
+    assert "Unknown concept 'color'" in capsys.readouterr().err
     assert main(["generate", "--adapter", adapter, "--contexts", "thick", "--prompt", "a digit", *made]) == 1
     assert "takes no captions" in capsys.readouterr().err
     assert main(["train", "--output_dir", str(tmp_path / "out")]) == 1

@@ -42,7 +42,7 @@ def options(tmp_path):
 
 
 class Gradients(TrainerCallback):
-    """Those of the adapter at every optimiser step, before they are clipped."""
+    """Those of the adapter at every optimizer step, before they are clipped."""
 
     def __init__(self):
         self.found = []
@@ -81,7 +81,7 @@ class TestCollator:
         assert {*batch} - {"context"} == {*expected}
         assert all(torch.equal(batch[name], expected[name]) for name in expected)
 
-    def test_a_collator_that_tokenises_gets_its_texts(self):
+    def test_a_collator_that_tokenizes_gets_its_texts(self):
         def collate(features):
             return TOKENIZER([one["text"] for one in features], return_tensors="pt", padding=True)
 
@@ -121,7 +121,7 @@ class TestTransformersTrainer:
 
     def test_a_step_has_the_gradient_of_our_objective(self, options):
         from hf_causal_context.bases.token_batches import Collation
-        from hf_causal_context.bases.tokens import Tokenisation
+        from hf_causal_context.bases.tokens import Tokenization
         from hf_causal_context.training.language.objective import LanguageModelingObjective
 
         options |= {"max_steps": 1, "gradient_accumulation_steps": 2}
@@ -130,7 +130,7 @@ class TestTransformersTrainer:
         contexts = ["", "", "formal", "formal", "loud", "formal+loud"]
         tokenizer = word_tokenizer()
         tokenizer.eos_token = None  # of equal length, so that means over rows and over tokens agree
-        rows = [Tokenisation(tokenizer, "text")({"text": text}) for text in texts]
+        rows = [Tokenization(tokenizer, "text")({"text": text}) for text in texts]
         mask = ContextCollator(len, CONCEPTS).concepts.mask([Context.parse(context) for context in contexts])
         losses = LanguageModelingObjective(len(rows[0].ids) - 1)(model, Collation(0, torch.device("cpu"))(rows, mask))
         losses.mean().backward()
@@ -201,7 +201,7 @@ class TestTrlTrainer:
         made, gradients = trainer(shape, **changes)
         batch = made.data_collator([made.train_dataset[i] for i in (0, 5, 11)])
         assert batch["context"].shape == (3, 2)
-        if shape != "text":  # of the two words of the prompt nothing is learnt
+        if shape != "text":  # of the two words of the prompt nothing is learned
             assert (batch["labels"][:, :2] == -100).all()
             assert (batch["labels"] != -100).any(1).all()
         loss = made.evaluate()["eval_loss"]

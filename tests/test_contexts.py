@@ -86,9 +86,9 @@ def test_mask_round_trip():
 def test_unknown_concept_names_the_known_ones():
     with pytest.raises(
         ValueError,
-        match=r"Unknown concept 'colour' in context 'colour\+size'. Known concepts: 'shape', 'size'. Correct the name",
+        match=r"Unknown concept 'color' in context 'color\+size'. Known concepts: 'shape', 'size'. Correct the name",
     ):
-        ConceptSet(("shape", "size")).mask([Context("colour", "size")])
+        ConceptSet(("shape", "size")).mask([Context("color", "size")])
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def conditions(base):
     return given | ({"prompt": "a cat"} if base.takes_captions else {})
 
 
-def pictures(base, rows=2):
+def images(base, rows=2):
     # Not the largest default resolution: latents of 128 pixels are slow here.
     side = 16 if not base.fixed_size else base.default_resolution
     return torch.rand(rows, base.image_channels, side, side, generator=torch.Generator().manual_seed(1))
@@ -62,35 +62,35 @@ def edit(base, image, *args, **kwargs):
 @pytest.mark.parametrize("name", PIPELINES)
 def test_the_inversion_holds(name):
     base = build(name)
-    image = pictures(base)
+    image = images(base)
     result = edit(base, image, "thick", strengths=[0.0, 0.5, 1.0])
-    assert result.pictures.shape == (3, *image.shape)
+    assert result.images.shape == (3, *image.shape)
     assert (result.reconstruction_error < 2e-3).all()
     shown = base.decode_images(base.encode_images(2 * image - 1))
     torch.testing.assert_close(result.reconstruction, shown, rtol=0, atol=5e-3)
-    torch.testing.assert_close(result.pictures[0], result.reconstruction, rtol=1e-4, atol=1e-4)
-    changes = [(picture - result.reconstruction).abs().max() for picture in result.pictures]
+    torch.testing.assert_close(result.images[0], result.reconstruction, rtol=1e-4, atol=1e-4)
+    changes = [(image - result.reconstruction).abs().max() for image in result.images]
     assert changes[2] > changes[1] > 3e-4
 
 
 @pytest.mark.parametrize("name", ["ddim", "dit", "stable_diffusion", "stable_diffusion_3"])
 def test_rows_and_strengths_are_independent(name):
     base = build(name)
-    image = pictures(base)
+    image = images(base)
     together = edit(base, image, {"thick": 1.0, "slant": -0.5}, "slant", strengths=[1.0, 2.0])
     for row in range(2):
         alone = edit(base, image[row : row + 1], {"thick": 2.0, "slant": -2.0}, "slant")
-        torch.testing.assert_close(together.pictures[1, row], alone.pictures[0, 0], rtol=1e-3, atol=2e-3)
+        torch.testing.assert_close(together.images[1, row], alone.images[0, 0], rtol=1e-3, atol=2e-3)
 
 
 def test_back_again():
     base = build("ddim")
-    image = pictures(base)
+    image = images(base)
     there = edit(base, image, "thick")
-    inside = ((there.pictures[0] > 0) & (there.pictures[0] < 1)).all()
-    back = edit(base, there.pictures[0], (), "thick")
+    inside = ((there.images[0] > 0) & (there.images[0] < 1)).all()
+    back = edit(base, there.images[0], (), "thick")
     if inside:  # else clipping lost something
-        torch.testing.assert_close(back.pictures[0], image, rtol=0, atol=5e-3)
+        torch.testing.assert_close(back.images[0], image, rtol=0, atol=5e-3)
     torch.testing.assert_close(back.noise, there.noise, rtol=0, atol=0.5)
 
 
@@ -120,24 +120,24 @@ def test_a_step_that_does_not_contract_is_damped_in_its_own_rows():
     torch.testing.assert_close(found[:1], step.backward(x[:1], lambda y: slopes[:1] * y), rtol=0, atol=0)
 
 
-def test_abduction_knows_the_context_of_the_picture():
+def test_abduction_knows_the_context_of_the_image():
     base = build("ddim")
-    image = pictures(base)
+    image = images(base)
     result = edit(base, image, (), {"thick": 5.0, "slant": -5.0})
-    changed = (result.pictures[0] - image).square().flatten(1).mean(1).sqrt()
+    changed = (result.images[0] - image).square().flatten(1).mean(1).sqrt()
     assert (result.reconstruction_error < 0.2 * changed).all()
 
 
 def test_prediction_is_the_pipelines_own_sampler():
     base = build("ddim")
     scheduler = base.pipe.scheduler
-    result = edit(base, pictures(base), "thick")
+    result = edit(base, images(base), "thick")
     scheduler.set_timesteps(STEPS)
     x = result.noise
     with torch.no_grad(), intervene(base.pipe, "thick"):
         for t in scheduler.timesteps:
             x = scheduler.step(base.denoiser(x, t).sample, t, x).prev_sample
-    torch.testing.assert_close(result.pictures[0], (x / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(result.images[0], (x / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion_3", "flux"])
@@ -146,43 +146,43 @@ def test_flow_prediction_is_the_pipelines_own_sampler(name):
     if name == "flux":
         shift = {"use_dynamic_shifting": True, "base_shift": 0.7, "max_shift": 1.5}
         base.pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**shift)
-    result = edit(base, pictures(base, 1), "thick")
+    result = edit(base, images(base, 1), "thick")
     patches = result.noise if name != "flux" else F.pixel_unshuffle(result.noise, 2).flatten(2).mT
     options = {"guidance_scale": 1.0, "height": 16, "width": 16, "output_type": "latent"}
     with intervene(base.pipe, "thick"):
         latents = cast(Any, base.pipe)("a cat", latents=patches, num_inference_steps=STEPS, **options).images
     if name == "flux":
         latents = F.pixel_shuffle(latents.mT.unflatten(2, [n // 2 for n in result.noise.shape[2:]]), 2)
-    torch.testing.assert_close(result.pictures[0], base.decode_images(latents), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(result.images[0], base.decode_images(latents), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["ddim", "stable_diffusion"])
 def test_outside_the_mask_nothing_changes(name):
     base = build(name)
-    image = pictures(base)
+    image = images(base)
     mask = torch.zeros(16, 16)
     mask[:, 8:] = 1
     result = edit(base, image, "thick+slant", mask=mask)
-    assert torch.equal(result.pictures[0, ..., :8], image[..., :8])
-    assert (result.pictures[0] - image)[..., 8:].abs().max() > 1e-3
+    assert torch.equal(result.images[0, ..., :8], image[..., :8])
+    assert (result.images[0] - image)[..., 8:].abs().max() > 1e-3
     drawn = Image.fromarray((255 * mask).byte().numpy())
-    assert torch.equal(edit(base, image, "thick+slant", mask=drawn).pictures, result.pictures)
+    assert torch.equal(edit(base, image, "thick+slant", mask=drawn).images, result.images)
 
 
 def test_pil_images_are_read_as_in_training():
     base = build("ddpm")
-    picture = Image.new("RGB", (40, 20), (10, 200, 30))
-    result = edit(base, picture, "thick")
-    assert result.pictures.shape == (1, 1, 1, 16, 16)
-    assert abs(result.reconstruction.mean() - np.asarray(picture.convert("L")).mean() / 255) < 0.01
-    assert edit(base, [picture, picture], "thick").pictures.shape == (1, 2, 1, 16, 16)
+    image = Image.new("RGB", (40, 20), (10, 200, 30))
+    result = edit(base, image, "thick")
+    assert result.images.shape == (1, 1, 1, 16, 16)
+    assert abs(result.reconstruction.mean() - np.asarray(image.convert("L")).mean() / 255) < 0.01
+    assert edit(base, [image, image], "thick").images.shape == (1, 2, 1, 16, 16)
 
 
 def test_the_pipeline_is_left_as_it_was():
     base = build("ddim")
     base.denoiser.train()
     before = copy.deepcopy(base.pipe.scheduler.__dict__)
-    edit(base, pictures(base), "thick")
+    edit(base, images(base), "thick")
     assert base.denoiser.training
     assert base.pipe.scheduler.__dict__.keys() == before.keys()
     assert type(base.pipe) is diffusers.DDIMPipeline
@@ -191,14 +191,14 @@ def test_the_pipeline_is_left_as_it_was():
 def test_bfloat16():
     base = build("stable_diffusion")
     base.pipe.to(torch.bfloat16)
-    result = edit(base, pictures(base), "thick")
-    assert result.pictures.dtype == torch.float32
+    result = edit(base, images(base), "thick")
+    assert result.images.dtype == torch.float32
     assert (result.reconstruction_error < 0.05).all()
 
 
 def test_half_precision_autoencoders_decode_in_single():
     base = build("stable_diffusion_xl", latents_mean=[0.1] * 4, latents_std=[2.0] * 4)
-    image = pictures(base)
+    image = images(base)
     latents = base.encode_images(2 * image - 1)
     expected = base.decode_images(latents)
     base.pipe.vae.half()
@@ -224,8 +224,8 @@ def test_half_precision_autoencoders_decode_in_single():
         ({"image": torch.full((1, 3, 16, 16), torch.nan)}, ValueError, r"Pass floats \(B, C, H, W\) in \[0, 1\]"),
         ({"image": torch.zeros(1, 3, 16, 16, dtype=torch.uint8)}, ValueError, "type torch.uint8"),
         ({"image": torch.zeros(0, 3, 16, 16)}, ValueError, "with values none. Pass floats"),
-        ({"image": []}, TypeError, "is no picture. Pass a PIL image"),
-        ({"image": ["cat.png"]}, TypeError, "is no picture. Pass a PIL image"),
+        ({"image": []}, TypeError, "is no image. Pass a PIL image"),
+        ({"image": ["cat.png"]}, TypeError, "is no image. Pass a PIL image"),
         ({"mask": torch.zeros(8, 8)}, ValueError, r"mask has shape \(8, 8\).*Pass \(16, 16\) in \[0, 1\]"),
         ({"prompt": "a cat"}, ValueError, "takes no captions"),
         ({"class_label": 1}, ValueError, "has no classes"),
@@ -234,7 +234,7 @@ def test_half_precision_autoencoders_decode_in_single():
 def test_refusals(arguments, error, message):
     base = build("ddim")
     base.denoiser.forward = lambda *args, **kwargs: pytest.fail("work was done")
-    given = {"image": pictures(base), "to_context": "thick", "num_inference_steps": 2} | arguments
+    given = {"image": images(base), "to_context": "thick", "num_inference_steps": 2} | arguments
     with pytest.raises(error, match=message):
         counterfactual(base, **given)
 
@@ -244,7 +244,7 @@ def test_a_sampler_without_a_step_that_can_be_inverted():
     options = {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing", "clip_sample": False}
     base.pipe.scheduler = diffusers.DDIMScheduler(**options)
     with pytest.raises(ValueError, match="num_inference_steps=1 leads from pure noise .* Use more"):
-        counterfactual(base, pictures(base), "thick", num_inference_steps=1)
+        counterfactual(base, images(base), "thick", num_inference_steps=1)
 
 
 def test_a_base_without_an_adapter():

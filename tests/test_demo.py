@@ -25,14 +25,14 @@ from .training.conftest import pipeline_folder  # noqa: F401 (a fixture)
 
 gr = pytest.importorskip("gradio")
 from hf_causal_context.demo import page as demo_module  # noqa: E402
-from hf_causal_context.demo.page import Studio, build_demo, demo_or_reason, launch  # noqa: E402
+from hf_causal_context.demo.page import DemoBackend, build_demo, demo_or_reason, launch  # noqa: E402
 from hf_causal_context.demo.views import decoded, grid_html, legible, told  # noqa: E402
 
 APP = Path(__file__).parents[1] / "examples" / "space" / "app.py"
 MARKUP = "<img src=x onerror=document.title='broken'>"
 BROWSER = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 BROWSER += ["--disable-background-networking", "--disable-component-update"]
-SMALL = (2, 0, 2)  # pictures, first seed, steps
+SMALL = (2, 0, 2)  # images, first seed, steps
 
 
 @pytest.fixture
@@ -90,13 +90,13 @@ def sources(html):
     ("name", "condition"), [("ddpm", ()), ("stable_diffusion", ("a digit",)), ("ddpm_classes", (3,)), ("dit", (3,))]
 )
 def test_every_handler_on_every_kind_of_base(adapted, name, condition):
-    studio = Studio(adapted(name))
+    studio = DemoBackend(adapted(name))
     left = (1.0, 0.0, *condition, *SMALL)
     steps = list(studio.intervene(*left))
     assert [html.count("<img") for html in steps] == [0, 2, 4]  # a row at a time, in places that are there already
     assert [html.count("<i>") for html in steps] == [4, 2, 0]
     nothing, thick = sources(steps[-1])[:2], sources(steps[-1])[2:]
-    assert len({*nothing, *thick}) == 4  # other seeds and other contexts are other pictures
+    assert len({*nothing, *thick}) == 4  # other seeds and other contexts are other images
     assert "no intervention, seed 1" in steps[-1]
 
     combined = sources(last(studio.combinations(["thick", "slant"], *left)))
@@ -108,9 +108,9 @@ def test_every_handler_on_every_kind_of_base(adapted, name, condition):
     assert "slant = 1" in swept
     assert sources(last(studio.sweep("slant", "0", True, *left))) == thick
 
-    picture = studio.sample("", *left)
-    assert picture.size == (studio.base.default_resolution,) * 2
-    html = studio.counterfactual(picture, "", "0, 1", *left)
+    image = studio.sample("", *left)
+    assert image.size == (studio.base.default_resolution,) * 2
+    html = studio.counterfactual(image, "", "0, 1", *left)
     assert len(sources(html)) == 3
     assert "Reconstruction error 0." in html
 
@@ -139,13 +139,13 @@ def test_conditions_are_asked_for_only_where_the_base_takes_them(adapted):
         (lambda s, left: s.intervene(1.0, 0.0, 2, None, 2), "first seed is missing"),
         (lambda s, left: s.combinations([], *left), "0 concepts are chosen. Choose 1 to 4."),
         (lambda s, left: s.combinations(["a"] * 5, *left), "5 concepts are chosen"),
-        (lambda s, left: s.counterfactual(None, "", "1", *left), "no picture yet. Upload one"),
+        (lambda s, left: s.counterfactual(None, "", "1", *left), "no image yet. Upload one"),
         (lambda s, left: s.counterfactual(Image.new("L", (9, 9)), "thick", "1", *left), "Move one of them"),
         (lambda s, left: s.counterfactual(Image.new("L", (9, 9)), "thin", "1", *left), "Unknown concept 'thin'"),
     ],
 )
 def test_errors_of_use_are_told(adapted, call, message):
-    studio = Studio(adapted("ddpm"))
+    studio = DemoBackend(adapted("ddpm"))
 
     def handler():
         result = call(studio, (1.0, 0.0, *SMALL))
@@ -157,16 +157,16 @@ def test_errors_of_use_are_told(adapted, call, message):
     assert not caught.value.print_exception
 
 
-def test_a_file_without_a_picture_is_told(tmp_path):
+def test_a_file_without_a_image_is_told(tmp_path):
     class Upload:
-        path = str(tmp_path / "picture.png")
+        path = str(tmp_path / "image.png")
 
-    Path(Upload.path).write_bytes(b"no picture")
-    with pytest.raises(gr.Error, match="holds no picture that can be read"):
+    Path(Upload.path).write_bytes(b"no image")
+    with pytest.raises(gr.Error, match="holds no image that can be read"):
         decoded(Upload)
     Image.new("RGB", (64, 64)).save(Upload.path)
     Path(Upload.path).write_bytes(Path(Upload.path).read_bytes()[:60])
-    with pytest.raises(gr.Error, match="holds no picture that can be read"):
+    with pytest.raises(gr.Error, match="holds no image that can be read"):
         decoded(Upload)
     Image.new("RGBA", (40, 20)).save(Upload.path)
     assert decoded(Upload).size == (40, 20)
@@ -174,8 +174,8 @@ def test_a_file_without_a_picture_is_told(tmp_path):
 
 
 def test_an_inversion_that_did_not_hold_is_a_warning(adapted):
-    studio = Studio(adapted("stable_diffusion"))
-    noise = Image.effect_noise((300, 200), 100)  # of another size, and grey
+    studio = DemoBackend(adapted("stable_diffusion"))
+    noise = Image.effect_noise((300, 200), 100)  # of another size, and gray
     html = studio.counterfactual(noise, "slant", "1", 1.0, 0.0, "a digit", *SMALL)
     error = float(html.split("Reconstruction error ")[1].split(" ")[0])
     assert ("did not hold" in html) == ("cc-warning" in html) == (error > demo_module.VISIBLE_ERROR)
@@ -185,7 +185,7 @@ def test_an_inversion_that_did_not_hold_is_a_warning(adapted):
 
 def test_the_observational_part_has_a_slider_that_serves_every_tab(adapted):
     base = adapted("ddpm", observational_rank=2)
-    studio = Studio(base)
+    studio = DemoBackend(base)
     page = build_demo(base)
     labels = [block.label for block in page.blocks.values() if isinstance(block, gr.Slider)]
     assert labels[:3] == ["thick", "slant", "observational part (0: the base's own look, 1: the data's)"]
@@ -203,7 +203,7 @@ def test_the_observational_part_has_a_slider_that_serves_every_tab(adapted):
 def test_an_expressive_adapter_has_no_read_out(adapted):
     assert (
         "No read-out: Adapter &#x27;default&#x27; is not linear"
-        in Studio(adapted("ddpm", expressive_depth=1)).read_out()
+        in DemoBackend(adapted("ddpm", expressive_depth=1)).read_out()
     )
 
 
@@ -213,7 +213,7 @@ def test_a_base_without_an_adapter_is_refused(pipeline_folder):  # noqa: F811
 
 
 def test_names_with_markup_are_text(adapted):
-    studio = Studio(adapted("ddpm", concepts=("<b>", r"$\frac$")))
+    studio = DemoBackend(adapted("ddpm", concepts=("<b>", r"$\frac$")))
     html = last(studio.combinations(list(studio.concepts), 0.0, 0.0, *SMALL))
     assert "<b>" not in html
     assert "&lt;b&gt;" in html
@@ -296,7 +296,7 @@ def test_in_a_browser(adapted, served, monkeypatch):
             page.on("pageerror", lambda error: errors.append(str(error)))
             page.goto(address)
             page.get_by_label("Steps of the sampler").first.wait_for()
-            for label, value in (("Pictures", "2"), ("number input for Steps of the sampler", "2")):
+            for label, value in (("Images", "2"), ("number input for Steps of the sampler", "2")):
                 page.get_by_label(label).fill(value)
             return page
 
@@ -314,10 +314,10 @@ def test_in_a_browser(adapted, served, monkeypatch):
         page.get_by_role("button", name="Draw sweep").click()
         playwright.expect(page.get_by_test_id("toast-body")).to_contain_text("Strengths 'much': write")
         page.get_by_role("tab", name="Counterfactual").click()
-        page.get_by_label("The picture was made in").fill("<marquee")
+        page.get_by_label("The image was made in").fill("<marquee")
         page.get_by_role("button", name="Draw one").click()
         playwright.expect(page.get_by_test_id("toast-body").last).to_contain_text("Unknown concept '<marquee'")
-        page.get_by_label("The picture was made in").fill("")
+        page.get_by_label("The image was made in").fill("")
         page.get_by_role("button", name="Draw one").click()
         playwright.expect(page.get_by_test_id("image").locator("img").first).to_be_visible()
         page.get_by_role("button", name="Ask what if").click()

@@ -68,7 +68,7 @@ def test_letters_need_fonts(letters, tmp_path):
 @pytest.mark.slow
 def test_digits_on_a_base_of_letters(monkeypatch, tmp_path, fonts, letters, capsys):
     base, output = tmp_path / "letter-base", tmp_path / "gap"
-    tiny = ("--num_pictures", 20, "--max_train_steps", 2, "--num_samples", 2, "--device", "cpu")
+    tiny = ("--num_images", 20, "--max_train_steps", 2, "--num_samples", 2, "--device", "cpu")
     run(monkeypatch, "pretrain_digits.py", "--output_dir", base, "--fonts_dir", fonts, *tiny)
     assert (base / "samples.png").exists()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -1,4 +1,4 @@
-"""Baked contexts as files of other tools: loaded by the stock pipeline, they give the adapter's own pictures."""
+"""Baked contexts as files of other tools: loaded by the stock pipeline, they give the adapter's own images."""
 
 import json
 from contextlib import ExitStack
@@ -81,7 +81,7 @@ def attach(model, **settings):
     get_peft_model(model, CausalContextConfig(init_weights=False, **settings)).eval()
 
 
-def picture(pipe):
+def image(pipe):
     output = pipe(
         "a cat",
         height=16,
@@ -94,9 +94,9 @@ def picture(pipe):
 
 
 def compare(name, file_format, folder, text_encoders=None, context=CONTEXT, alpha=12.0, **settings):
-    """The exported file in the stock pipeline gives the adapter's picture, which is far from the base's."""
+    """The exported file in the stock pipeline gives the adapter's image, which is far from the base's."""
     base = as_base(build(name))
-    plain = picture(base.pipe)
+    plain = image(base.pipe)
     targets = {base.denoiser_name: settings.pop("target_modules", ATTENTION), **(text_encoders or {})}
     for component, modules in targets.items():
         attach(getattr(base.pipe, component), target_modules=modules, alpha=alpha, **settings)
@@ -104,7 +104,7 @@ def compare(name, file_format, folder, text_encoders=None, context=CONTEXT, alph
     with ExitStack() as stack:
         for component in targets:
             stack.enter_context(intervene(getattr(base.pipe, component), context))
-        own = picture(base.pipe)
+        own = image(base.pipe)
     stock = build(name)
     if file_format == "peft":
         for component in targets:
@@ -112,7 +112,7 @@ def compare(name, file_format, folder, text_encoders=None, context=CONTEXT, alph
             PeftModel.from_pretrained(getattr(stock, component), where)
     else:
         stock.load_lora_weights(folder, weight_name=path.name)
-    difference, effect = (picture(stock) - own).abs().max(), (plain - own).abs().max()
+    difference, effect = (image(stock) - own).abs().max(), (plain - own).abs().max()
     print(f"{name} {file_format}: {difference:.1e}, effect {effect:.2f}")
     assert difference < 1e-4
     assert effect > 0.05
@@ -122,7 +122,7 @@ def compare(name, file_format, folder, text_encoders=None, context=CONTEXT, alph
 @pytest.mark.parametrize("mechanism", [INDEPENDENT, REDUCED])
 @pytest.mark.parametrize("file_format", ["peft", "diffusers"])
 @pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux"])
-def test_the_stock_pipeline_gives_the_same_picture(name, file_format, mechanism, tmp_path):
+def test_the_stock_pipeline_gives_the_same_image(name, file_format, mechanism, tmp_path):
     # Full names with another rank, one of which is the end of another name.
     patterns = {"flux": {"^proj_out": 2, "to_k": 3}}.get(name, {"to_k": 3, "attn2.to_q": 6, "to_out.0": 1})
     targets = [*ATTENTION, "proj_out"] if name == "flux" else ATTENTION
@@ -224,7 +224,7 @@ def test_the_empty_context_where_it_is_not_the_base(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "contexts", "message"),
     [
-        ({}, ["thick", "colour"], "Unknown concept 'colour'.*Known concepts: 'thick', 'slant', 'size'"),
+        ({}, ["thick", "color"], "Unknown concept 'color'.*Known concepts: 'thick', 'slant', 'size'"),
         ({"concepts": ("thick",)}, ["pairs"], r"contexts=\['pairs'\] name nothing to export.*concepts 'thick'"),
         ({"concepts": ("a:b", "a/b")}, ["singles"], "'a:b' and 'a/b' would both be written to 'a_b.*folders of their"),
         ({"concepts": ("a", "A")}, ["singles"], "'a' and 'A' would both be written to 'A"),
@@ -323,13 +323,13 @@ def test_the_command(adapter, pipeline_folder, tmp_path, capsys):  # noqa: F811
     assert capsys.readouterr().out.split() == [str(made / f"{name}.safetensors") for name in names]
     pipe = load_base(pipeline_folder("stable_diffusion")).pipe
     pipe.set_progress_bar_config(disable=True)
-    plain = picture(pipe)
+    plain = image(pipe)
     pipe.load_lora_weights(made, weight_name="slant=-1.0+thick=0.5.safetensors")
-    loaded = picture(pipe)
+    loaded = image(pipe)
     pipe.unload_lora_weights()
     model = PeftModel.from_pretrained(pipe.unet, adapter)
     with intervene(model, "slant=-1,thick=0.5"):
-        own = picture(pipe)
+        own = image(pipe)
     assert (loaded - own).abs().max() < 1e-4
     assert (plain - own).abs().max() > 0.05
     # the adapter takes the dtype of the base
@@ -347,7 +347,7 @@ def test_the_command_refuses_before_it_loads_the_base(adapter, tmp_path, capsys,
     command = ["export", "--adapter", adapter, "--format", "diffusers", "--output_dir", str(tmp_path), "--context"]
     assert main([*command, "singles"]) == 1
     assert f"These exist: {tmp_path / 'thick.safetensors'}. Choose another --output_dir" in capsys.readouterr().err
-    assert main([*command, "colour"]) == 1
-    assert "Unknown concept 'colour'" in capsys.readouterr().err
+    assert main([*command, "color"]) == 1
+    assert "Unknown concept 'color'" in capsys.readouterr().err
     assert main([*command, "obs"]) == 1
     assert "is the base model itself" in capsys.readouterr().err

@@ -263,10 +263,10 @@ def test_adapters_of_the_other_kind(store, run, tmp_path, capsys, pipeline_folde
     base = str(pipeline_folder("ddpm"))
     model = get_peft_model(load_base(base).denoiser, CausalContextConfig(concepts=("formal",), init_weights=False))
     model.peft_config["default"].base_model_name_or_path = base
-    model.save_pretrained(tmp_path / "pictures")
-    status, _, printed = run(tmp_path / "pictures")
+    model.save_pretrained(tmp_path / "images")
+    status, _, printed = run(tmp_path / "images")
     assert status == 1
-    assert "is an adapter of a diffusion model. `hf-causal-context generate` makes pictures" in printed.err
+    assert "is an adapter of a diffusion model. `hf-causal-context generate` makes images" in printed.err
     command = ["generate", "--adapter", str(store()), "--contexts", "obs", "--output_dir", str(tmp_path / "made")]
     assert main(command) == 1
     assert (

@@ -1,4 +1,4 @@
-"""Parameters, initialisation and graphs of the causal layers."""
+"""Parameters, initialization and graphs of the causal layers."""
 
 import pytest
 import torch

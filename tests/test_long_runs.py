@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 
 from hf_causal_context import CausalContextConfig, Context, intervene, load_context_adapter, unload_context_adapter
 from hf_causal_context.adapter.conditioning.hooks import _STATE
-from hf_causal_context.training.arguments import OptimisationArguments
+from hf_causal_context.training.arguments import OptimizationArguments
 from hf_causal_context.training.loop.processes import make_accelerator
 from hf_causal_context.training.loop.trainer import StepHooks, fit
 
@@ -75,7 +75,7 @@ def test_two_thousand_steps_of_training_hold_no_more_than_the_first(on_cpu, tmp_
         x, context = batch
         return model(x, context=context).square().mean(1)
 
-    arguments = OptimisationArguments(
+    arguments = OptimizationArguments(
         output_dir=str(tmp_path / "out"), max_train_steps=2_000, checkpointing_steps=250, checkpoints_total_limit=2
     )
     watched = Watched(500, 1_990)
@@ -122,8 +122,8 @@ def test_errors_and_unfinished_forwards_leave_nothing():
     model = adapted()
 
     def fail(number):
-        for wrong in (lambda: model(inputs(), context="colour"), lambda: model(inputs(5), context=["thick", ()])):
-            with pytest.raises(ValueError, match="colour|5"):
+        for wrong in (lambda: model(inputs(), context="color"), lambda: model(inputs(5), context=["thick", ()])):
+            with pytest.raises(ValueError, match="color|5"):
                 wrong()
         with pytest.raises(RuntimeError), intervene(model, {"thick": number / 100}):
             model(torch.zeros(4, 3))  # a wrong number of features
@@ -233,9 +233,9 @@ def test_threads_that_sample_from_one_model_do_not_mix(pipeline, adapter):
 
     alone = {name: draw(name) for name in pipes}
     together = in_threads(draw, list(pipes))
-    for name, pictures in alone.items():
-        assert torch.equal(together[name], pictures), name
-    assert len({pictures.sum().item() for pictures in alone.values()}) == len(pipes)
+    for name, images in alone.items():
+        assert torch.equal(together[name], images), name
+    assert len({images.sum().item() for images in alone.values()}) == len(pipes)
 
 
 def test_a_context_does_not_reach_other_threads():

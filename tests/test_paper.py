@@ -53,7 +53,7 @@ def test_quad(command, tmp_path, capsys):
     assert list(table) == [
         *methods,
         *(f"{method}, published" for method in methods if method.startswith("CM")),
-        "real pictures (floor)",
+        "real images (floor)",
         "Ada-GVAE (cited)",
         "BetaTCVAE (cited)",
         "TVAE (cited)",
@@ -65,7 +65,7 @@ def test_quad(command, tmp_path, capsys):
     assert len(world.held_out) == 9
     assert done["settings"]["base"].endswith("base-pooled-0")
     assert "published" in json.loads((tmp_path / "CM-pooled,-published-0" / "results.json").read_text())["settings"]
-    # Untrained models are far from real pictures, which are near to each other.
+    # Untrained models are far from real images, which are near to each other.
     floor = json.loads((tmp_path / "floor-0.json").read_text())
     for metric in ("distinct", "attributes"):
         assert np.mean(list(floor[metric].values())) < 0.5 * np.mean(list(done[metric].values()))
@@ -109,7 +109,7 @@ def test_three_d_ident(command, tmp_path):
     command("three_d_ident", *places, "--scale", "small", "--methods", "CM end-to-end")
     done = json.loads((tmp_path / "out" / "CM-end-to-end-0" / "results.json").read_text())
     assert list(done["distinct"]) == ["", "bg", "obj", "sl", "bg+obj", "bg+sl", "obj+sl"]
-    with pytest.raises(SystemExit, match="has 40 held-out pictures; distance and floor need 41"):
+    with pytest.raises(SystemExit, match="has 40 held-out images; distance and floor need 41"):
         command.modules["protocol"].at_most(np.arange(40), 41)
 
 

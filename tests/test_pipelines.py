@@ -66,7 +66,7 @@ def write_adapter(model, folder, **kwargs):
 
 
 def run(name, pipe, rows=(0, 1), images=1, guidance=3.0, **kwargs):
-    """Pictures for some of two prompts (or classes, or seeds), each with noise of its own."""
+    """Images for some of two prompts (or classes, or seeds), each with noise of its own."""
     seeds = [10 * row + image for row in rows for image in range(images)]
     arguments = {"generator": [torch.Generator().manual_seed(seed) for seed in seeds], "num_inference_steps": 2}
     prompts = [("a cat", "two dogs")[row] for row in rows]
@@ -101,15 +101,15 @@ def loaded(request, tmp_path_factory):
 def test_a_uniform_context_is_the_baked_and_merged_one(loaded):
     name, pipe, plain, _ = loaded
     with intervene(pipe, CONTEXTS[1]):
-        pictures = run(name, pipe)
+        images = run(name, pipe)
     config, weights = bake(denoiser(pipe), CONTEXTS[1])
     merged = copy.deepcopy(plain)
     lora = get_peft_model(denoiser(merged), config)
     set_peft_model_state_dict(lora, weights)
     component = "unet" if hasattr(merged, "unet") else "transformer"
     setattr(merged, component, lora.merge_and_unload())
-    torch.testing.assert_close(pictures, run(name, merged), **CLOSE)
-    assert (pictures - run(name, plain)).abs().max() > 5e-3
+    torch.testing.assert_close(images, run(name, merged), **CLOSE)
+    assert (images - run(name, plain)).abs().max() > 5e-3
 
 
 def test_mixed_prompts_are_separate_runs(loaded):
@@ -199,12 +199,12 @@ class TestVariants:
         other = kind.from_pipe(pipe)
         stock = type(other)
         other.set_progress_bar_config(disable=True)
-        picture = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+        image = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
         mask = torch.zeros(2, 1, 16, 16)
         mask[..., 8:] = 1
 
         def run(rows):
-            arguments = {"image": picture[list(rows)]}
+            arguments = {"image": image[list(rows)]}
             if task == "inpaint":
                 arguments |= {"mask_image": mask[list(rows)], "height": 16, "width": 16}
             generators = [torch.Generator().manual_seed(row) for row in rows]
@@ -309,8 +309,8 @@ class TestSeveralAdapters:
             dark = run("ddim", pipe)
         with intervene(pipe, "thick+dark"):
             both = run("ddim", pipe)
-        pictures = [base, thick, dark, both]
-        assert all(not torch.equal(a, b) for i, a in enumerate(pictures) for b in pictures[:i])
+        images = [base, thick, dark, both]
+        assert all(not torch.equal(a, b) for i, a in enumerate(images) for b in images[:i])
 
     def test_a_context_for_the_other_one(self, pipe):
         with pytest.raises(ValueError, match="Unknown concept 'dark'.*of adapter 'first'.*belongs to adapter 'second'"):
@@ -340,9 +340,9 @@ class TestSeveralAdapters:
             load_context_adapter(again, tmp_path / "saved", name)
         for loaded in (pipe, again):
             with intervene(loaded, "thick+dark"):
-                pictures = run("ddim", loaded)
+                images = run("ddim", loaded)
         with intervene(pipe, "thick+dark"):
-            assert torch.equal(run("ddim", pipe), pictures)
+            assert torch.equal(run("ddim", pipe), images)
 
 
 class TestRefusals:
@@ -472,8 +472,8 @@ class TestRuntime:
         pipe.unet.compile(fullgraph=True, backend="eager")
         with intervene(pipe, CONTEXTS):
             torch.testing.assert_close(run("stable_diffusion", pipe), expected, **CLOSE)
-        pictures = run("stable_diffusion", pipe, cross_attention_kwargs={"context": CONTEXTS})
-        torch.testing.assert_close(pictures, expected, **CLOSE)
+        images = run("stable_diffusion", pipe, cross_attention_kwargs={"context": CONTEXTS})
+        torch.testing.assert_close(images, expected, **CLOSE)
 
     def test_bfloat16(self, pipe, tmp_path):
         half = build("stable_diffusion").to(torch.bfloat16)

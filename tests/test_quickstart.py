@@ -34,7 +34,7 @@ def test_train_score_save_reload(tmp_path, monkeypatch, capsys):
     quickstart.quickstart(tmp_path)
     output = capsys.readouterr().out
     assert "Combinations drawn from the training rows" in output
-    assert "identical pictures" in output
+    assert "identical images" in output
     assert "| darkness+thickness | none |" in output
     assert "mean of the pairs" in (tmp_path / "README.md").read_text()
     for name in ("results.png", "adapter_model.safetensors", "adapter_config.json"):
@@ -43,7 +43,7 @@ def test_train_score_save_reload(tmp_path, monkeypatch, capsys):
 
 def test_scores_tell_the_truth_of_a_context_from_another():
     contexts = quickstart.CONTEXTS[:3]
-    truth = {c: torch.from_numpy(quickstart.reference_pictures(c, 192))[:, None] / 255 for c in contexts}
+    truth = {c: torch.from_numpy(quickstart.reference_images(c, 192))[:, None] / 255 for c in contexts}
     right = list(quickstart.score(truth).values())
     wrong = list(quickstart.score(dict.fromkeys(contexts, truth[contexts[0]])).values())
     assert right[0] == wrong[0]

@@ -1,9 +1,9 @@
-"""Pictures per second of the autoencoder's training, beside a plain loop: items one by one, one context per batch.
+"""Images per second of the autoencoder's training, beside a plain loop: items one by one, one context per batch.
 
     python -m examples.benchmarks.autoencoder_speed
 
-Both train the same model on the same quad pictures, in float32, with 512 pictures per update. The plain loop is what
-one writes first: a Dataset that turns one picture after the other into floats, a DataLoader, batches of 64 with one
+Both train the same model on the same quad images, in float32, with 512 images per update. The plain loop is what
+one writes first: a Dataset that turns one image after the other into floats, a DataLoader, batches of 64 with one
 context, eight of them accumulated, a masked dense matrix for every block-linear layer, sigmoid and cross-entropy, Adam.
 Ours keeps bytes in memory, mixes contexts and applies blocks at once. The loops alternate; the table has their medians.
 """
@@ -23,7 +23,7 @@ from hf_causal_context import ConceptSet, Context
 from hf_causal_context.context_module import BlockLinear
 from hf_causal_context.models import ContextAutoencoder
 from hf_causal_context.training.arguments import AutoencoderArguments
-from hf_causal_context.training.autoencoder.images import PictureBatches, PictureSet
+from hf_causal_context.training.autoencoder.images import ImageBatches, ImageSet
 from hf_causal_context.training.autoencoder.objective import AutoencoderObjective
 
 from ..worlds.quad import CONCEPTS, sample_quad
@@ -32,16 +32,16 @@ PER_UPDATE, MICRO_BATCH = 512, 64
 
 
 class Items(Dataset):
-    """One context's pictures as floats, one by one."""
+    """One context's images as floats, one by one."""
 
-    def __init__(self, pictures: np.ndarray) -> None:
-        self.pictures = pictures
+    def __init__(self, images: np.ndarray) -> None:
+        self.images = images
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, number: int) -> Tensor:
-        return torch.from_numpy(self.pictures[number]).float() / 255
+        return torch.from_numpy(self.images[number]).float() / 255
 
 
 def plain_updates(arrays: dict[Context, np.ndarray], size: int) -> Iterator[None]:
@@ -64,12 +64,12 @@ def plain_updates(arrays: dict[Context, np.ndarray], size: int) -> Iterator[None
         for _ in range(PER_UPDATE // MICRO_BATCH):
             place = number % len(streams)
             mask, stream = streams[place]
-            pictures = next(stream, None)
-            if pictures is None:
+            images = next(stream, None)
+            if images is None:
                 streams[place] = (mask, iter(loaders[place][1]))
-                pictures = next(streams[place][1])
-            output, kl = model(pictures, mask)
-            error = nn.functional.binary_cross_entropy(output.sigmoid(), pictures, reduction="sum")
+                images = next(streams[place][1])
+            output, kl = model(images, mask)
+            error = nn.functional.binary_cross_entropy(output.sigmoid(), images, reduction="sum")
             loss = (error + kl.sum()) / PER_UPDATE
             loss.backward()
             loss.item()
@@ -96,9 +96,7 @@ def our_updates(arrays: dict[Context, np.ndarray], size: int, batch_size: int, c
         for part in (*model.backbone.children(), model.context_module):
             part.compile()
     arguments = AutoencoderArguments(output_dir="unused", train_batch_size=batch_size)
-    batches = PictureBatches(PictureSet.of_arrays(arrays, ConceptSet(CONCEPTS)), arguments, 10**6, torch.device("cpu"))(
-        0
-    )
+    batches = ImageBatches(ImageSet.of_arrays(arrays, ConceptSet(CONCEPTS)), arguments, 10**6, torch.device("cpu"))(0)
     objective = AutoencoderObjective(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
     while True:
@@ -136,7 +134,7 @@ def main() -> None:
                 next(loop)
             seconds[name].append((time.perf_counter() - begin) / given.updates)
     print(f"{given.size} x {given.size}, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
-    print("| loop | pictures per second | ratio |\n|---|---|---|")
+    print("| loop | images per second | ratio |\n|---|---|---|")
     for name, values in seconds.items():
         ratio = statistics.median(plain / own for plain, own in zip(seconds["plain"], values, strict=True))
         print(f"| {name} | {PER_UPDATE / statistics.median(values):.0f} | {ratio:.2f} |")

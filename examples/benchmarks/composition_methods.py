@@ -19,7 +19,7 @@ from hf_causal_context import CausalContextConfig, ConceptSet, Context
 from hf_causal_context.data.reweighting import ReweightedContext, reweight
 from hf_causal_context.training.observational import SHARE
 
-from .vector_flow import VectorFlow, Velocity, noised, optimise, sample
+from .vector_flow import VectorFlow, Velocity, noised, optimize, sample
 
 WIDTH = 4  # of a concept: every adapter has rank K WIDTH
 LEARNING_RATE = 2e-3
@@ -113,7 +113,7 @@ def context_adapter(study: Study, sets: Sets, *, staged: bool = True, **options:
         x, time, velocity, mask = batches()
         return (model(x, time, context=mask) - velocity).square().mean()
 
-    _optimise(study, model, loss)
+    _optimize(study, model, loss)
     masks = {context: study.concepts.mask([context]).to(study.device) for context in study.oracle_sets}
     return lambda context, num, seed: study.sample(partial(model, context=masks[context]), num, seed)
 
@@ -162,7 +162,7 @@ def multi_hot_lora(study: Study, sets: Sets, coind: float = 0.0) -> Sampler:
         both, a, b, neither = model(x.repeat(4, 1), time.repeat(4), masks).chunk(4)
         return loss + coind * (both - a - b + neither).square().mean()
 
-    _optimise(study, model, loss)
+    _optimize(study, model, loss)
 
     def draw(context: Context, num: int, seed: int) -> Tensor:
         mask = study.concepts.mask([context]).to(study.device)
@@ -191,7 +191,7 @@ class SingleLoras:
                 x, time, velocity, _ = batches()
                 return (self.model(x, time) - velocity).square().mean()
 
-            _optimise(study, self.model, loss)
+            _optimize(study, self.model, loss)
 
     def stacked(self, context: Context, num: int, seed: int) -> Tensor:
         """All adapters of the context at once, by `set_adapter`."""
@@ -235,9 +235,9 @@ def _lora(rank: int) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=list(VectorFlow.LINEARS))
 
 
-def _optimise(study: Study, model: nn.Module, loss: Callable[[], Tensor]) -> None:
+def _optimize(study: Study, model: nn.Module, loss: Callable[[], Tensor]) -> None:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimise(parameters, loss, study.steps, LEARNING_RATE, "adapter")
+    optimize(parameters, loss, study.steps, LEARNING_RATE, "adapter")
     model.eval()
 
 

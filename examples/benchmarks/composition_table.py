@@ -1,4 +1,4 @@
-"""The results of the composition benchmark as Markdown and a picture."""
+"""The results of the composition benchmark as Markdown and an image."""
 
 import json
 from collections import defaultdict

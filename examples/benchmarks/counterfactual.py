@@ -1,4 +1,4 @@
-"""How true are counterfactual pictures? Digits, where the truth is known, beside the same edit by stacked LoRAs.
+"""How true are counterfactual images? Digits, where the truth is known, beside the same edit by stacked LoRAs.
 
     python -m examples.benchmarks.counterfactual --adapter digits-context --output_dir counterfactuals
 
@@ -7,8 +7,8 @@ single intervention and every pair. The truth is the world's own: the same glyph
 with which an intervened attribute spreads about its new mean, too. *Spread unknown* is the truth of somebody who knows
 all but that, and puts the mean. LoRAs start from the same abducted noise.
 
-Attributes are read from the pictures; errors are in standard deviations of the observational world. Intervals are 95 %
-over pictures, of one adapter and one set of LoRAs.
+Attributes are read from the images; errors are in standard deviations of the observational world. Intervals are 95 %
+over images, of one adapter and one set of LoRAs.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hf_causal_context import Context, load_context_adapter
-from hf_causal_context.bases.images import picture_grid
+from hf_causal_context.bases.images import image_grid
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.data.worlds import digits
 from hf_causal_context.inference.counterfactuals import Sampler
@@ -41,8 +41,8 @@ def sample(context: Context, num: int, seed: int, known_spread: bool = True) -> 
         return torch.from_numpy(digits.sample_digits(num, context, seed=seed, split="test")[0])[:, None] / 255
 
 
-def attributes(pictures: Tensor) -> np.ndarray:
-    return digits.read_attributes((255 * pictures[:, 0]).round().byte().numpy())
+def attributes(images: Tensor) -> np.ndarray:
+    return digits.read_attributes((255 * images[:, 0]).round().byte().numpy())
 
 
 def lora_deltas(file: Path, seed: int) -> dict[str, dict[str, Tensor]]:
@@ -65,9 +65,9 @@ def draw_with_loras(base, noise: Tensor, deltas: list[dict[str, Tensor]], steps:
     for delta in deltas:
         for name, value in delta.items():
             base.denoiser.get_submodule(name).base_layer.weight += value
-    pictures = draw(base, noise, Context(), steps)
+    images = draw(base, noise, Context(), steps)
     base.denoiser.load_state_dict(weights)
-    return pictures
+    return images
 
 
 def interval(values: np.ndarray) -> str:
@@ -81,11 +81,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--num_pictures", type=int, default=64)
+    parser.add_argument("--num_images", type=int, default=64)
     parser.add_argument("--num_inference_steps", type=int, default=25)
-    parser.add_argument("--seed", type=int, default=0, help="of the pictures and the LoRAs")
+    parser.add_argument("--seed", type=int, default=0, help="of the images and the LoRAs")
     arguments = parser.parse_args()
-    steps, num, seed = arguments.num_inference_steps, arguments.num_pictures, 1000 + arguments.seed
+    steps, num, seed = arguments.num_inference_steps, arguments.num_images, 1000 + arguments.seed
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     with torch.enable_grad():
         deltas = lora_deltas(arguments.output_dir / "loras.pt", arguments.seed)
@@ -123,7 +123,7 @@ def main() -> None:
             values = np.mean([score[context] for context in group], axis=0)
             print(f"| {name} | {' | '.join(map(interval, values))} |")
     labels = ["factual", *(text for context in CONTEXTS[1:] for text in (f"{context}: truth", "  this adapter"))]
-    picture_grid(rows, labels).save(arguments.output_dir / "grid.png")
+    image_grid(rows, labels).save(arguments.output_dir / "grid.png")
 
 
 if __name__ == "__main__":

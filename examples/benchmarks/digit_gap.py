@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from hf_causal_context.bases.images import picture_grid
+from hf_causal_context.bases.images import image_grid
 from hf_causal_context.data.worlds.digits import CONCEPTS
 from hf_causal_context.evaluation.metrics import sliced_wasserstein
-from hf_causal_context.quickstart import BASE, CONTEXTS, reference_pictures
+from hf_causal_context.quickstart import BASE, CONTEXTS, reference_images
 
 from .digit_gap_methods import OBSERVATIONAL, TRAINED, UNTRAINED, Images, Study, train_loras
 from .digit_gap_table import write_tables
@@ -31,7 +31,7 @@ def distances(images: Images) -> dict[str, float]:
     """Of every context, to twice as many real images."""
     result = {}
     for context, own in images.items():
-        reference = torch.from_numpy(reference_pictures(context, 2 * len(own)))[:, None] / 255
+        reference = torch.from_numpy(reference_images(context, 2 * len(own)))[:, None] / 255
         result[str(context)] = sliced_wasserstein(own, reference)
     return result
 
@@ -76,7 +76,7 @@ def main() -> None:
                 "seconds": time.perf_counter() - start,
             }
             rows = [images[context][:8] for context in CONTEXTS]
-            picture_grid(rows, [str(c) or "observational" for c in CONTEXTS]).save(done.with_suffix(".png"))
+            image_grid(rows, [str(c) or "observational" for c in CONTEXTS]).save(done.with_suffix(".png"))
             unfinished = done.with_suffix(".unfinished")
             unfinished.write_text(json.dumps(content, indent=1) + "\n")
             unfinished.replace(done)

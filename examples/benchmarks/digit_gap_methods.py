@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_causal_context import Context
 from hf_causal_context._files import complete_or_absent
-from hf_causal_context.bases.families import Base
+from hf_causal_context.bases.families import DiffusionBase
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.data import InterventionalData
 from hf_causal_context.data.worlds.digits import CONCEPTS, sample_digits
@@ -68,13 +68,13 @@ class Study:
             reweighted_contexts=[],
         )
 
-    def load_base(self) -> Base:
+    def load_base(self) -> DiffusionBase:
         """A fresh copy of the base on the device."""
         base = load_base(str(self.base_dir))
         base.denoiser.to(DEVICE)
         return base
 
-    def sample(self, base: Base, contexts: tuple[Context, ...] = CONTEXTS) -> Images:
+    def sample(self, base: DiffusionBase, contexts: tuple[Context, ...] = CONTEXTS) -> Images:
         """Images from the same noise in every context."""
         images = generate(
             base,
@@ -157,7 +157,7 @@ def stacked_loras(study: Study, steps: int, subtract: bool) -> Images:
     return images
 
 
-def _sample_lora(study: Study, base: Base) -> Tensor:
+def _sample_lora(study: Study, base: DiffusionBase) -> Tensor:
     return study.sample(base, (Context(),))[Context()]
 
 

@@ -19,7 +19,7 @@ Results = dict[tuple[str, int], list[dict[str, float]]]  # method, updates -> di
 
 
 def write_tables(folder: Path) -> None:
-    """Write results.md and a picture of samples for every base, from the result files in a folder."""
+    """Write results.md and an image of samples for every base, from the result files in a folder."""
     bases = sorted(path for path in folder.iterdir() if path.is_dir())
     results = {path.name: read(path) for path in bases}
     text = "\n\n".join(table(name, own, results.get(BASE.name, {})) for name, own in results.items() if own)

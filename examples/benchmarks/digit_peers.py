@@ -3,7 +3,7 @@
     python -m examples.benchmarks.digit_peers --output hf_causal_context/models/digit_peers.json
 
 Each LoRA has the rank of one concept of the adapter, is trained on its own interventional set with as many updates as
-the adapter, and sees as many pictures of its context as the adapter does.
+the adapter, and sees as many images of its context as the adapter does.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from hf_causal_context.quickstart import BASE, CONTEXTS, NUM_INFERENCE_STEPS, NU
 from hf_causal_context.quickstart import training_arguments as quickstart_arguments
 
 
-def train_lora(model, scheduler, pictures, settings, name):
-    """Train the LoRA of that name on pictures (N, 1, 32, 32) in [-1, 1], as many per update as the adapter sees."""
+def train_lora(model, scheduler, images, settings, name):
+    """Train the LoRA of that name on images (N, 1, 32, 32) in [-1, 1], as many per update as the adapter sees."""
     device = next(model.parameters()).device
     parameters = [p for n, p in model.named_parameters() if f".{name}." in n]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.adam_weight_decay)
@@ -33,7 +33,7 @@ def train_lora(model, scheduler, pictures, settings, name):
     )
     batch = settings.train_batch_size // (len(CONCEPTS) + 1)
     for _ in tqdm(range(steps), desc=name):
-        clean = pictures[torch.randint(len(pictures), (batch,))].to(device)
+        clean = images[torch.randint(len(images), (batch,))].to(device)
         noise = torch.randn(clean.shape).to(device)  # drawn on the CPU: the same on every device
         t = torch.randint(scheduler.config.num_train_timesteps, (batch,)).to(device)
         target = scheduler.get_velocity(clean, noise, t)
@@ -57,8 +57,8 @@ def stacked_loras(base, seed):
     for name in CONCEPTS:
         model.set_adapter(name)
         own = rows.filter(lambda context, name=name: context == name, input_columns="context")
-        pictures = torch.from_numpy(cast(Any, own)["image"][:])[:, None].float() / 127.5 - 1
-        train_lora(model.train(), base.noise_scheduler(), pictures, settings, name)
+        images = torch.from_numpy(cast(Any, own)["image"][:])[:, None].float() / 127.5 - 1
+        train_lora(model.train(), base.noise_scheduler(), images, settings, name)
     return model.eval()
 
 

@@ -1,9 +1,9 @@
-"""Does it compose in pictures? The quickstart's adapter without and with reweighted pairs, and its oracle.
+"""Does it compose in images? The quickstart's adapter without and with reweighted pairs, and its oracle.
 
     python -m examples.benchmarks.digits --output_dir digits-benchmark
 
 The oracle is the same adapter trained with the pairs. All are evaluated by `hf_causal_context.evaluation` beside real
-pictures of glyphs that training never saw; each leaves its report in the folder, and is not made again if it is there.
+images of glyphs that training never saw; each leaves its report in the folder, and is not made again if it is there.
 """
 
 import argparse
@@ -28,9 +28,9 @@ COLUMNS = (
 )
 
 
-def attributes(pictures: Tensor) -> Tensor:
-    """Pictures (N, 1, 32, 32) in [0, 1] -> thickness, darkness, slant and size (N, 4)."""
-    return torch.from_numpy(read_attributes((255 * pictures[:, 0]).round().byte().numpy())).float()
+def attributes(images: Tensor) -> Tensor:
+    """Images (N, 1, 32, 32) in [0, 1] -> thickness, darkness, slant and size (N, 4)."""
+    return torch.from_numpy(read_attributes((255 * images[:, 0]).round().byte().numpy())).float()
 
 
 def main() -> None:

@@ -4,7 +4,7 @@
     python -m examples.benchmarks.gpu_training --device cpu --size tiny --batches 2 --rounds 2
     python -m examples.benchmarks.gpu_training --parts compiled_steps compiled_calls
 
-The weights are random, so nothing is downloaded. A step is forward, backward and optimiser, under bfloat16 autocast
+The weights are random, so nothing is downloaded. A step is forward, backward and optimizer, under bfloat16 autocast
 on a bfloat16 base with float32 adapter weights, as `hf-causal-context train --mixed_precision bf16` does it; a call
 is all in bfloat16. Compiled are the repeated blocks, where all adapted layers are. Times are medians over rounds; the
 peak is that of PyTorch's allocator during them. On a CPU everything is float32, and there is no peak.
@@ -125,7 +125,7 @@ def measure(run: Callable[[], None], device: str, rounds: int) -> Numbers:
 def training_step(
     model: Any, kind: str, values: dict[str, Any], optimizer: torch.optim.Optimizer | None, device: str
 ) -> Callable[[], None]:
-    """One step; without an optimiser forward alone, or with a gradient of the input (the least an adapter needs)."""
+    """One step; without an optimizer forward alone, or with a gradient of the input (the least an adapter needs)."""
     batch = len(values["sample"])
 
     def run() -> None:
@@ -143,7 +143,7 @@ def training_step(
 
 
 def training_rows(size: str, device: str, batch: int, rounds: int, compiled: bool) -> dict[str, Numbers]:
-    """Steps of every adapter; without compiling with both optimisers, and of the base."""
+    """Steps of every adapter; without compiling with both optimizers, and of the base."""
     base = build_base(size, device)
     values = inputs(size, device, batch)
     results: dict[str, Numbers] = {}

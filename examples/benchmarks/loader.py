@@ -23,7 +23,7 @@ from hf_causal_context.data import ContextSampler, load_folders, stream_batches
 CONTEXTS = ("obs", "a", "b", "c")
 
 
-def draw_pictures(root: Path, per_context: int) -> None:
+def draw_images(root: Path, per_context: int) -> None:
     rng = np.random.default_rng(0)
     for name in CONTEXTS:
         (root / name).mkdir()
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        draw_pictures(Path(folder), arguments.rows_per_context)
+        draw_images(Path(folder), arguments.rows_per_context)
         data, stream = load_folders(folder), load_folders(folder, streaming=True)
         rows: Any = data.rows
         print("| batch | rows/s, datasets in order | ours / in order | ours / shuffled | stream / in order |")

@@ -23,7 +23,7 @@ from skimage.transform import AffineTransform, warp
 from tqdm import tqdm
 
 from hf_causal_context import Context
-from hf_causal_context.bases.images import picture_grid
+from hf_causal_context.bases.images import image_grid
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.data import from_dataset
 from hf_causal_context.evaluation.metrics import sliced_wasserstein
@@ -39,30 +39,30 @@ CONTEXTS = [Context(), *map(Context, CONCEPTS), *(Context(*pair) for pair in com
 def read_mnist(folder: Path) -> np.ndarray:
     (path,) = list(folder.glob("*images-idx3-ubyte.gz"))[:1]
     with gzip.open(path) as file:
-        pictures = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 28, 28)
-    return np.pad(pictures, ((0, 0), (2, 2), (2, 2)))
+        images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 28, 28)
+    return np.pad(images, ((0, 0), (2, 2), (2, 2)))
 
 
-def intervene_on(picture: np.ndarray, context: Context, rng: np.random.Generator) -> np.ndarray:
-    """Thicken, shear and shrink one picture (32, 32), uint8."""
+def intervene_on(image: np.ndarray, context: Context, rng: np.random.Generator) -> np.ndarray:
+    """Thicken, shear and shrink one image (32, 32), uint8."""
     if "thick" in context.targets:
-        picture = dilation(picture, disk(1))
+        image = dilation(image, disk(1))
     shear = rng.normal(0.5, 0.05) if "slant" in context.targets else 0.0
     zoom = 1 / rng.normal(0.7, 0.03) if "small" in context.targets else 1.0
     matrix = np.array([[zoom, zoom * shear, 0], [0, zoom, 0], [0, 0, 1]])
     matrix[:2, 2] = 15.5 - matrix[:2, :2] @ [15.5, 15.5]
-    return np.rint(warp(picture, AffineTransform(matrix), order=1, preserve_range=True)).astype(np.uint8)
+    return np.rint(warp(image, AffineTransform(matrix), order=1, preserve_range=True)).astype(np.uint8)
 
 
-def pretrain(pictures: np.ndarray, steps: int, folder: Path) -> None:
+def pretrain(images: np.ndarray, steps: int, folder: Path) -> None:
     base = load_base(str(BASE))
     unet = base.denoiser.train()
     scheduler: Any = base.noise_scheduler()
-    clean_pictures = torch.tensor(pictures)[:, None].float() / 127.5 - 1
+    clean_images = torch.tensor(images)[:, None].float() / 127.5 - 1
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
     for _ in tqdm(range(steps), desc="base"):
-        clean = clean_pictures[torch.randint(len(clean_pictures), (64,))]
+        clean = clean_images[torch.randint(len(clean_images), (64,))]
         noise, t = torch.randn_like(clean), torch.randint(1000, (64,))
         loss = unet(scheduler.add_noise(clean, noise, t), t).sample - scheduler.get_velocity(clean, noise, t)
         optimizer.zero_grad()
@@ -105,7 +105,7 @@ def main() -> None:
     train(settings, base=base, data=data)
 
     rows = generate(base, CONTEXTS, seeds=range(arguments.num_samples), num_inference_steps=15, batch_size=64)
-    picture_grid([row[:10] for row in rows], [str(c) or "obs" for c in CONTEXTS]).save(adapter / "grid.png")
+    image_grid([row[:10] for row in rows], [str(c) or "obs" for c in CONTEXTS]).save(adapter / "grid.png")
     scores = {}
     print("| context | trained | real against real | base | this adapter |\n|---|---|---|---|---|")
     for context, row in zip(CONTEXTS, rows, strict=True):

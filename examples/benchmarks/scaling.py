@@ -281,7 +281,7 @@ def plot(path: Path, timings: dict[str, dict[int, Timings]], rows: dict[int, dic
         axis = next(axes)
         for variant in list(next(iter(results.values())))[1:]:
             axis.plot(list(results), [t[variant]["step"].ratio for t in results.values()], "o-", label=variant)
-        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.axhline(1, color="gray", linewidth=0.8)
         axis.set(title=title, ylabel="training step / LoRA's")
         axis.set_xscale("log", base=2)
         axis.legend(fontsize="small")

@@ -63,7 +63,7 @@ def noised(clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, T
     return (1 - time[:, None]) * clean + time[:, None] * noise, time, noise - clean
 
 
-def optimise(
+def optimize(
     parameters: Iterable[nn.Parameter], loss: Callable[[], Tensor], steps: int, learning_rate: float, name: str
 ) -> None:
     """AdamW with warm-up and a cosine; in the end the parameters are their moving average."""
@@ -94,7 +94,7 @@ def train_base(model: VectorFlow, observational: Tensor, steps: int, batch_size:
         noisy, time, velocity = noised(observational[rows], generator)
         return (model(noisy, time) - velocity).square().mean()
 
-    optimise(model.parameters(), loss, steps, 1e-3, "base")
+    optimize(model.parameters(), loss, steps, 1e-3, "base")
 
 
 @torch.no_grad()

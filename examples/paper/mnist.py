@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from hf_causal_context import ConceptSet, Context
-from hf_causal_context.training.autoencoder.images import PictureSet
+from hf_causal_context.training.autoencoder.images import ImageSet
 
 from ..worlds.morphology import CONCEPTS, apply, load_mnist
 from .command import parser, run_table
@@ -37,8 +37,8 @@ def mnist_world(scale: str, folder: Path) -> World:
     concepts = ConceptSet(CONCEPTS)
 
     @cache
-    def training() -> PictureSet:
-        return PictureSet.of_arrays({c: apply(digits[:boundary], c)[:, None] for c in trained}, concepts)
+    def training() -> ImageSet:
+        return ImageSet.of_arrays({c: apply(digits[:boundary], c)[:, None] for c in trained}, concepts)
 
     def real(context: Context, num: int, seed: int) -> torch.Tensor:
         chosen = at_most(np.random.default_rng(seed).permutation(np.arange(boundary, len(digits))), num)

@@ -1,6 +1,6 @@
 """The paper's experiments: how its methods are trained and measured, whatever the world.
 
-Metrics: sliced Wasserstein distance to held-out pictures in [0, 1], 50 projections, mean over contexts; for concept
+Metrics: sliced Wasserstein distance to held-out images in [0, 1], 50 projections, mean over contexts; for concept
 learning the trained contexts, for composition the held-out ones. "distinct" takes 1,280 different samples. "published"
 takes what the published evaluation did, which drew the same noise for every batch: 64 samples, repeated 20 times.
 """
@@ -21,7 +21,7 @@ from hf_causal_context import ConceptSet, Context
 from hf_causal_context.evaluation.metrics import sliced_wasserstein
 from hf_causal_context.models.context_autoencoder import ContextAutoencoder
 from hf_causal_context.training.arguments import AutoencoderArguments
-from hf_causal_context.training.autoencoder.images import PictureSet, to_floats
+from hf_causal_context.training.autoencoder.images import ImageSet, to_floats
 from hf_causal_context.training.autoencoder.objective import AutoencoderObjective, bits_per_dimension
 from hf_causal_context.training.autoencoder.train import mean_loss, train_autoencoder
 from hf_causal_context.training.loop.checkpoints import write_file
@@ -42,19 +42,19 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class World:
-    """Pictures in contexts.
+    """Images in contexts.
 
     `training()` are rows to train and validate on; `real(context, num, seed)` are others, (num, C, S, S) bytes, all
     different.
 
-    `attributes`, where they can be read back: pictures (n, C, S, S), bytes -> (n, A).
+    `attributes`, where they can be read back: images (n, C, S, S), bytes -> (n, A).
     """
 
     name: str
     concepts: ConceptSet
     trained: tuple[Context, ...]
     held_out: tuple[Context, ...]
-    training: Callable[[], PictureSet]
+    training: Callable[[], ImageSet]
     real: Callable[[Context, int, int], Tensor]
     attributes: Callable[[Tensor], NDArray[np.floating]] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
@@ -80,7 +80,7 @@ def run(world: World, method: str, seed: int, folder: Path, changes: dict[str, A
             raise SystemExit(f"{results} was made with {before}, not {made_by}. Change --output_dir.")
         return done
     everything = world.training()
-    pictures = everything.select(np.flatnonzero(everything.contexts == "")) if method == "base" else everything
+    images = everything.select(np.flatnonzero(everything.contexts == "")) if method == "base" else everything
     arguments = AutoencoderArguments(
         output_dir=str(run_folder),
         seed=seed,
@@ -90,9 +90,9 @@ def run(world: World, method: str, seed: int, folder: Path, changes: dict[str, A
         **settings,
     )
     if arguments.max_train_steps is None:
-        arguments = watched(arguments, len(pictures.contexts))
+        arguments = watched(arguments, len(images.contexts))
     begin = time.perf_counter()
-    train_autoencoder(arguments, pictures)
+    train_autoencoder(arguments, images)
     seconds = time.perf_counter() - begin
     model = ContextAutoencoder.from_pretrained(run_folder).eval()
     model = cast(Any, model).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -117,7 +117,7 @@ def watched(arguments: AutoencoderArguments, rows: int) -> AutoencoderArguments:
 
 
 def floor(world: World, seed: int, folder: Path) -> dict[str, Any]:
-    """Real pictures in place of samples: those that follow the ones they are compared with."""
+    """Real images in place of samples: those that follow the ones they are compared with."""
     path = folder / f"floor-{seed}.json"
     made_by = {"world": world.name, "settings": json.loads(json.dumps(world.settings))}
     if path.exists() and made_by.items() <= (done := json.loads(path.read_text())).items():
@@ -142,12 +142,12 @@ def at_most(rows: NDArray[np.int64], num: int) -> NDArray[np.int64]:
         SystemExit: for fewer rows.
     """
     if len(rows) < num:
-        raise SystemExit(f"A context has {len(rows)} held-out pictures; distance and floor need {num} different ones.")
+        raise SystemExit(f"A context has {len(rows)} held-out images; distance and floor need {num} different ones.")
     return rows[:num]
 
 
 def measure(world: World, draw: Callable[[Context, int], Tensor], seed: int) -> dict[str, dict[str, float]]:
-    """Distances of samples from real pictures by metric and context."""
+    """Distances of samples from real images by metric and context."""
     result: dict[str, dict[str, float]] = {"distinct": {}, "published": {}, "attributes": {}}
     for number, context in enumerate(world.judged):
         own = 1000 * seed + 10 * number  # so that contexts do not share their noise
@@ -157,7 +157,7 @@ def measure(world: World, draw: Callable[[Context, int], Tensor], seed: int) -> 
         result["distinct"][name] = distance(samples, to_floats(real))
         result["published"][name] = distance(repeated(samples), to_floats(real))
         if world.attributes is not None:
-            values = [world.attributes(pictures) for pictures in ((samples * 255).round().byte(), real)]
+            values = [world.attributes(images) for images in ((samples * 255).round().byte(), real)]
             result["attributes"][name] = distance(*map(torch.from_numpy, values))
     return result
 

@@ -5,7 +5,7 @@
 
 `--world independent` removes all edges between the latents. It stands in for the published independent data, a
 download whose generator differs: its numbers are not comparable with the published ones. The small scale has 16 x 16
-pictures, 4,000 of each context, 6,000 updates of 64 pictures for every method, and beta 4, with which so few updates go
+images, 4,000 of each context, 6,000 updates of 64 images for every method, and beta 4, with which so few updates go
 further; so its distances are not comparable with the published ones either, only their order.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from hf_causal_context import ConceptSet, Context
-from hf_causal_context.training.autoencoder.images import PictureSet
+from hf_causal_context.training.autoencoder.images import ImageSet
 
 from ..worlds.quad import CONCEPTS, HELD_OUT, read_quad, sample_quad
 from .command import parser, run_table
@@ -36,19 +36,19 @@ def quad_world(scale: str, dependent: bool) -> World:
     concepts = ConceptSet(CONCEPTS)
 
     @cache
-    def training() -> PictureSet:
+    def training() -> ImageSet:
         arrays = {
             context: sample_quad(rows, context, seed, size=size, dependent=dependent)[0]
             for seed, context in enumerate(trained)
         }
-        return PictureSet.of_arrays(arrays, concepts)
+        return ImageSet.of_arrays(arrays, concepts)
 
     def real(context: Context, num: int, seed: int) -> torch.Tensor:
         return torch.from_numpy(sample_quad(num, context, _HELD_OUT_SEEDS + seed, size=size, dependent=dependent)[0])
 
-    def attributes(pictures: torch.Tensor) -> np.ndarray:
+    def attributes(images: torch.Tensor) -> np.ndarray:
         # A shape that cannot be told from all quarters counts as the smallest.
-        return np.nan_to_num(np.stack(list(read_quad(pictures).values()), axis=1))
+        return np.nan_to_num(np.stack(list(read_quad(images).values()), axis=1))
 
     widths = {"depth": 2, "noise_width": 32, "concept_width": 8}
     return World(

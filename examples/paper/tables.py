@@ -26,7 +26,7 @@ def table(world: World, published: str | None, runs: dict[str, list[dict[str, An
         cells.append(f"{np.mean([result['seconds'] for result in results]):.0f}")
         lines.append("| " + " | ".join(cells) + " |")
     cells = [_pair(world, floors, metric) for metric in metrics]
-    lines.append(f"| real pictures (floor) | | {' | '.join(cells)} | | |")
+    lines.append(f"| real images (floor) | | {' | '.join(cells)} | | |")
     for method in _CITED:
         if method in numbers:
             lines.append(f"| {method} (cited) | {_cited(numbers[method])} |" + " |" * (len(header) - 2))

@@ -1,4 +1,4 @@
-"""The paper's 3DIdent table: rendered pictures, intervened on background, object and spotlight; their pairs held out.
+"""The paper's 3DIdent table: rendered images, intervened on background, object and spotlight; their pairs held out.
 
     python -m examples.paper.three_d_ident --data_dir 3dident --output_dir paper-3dident
 
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from hf_causal_context import Context
-from hf_causal_context.bases.images import read_picture
-from hf_causal_context.training.autoencoder.images import PictureSet
+from hf_causal_context.bases.images import read_image
+from hf_causal_context.training.autoencoder.images import ImageSet
 
 from ..worlds.three_d_ident import CONCEPTS, load_3dident
 from .command import parser, run_table
@@ -29,24 +29,24 @@ _SHARE_HELD_OUT = 0.2
 
 
 def ident_world(scale: str, folder: Path) -> World:
-    """A fifth of the pictures of every trained context is held out, too."""
+    """A fifth of the images of every trained context is held out, too."""
     data = load_3dident(folder)
     size = SCALES[scale]["resolution"]
     trained = (Context(), *map(Context, CONCEPTS))
 
     @cache
-    def parts() -> tuple[PictureSet, PictureSet]:
-        return PictureSet.of_data(data, size, 3).split(_SHARE_HELD_OUT, 0)
+    def parts() -> tuple[ImageSet, ImageSet]:
+        return ImageSet.of_data(data, size, 3).split(_SHARE_HELD_OUT, 0)
 
     @cache
-    def pictures(context: Context) -> torch.Tensor:
+    def images(context: Context) -> torch.Tensor:
         if context in trained:
             return parts()[1].of(context)
         rows = data.held_out[str(context)]
-        return torch.from_numpy(np.stack([read_picture(p, 3, size) for p in cast(Any, rows)[data.content_column]]))
+        return torch.from_numpy(np.stack([read_image(p, 3, size) for p in cast(Any, rows)[data.content_column]]))
 
     def real(context: Context, num: int, seed: int) -> torch.Tensor:
-        available = pictures(context)
+        available = images(context)
         return available[at_most(np.random.default_rng(seed).permutation(len(available)), num)]
 
     held_out = tuple(map(Context.parse, data.held_out))

@@ -62,7 +62,7 @@ def short(sentences: Sequence[Sentence]) -> list[Sentence]:
 
 
 def chats(sentences: Sequence[Sentence], context: Context) -> list[dict[str, list[dict[str, str]]]]:
-    """Rows with a prompt, the same in all of them, and a completion, which alone is learnt."""
+    """Rows with a prompt, the same in all of them, and a completion, which alone is learned."""
     return [
         {"prompt": PROMPT, "completion": [{"role": "assistant", "content": write(sentence, context)}]}
         for sentence in sentences

@@ -37,11 +37,11 @@ from .methods import METHODS, Method, Setting, adapter, log_losses
 def fit_classifiers(sentences: list[Sentence], unseen: list[Sentence]) -> tuple[dict[str, Pipeline], dict[str, float]]:
     """One classifier of characters per concept, and its balanced accuracy on true reviews of unseen sentences."""
 
-    def labelled(some: list[Sentence], num: int, seed: int) -> tuple[list[str], np.ndarray]:
+    def labeled(some: list[Sentence], num: int, seed: int) -> tuple[list[str], np.ndarray]:
         sets = [write_reviews(some, num, context, seed + i) for i, context in enumerate(CONTEXTS)]
         return [text for texts, _ in sets for text in texts], np.concatenate([shown for _, shown in sets])
 
-    (texts, shown), (others, truth) = labelled(sentences, 300, 1000), labelled(unseen, 300, 2000)
+    (texts, shown), (others, truth) = labeled(sentences, 300, 1000), labeled(unseen, 300, 2000)
     classifiers, accuracies = {}, {}
     for k, concept in enumerate(CONCEPTS):
         characters = CountVectorizer(analyzer="char", ngram_range=(1, 2), lowercase=False, max_features=1500)

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from hf_causal_context import Context, intervene
-from hf_causal_context.bases.tokens import Tokenisation, TokenRow
+from hf_causal_context.bases.tokens import Tokenization, TokenRow
 from hf_causal_context.data import texts_from_dataset
 from hf_causal_context.training.arguments import TextArguments
 from hf_causal_context.training.language import train_text
@@ -62,9 +62,9 @@ class Study:
         return AutoTokenizer.from_pretrained(self.base)
 
     @cached_property
-    def tokenise(self) -> Tokenisation:
-        """The package's own: only the completions are learnt."""
-        return Tokenisation(self.tokenizer, "prompt", max_length=MAX_LENGTH)
+    def tokenize(self) -> Tokenization:
+        """The package's own: only the completions are learned."""
+        return Tokenization(self.tokenizer, "prompt", max_length=MAX_LENGTH)
 
     def load_base(self) -> Any:
         """A fresh copy of the base; everything drawn from now on follows the seed."""
@@ -73,11 +73,11 @@ class Study:
 
     def tokens(self, sentences: Sequence[Sentence], context: Context) -> list[TokenRow]:
         """The sentences as reviews of a context."""
-        return [self.tokenise(chat) for chat in chats(sentences, context)]
+        return [self.tokenize(chat) for chat in chats(sentences, context)]
 
     def prompt(self) -> list[int]:
         """What every review is written after."""
-        return self.tokenise.beginning(PROMPT)
+        return self.tokenize.beginning(PROMPT)
 
 
 def base(study: Study) -> Models:

@@ -2,14 +2,14 @@
 
 Every concept is one deterministic operation on a digit of 28 x 28 pixels, light ink on black:
 
-    scaled       shrunk about the centre of the picture
+    scaled       shrunk about the center of the image
     shear        slanted to the right
     shift        moved to the lower right
     swelling     magnified around one point of the ink
     thickening   the ink grows on all sides (dilation)
     thinning     the ink shrinks on all sides, down to its skeleton (erosion)
 
-The published pictures are a download of which the strengths are not known; those here were chosen by eye, so distances
+The published images are a download of which the strengths are not known; those here were chosen by eye, so distances
 in this world cannot be compared with the paper's in absolute value. Joint contexts apply one operation after the other,
 the strokes first, then the geometry, whatever the order of the names.
 
@@ -41,8 +41,8 @@ SIDE = 28
 SCALE = 0.65  # of the digit's own size
 SHEAR = 0.5  # columns to the right per row up
 SHIFT = (3, 3)  # rows down, columns to the right
-SWELLING_RADIUS = 10.0  # pixels around the centre of the swelling that it moves
-SWELLING_STRENGTH = 0.7  # by how much the centre is magnified: 1 / (1 - strength)
+SWELLING_RADIUS = 10.0  # pixels around the center of the swelling that it moves
+SWELLING_STRENGTH = 0.7  # by how much the center is magnified: 1 / (1 - strength)
 THICKENING_RADIUS = 1.0  # pixels that the ink grows on every side
 THINNING_RADIUS = 0.75  # pixels that the ink shrinks on every side
 
@@ -51,18 +51,18 @@ _ENLARGEMENT = 4  # strokes are a few pixels wide; operations on them work in qu
 Split = Literal["train", "test"]
 
 
-def apply(pictures: NDArray[np.uint8], context: ContextLike) -> NDArray[np.uint8]:
+def apply(images: NDArray[np.uint8], context: ContextLike) -> NDArray[np.uint8]:
     """Put digits under a context.
 
     Args:
-        pictures: (N, 28, 28) or (N, 1, 28, 28), uint8, light ink on black; they are not changed.
+        images: (N, 28, 28) or (N, 1, 28, 28), uint8, light ink on black; they are not changed.
         context: the operations, of strength 1; () returns a copy.
 
     Returns:
-        Pictures of the same shape.
+        Images of the same shape.
 
     Raises:
-        ValueError: for an unknown concept, a strength other than 1, or pictures of another shape or dtype.
+        ValueError: for an unknown concept, a strength other than 1, or images of another shape or dtype.
     """
     strengths = as_context(context).strengths
     if unknown := sorted(set(strengths).difference(CONCEPTS)):
@@ -71,14 +71,14 @@ def apply(pictures: NDArray[np.uint8], context: ContextLike) -> NDArray[np.uint8
         raise UserValueError(
             f"The operations have one strength, 1; received {scaled}. Leave strengths out of the context."
         )
-    grey = pictures.ndim == 3 or (pictures.ndim == 4 and pictures.shape[1] == 1)
-    if not grey or pictures.shape[-2:] != (SIDE, SIDE) or pictures.dtype != np.uint8:
+    gray = images.ndim == 3 or (images.ndim == 4 and images.shape[1] == 1)
+    if not gray or images.shape[-2:] != (SIDE, SIDE) or images.dtype != np.uint8:
         raise UserValueError(
-            f"Pictures must be (N, {SIDE}, {SIDE}) or (N, 1, {SIDE}, {SIDE}) of dtype uint8; received "
-            f"{pictures.shape} of {pictures.dtype}. Resize them, and scale them to 0 ... 255."
+            f"Images must be (N, {SIDE}, {SIDE}) or (N, 1, {SIDE}, {SIDE}) of dtype uint8; received "
+            f"{images.shape} of {images.dtype}. Resize them, and scale them to 0 ... 255."
         )
     operations = [operation for name, operation in _OPERATIONS.items() if name in strengths]
-    changed = pictures.copy()
+    changed = images.copy()
     for digit in changed.reshape(-1, SIDE, SIDE):
         for operation in operations:
             digit[...] = operation(digit)
@@ -86,25 +86,25 @@ def apply(pictures: NDArray[np.uint8], context: ContextLike) -> NDArray[np.uint8
 
 
 def load_mnist(folder: str | Path, split: Split = "train") -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Read pictures (N, 28, 28), uint8, and classes (N,) from a folder with MNIST's own files, gzipped or not.
+    """Read images (N, 28, 28), uint8, and classes (N,) from a folder with MNIST's own files, gzipped or not.
 
     The files are ``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte``, or ``t10k-...`` for the test split.
 
     Raises:
         FileNotFoundError: for a missing folder or file.
-        ValueError: for another split, a file that is not what its name says, or another number of labels than pictures.
+        ValueError: for another split, a file that is not what its name says, or another number of labels than images.
     """
     if split not in ("train", "test"):
         raise UserValueError(f"Unknown split {split!r}. MNIST has: 'train', 'test'.")
     prefix = "train" if split == "train" else "t10k"
-    pictures = _read_idx(Path(folder), f"{prefix}-images-idx3-ubyte", (SIDE, SIDE))
+    images = _read_idx(Path(folder), f"{prefix}-images-idx3-ubyte", (SIDE, SIDE))
     classes = _read_idx(Path(folder), f"{prefix}-labels-idx1-ubyte", ())
-    if len(pictures) != len(classes):
+    if len(images) != len(classes):
         raise UserValueError(
-            f"{str(folder)!r} has {len(pictures)} pictures but {len(classes)} labels in its {split} split. "
+            f"{str(folder)!r} has {len(images)} images but {len(classes)} labels in its {split} split. "
             "Download both files again."
         )
-    return pictures, classes.astype(np.int64)
+    return images, classes.astype(np.int64)
 
 
 def _read_idx(folder: Path, name: str, row_shape: tuple[int, ...]) -> NDArray[np.uint8]:
@@ -147,25 +147,25 @@ def _shift(digit: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def _moved(
     digit: NDArray[np.uint8], to_source: NDArray[np.floating], by: tuple[int, int] = (0, 0)
 ) -> NDArray[np.uint8]:
-    """Linear map about the centre, from points (x right, y down) of the result to the digit's, then a shift."""
+    """Linear map about the center, from points (x right, y down) of the result to the digit's, then a shift."""
     from skimage.transform import AffineTransform, warp
 
     matrix = np.eye(3)
     matrix[:2, :2] = to_source
-    centre = np.full(2, (SIDE - 1) / 2)
-    matrix[:2, 2] = centre - to_source @ (centre + np.array(by[::-1]))
+    center = np.full(2, (SIDE - 1) / 2)
+    matrix[:2, 2] = center - to_source @ (center + np.array(by[::-1]))
     return _to_bytes(warp(digit, AffineTransform(matrix), order=1, preserve_range=True))
 
 
 def _swelling(digit: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Within the radius R, what is at distance r (1 - strength (1 - r/R)^2) of the centre moves to r."""
+    """Within the radius R, what is at distance r (1 - strength (1 - r/R)^2) of the center moves to r."""
     from skimage.morphology import skeletonize
     from skimage.transform import warp
 
     skeleton = np.argwhere(skeletonize(digit > 127))
     if not len(skeleton):
         return digit
-    # The middle of the strokes that is nearest to their mean: always in the ink, and inside the picture.
+    # The middle of the strokes that is nearest to their mean: always in the ink, and inside the image.
     row, column = skeleton[np.square(skeleton - skeleton.mean(axis=0)).sum(axis=1).argmin()]
 
     def to_source(points: NDArray[np.floating]) -> NDArray[np.floating]:

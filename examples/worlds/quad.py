@@ -1,22 +1,22 @@
-"""The quad world of the paper: four coloured quarters behind a shape, and the causal model that their latents follow.
+"""The quad world of the paper: four colored quarters behind a shape, and the causal model that their latents follow.
 
-Eight latent variables of a linear Gaussian structural causal model are standardised by their observational moments and
-mapped by the standard normal distribution function to u in [0, 1]; the pictures are a function of these u.
+Eight latent variables of a linear Gaussian structural causal model are standardized by their observational moments and
+mapped by the standard normal distribution function to u in [0, 1]; the images are a function of these u.
 
     quad1 .. quad4   hues of the quarters: lower left, lower right, upper left, upper right
-    size             of the centred shape: its diameter is 48 (0.2 + 0.8 u) pixels of 64
+    size             of the centered shape: its diameter is 48 (0.2 + 0.8 u) pixels of 64
     color            hue of the shape
     shape            round(3 u): circle, square, triangle, ellipse
     orientation      turns the shape counter-clockwise by 2 pi u
 
 Hues lie on the piecewise linear path red, yellow, green, cyan, blue, magenta. The diameter of a square is its side. A
 triangle is equilateral, inscribed in the circle of its diameter, and points up before it is turned; the long axis
-of an ellipse is its diameter and horizontal, the short one half as long. Edges are antialiased, so that the picture
+of an ellipse is its diameter and horizontal, the short one half as long. Edges are antialiased, so that the image
 determines its latents.
 
 Source: Markham et al., "Intervening to Learn and Compose Causally Disentangled Representations" (CLeaR 2026).
 
-Shapes: N samples, S pixels per side, T templates, P pixels of a reduced picture.
+Shapes: N samples, S pixels per side, T templates, P pixels of a reduced image.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from hf_causal_context.contexts import Context, ContextLike
 from hf_causal_context.data.worlds.linear_gaussian import LinearGaussianModel
 from hf_causal_context.errors import UserValueError
 
-# Intervened on; colour and shape never are.
+# Intervened on; color and shape never are.
 CONCEPTS = ("quad1", "quad2", "quad3", "quad4", "size", "orientation")
 HELD_OUT = (
     *(Context("quad1", other) for other in CONCEPTS[1:]),
@@ -70,19 +70,19 @@ _CHUNK_PIXELS = 2**18  # per step: a few arrays of this size stay in the process
 # The templates that shapes are compared with: every size, and every angle up to the symmetry of the shape.
 _TEMPLATE_SIZES = np.linspace(0.2, 1, 21)
 _TEMPLATE_TURNS = ((1, 1.0), (8, 1 / 4), (12, 1 / 3), (16, 1 / 2))  # shape -> number of angles, part of a full turn
-_TEMPLATE_SIDE = 32  # pictures are reduced to about this side for the comparison
-_INVISIBLE = 0.02  # a shape whose colour is this near to all quarters' has no size to read
+_TEMPLATE_SIDE = 32  # images are reduced to about this side for the comparison
+_INVISIBLE = 0.02  # a shape whose color is this near to all quarters' has no size to read
 
 
 def latent_model(dependent: bool = True) -> LinearGaussianModel:
-    """The structural causal model of the latents, before they are standardised; without edges if not `dependent`."""
+    """The structural causal model of the latents, before they are standardized; without edges if not `dependent`."""
     columns = zip(VARIABLES, _INTERVENTION_MEANS, _INTERVENTION_VARIANCES, strict=True)
     interventions = {name: (mean, variance**0.5) for name, mean, variance in columns if name in CONCEPTS}
     deviations = [variance**0.5 for variance in _NOISE_VARIANCES]
     return LinearGaussianModel(VARIABLES, _EFFECTS if dependent else {}, deviations, interventions)
 
 
-def standardised_latents(
+def standardized_latents(
     num: int, context: ContextLike = (), seed: int = 0, *, dependent: bool = True
 ) -> NDArray[np.float64]:
     """Draw latents (num, 8) in units of their observational standard deviation, in the order of `VARIABLES`.
@@ -97,48 +97,48 @@ def standardised_latents(
 def sample_quad(
     num: int, context: ContextLike = (), seed: int = 0, *, size: int = 64, dependent: bool = True
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Draw pictures (num, 3, size, size), uint8 RGB, and their u (num, 8) in [0, 1], in the order of `VARIABLES`.
+    """Draw images (num, 3, size, size), uint8 RGB, and their u (num, 8) in [0, 1], in the order of `VARIABLES`.
 
     Args:
         num: number of samples.
         context: the concepts intervened on; () is observational.
         seed: the same seed in another context keeps the noise: row i of both is a pair of counterfactuals.
-        size: side of the pictures in pixels; everything in them scales with it. The published pictures have 64.
+        size: side of the images in pixels; everything in them scales with it. The published images have 64.
         dependent: False removes all edges between the latents. (The paper's independent data have a generator of their
             own, so that distances in this world are not comparable with its numbers.)
 
     Raises:
-        ValueError: for a concept this world does not have, or pictures of fewer than 8 pixels a side.
+        ValueError: for a concept this world does not have, or images of fewer than 8 pixels a side.
     """
     size = _checked_side(size)
-    latents = standardised_latents(num, context, seed, dependent=dependent)
+    latents = standardized_latents(num, context, seed, dependent=dependent)
     values = torch.special.ndtr(torch.from_numpy(latents)).numpy()
-    pictures = np.empty((num, 3, size, size), np.uint8)
+    images = np.empty((num, 3, size, size), np.uint8)
     for rows in _chunks(num, size):
-        _draw(values[rows].astype(np.float32), pictures[rows])
-    return pictures, values
+        _draw(values[rows].astype(np.float32), images[rows])
+    return images, values
 
 
-def read_quad(pictures: NDArray[np.uint8] | _Floats | Tensor) -> dict[str, NDArray[np.float64]]:
-    """Measure what pictures (N, 3, S, S) show: the u of "quad1", "quad2", "quad3", "quad4" and "size", each (N,).
+def read_quad(images: NDArray[np.uint8] | _Floats | Tensor) -> dict[str, NDArray[np.float64]]:
+    """Measure what images (N, 3, S, S) show: the u of "quad1", "quad2", "quad3", "quad4" and "size", each (N,).
 
-    Pictures are uint8, or floating point in [0, 1], arrays or tensors. Hues are those of the four corners, which no
+    Images are uint8, or floating point in [0, 1], arrays or tensors. Hues are those of the four corners, which no
     shape covers. The size is that of the shape which fits best in least squares, among templates of all four kinds;
-    it is NaN where the shape has the colour of every quarter. Below 16 pixels a side the size is a rough estimate:
+    it is NaN where the shape has the color of every quarter. Below 16 pixels a side the size is a rough estimate:
     no pixel needs to lie within the shape.
 
     Raises:
-        ValueError: for pictures of another shape, or fewer than 8 pixels a side.
+        ValueError: for images of another shape, or fewer than 8 pixels a side.
     """
-    array = np.asarray(pictures.detach().cpu() if isinstance(pictures, Tensor) else pictures)
+    array = np.asarray(images.detach().cpu() if isinstance(images, Tensor) else images)
     if array.ndim != 4 or array.shape[1] != 3 or array.shape[2] != array.shape[3]:
         raise UserValueError(
-            f"read_quad takes square RGB pictures (N, 3, side, side); received the shape {array.shape}. Move the "
+            f"read_quad takes square RGB images (N, 3, side, side); received the shape {array.shape}. Move the "
             "channels to the second axis, and crop to squares."
         )
     if not (array.dtype == np.uint8 or np.issubdtype(array.dtype, np.floating)):
         raise UserValueError(
-            f"read_quad takes pictures of dtype uint8, or floating point in [0, 1]; received {array.dtype}. Convert "
+            f"read_quad takes images of dtype uint8, or floating point in [0, 1]; received {array.dtype}. Convert "
             "them with .astype(np.uint8)."
         )
     side = _checked_side(array.shape[2])
@@ -147,7 +147,7 @@ def read_quad(pictures: NDArray[np.uint8] | _Floats | Tensor) -> dict[str, NDArr
     sizes = np.empty(len(array))
     for rows in _chunks(len(array), side):
         chunk = array[rows].astype(np.float32) / scale
-        corners = _corner_colours(chunk)
+        corners = _corner_colors(chunk)
         hues[rows] = _hue_to_u(corners)
         sizes[rows] = _read_sizes(chunk, corners)
     return {**{name: hues[:, i] for i, name in enumerate(VARIABLES[:4])}, "size": (sizes - 0.2) / 0.8}
@@ -157,7 +157,7 @@ def _checked_side(size: int) -> int:
     side = operator.index(size)
     if side < _SMALLEST_SIDE:
         raise UserValueError(
-            f"Pictures of {side} pixels a side are too small: below {_SMALLEST_SIDE} the shape can cover the corners. "
+            f"Images of {side} pixels a side are too small: below {_SMALLEST_SIDE} the shape can cover the corners. "
             f"Give {_SMALLEST_SIDE} or more."
         )
     return side
@@ -180,26 +180,26 @@ def _u_to_hue(u: _Floats) -> NDArray[np.float32]:
     return np.stack([np.interp(u, knots, channel) for channel in _HUES.T], axis=-1).astype(np.float32)
 
 
-def _hue_to_u(colours: NDArray[np.float32]) -> _Floats:
-    """RGB (..., 3) in [0, 1] -> u (...) of the nearest colour on the path."""
+def _hue_to_u(colors: NDArray[np.float32]) -> _Floats:
+    """RGB (..., 3) in [0, 1] -> u (...) of the nearest color on the path."""
     starts, steps = _HUES[:-1], np.diff(_HUES, axis=0)  # of length 1, every one
-    along = np.clip(((colours[..., None, :] - starts) * steps).sum(axis=-1), 0, 1)
+    along = np.clip(((colors[..., None, :] - starts) * steps).sum(axis=-1), 0, 1)
     nearest = starts + along[..., None] * steps
-    segment = np.square(colours[..., None, :] - nearest).sum(axis=-1).argmin(axis=-1)
+    segment = np.square(colors[..., None, :] - nearest).sum(axis=-1).argmin(axis=-1)
     return (segment + np.take_along_axis(along, segment[..., None], axis=-1)[..., 0]) / len(starts)
 
 
 def _draw(values: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
-    """Values (n, 8) in [0, 1] -> pictures (n, 3, S, S), written to `out`."""
+    """Values (n, 8) in [0, 1] -> images (n, 3, S, S), written to `out`."""
     side = out.shape[-1]
     covered = _coverage(
         np.rint(3 * values[:, _SHAPE]).astype(int), 0.2 + 0.8 * values[:, _SIZE], values[:, _ORIENTATION], side
     )[:, None]
-    colours = 255 * _u_to_hue(values[:, [0, 1, 2, 3, _COLOR]])[..., None, None]
-    shape_colour = colours[:, 4]
+    colors = 255 * _u_to_hue(values[:, [0, 1, 2, 3, _COLOR]])[..., None, None]
+    shape_color = colors[:, 4]
     for quarter, (rows, columns) in enumerate(_quarters(side)):
-        background = colours[:, quarter]
-        part = covered[..., rows, columns] * (shape_colour - background)
+        background = colors[:, quarter]
+        part = covered[..., rows, columns] * (shape_color - background)
         part += background + np.float32(0.5)  # the assignment rounds down
         out[..., rows, columns] = part
 
@@ -238,34 +238,34 @@ def _to_triangle(x: _Floats, y: _Floats, diameter: _Floats) -> _Floats:
 
 
 def _to_ellipse(x: _Floats, y: _Floats, diameter: _Floats) -> _Floats:
-    # To first order: the level set function over the length of its gradient; away from 0 / 0 in the centre.
+    # To first order: the level set function over the length of its gradient; away from 0 / 0 in the center.
     level = np.maximum(np.sqrt(x * x + 4 * y * y), 1e-6)
     return level * (level - diameter / 2) / np.maximum(np.sqrt(x * x + 16 * y * y), 1e-6)
 
 
-def _corner_colours(pictures: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Pictures (n, 3, S, S) -> mean colours (n, 4, 3) of the corners of quad1 .. quad4 which no shape reaches."""
-    margin = pictures.shape[-1] // 8
+def _corner_colors(images: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Images (n, 3, S, S) -> mean colors (n, 4, 3) of the corners of quad1 .. quad4 which no shape reaches."""
+    margin = images.shape[-1] // 8
     first, last = slice(0, margin), slice(-margin, None)
     corners = ((last, first), (last, last), (first, first), (first, last))
-    return np.stack([pictures[..., rows, columns].mean(axis=(2, 3)) for rows, columns in corners], axis=1)
+    return np.stack([images[..., rows, columns].mean(axis=(2, 3)) for rows, columns in corners], axis=1)
 
 
-def _read_sizes(pictures: NDArray[np.float32], corners: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Sizes (n,), in [0.2, 1], of the shapes in pictures (n, 3, S, S) with corner colours (n, 4, 3).
+def _read_sizes(images: NDArray[np.float32], corners: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Sizes (n,), in [0.2, 1], of the shapes in images (n, 3, S, S) with corner colors (n, 4, 3).
 
-    With t the coverage of a template and c - q the difference of the shape's colour and a quarter's, a picture is
-    q + t (c - q), so the squared error of a template is |c - q|^2 t^2 - 2 t <picture - q, c - q> + constant, summed
-    over the pixels. A quarter of nearly the shape's colour so has nearly no weight. A parabola through the errors of
-    three neighbouring sizes gives one between those of the templates.
+    With t the coverage of a template and c - q the difference of the shape's color and a quarter's, an image is
+    q + t (c - q), so the squared error of a template is |c - q|^2 t^2 - 2 t <image - q, c - q> + constant, summed
+    over the pixels. A quarter of nearly the shape's color so has nearly no weight. A parabola through the errors of
+    three neighboring sizes gives one between those of the templates.
     """
-    side = pictures.shape[-1]
+    side = images.shape[-1]
     middle = slice((side - 1) // 2, side // 2 + 1)
-    contrasts = pictures[..., middle, middle].mean(axis=(2, 3))[:, None] - corners
+    contrasts = images[..., middle, middle].mean(axis=(2, 3))[:, None] - corners
     weights = np.square(contrasts).sum(axis=-1)  # (n, 4)
-    visible = np.empty((len(pictures), side, side), np.float32)
+    visible = np.empty((len(images), side, side), np.float32)
     for quarter, (rows, columns) in enumerate(_quarters(side)):
-        difference = pictures[..., rows, columns] - corners[:, quarter, :, None, None]
+        difference = images[..., rows, columns] - corners[:, quarter, :, None, None]
         visible[:, rows, columns] = np.einsum("nchw,nc->nhw", difference, contrasts[:, quarter])
 
     templates, squares = _templates(side)
@@ -282,15 +282,15 @@ def _read_sizes(pictures: NDArray[np.float32], corners: NDArray[np.float32]) -> 
 
 
 def _reduction(side: int) -> int:
-    """By how much pictures are reduced for the comparison with templates, the quarters kept apart."""
+    """By how much images are reduced for the comparison with templates, the quarters kept apart."""
     return max((f for f in range(1, side // _TEMPLATE_SIDE + 1) if side % (2 * f) == 0), default=1)
 
 
-def _reduced(pictures: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
-    """Pictures (n, S, S) -> means of squares of `factor` pixels, flattened (n, P)."""
-    side = pictures.shape[-1] // factor
-    blocks = pictures.reshape(len(pictures), side, factor, side, factor)
-    return blocks.mean(axis=(2, 4)).reshape(len(pictures), side * side)
+def _reduced(images: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
+    """Images (n, S, S) -> means of squares of `factor` pixels, flattened (n, P)."""
+    side = images.shape[-1] // factor
+    blocks = images.reshape(len(images), side, factor, side, factor)
+    return blocks.mean(axis=(2, 4)).reshape(len(images), side * side)
 
 
 @cache
@@ -308,6 +308,6 @@ def _templates(side: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         _reduced(_coverage(shapes[rows], sizes[rows], turns[rows], side), factor) for rows in _chunks(len(kinds), side)
     ]
     covered = np.concatenate(parts)
-    pictures = covered.reshape(-1, side // factor, side // factor)
-    quarters = [pictures[:, rows, columns] for rows, columns in _quarters(side // factor)]
+    images = covered.reshape(-1, side // factor, side // factor)
+    quarters = [images[:, rows, columns] for rows, columns in _quarters(side // factor)]
     return covered, np.stack([np.square(part).sum(axis=(1, 2)) for part in quarters], axis=1)

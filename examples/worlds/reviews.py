@@ -40,7 +40,7 @@ class Sentence:
 
 
 def read_sentences(folder: str | Path | None = None) -> list[Sentence]:
-    """The corpus's declarative sentences of 8 to 24 words, in a fixed random order; neighbours are unrelated.
+    """The corpus's declarative sentences of 8 to 24 words, in a fixed random order; neighbors are unrelated.
 
     Args:
         folder: holds ``rt-polarity.pos`` and ``rt-polarity.neg``, as the authors publish them; by default the same

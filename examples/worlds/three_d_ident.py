@@ -17,9 +17,9 @@ FOLDERS = ("obs", *CONCEPTS, *map("-".join, combinations(CONCEPTS, 2)))
 
 
 def load_3dident(root: str | Path, *, streaming: bool = False) -> InterventionalData:
-    """Read the published folders of pictures, one per context: obs, bg, obj, sl, bg-obj, bg-sl, obj-sl.
+    """Read the published folders of images, one per context: obs, bg, obj, sl, bg-obj, bg-sl, obj-sl.
 
-    Trained on are the observational set and the single interventions; the pairs are held out. Pictures are RGB of
+    Trained on are the observational set and the single interventions; the pairs are held out. Images are RGB of
     64 x 64 pixels, and are opened when they are used; other folders beside these are an error, see `load_folders`.
 
     Raises:
@@ -29,7 +29,7 @@ def load_3dident(root: str | Path, *, streaming: bool = False) -> Interventional
     root = Path(root)
     if missing := [name for name in FOLDERS if not (root / name).is_dir()]:
         raise FileNotFoundError(
-            f"{str(root)!r} lacks the folders {quoted(missing)}. It must hold one folder of pictures for each of "
+            f"{str(root)!r} lacks the folders {quoted(missing)}. It must hold one folder of images for each of "
             f"{quoted(FOLDERS)}. Give the folder that holds them, or complete the download."
         )
     pairs = list(combinations(CONCEPTS, 2))

@@ -1,7 +1,7 @@
 """Vectors from a dependent causal world through a fixed non-linear mixing: a comparison of methods takes minutes.
 
-The latents are those of the paper's dependent quad world (8 variables, 6 of them intervened on), standardised; the
-mixing is z -> Q1 -> 2 Q2 -> leaky ReLU 0.3 -> Q3 -> leaky ReLU 0.5 -> standardise, with orthogonal matrices Q.
+The latents are those of the paper's dependent quad world (8 variables, 6 of them intervened on), standardized; the
+mixing is z -> Q1 -> 2 Q2 -> leaky ReLU 0.3 -> Q3 -> leaky ReLU 0.5 -> standardize, with orthogonal matrices Q.
 
 Source of the latents: Markham et al., "Intervening to Learn and Compose Causally Disentangled Representations" (CLeaR
 2026).
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hf_causal_context.contexts import ContextLike
 
-from .quad import CONCEPTS, VARIABLES, latent_model, standardised_latents
+from .quad import CONCEPTS, VARIABLES, latent_model, standardized_latents
 
 __all__ = ["CONCEPTS", "DIMENSION", "latent_model", "sample_vectors"]
 
@@ -26,7 +26,7 @@ DIMENSION = 32
 def sample_vectors(
     num: int, context: ContextLike = (), seed: int = 0, *, dependent: bool = True
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """Draw vectors (num, 32) and their standardised latents (num, 8) under a context.
+    """Draw vectors (num, 32) and their standardized latents (num, 8) under a context.
 
     Args:
         num: number of samples.
@@ -37,9 +37,9 @@ def sample_vectors(
     Raises:
         ValueError: for a concept this world does not have.
     """
-    latents = standardised_latents(num, context, seed, dependent=dependent)
-    centre, scale = _observational_moments(dependent)
-    return ((_mix(latents) - centre) / scale).astype(np.float32), latents
+    latents = standardized_latents(num, context, seed, dependent=dependent)
+    center, scale = _observational_moments(dependent)
+    return ((_mix(latents) - center) / scale).astype(np.float32), latents
 
 
 def _mix(latents: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -58,5 +58,5 @@ def _rotations() -> tuple[NDArray[np.float64], ...]:
 
 @cache
 def _observational_moments(dependent: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    vectors = _mix(standardised_latents(100_000, seed=12345, dependent=dependent))
+    vectors = _mix(standardized_latents(100_000, seed=12345, dependent=dependent))
     return vectors.mean(axis=0), vectors.std(axis=0)

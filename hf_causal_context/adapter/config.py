@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from .._files import CONFIG
-from .._messages import shown
+from .._messages import short_repr
 from ..contexts import ConceptSet
 from ..errors import UserTypeError, UserValueError
 from ..layers import MECHANISMS, ConceptGraph, Mechanism
@@ -94,8 +94,9 @@ class CausalContextConfig(PeftConfig):
         unknown = sorted(set(kwargs).difference(allowed))
         if unknown:
             raise UserTypeError(
-                f"Unknown fields {shown(unknown)} in the adapter's config (format version {FORMAT_VERSION}). Allowed: "
-                f"{', '.join(allowed)}. Correct the spelling, or upgrade hf_causal_context if a newer one saved it."
+                f"Unknown fields {short_repr(unknown)} in the adapter's config (format version {FORMAT_VERSION}). "
+                f"Allowed: {', '.join(allowed)}. Correct the spelling, or upgrade hf_causal_context if a newer one "
+                "saved it."
             )
         return super().__new__(cls)
 
@@ -105,11 +106,11 @@ class CausalContextConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = CAUSAL_CONTEXT
         if isinstance(self.concepts, Mapping | Set):
-            raise UserTypeError(f"concepts={shown(self.concepts)} has no order. Give a list of names.")
+            raise UserTypeError(f"concepts={short_repr(self.concepts)} has no order. Give a list of names.")
         self.concepts = ConceptSet(self.concepts).names
         if self.mechanism not in MECHANISMS:
             raise UserValueError(
-                f"Unknown mechanism {shown(self.mechanism)}. Allowed: {', '.join(map(repr, MECHANISMS))}."
+                f"Unknown mechanism {short_repr(self.mechanism)}. Allowed: {', '.join(map(repr, MECHANISMS))}."
             )
         for name in ("perfect_interventions", "anchored", "init_weights"):
             fields.check_flag(name, getattr(self, name))
@@ -254,9 +255,9 @@ def _graph(
 
 def _check_format_version(version: object) -> None:
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise UserValueError(f"format_version={shown(version)} must be a whole number from 1 to {FORMAT_VERSION}.")
+        raise UserValueError(f"format_version={short_repr(version)} must be a whole number from 1 to {FORMAT_VERSION}.")
     if version > FORMAT_VERSION:
         raise UserValueError(
-            f"This adapter has format version {shown(version)}; the installed hf_causal_context reads up to "
+            f"This adapter has format version {short_repr(version)}; the installed hf_causal_context reads up to "
             f"{FORMAT_VERSION}. Upgrade it: pip install --upgrade hf-causal-context."
         )

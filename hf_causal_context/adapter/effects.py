@@ -21,7 +21,7 @@ from .layer import CausalContextLayer
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_LONGEST_NAME = 48  # characters of a layer's name in a picture
+_LONGEST_NAME = 48  # characters of a layer's name in an image
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class CausalEffects:
         return self.observational.mean(0), self.interventional.mean(0)
 
     def plot(self, path: str | Path | None = None) -> Figure:
-        """Draw the two averaged matrices as heat maps; with a path, save the picture too.
+        """Draw the two averaged matrices as heat maps; with a path, save the image too.
 
         Raises:
             ImportError: without matplotlib.
@@ -68,15 +68,15 @@ class CausalEffects:
             if len(self.concepts) <= 12:
                 for i in ticks:
                     for j in ticks:
-                        colour = "white" if values[i, j] < 0.6 * top else "black"
-                        ax.text(j, i, f"{values[i, j]:.2g}", ha="center", va="center", color=colour, fontsize=8)
+                        color = "white" if values[i, j] < 0.6 * top else "black"
+                        ax.text(j, i, f"{values[i, j]:.2g}", ha="center", va="center", color=color, fontsize=8)
         figure.colorbar(images[0], ax=list(axes), label="size of the path, mean over layers", shrink=0.8)
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure
 
     def plot_layers(self, path: str | Path | None = None) -> Figure:
-        """Draw `changes` as a heat map, layers from top to bottom; with a path, save the picture too.
+        """Draw `changes` as a heat map, layers from top to bottom; with a path, save the image too.
 
         Raises:
             ImportError: without matplotlib.

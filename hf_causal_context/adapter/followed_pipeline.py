@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from .conditioning.hooks import during_call, requested, take_context
+from .conditioning.hooks import activate_requests, during_call, take_context
 from .conditioning.rows import Call
 from .lookup import conditionings
 
@@ -57,7 +57,7 @@ def unfollow(pipe: DiffusionPipeline) -> None:
 
 
 @contextmanager
-def following(pipe: DiffusionPipeline) -> Iterator[None]:
+def track_calls(pipe: DiffusionPipeline) -> Iterator[None]:
     """Follow a pipeline for a while, if it is not followed anyway; in several threads, until the last is done."""
     with _LOCK:
         visits = _VISITS.get(pipe, 0)
@@ -91,7 +91,7 @@ def _followed_class(cls: type) -> type:
         context, bound.arguments = take_context(bound.arguments)
         running, owners = _call(bound), conditionings(self)
         own = [owner.make_request(context) for owner in owners] if context is not None else []
-        with requested(own), during_call(owners, running):
+        with activate_requests(own), during_call(owners, running):
             return cls.__call__(*bound.args, **bound.kwargs)
 
     # The same name, by which diffusers finds related pipelines and writes model_index.json.

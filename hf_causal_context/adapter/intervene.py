@@ -11,8 +11,8 @@ from torch import nn
 from ..contexts import ContextBatch
 from ..errors import UserTypeError, UserValueError
 from .announced_generate import AnnouncedGenerate
-from .conditioning.hooks import Conditioning, requested
-from .followed_pipeline import following
+from .conditioning.hooks import Conditioning, activate_requests
+from .followed_pipeline import track_calls
 from .lookup import conditionings
 
 if TYPE_CHECKING:
@@ -75,9 +75,9 @@ class intervene:  # noqa: N801 (reads like torch.no_grad)
 
     def __enter__(self) -> None:
         with ExitStack() as stack:
-            stack.enter_context(requested(self._requests))
+            stack.enter_context(activate_requests(self._requests))
             if self._pipe is not None:
-                stack.enter_context(following(self._pipe))
+                stack.enter_context(track_calls(self._pipe))
             self._entered.append(stack.pop_all())
 
     def __exit__(

@@ -229,7 +229,7 @@ class CausalContextLayer(BaseTunerLayer):
         weight = self.get_base_layer().weight
         refusal = self.merge_refusal(adapter_name)
         if not isinstance(weight, nn.Parameter) or type(weight.data) is not Tensor or not weight.is_floating_point():
-            refusal = f"its base weight is quantised or sharded ({type(weight.data).__name__}, {weight.dtype})"
+            refusal = f"its base weight is quantized or sharded ({type(weight.data).__name__}, {weight.dtype})"
         if refusal:
             raise UserValueError(
                 f"Adapter {adapter_name!r} cannot be merged into a {type(self.get_base_layer()).__name__}: {refusal}. "

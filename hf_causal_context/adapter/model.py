@@ -145,7 +145,7 @@ def _take_methods_off(model: nn.Module) -> None:
 
 
 def acyclicity_penalty(model: nn.Module, adapter_name: str = "default") -> Tensor:
-    """Sum over layers of the penalty on cycles among learnt direct effects; add it to the loss (scalar, >= 0).
+    """Sum over layers of the penalty on cycles among learned direct effects; add it to the loss (scalar, >= 0).
 
     Raises:
         ValueError: for an adapter without the mechanism "structural".

@@ -22,7 +22,7 @@ from ..errors import UserValueError
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
 
 
-class Base:
+class DiffusionBase:
     """A pretrained pipeline, its frozen denoiser, and what the two are fed.
 
     Attributes:
@@ -37,7 +37,7 @@ class Base:
         sampling_options: further arguments of the pipeline's call, so that it does what training does.
         num_classes: how many class labels the denoiser is conditioned on, None without.
         in_channels: channels of what it is trained on.
-        image_channels: channels of the pictures, 1 or 3.
+        image_channels: channels of the images, 1 or 3.
         prediction: what it predicts; "flow" is noise - data.
         num_train_timesteps: the scheduler's number of time steps.
 
@@ -84,7 +84,7 @@ class Base:
         resolution: int | None = None,
         **options: Any,
     ) -> dict[str, Any]:
-        """Arguments with which the stock pipeline makes one picture of these conditions, without those that are None.
+        """Arguments with which the stock pipeline makes one image of these conditions, without those that are None.
 
         A class that the pipeline has no argument for is not among them.
         """
@@ -97,7 +97,7 @@ class Base:
 
     @property
     def size_multiple(self) -> int:
-        """Height and width of pictures must be multiples of it."""
+        """Height and width of images must be multiples of it."""
         return self._vae_scale * self._config.patch_size
 
     @property
@@ -105,7 +105,7 @@ class Base:
         """Height and width in pixels that the pipeline generates.
 
         Raises:
-            ValueError: for a base that names none, or pictures that are not square.
+            ValueError: for a base that names none, or images that are not square.
         """
         size = self._config.sample_size
         if isinstance(size, list | tuple):
@@ -113,7 +113,7 @@ class Base:
         if size is None:
             raise UserValueError(
                 f"The base's {self.denoiser_name} has sample_size={self._config.sample_size!r}, which is no default "
-                "resolution for square pictures. Pass a resolution, or set sample_size in its config.json."
+                "resolution for square images. Pass a resolution, or set sample_size in its config.json."
             )
         return size * self._vae_scale
 
@@ -131,9 +131,9 @@ class Base:
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Pictures (B, C, H, W) in [-1, 1] -> what the denoiser is trained on: latents, or the pictures themselves.
+        """Images (B, C, H, W) in [-1, 1] -> what the denoiser is trained on: latents, or the images themselves.
 
-        Latents are the mode of the VAE's posterior, normalised as the pipeline expects.
+        Latents are the mode of the VAE's posterior, normalized as the pipeline expects.
 
         Raises:
             ValueError: for another number of channels, or a size that the base cannot work with.
@@ -144,7 +144,7 @@ class Base:
             or any(n % self.size_multiple for n in pixels.shape[2:])
         ):
             raise UserValueError(
-                f"Pictures of shape {tuple(pixels.shape)} do not fit the base: it takes (rows, {self.image_channels}, "
+                f"Images of shape {tuple(pixels.shape)} do not fit the base: it takes (rows, {self.image_channels}, "
                 f"height, width) with height and width multiples of {self.size_multiple}. Convert or resize them."
             )
         if not self.is_latent:
@@ -155,27 +155,27 @@ class Base:
         vae.to(torch.float32 if dtype == torch.float16 else dtype)
         latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
         vae.to(dtype)
-        return self._normalise(latents).to(pixels.dtype)
+        return self._normalize(latents).to(pixels.dtype)
 
     @torch.no_grad()
     def decode_images(self, data: Tensor) -> Tensor:
-        """What the denoiser models (B, C, H, W), latents or pictures -> pictures in [0, 1]; undoes `encode_images`."""
+        """What the denoiser models (B, C, H, W), latents or images -> images in [0, 1]; undoes `encode_images`."""
         if self.is_latent:
             vae = self.pipe.vae
             dtype = vae.dtype
             vae.to(torch.float32 if dtype == torch.float16 else dtype)  # as in `encode_images`
-            latents = self._denormalise(data).to(vae.device, vae.dtype)
+            latents = self._denormalize(data).to(vae.device, vae.dtype)
             data = vae.decode(latents, return_dict=False)[0].to(data.dtype)
             vae.to(dtype)
         return (data / 2 + 0.5).clamp(0, 1)
 
-    def _normalise(self, latents: Tensor) -> Tensor:
+    def _normalize(self, latents: Tensor) -> Tensor:
         return latents * self.pipe.vae.config.scaling_factor
 
-    def _denormalise(self, latents: Tensor) -> Tensor:
-        # Normalising is affine: its inverse follows from where it takes 0 and 1.
-        offset = self._normalise(torch.zeros_like(latents[:1]))
-        return (latents - offset) / (self._normalise(torch.ones_like(latents[:1])) - offset)
+    def _denormalize(self, latents: Tensor) -> Tensor:
+        # Normalizing is affine: its inverse follows from where it takes 0 and 1.
+        offset = self._normalize(torch.zeros_like(latents[:1]))
+        return (latents - offset) / (self._normalize(torch.ones_like(latents[:1])) - offset)
 
     def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
         """Captions -> conditions, one row for each.
@@ -207,7 +207,7 @@ class Base:
         return {self._input_name: noisy, "timestep": timesteps, **conditions}
 
 
-class PixelUNet(Base):
+class PixelUNet(DiffusionBase):
     """UNet2DModel on pixels, unconditional or with class labels."""
 
     denoiser_name = "unet"
@@ -227,7 +227,7 @@ class PixelUNet(Base):
         return 2 ** (len(self._config.block_out_channels) - 1)
 
 
-class DiT(Base):
+class DiT(DiffusionBase):
     """DiTTransformer2DModel: class labels, a learned variance."""
 
     takes_captions = False
@@ -243,7 +243,7 @@ class DiT(Base):
                 module.dropout_prob = 0.0
 
 
-class StableDiffusion(Base):
+class StableDiffusion(DiffusionBase):
     """Stable Diffusion 1 and 2: one CLIP encoder."""
 
     denoiser_name = "unet"
@@ -262,10 +262,10 @@ class StableDiffusion(Base):
 class StableDiffusionXL(StableDiffusion):
     """Stable Diffusion XL: two CLIP encoders, the second one's pooled output, and sizes as further conditions."""
 
-    def _normalise(self, latents: Tensor) -> Tensor:
+    def _normalize(self, latents: Tensor) -> Tensor:
         config = self.pipe.vae.config
         if config.latents_mean is None or config.latents_std is None:
-            return super()._normalise(latents)
+            return super()._normalize(latents)
         mean, std = (
             latents.new_tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std)
         )
@@ -291,10 +291,10 @@ class StableDiffusionXL(StableDiffusion):
         }
 
 
-class StableDiffusion3(Base):
+class StableDiffusion3(DiffusionBase):
     """Stable Diffusion 3: two CLIP encoders and T5, flow matching."""
 
-    def _normalise(self, latents: Tensor) -> Tensor:
+    def _normalize(self, latents: Tensor) -> Tensor:
         config = self.pipe.vae.config
         return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
 
@@ -347,7 +347,7 @@ class Flux(StableDiffusion3):
         }
 
 
-class PixArt(Base):
+class PixArt(DiffusionBase):
     """PixArt-alpha and -sigma: T5 with its attention mask, a learned variance."""
 
     # Cleaning needs packages that may be missing; binning would generate at another resolution than was trained.
@@ -384,7 +384,7 @@ def _prediction(pipe: DiffusionPipeline) -> Prediction:
     return prediction
 
 
-FAMILIES: dict[str, type[Base]] = {
+FAMILIES: dict[str, type[DiffusionBase]] = {
     "DDPMPipeline": PixelUNet,
     "DDIMPipeline": PixelUNet,
     "DiTPipeline": DiT,

@@ -18,14 +18,14 @@ _MARGIN = 4
 _SMALLEST_SIDE = 64
 
 
-def picture_grid(rows: Sequence[Tensor], labels: Sequence[str], scale: int | None = None) -> Image.Image:
-    """A picture with one labelled row for each tensor (S, C, H, W) in [0, 1], grey or RGB.
+def image_grid(rows: Sequence[Tensor], labels: Sequence[str], scale: int | None = None) -> Image.Image:
+    """An image with one labeled row for each tensor (S, C, H, W) in [0, 1], gray or RGB.
 
     Args:
-        scale: enlargement, each pixel becoming a square; if None, pictures get at least 64 pixels wide and high.
+        scale: enlargement, each pixel becoming a square; if None, images get at least 64 pixels wide and high.
 
     Raises:
-        ValueError: for rows that do not match the labels or each other, or that hold no grey or RGB pictures.
+        ValueError: for rows that do not match the labels or each other, or that hold no gray or RGB images.
     """
     shapes = {tuple(row.shape[1:]) for row in rows}
     if (
@@ -35,7 +35,7 @@ def picture_grid(rows: Sequence[Tensor], labels: Sequence[str], scale: int | Non
     ):
         raise UserValueError(
             f"Rows of shapes {[tuple(row.shape) for row in rows]} with {len(labels)} labels make no grid. Give one "
-            "label for each row, and rows (pictures, 1 or 3, height, width) of one size."
+            "label for each row, and rows (images, 1 or 3, height, width) of one size."
         )
     ((_, height, width),) = shapes
     scale = scale or math.ceil(_SMALLEST_SIDE / min(height, width))
@@ -49,21 +49,21 @@ def picture_grid(rows: Sequence[Tensor], labels: Sequence[str], scale: int | Non
     for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
         top = _MARGIN + i * (height + _MARGIN)
         draw.text((_MARGIN, top + height / 2), label, fill="black", font=font, anchor="lm")
-        for j, picture in enumerate(row):
-            image = to_image(picture).resize((width, height), Image.Resampling.NEAREST)
+        for j, image in enumerate(row):
+            image = to_image(image).resize((width, height), Image.Resampling.NEAREST)
             grid.paste(image, (label_width + j * (width + _MARGIN), top))
     return grid
 
 
-def to_image(picture: Tensor) -> Image.Image:
-    """A picture (C, H, W) in [0, 1], grey or RGB, as PIL's."""
-    levels = (picture.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+def to_image(image: Tensor) -> Image.Image:
+    """An image (C, H, W) in [0, 1], gray or RGB, as PIL's."""
+    levels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
     return Image.fromarray(levels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
 
 
-def read_picture(picture: Image.Image, channels: int, resolution: int) -> np.ndarray:
-    """A picture as uint8 (C, R, R): upright, in grey or RGB, resized and cut to the middle square."""
-    upright = ImageOps.exif_transpose(picture).convert("L" if channels == 1 else "RGB")
+def read_image(image: Image.Image, channels: int, resolution: int) -> np.ndarray:
+    """An image as uint8 (C, R, R): upright, in gray or RGB, resized and cut to the middle square."""
+    upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
     if upright.size != (resolution, resolution):
         upright = ImageOps.fit(upright, (resolution, resolution), Image.Resampling.LANCZOS)
     pixels = np.asarray(upright)

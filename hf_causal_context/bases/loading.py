@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from .._messages import quoted
 from ..errors import UserValueError
-from .families import FAMILIES, Base
+from .families import FAMILIES, DiffusionBase
 from .names import unpacked
 
 
@@ -20,7 +20,7 @@ def load_base(
     revision: str | None = None,
     variant: str | None = None,
     torch_dtype: torch.dtype | None = None,
-) -> Base:
+) -> DiffusionBase:
     """Load a pipeline from a folder or the Hub; only safetensors, and no code from the repository.
 
     `hf_causal_context/models/digit_base` is the one that comes with this package, wherever that is installed.
@@ -69,7 +69,7 @@ def _is_transformers_model(name_or_path: str, revision: str | None = None) -> bo
     return True
 
 
-def as_base(pipe: DiffusionPipeline) -> Base:
+def as_base(pipe: DiffusionPipeline) -> DiffusionBase:
     """The base around a pipeline that is in memory.
 
     Raises:
@@ -78,7 +78,7 @@ def as_base(pipe: DiffusionPipeline) -> Base:
     return _family(type(pipe).__name__)(pipe)
 
 
-def _family(class_name: object) -> type[Base]:
+def _family(class_name: object) -> type[DiffusionBase]:
     family = FAMILIES.get(class_name) if isinstance(class_name, str) else None
     if family is None:
         raise UserValueError(

@@ -24,7 +24,7 @@ def unpacked(name: str) -> str:
     return str(_PACKAGE.parent / name) if is_packaged(name) else name
 
 
-def lasting_name(name: str) -> str:
+def resolve_base_name(name: str) -> str:
     """A name that means the same wherever the adapter is used on this machine: folders become absolute."""
     folder = Path(unpacked(name))
     if not folder.exists():
@@ -33,7 +33,7 @@ def lasting_name(name: str) -> str:
     return f"{_PACKAGED}{folder.name}" if folder.parent == _PACKAGE / "models" else str(folder)
 
 
-def public_name(name: str) -> str:
+def portable_base_name(name: str) -> str:
     """A name that says nothing of the machine: of a folder only ./ and its own name."""
-    name = lasting_name(name)
+    name = resolve_base_name(name)
     return f"./{Path(name).name}" if is_folder(name) else name

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import UserValueError
-from .tokens import IGNORED, Tokenisation, TokenRow
+from .tokens import IGNORED, Tokenization, TokenRow
 
 _SHOWN_CHARACTERS = 60  # of a row that is wrong
 
@@ -26,7 +26,7 @@ class TextBatch:
     """Rows on the model's device.
 
     `inputs`: what the model takes, such as `input_ids` (B, T). `targets` (B, T), of an encoder-decoder (B, L): what
-    each position should predict, -100 where nothing is learnt. `context` (B, K): the intervention mask.
+    each position should predict, -100 where nothing is learned. `context` (B, K): the intervention mask.
     """
 
     inputs: dict[str, Tensor]
@@ -73,28 +73,28 @@ class Collation:
         return TextBatch(moved, targets.to(self._device), context.to(self._device))
 
 
-def tokenise_all(rows: Dataset, tokenise: Tokenisation, quiet: bool = False) -> list[TokenRow]:
+def tokenize_all(rows: Dataset, tokenize: Tokenization, quiet: bool = False) -> list[TokenRow]:
     """The tokens of all rows.
 
     Raises:
-        ValueError: for a row that cannot be tokenised, naming it.
+        ValueError: for a row that cannot be tokenized, naming it.
     """
-    bar = tqdm(rows.with_format(None), desc="tokenise", unit="row", delay=3, disable=quiet)
-    return list(tokenised(cast(Iterable[dict], bar), tokenise))
+    bar = tqdm(rows.with_format(None), desc="tokenize", unit="row", delay=3, disable=quiet)
+    return list(tokenized(cast(Iterable[dict], bar), tokenize))
 
 
-def tokenised(rows: Iterable[Mapping[str, Any]], tokenise: Tokenisation) -> Iterator[TokenRow]:
+def tokenized(rows: Iterable[Mapping[str, Any]], tokenize: Tokenization) -> Iterator[TokenRow]:
     """The tokens of rows with a context.
 
     Raises:
-        ValueError: for a row that cannot be tokenised, naming it.
+        ValueError: for a row that cannot be tokenized, naming it.
     """
     for row in rows:
         try:
-            yield tokenise(row)
+            yield tokenize(row)
         except ValueError as error:
             where = f"context {row['context']!r}" if row["context"] else "the observational context"
-            begin = str(row[tokenise.content_column])[:_SHOWN_CHARACTERS]
+            begin = str(row[tokenize.content_column])[:_SHOWN_CHARACTERS]
             raise UserValueError(f"The row of {where} that begins {begin!r}: {error}") from error
 
 

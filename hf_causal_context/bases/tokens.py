@@ -37,7 +37,7 @@ class TokenRow:
     """One row for a model.
 
     `ids` (T,): the input, of an encoder-decoder that of the encoder. `labels` (T,), or (L,) for a decoder: the ids to
-    learn, -100 where nothing is learnt. `lengths`: those of the texts in the row.
+    learn, -100 where nothing is learned. `lengths`: those of the texts in the row.
     """
 
     ids: Ids
@@ -45,7 +45,7 @@ class TokenRow:
     lengths: tuple[int, ...]
 
 
-class Tokenisation:
+class Tokenization:
     """How rows become tokens for one model.
 
     A causal model's text ends with the end-of-sequence token, unless it is cut on the right; conversations end as their
@@ -182,7 +182,7 @@ class Tokenisation:
         return prompt_ids, self._ended(answer) if add_special_tokens else answer
 
     def _parts(self, row: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Prompt and completion; no prompt where all is learnt alike."""
+        """Prompt and completion; no prompt where all is learned alike."""
         if self.content_column == "text":
             return None, row["text"]
         if self.content_column == "prompt":
@@ -248,7 +248,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
     if tokenizer.pad_token_id is None:
         raise UserValueError(
             "The tokenizer has no padding token. Name one of its tokens: --pad_token (tokenizer.pad_token in Python); "
-            f"its special tokens: {quoted(tokenizer.all_special_tokens)}. Padding is never learnt, so the "
+            f"its special tokens: {quoted(tokenizer.all_special_tokens)}. Padding is never learned, so the "
             "end-of-sequence token does."
         )
     embeddings: Any = model.get_input_embeddings()

@@ -11,7 +11,7 @@ from ..bases.gap import BaseGap
 from ..bases.language import load_language_model
 from ..bases.loading import load_base
 from ..bases.token_batches import Collation
-from ..bases.tokens import Tokenisation, row_length
+from ..bases.tokens import Tokenization, row_length
 from ..data import InterventionalData, check_data
 from ..data.arguments import AnyDataArguments as Arguments
 from ..data.from_arguments import load_any_data
@@ -68,10 +68,10 @@ def _gap_of_texts(data: InterventionalData, arguments: Arguments, device: torch.
     model.to(cast(Any, device))
     tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name))
     encoder_decoder = bool(model.config.is_encoder_decoder)
-    tokenise = Tokenisation(
+    tokenize = Tokenization(
         tokenizer, data.content_column, encoder_decoder=encoder_decoder, max_length=row_length(model, None)
     )
     decoder_inputs = cast(Any, model).prepare_decoder_input_ids_from_labels if encoder_decoder else None
     collate = Collation(0, device, decoder_inputs=decoder_inputs)
-    rows = few_tokens(data, "", text_gap.NUM_ROWS, tokenise, _SEED)
+    rows = few_tokens(data, "", text_gap.NUM_ROWS, tokenize, _SEED)
     return text_gap.text_gap(model, rows, collate, cast("int | None", tokenizer.eos_token_id), _SEED)

@@ -29,7 +29,7 @@ _MINIMA = {
     "resolution": 1,
     "seed": 0,
 }
-_PICTURES_ONLY = (
+_IMAGES_ONLY = (
     *("image_column", "caption_column", "class_column", "variant", "num_inference_steps", "class_label"),
     *("guidance_scale", "resolution", "feature_extractor"),
 )
@@ -54,15 +54,15 @@ class Arguments(AnyDataArguments):
     contexts: list[str] | None = argument(
         None, "Combinations to evaluate; by default all that the data holds. obs and single concepts always are."
     )
-    num_samples: int | None = argument(None, "Samples per context and seed group: 256 pictures, or 64 texts.")
+    num_samples: int | None = argument(None, "Samples per context and seed group: 256 images, or 64 texts.")
     num_seeds: int = argument(3, "Seed groups; two or more give confidence intervals.")
     num_inference_steps: int = argument(25, "Denoising steps.")
     prompt: str | None = argument(None, "For bases that take text; texts follow those of their rows by default.")
     max_new_tokens: int | None = argument(None, "Length of sample texts; by default that of the real ones.")
     class_label: int | None = argument(None, "For class-conditional bases.")
     guidance_scale: float | None = argument(None, "By default the pipeline's.")
-    resolution: int | None = argument(None, "Side of the pictures in pixels; by default the base's.")
-    batch_size: int | None = argument(None, "Samples at once: 8 pictures, or 32 texts.")
+    resolution: int | None = argument(None, "Side of the images in pixels; by default the base's.")
+    batch_size: int | None = argument(None, "Samples at once: 8 images, or 32 texts.")
     feature_extractor: str | None = argument(
         None, "For FID and KID: a transformers vision model, such as facebook/dinov2-small."
     )
@@ -83,7 +83,7 @@ class Arguments(AnyDataArguments):
             ValueError: naming them.
         """
         default = {field.name: field.default for field in fields(self)}
-        names = _PICTURES_ONLY if language else _TEXTS_ONLY
+        names = _IMAGES_ONLY if language else _TEXTS_ONLY
         if useless := [f"--{name}" for name in names if getattr(self, name) != default[name]]:
             raise UserValueError(
                 f"{self.adapter} is an adapter of a {'language model' if language else 'diffusers pipeline'}, so "
@@ -101,7 +101,7 @@ def run(arguments: Arguments) -> None:
 
 
 def evaluate_adapter(arguments: Arguments) -> tuple[EvaluationReport, list[Path]]:
-    """Evaluate an adapter, of pictures or of texts, on its data; write the report, and return it with its files.
+    """Evaluate an adapter, of images or of texts, on its data; write the report, and return it with its files.
 
     Raises:
         ValueError, OSError, ImportError: see `load_data`, `StoredAdapter`, `load_vision_features`, `evaluate`,
@@ -117,7 +117,7 @@ def evaluate_adapter(arguments: Arguments) -> tuple[EvaluationReport, list[Path]
     names = arguments.contexts
     contexts = None if names is None else parse_contexts(names, arguments.observational_name)
     numbers = {name: value for name in ("num_samples", "batch_size") if (value := getattr(arguments, name)) is not None}
-    run = _evaluate_texts if language else _evaluate_pictures
+    run = _evaluate_texts if language else _evaluate_images
     report = run(adapter, arguments, contexts, num_seeds=arguments.num_seeds, seed=arguments.seed, **numbers)
     sources = {"adapter": arguments.adapter, "data": arguments.train_data_dir or arguments.dataset_name}
     if not language:
@@ -126,7 +126,7 @@ def evaluate_adapter(arguments: Arguments) -> tuple[EvaluationReport, list[Path]
     return report, write_report(report, folder)
 
 
-def _evaluate_pictures(
+def _evaluate_images(
     adapter: StoredAdapter, arguments: Arguments, contexts: Sequence[Context] | None, **options: Any
 ) -> EvaluationReport:
     if arguments.feature_extractor is not None:

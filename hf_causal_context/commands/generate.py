@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..bases.images import picture_grid, to_image
+from ..bases.images import image_grid, to_image
 from ..contexts import file_name
 from ..data.arguments import argument
 from ..inference.sampling import generate
@@ -33,7 +33,7 @@ def generate_files(arguments: Arguments) -> list[Path]:
 
     Raises:
         ValueError: for another kind of adapter, an unknown base, unknown concepts, or what `generate` refuses.
-        OSError: for an adapter or base that cannot be read, or pictures that cannot be written.
+        OSError: for an adapter or base that cannot be read, or images that cannot be written.
     """
     contexts, output_dir, seeds = arguments.parsed(), arguments.output_dir, arguments.seeds
     base = arguments.open().pipeline(contexts, variant=arguments.variant, dtype=arguments.dtype)
@@ -42,11 +42,11 @@ def generate_files(arguments: Arguments) -> list[Path]:
     labels = [str(context) or arguments.observational_name for context in contexts]
     if arguments.grid:
         path = output_dir / "grid.png"
-        picture_grid(rows, labels).save(path)
+        image_grid(rows, labels).save(path)
         return [path]
     paths = []
     for label, row in zip(labels, rows, strict=True):
-        for seed, picture in zip(seeds, row, strict=True):
+        for seed, image in zip(seeds, row, strict=True):
             paths.append(output_dir / f"{file_name(label)}-seed{seed}.png")
-            to_image(picture).save(paths[-1])
+            to_image(image).save(paths[-1])
     return paths

@@ -35,9 +35,9 @@ class ContextDataArguments:
 
 @dataclass
 class DataArguments(ContextDataArguments):
-    """Where interventional pictures are and how they are read."""
+    """Where interventional images are and how they are read."""
 
-    image_column: str = argument("image", "Column of the pictures.")
+    image_column: str = argument("image", "Column of the images.")
     caption_column: str | None = argument(None, "Column of the captions, for bases that take text.")
     class_column: str | None = argument(None, "Column of the classes, for class-conditional bases.")
 

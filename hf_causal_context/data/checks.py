@@ -71,9 +71,9 @@ class DataReport:
 
 
 def check_data(data: InterventionalData, *, decode: bool = True) -> DataReport:
-    """Count the rows per context, read and compare all pictures or texts, and say what is wrong and how to mend it.
+    """Count the rows per context, read and compare all images or texts, and say what is wrong and how to mend it.
 
-    `decode=False` reads and compares the files but does not open them as pictures. Texts are the same where the
+    `decode=False` reads and compares the files but does not open them as images. Texts are the same where the
     whole row is: one prompt may have several completions. Of streaming data the first `STREAM_ROWS` rows of each
     context are checked.
     """
@@ -86,7 +86,7 @@ def check_data(data: InterventionalData, *, decode: bool = True) -> DataReport:
     warnings = [*data.warnings, *_size_warnings(data, train), *_duplicate_warnings(seen)]
     leaks = seen.leaks()
     if leaks:
-        # Short texts coincide by chance, pictures do not.
+        # Short texts coincide by chance, images do not.
         chance = bool(seen.texts) and len(leaks) <= COINCIDENCES * held_out.total()
         (warnings if chance else errors).append(
             f"{len(leaks)} held-out {seen.noun} are also trained on: {_examples(_same(leaks))}. Remove them from one "
@@ -100,11 +100,11 @@ def check_data(data: InterventionalData, *, decode: bool = True) -> DataReport:
 
 
 class _Seen:
-    """What reading the rows showed: pictures, or the texts in the columns `texts`."""
+    """What reading the rows showed: images, or the texts in the columns `texts`."""
 
     def __init__(self, texts: tuple[str, ...]) -> None:
         self.texts = texts
-        self.noun = "texts" if texts else "pictures"
+        self.noun = "texts" if texts else "images"
         self.unreadable: list[str] = []
         # Digest of a row's content -> the first row with it; every later one adds a pair.
         self.first: dict[bytes, tuple[str, str, str]] = {}
@@ -169,9 +169,9 @@ def _first_of_stream(
 ) -> Iterator[tuple[int, str, tuple[Any, ...]]]:
     left = dict.fromkeys(contexts, STREAM_ROWS)
     _, features = known_features(rows)
-    # Pictures stay files, while JSON in texts must be read.
-    pictures = any(isinstance(features[name], Image) for name in names)
-    for number, row in enumerate(rows.decode(False) if pictures else rows):
+    # Images stay files, while JSON in texts must be read.
+    images = any(isinstance(features[name], Image) for name in names)
+    for number, row in enumerate(rows.decode(False) if images else rows):
         context = row["context"]
         if left.get(context, 0) > 0:
             left[context] -= 1
@@ -200,7 +200,7 @@ def _content(value: Any) -> bytes:
 def _structure_errors(data: InterventionalData, train: Counter[str], noun: str) -> Iterator[str]:
     if not train[""]:
         yield (
-            "There is no observational set, and every intervention is learnt against it: without it the observational "
+            "There is no observational set, and every intervention is learned against it: without it the observational "
             "part, which holds what all your data differs from the base by, could not be told from the concepts. Each "
             f"would learn that difference, and combinations would add it up. Add {noun} in which nothing was "
             "intervened on: the folder 'obs', or rows with the context 'obs' or ''."

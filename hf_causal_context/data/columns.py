@@ -1,4 +1,4 @@
-"""Computed text columns, without decoding or rewriting the others: pictures are large, contexts are not."""
+"""Computed text columns, without decoding or rewriting the others: images are large, contexts are not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import UserTypeError, UserValueError
 Rows: TypeAlias = Dataset | IterableDataset
 
 BATCH_ROWS = 1000
-# Rows of a stream bring their pictures along.
+# Rows of a stream bring their images along.
 STREAM_BATCH_ROWS = 100
 
 
@@ -78,7 +78,7 @@ def with_text_column(dataset: Rows, name: str, inputs: Sequence[str], text: Call
             batched=True,
             batch_size=STREAM_BATCH_ROWS,
         )
-        # Declared afterwards: map(features=...) would leave the pictures undecoded for good.
+        # Declared afterwards: map(features=...) would leave the images undecoded for good.
         return with_text.cast(Features({**features, **text_feature}))
 
     rows = _tuples(dataset.with_format(None).select_columns(inputs))

@@ -11,7 +11,7 @@ the intervened mechanism over the observational one. Cross-entropy over all cont
 
 - whiteness: mechanisms do not change, so that in every context the exogenous coordinates, g_j - h_j, or
   (g_j - m_j) / s_j under do(j), are independent and standard normal;
-- normalisation: r_i r_j p_obs is a density, that of the pair, so its mass over the pooled contexts is 1.
+- normalization: r_i r_j p_obs is a density, that of the pair, so its mass over the pooled contexts is 1.
 
 Shapes: B rows, C = K + 1 contexts (observational first), N rows of a context in a batch, K concepts, D features.
 """
@@ -33,8 +33,8 @@ FEWEST_STEPS = 500
 SMALLEST_BATCH = 64
 _BATCHES_PER_EPOCH = 40
 WHITENESS_WEIGHT = 0.1
-NORMALISATION_WEIGHT = 0.1
-NORMALISATION_SLACK = 0.3  # of the log mass: heavy tails make a batch's own mass uncertain
+NORMALIZATION_WEIGHT = 0.1
+NORMALIZATION_SLACK = 0.3  # of the log mass: heavy tails make a batch's own mass uncertain
 LEARNING_RATE = 2e-3
 SCALARS_RATE = 10.0  # of the Gaussians' parameters, which have far to go; relative
 WEIGHT_DECAY = 0.1
@@ -116,14 +116,14 @@ def whiteness_penalty(exogenous_CNK: Tensor) -> Tensor:
     Squared errors of means, covariances, third and fourth moments, summed over coordinates, averaged over contexts.
     """
     mean = exogenous_CNK.mean(1, keepdim=True)
-    centred = exogenous_CNK - mean
-    covariance = centred.mT @ centred / centred.shape[1]
-    identity = torch.eye(centred.shape[2], device=centred.device)
+    centered = exogenous_CNK - mean
+    covariance = centered.mT @ centered / centered.shape[1]
+    identity = torch.eye(centered.shape[2], device=centered.device)
     errors = (
         mean.square().sum((1, 2))
         + (covariance - identity).square().sum((1, 2))
-        + 0.1 * centred.pow(3).mean(1).square().sum(1)
-        + 0.02 * (centred.pow(4).mean(1) - 3).square().sum(1)
+        + 0.1 * centered.pow(3).mean(1).square().sum(1)
+        + 0.02 * (centered.pow(4).mean(1) - 3).square().sum(1)
     )
     return errors.mean()
 
@@ -172,7 +172,7 @@ def _fit(model: MechanismRatios, inputs: Tensor, codes: Tensor, input_noise: flo
         log_masses = products.logsumexp(0) - math.log(len(products))
         penalty = WHITENESS_WEIGHT * whiteness_penalty(model.exogenous(value.view(shape), predicted.view(shape)))
         if len(log_masses):
-            penalty += NORMALISATION_WEIGHT * (log_masses.abs() - NORMALISATION_SLACK).relu().square().mean()
+            penalty += NORMALIZATION_WEIGHT * (log_masses.abs() - NORMALIZATION_SLACK).relu().square().mean()
         loss = nn.functional.cross_entropy(logits, labels) + penalty
         optimizer.zero_grad()
         loss.backward()

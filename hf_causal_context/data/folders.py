@@ -1,4 +1,4 @@
-"""Folders of pictures, one per context: ``root/obs``, ``root/thick``, ``root/thick+slant``."""
+"""Folders of images, one per context: ``root/obs``, ``root/thick``, ``root/thick+slant``."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 from datasets import Dataset, Features, Image, Value
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-from .._messages import quoted, shown
+from .._messages import quoted, short_repr
 from ..contexts import ConceptSet, ContextLike, context_text
 from ..errors import UserValueError
 from .interventional import InterventionalData, from_dataset
 
 METADATA = "metadata.jsonl"
-PICTURE_SUFFIXES = frozenset(ImageFolder.EXTENSIONS)
+IMAGE_SUFFIXES = frozenset(ImageFolder.EXTENSIONS)
 
 
 def load_folders(
@@ -34,18 +34,18 @@ def load_folders(
 
     With a `joint_separator` such as "-", "thick-slant" is read as "thick+slant"; no concept's name may contain it.
 
-    Captions are optional: a ``metadata.jsonl`` in each folder, with ``file_name`` and ``text`` on every line. Pictures
+    Captions are optional: a ``metadata.jsonl`` in each folder, with ``file_name`` and ``text`` on every line. Images
     are opened when they are used. What is trained on and what is held out: see `from_dataset`.
 
     Raises:
-        FileNotFoundError: for a missing root, or a picture that the metadata names and that does not exist.
-        ValueError: for no folders, folders without pictures, two folders of one context, bad metadata, captions in some
+        FileNotFoundError: for a missing root, or an image that the metadata names and that does not exist.
+        ValueError: for no folders, folders without images, two folders of one context, bad metadata, captions in some
             folders only, and what `from_dataset` raises.
     """
-    folders = context_folders(Path(root), observational_name, joint_separator, "pictures")
-    pictures = {context: _pictures(folder) for context, folder in folders.items()}
+    folders = context_folders(Path(root), observational_name, joint_separator, "images")
+    images = {context: _images(folder) for context, folder in folders.items()}
     captions = {
-        context: _captions(folder, pictures[context])
+        context: _captions(folder, images[context])
         for context, folder in folders.items()
         if (folder / METADATA).exists()
     }
@@ -55,8 +55,8 @@ def load_folders(
         )
 
     columns = {
-        "image": [str(picture) for paths in pictures.values() for picture in paths],
-        "context": [context for context, paths in pictures.items() for _ in paths],
+        "image": [str(image) for paths in images.values() for image in paths],
+        "context": [context for context, paths in images.items() for _ in paths],
     }
     features = {"image": Image(), "context": Value("string")}
     if captions:
@@ -119,19 +119,19 @@ def visible_files(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
             yield path
 
 
-def _pictures(folder: Path) -> list[Path]:
-    pictures = sorted(visible_files(folder, PICTURE_SUFFIXES))
-    if not pictures:
+def _images(folder: Path) -> list[Path]:
+    images = sorted(visible_files(folder, IMAGE_SUFFIXES))
+    if not images:
         raise UserValueError(
-            f"The folder {str(folder)!r} has no pictures. Allowed are the formats of Pillow, such as .png and .jpg. "
-            "Add pictures, or remove the folder."
+            f"The folder {str(folder)!r} has no images. Allowed are the formats of Pillow, such as .png and .jpg. "
+            "Add images, or remove the folder."
         )
-    return pictures
+    return images
 
 
-def _captions(folder: Path, pictures: list[Path]) -> list[str]:
+def _captions(folder: Path, images: list[Path]) -> list[str]:
     captions: dict[Path, str] = {}
-    known = set(pictures)
+    known = set(images)
     # Bytes, because text mode would also end lines where Unicode does.
     for number, raw in enumerate((folder / METADATA).read_bytes().split(b"\n"), start=1):
         if not raw.strip():
@@ -146,27 +146,27 @@ def _captions(folder: Path, pictures: list[Path]) -> list[str]:
             raise UserValueError(f"{where} is not JSON ({error}). Write one object per line.") from None
         name, text = (entry.get("file_name"), entry.get("text")) if isinstance(entry, dict) else (None, None)
         if not isinstance(name, str) or not isinstance(text, str):
-            raise UserValueError(f'{where} must be {{"file_name": "...", "text": "..."}}; received {shown(line)}.')
+            raise UserValueError(f'{where} must be {{"file_name": "...", "text": "..."}}; received {short_repr(line)}.')
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise UserValueError(f"{where}: the text holds half a character. Correct it.")
         relative = os.path.normpath(name)
-        # Judged by name, not resolved: pictures that are links, as in the cache of the Hub, are the user's own.
+        # Judged by name, not resolved: images that are links, as in the cache of the Hub, are the user's own.
         if os.path.isabs(relative) or relative.split(os.sep)[0] == os.pardir:
             raise UserValueError(
-                f"{where}: file_name {shown(name)} leaves the folder. Only pictures inside it can be named."
+                f"{where}: file_name {short_repr(name)} leaves the folder. Only images inside it can be named."
             )
         path = folder / relative
         if path not in known:
-            raise FileNotFoundError(f"{where}: there is no picture {shown(name)} in the folder. Correct file_name.")
+            raise FileNotFoundError(f"{where}: there is no image {short_repr(name)} in the folder. Correct file_name.")
         if path in captions:
-            raise UserValueError(f"{where}: {name!r} has a second caption. Keep one line per picture.")
+            raise UserValueError(f"{where}: {name!r} has a second caption. Keep one line per image.")
         captions[path] = text
-    if missing := [path for path in pictures if path not in captions]:
+    if missing := [path for path in images if path not in captions]:
         raise UserValueError(
             f"{str(folder / METADATA)!r} has no caption for {_listed(missing)}. Add a line for each, or remove the "
-            "pictures."
+            "images."
         )
-    return [captions[path] for path in pictures]
+    return [captions[path] for path in images]
 
 
 def _listed(paths: Sequence[Path], limit: int = 5) -> str:

@@ -1,4 +1,4 @@
-"""The data that arguments name: pictures or texts, from folders or a dataset."""
+"""The data that arguments name: images or texts, from folders or a dataset."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from . import (
 )
 from .arguments import AnyDataArguments, ContextDataArguments, DataArguments, TextDataArguments
 from .columns import Rows, known_features
-from .folders import METADATA, PICTURE_SUFFIXES, visible_files
+from .folders import IMAGE_SUFFIXES, METADATA, visible_files
 from .text_rows import TEXT_SUFFIXES, text_columns
 
 
 def load_data(arguments: DataArguments) -> InterventionalData:
-    """The pictures that the arguments name.
+    """The images that the arguments name.
 
     Raises:
         ValueError: for none or two sources, and what the loaders in `data` raise.
@@ -56,9 +56,9 @@ def load_text_data(arguments: TextDataArguments) -> InterventionalData:
 
 
 def load_any_data(arguments: AnyDataArguments) -> InterventionalData:
-    """The pictures or texts that the arguments name.
+    """The images or texts that the arguments name.
 
-    A folder holds texts if there are some and not all of its folders have pictures; a dataset, if `text_column` is
+    A folder holds texts if there are some and not all of its folders have images; a dataset, if `text_column` is
     given, or if it has texts under one of the names that are looked for and no `image_column`.
 
     Raises:
@@ -128,7 +128,7 @@ def _holds_texts(root: Path) -> bool:
     folders = [path for path in paths if path.is_dir() and not path.name.startswith(".")]
 
     texts = any(file.name != METADATA for folder in folders for file in visible_files(folder, TEXT_SUFFIXES))
-    return texts and not all(any(True for _ in visible_files(folder, PICTURE_SUFFIXES)) for folder in folders)
+    return texts and not all(any(True for _ in visible_files(folder, IMAGE_SUFFIXES)) for folder in folders)
 
 
 def _parse_rules(items: list[str]) -> dict[str, str]:

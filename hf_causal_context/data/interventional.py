@@ -22,7 +22,7 @@ from .columns import STREAM_BATCH_ROWS, Rows, known_features, of_contexts, requi
 class InterventionalData:
     """Rows to train on and rows to evaluate on, each with the context it was drawn from.
 
-    `rows` have the columns `content_column` (pictures; or "text", "messages" or, next to "completion", "prompt": see
+    `rows` have the columns `content_column` (images; or "text", "messages" or, next to "completion", "prompt": see
     `texts_from_dataset`), "context" (the printed form of a `Context`, "" is observational), "caption" if there are
     captions, and whatever else the dataset had. `contexts` are those of `rows`, sorted. `held_out` maps contexts to
     rows that are never trained on. `counts` are the rows per training context, None where a stream does not tell.
@@ -249,7 +249,7 @@ def _stream_data(
         )
     found = held_out | ({"", *concepts} if training is None else training)
     trained, kept_out = _partition(found, concepts, training, held_out)
-    # map() forgets the features, so that filters pass rows as they are; declared last, pictures are decoded last.
+    # map() forgets the features, so that filters pass rows as they are; declared last, images are decoded last.
     plain = rows.map(batched=True, batch_size=STREAM_BATCH_ROWS)
     return InterventionalData(
         rows=of_contexts(plain, trained).cast(features),

@@ -27,7 +27,7 @@ from ..contexts import ConceptSet, Context
 from ..errors import UserValueError
 from .density_ratios import NUM_FOLDS, estimate_log_ratios, log_pool
 
-# A combination below it rests on too few rows to be learnt from them, and is left to the mechanism.
+# A combination below it rests on too few rows to be learned from them, and is left to the mechanism.
 MIN_EFFECTIVE_SAMPLE_SIZE = 50
 # Nor are ratios believed whose combination has another mass than 1 by a larger factor.
 LARGEST_MASS_ERROR = 3.0
@@ -37,7 +37,7 @@ _LEAST_PRESENCE = 0.5
 # Where fewer observational rows than this share look intervened on, sets lie apart, and more rows of the same kind
 # hardly help. (Rows of other concepts' sets would say it too, but there the estimates extrapolate.)
 _LEAST_OVERLAP = 0.05
-# Nor where nothing was learnt: rows under an intervention must look so this much more often than observational ones.
+# Nor where nothing was learned: rows under an intervention must look so this much more often than observational ones.
 _LEAST_CONTRAST = 0.1
 # No row makes up more than this share of a combination: a single wrong ratio must not fill it.
 _LARGEST_SHARE = 0.003

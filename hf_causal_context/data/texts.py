@@ -33,7 +33,7 @@ def load_text_folders(
 ) -> InterventionalData:
     """Read one folder of texts per context; folders are named as for `load_folders`.
 
-    Each ``.txt`` holds one text per line, each ``.jsonl`` (but ``metadata.jsonl``, which is for pictures) one object
+    Each ``.txt`` holds one text per line, each ``.jsonl`` (but ``metadata.jsonl``, which is for images) one object
     per line: ``{"text"}``, ``{"prompt", "completion"}`` or ``{"messages"}``, the latter with ``role`` and ``content``;
     prompts and completions may be lists of messages, too. Other keys are ignored. All rows must have one shape.
 

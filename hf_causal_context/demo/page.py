@@ -1,6 +1,6 @@
 """A web page for an adapter: sliders for its concepts, combinations, sweeps, counterfactuals, the read-out.
 
-What visitors press runs in `Studio`, which knows nothing of pages but its errors; `build_demo` lays the page out.
+What visitors press runs in `DemoBackend`, which knows nothing of pages but its errors; `build_demo` lays the page out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ except ImportError as error:
 from .._messages import quoted
 from ..adapter.effects import causal_effects
 from ..adapter.lookup import conditionings
-from ..bases.families import Base
+from ..bases.families import DiffusionBase
 from ..bases.images import to_image
 from ..contexts import OBSERVATIONAL, Context
 from ..inference.adapted import StoredAdapter
@@ -45,7 +45,7 @@ from .views import (
 )
 
 MOST_STRENGTHS, MOST_COMBINED = 12, 4
-# Root mean square, of pictures in [0, 1]: what an eye sees when it compares.
+# Root mean square, of images in [0, 1]: what an eye sees when it compares.
 VISIBLE_ERROR = 0.05
 
 
@@ -64,17 +64,17 @@ class Settings:
         return Context(observational=self.context.observational)
 
 
-class Studio:
+class DemoBackend:
     """What the page does with a base and its adapter. Grids are HTML and grow row by row.
 
     `values` are those of the left column: strengths of the concepts and of the observational part where there is one,
-    the prompt or class where the base takes one, the number of pictures, the first seed, steps.
+    the prompt or class where the base takes one, the number of images, the first seed, steps.
 
     Raises:
         ValueError: for a base without an adapter.
     """
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: DiffusionBase) -> None:
         owners = conditionings(base.pipe)
         if not owners:
             raise UserValueError(
@@ -110,32 +110,32 @@ class Studio:
         yield from self._grid(contexts, settings, labels)
 
     def sample(self, made_in: str, *values: Any) -> Image.Image:
-        """One picture of the base in a context, to ask about."""
+        """One image of the base in a context, to ask about."""
         settings = self._settings(values)
         with self._lock:
-            ((picture,),) = generate(
+            ((image,),) = generate(
                 self.base,
                 [Context.parse(made_in)],
                 seeds=settings.seeds[:1],
                 num_inference_steps=settings.steps,
                 **settings.condition,
             )
-        return to_image(picture)
+        return to_image(image)
 
-    def counterfactual(self, picture: Image.Image | None, made_in: str, strengths: str, *values: Any) -> str:
-        """What the picture would have been in the sliders' context, and how well it could be taken apart."""
+    def counterfactual(self, image: Image.Image | None, made_in: str, strengths: str, *values: Any) -> str:
+        """What the image would have been in the sliders' context, and how well it could be taken apart."""
         from ..inference.counterfactuals import counterfactual
 
         settings, numbers = self._settings(values), _numbers(strengths)
         source = Context.parse(made_in)
-        if picture is None:
-            raise UserValueError("There is no picture yet. Upload one, or press “Draw one”.")
+        if image is None:
+            raise UserValueError("There is no image yet. Upload one, or press “Draw one”.")
         if settings.context == source:
-            raise UserValueError("The sliders say what the picture was made in already. Move one of them.")
+            raise UserValueError("The sliders say what the image was made in already. Move one of them.")
         with self._lock:
             found = counterfactual(
                 self.base,
-                picture,
+                image,
                 settings.context,
                 source,
                 strengths=numbers,
@@ -144,24 +144,24 @@ class Studio:
             )
         error = float(found.reconstruction_error[0])
         text = (
-            f"Reconstruction error {error:.4f} (root mean square; pictures go from 0 to 1). "
+            f"Reconstruction error {error:.4f} (root mean square; images go from 0 to 1). "
             f"Way to go: 0 is {legible(source)}, 1 is {legible(settings.context)}."
         )
         if not error <= VISIBLE_ERROR:
             text = (
-                f"The inversion did not hold: the reconstruction is visibly another picture (error above "
-                f"{VISIBLE_ERROR:g}), so these are no counterfactuals of yours. The picture may be unlike what the "
+                f"The inversion did not hold: the reconstruction is visibly another image (error above "
+                f"{VISIBLE_ERROR:g}), so these are no counterfactuals of yours. The image may be unlike what the "
                 f"base draws, or made in another context than you say; more steps help sometimes. {text}"
             )
         labels = ["reconstruction", *(f"{number:g} of the way" for number in numbers)]
-        rows = [found.reconstruction, *found.pictures]
+        rows = [found.reconstruction, *found.images]
         return note(text, warning=not error <= VISIBLE_ERROR) + grid_html(labels, rows, range(1), flow=True)
 
     def read_out(self) -> str:
-        """The heat maps of learnt influence, or why there are none."""
+        """The heat maps of learned influence, or why there are none."""
         try:
             figure = causal_effects(self.base.denoiser, self.adapter_name).plot()
-            return figure_html(figure, "Learnt influence of each concept on each concept")
+            return figure_html(figure, "Learned influence of each concept on each concept")
         except (ValueError, ImportError) as error:
             return note(f"No read-out: {error}")
 
@@ -169,7 +169,7 @@ class Studio:
         dials = (*self.concepts, OBSERVATIONAL) if self.has_part else self.concepts
         strengths, (*given, count, first, steps) = values[: len(dials)], values[len(dials) :]
         if count is None or first is None:
-            raise UserValueError("The number of pictures or the first seed is missing. Give whole numbers.")
+            raise UserValueError("The number of images or the first seed is missing. Give whole numbers.")
         condition = dict.fromkeys(["prompt" if self.base.takes_captions else "class_label"][: len(given)], *given)
         context = Context(dict(zip(dials, strengths, strict=True)))
         return Settings(context, condition, range(int(first), int(first) + int(count)), int(steps))
@@ -193,13 +193,13 @@ class Studio:
             yield grid_html(labels, rows, settings.seeds)
 
 
-def build_demo(base: Base, title: str = "hf_causal_context") -> gr.Blocks:
+def build_demo(base: DiffusionBase, title: str = "hf_causal_context") -> gr.Blocks:
     """The page for a base with an adapter; `launch` gives it its looks.
 
     Raises:
         ValueError: for a base without an adapter.
     """
-    studio = Studio(base)
+    studio = DemoBackend(base)
     concepts = studio.concepts
     base_name = Path(str(base.pipe.config.get("_name_or_path") or type(base.pipe).__name__))
     with _page(title) as demo:
@@ -219,7 +219,7 @@ def build_demo(base: Base, title: str = "hf_causal_context") -> gr.Blocks:
                 with gr.Tab("Counterfactual"):
                     _counterfactual_tab(studio, values)
                 with gr.Tab("Read-out") as tab:
-                    gr.HTML(hint("How strongly each concept acts on each concept: learnt influence, no causal graph."))
+                    gr.HTML(hint("How strongly each concept acts on each concept: learned influence, no causal graph."))
                     heat_maps = gr.HTML(note("…"))
                     tab.select(told(studio.read_out), None, heat_maps, **_QUEUE)
     return demo
@@ -283,23 +283,23 @@ def _page(title: str) -> gr.Blocks:
     return gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600), fill_width=True)
 
 
-def _intervene_tab(studio: Studio, sliders: list[gr.Slider], values: list[Any]) -> None:
+def _intervene_tab(studio: DemoBackend, sliders: list[gr.Slider], values: list[Any]) -> None:
     gr.HTML(hint("The same seeds without an intervention and in the context that the sliders say."))
     first = studio.concepts[:2]
     examples = [Context(), *map(Context, first), *([Context(*first), Context({first[0]: -1.0})] if first[1:] else [])]
     with gr.Row(elem_classes="cc-examples"):
         run = gr.Button("Draw", variant="primary", size="sm", min_width=110)
         buttons = [gr.Button(legible(context), size="sm", min_width=60) for context in examples]
-    pictures = gr.HTML(note("Move a slider and press “Draw”."))
-    run.click(told(studio.intervene), values, pictures, **_QUEUE)
+    images = gr.HTML(note("Move a slider and press “Draw”."))
+    run.click(told(studio.intervene), values, images, **_QUEUE)
     for button, context in zip(buttons, examples, strict=True):
         strengths = [context.strengths.get(name, 0.0) for name in studio.concepts]
         of_concepts = sliders[: len(strengths)]
         chosen = button.click(partial(_constant, strengths), None, of_concepts, queue=False, api_visibility="private")
-        chosen.then(told(studio.intervene), values, pictures, **_QUEUE, api_visibility="private")
+        chosen.then(told(studio.intervene), values, images, **_QUEUE, api_visibility="private")
 
 
-def _combinations_tab(studio: Studio, values: list[Any]) -> None:
+def _combinations_tab(studio: DemoBackend, values: list[Any]) -> None:
     gr.HTML(
         hint(f"Up to {MOST_COMBINED} concepts: each alone, and all pairs, at strength 1, whatever the sliders say.")
     )
@@ -307,45 +307,45 @@ def _combinations_tab(studio: Studio, values: list[Any]) -> None:
         list(studio.concepts), value=list(studio.concepts[:3]), label="Concepts", show_label=False, container=False
     )
     run = gr.Button("Draw combinations", variant="primary", size="sm", elem_classes="cc-run")
-    pictures = gr.HTML()
-    run.click(told(studio.combinations), [chosen, *values], pictures, **_QUEUE)
+    images = gr.HTML()
+    run.click(told(studio.combinations), [chosen, *values], images, **_QUEUE)
 
 
-def _sweep_tab(studio: Studio, values: list[Any]) -> None:
+def _sweep_tab(studio: DemoBackend, values: list[Any]) -> None:
     gr.HTML(hint("One concept from weak to strong, in the same seeds. 0 and 1 were trained, others follow from them."))
     with gr.Row():
         concept = gr.Dropdown(list(studio.concepts), value=studio.concepts[0], label="Concept", min_width=140)
         strengths = gr.Textbox("-1, -0.5, 0, 0.5, 1, 1.5, 2", label="Strengths", min_width=200)
     on_top = gr.Checkbox(False, label="Keep the other concepts as the sliders say", container=False)
     run = gr.Button("Draw sweep", variant="primary", size="sm", elem_classes="cc-run")
-    pictures = gr.HTML()
-    run.click(told(studio.sweep), [concept, strengths, on_top, *values], pictures, **_QUEUE)
+    images = gr.HTML()
+    run.click(told(studio.sweep), [concept, strengths, on_top, *values], images, **_QUEUE)
 
 
-def _counterfactual_tab(studio: Studio, values: list[Any]) -> None:
+def _counterfactual_tab(studio: DemoBackend, values: list[Any]) -> None:
     gr.HTML(
-        hint("What would this very picture have been, had the concepts been as the sliders say, all else being equal?")
+        hint("What would this very image have been, had the concepts been as the sliders say, all else being equal?")
     )
     with gr.Row(equal_height=False):
         with gr.Column(min_width=200):
-            picture = gr.Image(
-                type="pil", image_mode=None, sources=["upload", "clipboard"], label="Picture", height=220, buttons=[],
-                elem_classes="cc-picture" if studio.base.is_latent else "cc-picture cc-tiny",
+            image = gr.Image(
+                type="pil", image_mode=None, sources=["upload", "clipboard"], label="Image", height=220, buttons=[],
+                elem_classes="cc-image" if studio.base.is_latent else "cc-image cc-tiny",
             )  # fmt: skip
-            # Its own decoding would end in a traceback for a file that holds no picture.
-            picture.preprocess = decoded
+            # Its own decoding would end in a traceback for a file that holds no image.
+            image.preprocess = decoded
             draw = gr.Button("Draw one", size="sm")
         with gr.Column(min_width=200):
             made_in = gr.Textbox(
-                label="The picture was made in",
+                label="The image was made in",
                 placeholder="no intervention",
                 info=f"Leave empty, or write for example {quoted(studio.concepts[:1])[1:-1]}=0.5",
             )
             strengths = gr.Textbox("0.5, 1, 1.5", label="How far to go: 0 nowhere, 1 to the sliders")
             run = gr.Button("Ask what if", variant="primary", size="sm")
     answer = gr.HTML()
-    draw.click(told(studio.sample), [made_in, *values], picture, **_QUEUE)
-    run.click(told(studio.counterfactual), [picture, made_in, strengths, *values], answer, **_QUEUE)
+    draw.click(told(studio.sample), [made_in, *values], image, **_QUEUE)
+    run.click(told(studio.counterfactual), [image, made_in, strengths, *values], answer, **_QUEUE)
 
 
 def _constant(values: list[float]) -> list[float] | float:

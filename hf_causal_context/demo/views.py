@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..bases.families import Base
+from ..bases.families import DiffusionBase
 from ..bases.images import to_image
 from ..contexts import OBSERVATIONAL, Context
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _PAPER = "https://arxiv.org/abs/2507.04754"
 WEAKEST, STRONGEST = -1.0, 2.0
-MOST_PICTURES, MOST_STEPS = 12, 100
+MOST_IMAGES, MOST_STEPS = 12, 100
 _TINY, _LARGEST = 128, 512  # pixels: below the one shown as squares, above the other made smaller
 
 SCALE = """<div class="cc-scale"><b>Strength of each concept</b><div aria-hidden="true">
@@ -65,7 +65,7 @@ CSS = """
 .cc-tiles img, .cc-tiles i {display: block; width: 100%; aspect-ratio: 1; border-radius: 3px;
   background: var(--background-fill-secondary)}
 .cc-tiny img {image-rendering: pixelated}
-.cc-picture img {width: 100%; height: 100%; object-fit: contain}
+.cc-image img {width: 100%; height: 100%; object-fit: contain}
 .cc-flow {display: grid; gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(7.5rem, 1fr))}
 .cc-flow .cc-row {display: flex; flex-direction: column-reverse; gap: .2rem; align-items: stretch}
 .cc-flow .cc-row > span {text-align: center}
@@ -106,7 +106,7 @@ def note(text: str, warning: bool = False) -> str:
 
 
 def grid_html(labels: Sequence[str], rows: Sequence[Tensor], seeds: range, flow: bool = False) -> str:
-    """A line for each label: pictures (S, C, H, W) in [0, 1], one for each seed, and empty places for rows to come.
+    """A line for each label: images (S, C, H, W) in [0, 1], one for each seed, and empty places for rows to come.
 
     Args:
         flow: lines beside each other, with their labels below.
@@ -116,7 +116,7 @@ def grid_html(labels: Sequence[str], rows: Sequence[Tensor], seeds: range, flow:
     for i, label in enumerate(labels):
         if i < len(rows):
             alts = [label if flow else f"{label}, seed {seed}" for seed in seeds]
-            tiles = [_img(to_image(picture), alt) for picture, alt in zip(rows[i], alts, strict=True)]
+            tiles = [_img(to_image(image), alt) for image, alt in zip(rows[i], alts, strict=True)]
         else:
             tiles = ["<i></i>"] * len(seeds)
         lines.append(
@@ -130,7 +130,7 @@ def grid_html(labels: Sequence[str], rows: Sequence[Tensor], seeds: range, flow:
 
 
 def figure_html(figure: Figure, alt: str) -> str:
-    """A figure as a picture."""
+    """A figure as an image."""
     buffer = BytesIO()
     figure.savefig(buffer, dpi=130)
     data = b64encode(buffer.getvalue()).decode()
@@ -149,24 +149,24 @@ def strength_sliders(concepts: Sequence[str], observational_part: bool) -> list[
         ]
 
 
-def further_controls(base: Base) -> list[Any]:
-    """The prompt or class where the base takes one, number of pictures, first seed, steps."""
+def further_controls(base: DiffusionBase) -> list[Any]:
+    """The prompt or class where the base takes one, number of images, first seed, steps."""
     controls: list[Any] = []
     if base.takes_captions:
-        controls.append(gr.Textbox(label="Prompt", lines=2, placeholder="what the picture shows"))
+        controls.append(gr.Textbox(label="Prompt", lines=2, placeholder="what the image shows"))
     if base.num_classes is not None:
         last = base.num_classes - 1
         controls.append(gr.Number(0, minimum=0, maximum=last, precision=0, label=f"Class, 0 to {last}"))
     with gr.Row():
         count = 2 if base.is_latent else 6
-        controls.append(gr.Number(count, minimum=1, maximum=MOST_PICTURES, precision=0, label="Pictures", min_width=90))
+        controls.append(gr.Number(count, minimum=1, maximum=MOST_IMAGES, precision=0, label="Images", min_width=90))
         controls.append(gr.Number(0, minimum=0, maximum=2**32, precision=0, label="First seed", min_width=90))
     controls.append(gr.Slider(1, MOST_STEPS, 25, step=1, label="Steps of the sampler", buttons=[]))
     return controls
 
 
 def decoded(payload: Any) -> Image.Image | None:
-    """The picture in an uploaded file, upright.
+    """The image in an uploaded file, upright.
 
     Raises:
         gr.Error: for a file that holds none.
@@ -174,11 +174,11 @@ def decoded(payload: Any) -> Image.Image | None:
     if payload is None:
         return None
     try:
-        with Image.open(payload.path) as picture:
-            return ImageOps.exif_transpose(picture).copy()
+        with Image.open(payload.path) as image:
+            return ImageOps.exif_transpose(image).copy()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         raise gr.Error(
-            "This file holds no picture that can be read. Use a PNG, JPEG or WebP.", print_exception=False
+            "This file holds no image that can be read. Use a PNG, JPEG or WebP.", print_exception=False
         ) from None
 
 

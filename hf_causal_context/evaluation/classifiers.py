@@ -32,25 +32,25 @@ _ROWS_AT_ONCE = 1024
 class ConceptClassifier(nn.Module):
     """Rows (N, ...) -> logits (N, K).
 
-    A small CNN for pictures (N, C, H, W), an MLP for anything else, or logistic regression.
+    A small CNN for images (N, C, H, W), an MLP for anything else, or logistic regression.
     """
 
-    centre: Tensor
+    center: Tensor
     scale: Tensor
 
     def __init__(self, rows: Tensor, num_concepts: int, linear: bool = False) -> None:
         super().__init__()
-        pictures = rows.ndim == 4
-        dims = (0, 2, 3) if pictures else 0
+        images = rows.ndim == 4
+        dims = (0, 2, 3) if images else 0
         scale = rows.std(dims, keepdim=True)
         if linear:
             scale = scale.clamp(min=_LINEAR_LEAST_SCALE) * rows.shape[1] ** 0.5 / _LINEAR_NORM
-        self.register_buffer("centre", rows.mean(dims, keepdim=True))
+        self.register_buffer("center", rows.mean(dims, keepdim=True))
         self.register_buffer("scale", scale.clamp(min=1e-3))
         if linear:
             self.layers = nn.Linear(rows.shape[1], num_concepts)
             return
-        if pictures:
+        if images:
             first = 2 * max(1, max(rows.shape[2:]) // 32)  # 16 pixels remain of 32 and of 64
             body = [
                 *(nn.Conv2d(rows.shape[1], 16, first + 1, first, first // 2), nn.GELU()),
@@ -65,7 +65,7 @@ class ConceptClassifier(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """Logits; positive where the concept is found."""
-        return self.layers((rows - self.centre) / self.scale)
+        return self.layers((rows - self.center) / self.scale)
 
     @torch.no_grad()
     def read(self, rows: Tensor) -> Tensor:
@@ -78,8 +78,8 @@ def train_classifier(
 ) -> ConceptClassifier:
     """Train on rows (N, ...) of each context; it depends on these and the seed, and leaves the random state as it was.
 
-    A concept is learnt from contexts that differ in it alone, as much from those with it as from those without: do(a)
-    beside the observational context, do(a, b) beside do(b). Learnt from single concepts at once it would be "not b",
+    A concept is learned from contexts that differ in it alone, as much from those with it as from those without: do(a)
+    beside the observational context, do(a, b) beside do(b). Learned from single concepts at once it would be "not b",
     and never be found in a combination.
     """
     values = torch.cat(list(rows.values()))

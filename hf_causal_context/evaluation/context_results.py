@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..contexts import Context
 from .comparison import compare, compare_features
-from .evidence import MIN_REAL_ROWS, Evidence
+from .evidence import MIN_REAL_ROWS, EvaluationInputs
 from .metrics import Estimate, beyond_base, mean_pairwise_distance
-from .readings import Readings
+from .readings import Measurements
 from .results import ContextResult, Distances
 
 _PAIRED_ROWS = 500  # enough for a mean over all their pairs
@@ -30,7 +30,7 @@ class Logits:
     real: Mapping[Context, Tensor]
 
 
-def context_result(evidence: Evidence, context: Context, logits: Logits, seed: int) -> ContextResult:
+def context_result(evidence: EvaluationInputs, context: Context, logits: Logits, seed: int) -> ContextResult:
     """Measure a context."""
     groups, real = evidence.samples[context], evidence.usable().get(context)
     asked = len(groups[0])
@@ -80,7 +80,7 @@ def context_result(evidence: Evidence, context: Context, logits: Logits, seed: i
 
 
 def _distance(
-    evidence: Evidence, groups: Sequence[Readings], real: Readings | None, num: int, seed: int
+    evidence: EvaluationInputs, groups: Sequence[Measurements], real: Measurements | None, num: int, seed: int
 ) -> Distances | None:
     if real is None or evidence.holds_texts:
         return None
@@ -89,13 +89,13 @@ def _distance(
 
 
 def _attribute_distance(
-    evidence: Evidence, groups: Sequence[Readings], real: Readings | None, num: int, seed: int
+    evidence: EvaluationInputs, groups: Sequence[Measurements], real: Measurements | None, num: int, seed: int
 ) -> Distances | None:
     if real is None or not evidence.attribute_names:
         return None
 
-    def complete(parts: Sequence[Readings]) -> list[Tensor]:
-        read = [evidence.standardised(part) for part in _attributes(parts)]
+    def complete(parts: Sequence[Measurements]) -> list[Tensor]:
+        read = [evidence.standardized(part) for part in _attributes(parts)]
         return [part[~part.isnan().any(1)] for part in read]
 
     samples, base, (truth,) = complete(groups), complete(evidence.base), complete([real])
@@ -104,7 +104,7 @@ def _attribute_distance(
 
 
 def _feature_distances(
-    evidence: Evidence, groups: Sequence[Readings], real: Readings | None, seed: int
+    evidence: EvaluationInputs, groups: Sequence[Measurements], real: Measurements | None, seed: int
 ) -> tuple[Distances, Distances] | tuple[None, None]:
     if real is None or real.features is None:
         return None, None
@@ -114,7 +114,7 @@ def _feature_distances(
     return compare_features(samples, base, real.features, seed)
 
 
-def _diversity(groups: Sequence[Readings], real: Readings) -> float | None:
+def _diversity(groups: Sequence[Measurements], real: Measurements) -> float | None:
     truth = mean_pairwise_distance(real.values[:_PAIRED_ROWS])
     if len(groups[0]) < 2 or truth == 0:
         return None
@@ -122,7 +122,7 @@ def _diversity(groups: Sequence[Readings], real: Readings) -> float | None:
     return sum(own) / len(own) / truth
 
 
-def _notes(evidence: Evidence, context: Context, num: int) -> Iterable[str]:
+def _notes(evidence: EvaluationInputs, context: Context, num: int) -> Iterable[str]:
     groups, real = evidence.samples[context], evidence.real.get(context)
     name, asked = str(context) or "(observational)", len(groups[0])
     if real is None:
@@ -143,11 +143,11 @@ def _notes(evidence: Evidence, context: Context, num: int) -> Iterable[str]:
             yield f"{name}: {unread:.1%} of the samples have no readable attributes and are left out of these."
 
 
-def _values(parts: Sequence[Readings]) -> list[Tensor]:
+def _values(parts: Sequence[Measurements]) -> list[Tensor]:
     return [part.values for part in parts]
 
 
-def _attributes(parts: Sequence[Readings]) -> list[Tensor]:
+def _attributes(parts: Sequence[Measurements]) -> list[Tensor]:
     return [part.attributes for part in parts if part.attributes is not None]
 
 

@@ -1,6 +1,6 @@
 """Does it compose? Samples beside real rows of the same contexts, from tensors or from an adapter and its data.
 
-Shapes: N rows of any shape (vectors, or pictures (N, C, H, W) in [0, 1]), A attributes, D features.
+Shapes: N rows of any shape (vectors, or images (N, C, H, W) in [0, 1]), A attributes, D features.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Unpack
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from ..bases.families import Base
+from ..bases.families import DiffusionBase
 from ..bases.loading import as_base
 from ..contexts import ConceptSet, Context, ContextLike, as_context
 from ..data import InterventionalData
 from ..errors import UserValueError
 from ..inference.sampling import BATCH_SIZE, NUM_INFERENCE_STEPS, SamplingOptions, check_conditions, generate
 from .asked import adapter_concepts, contexts_to_sample, ordered
-from .evidence import Evidence, check_real_rows
+from .evidence import EvaluationInputs, check_real_rows
 from .features import require_torchmetrics
 from .measurement import measure
 from .readings import Reader
@@ -53,7 +53,7 @@ def evaluate_samples(
         trained: the contexts that were trained on; by default those of `real` with fewer than two targets.
         attributes: measures rows (N, ...) -> (N, A), NaN where a row has none.
         attribute_names: of the A attributes; those named like concepts are read in the strength curves too.
-        feature_extractor: pictures (N, 3, H, W), uint8 -> (N, D), for FID and KID.
+        feature_extractor: images (N, 3, H, W), uint8 -> (N, D), for FID and KID.
         seed: of the splits of the real rows and of the classifiers.
 
     Raises:
@@ -72,7 +72,7 @@ def evaluate_samples(
     change = PixelChange()
     for part, of_base in zip(groups[Context()], base_samples, strict=True):
         change.add(part, of_base)
-    evidence = Evidence(
+    evidence = EvaluationInputs(
         concepts=names,
         real={c: read(rows, f"Real rows of context {_shown(c)}") for c, rows in real_rows.items()},
         samples={c: [read(rows, f"Samples of context {_shown(c)}") for rows in groups[c]] for c in ordered(groups)},
@@ -90,7 +90,7 @@ def evaluate_samples(
 
 
 def evaluate(
-    base: Base | DiffusionPipeline,
+    base: DiffusionBase | DiffusionPipeline,
     data: InterventionalData,
     *,
     contexts: Sequence[ContextLike] | None = None,
@@ -110,7 +110,7 @@ def evaluate(
         base: a pipeline with the adapter attached to its denoiser.
         data: the data it was trained on, with combinations held out.
         contexts: the combinations; by default all with real rows, or some pairs if there are none to compare with.
-        num_samples: pictures per context and seed group.
+        num_samples: images per context and seed group.
         num_seeds: seed groups; two or more give confidence intervals.
         attributes, attribute_names, feature_extractor, seed: see `evaluate_samples`.
         sampling: see `generate`.
@@ -120,7 +120,7 @@ def evaluate(
             samples that are not finite, or what `generate` refuses.
         ImportError: for a feature extractor without torchmetrics.
     """
-    base = base if isinstance(base, Base) else as_base(base)
+    base = base if isinstance(base, DiffusionBase) else as_base(base)
     missing = (
         f"The {base.denoiser_name} of this pipeline has no causal context adapter. Attach one first: "
         "load_context_adapter(pipe, folder)."
@@ -138,9 +138,9 @@ def evaluate(
     trained = frozenset(map(Context.parse, data.contexts))
     asked, notes = contexts_to_sample(concepts, wanted, real, trained)
     if data.has_captions:
-        notes.append(f"Real pictures have captions, all samples the prompt {prompt or ''!r}: distances hold that too.")
+        notes.append(f"Real images have captions, all samples the prompt {prompt or ''!r}: distances hold that too.")
     if base.takes_classes:
-        notes.append(f"All samples are of class {class_label}, real pictures of any: distances hold that too.")
+        notes.append(f"All samples are of class {class_label}, real images of any: distances hold that too.")
     batch_size = sampling.get("batch_size", BATCH_SIZE)
 
     def draw(context: Context, seeds: Sequence[int]) -> Tensor:
@@ -152,7 +152,7 @@ def evaluate(
         asked,
         [range(group * num_samples, (group + 1) * num_samples) for group in range(num_seeds)],
     )
-    evidence = Evidence(
+    evidence = EvaluationInputs(
         concepts=concepts,
         real=real,
         samples=sampled.samples,

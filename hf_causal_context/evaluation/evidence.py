@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..contexts import ConceptSet, Context
 from ..errors import UserValueError
-from .readings import Readings
+from .readings import Measurements
 from .results import Perplexity
 
 MIN_REAL_ROWS = 10
@@ -18,7 +18,7 @@ _JUDGED_SHARE = 0.3  # of the real rows; the classifiers are trained on the othe
 
 
 @dataclass(frozen=True)
-class Evidence:
+class EvaluationInputs:
     """Readings of real rows, and of samples in one or more seed groups.
 
     Attributes:
@@ -37,10 +37,10 @@ class Evidence:
     """
 
     concepts: ConceptSet
-    real: Mapping[Context, Readings]
-    samples: Mapping[Context, Sequence[Readings]]
-    base: Sequence[Readings]
-    strengths: Mapping[str, Mapping[float, Readings]]
+    real: Mapping[Context, Measurements]
+    samples: Mapping[Context, Sequence[Measurements]]
+    base: Sequence[Measurements]
+    strengths: Mapping[str, Mapping[float, Measurements]]
     trained: frozenset[Context]
     largest_change: float
     mean_change: float
@@ -55,20 +55,20 @@ class Evidence:
         """Whether values are those of texts: too many and too coarse for distances."""
         return self.perplexities is not None
 
-    def usable(self) -> dict[Context, Readings]:
+    def usable(self) -> dict[Context, Measurements]:
         """The contexts with enough real rows to compare with, and these rows."""
         return {context: rows for context, rows in self.real.items() if len(rows) >= MIN_REAL_ROWS}
 
     def split(self, seed: int) -> tuple[dict[Context, Tensor], dict[Context, Tensor]]:
         """Values of usable rows: to train the classifiers on, and to judge them and the world by."""
-        learnt, judged = {}, {}
+        learned, judged = {}, {}
         for context, rows in self.usable().items():
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
             cut = round(len(rows) * _JUDGED_SHARE)
-            judged[context], learnt[context] = rows.values[order[:cut]], rows.values[order[cut:]]
-        return learnt, judged
+            judged[context], learned[context] = rows.values[order[:cut]], rows.values[order[cut:]]
+        return learned, judged
 
-    def standardised(self, attributes: Tensor) -> Tensor:
+    def standardized(self, attributes: Tensor) -> Tensor:
         """Attributes (N, A) in standard deviations of the observational real rows."""
         observational = self.real[Context()].attributes
         assert observational is not None

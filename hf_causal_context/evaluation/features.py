@@ -48,7 +48,7 @@ def frechet_and_kernel_distance(samples: Tensor, reference: Tensor) -> tuple[flo
 
 
 class _Identity(nn.Module):
-    """Features are extracted once and compared several times, so that torchmetrics gets them as "pictures"."""
+    """Features are extracted once and compared several times, so that torchmetrics gets them as "images"."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class _Identity(nn.Module):
 
 
 class VisionFeatures(nn.Module):
-    """The pooled output of a transformers vision model: pictures (N, 3, H, W), uint8, -> features (N, D)."""
+    """The pooled output of a transformers vision model: images (N, 3, H, W), uint8, -> features (N, D)."""
 
     mean: Tensor
     deviation: Tensor
@@ -70,9 +70,9 @@ class VisionFeatures(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("deviation", torch.tensor(deviation).view(1, 3, 1, 1))
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Resize, normalise as the model's image processor does, and pool."""
-        pixels = F.interpolate(pictures.float() / 255, (self.size, self.size), mode="bicubic", antialias=True)
+    def forward(self, images: Tensor) -> Tensor:
+        """Resize, normalize as the model's image processor does, and pool."""
+        pixels = F.interpolate(images.float() / 255, (self.size, self.size), mode="bicubic", antialias=True)
         output = self.model(pixel_values=(pixels.clamp(0, 1) - self.mean) / self.deviation)
         return output.pooler_output.flatten(1)
 
@@ -82,7 +82,7 @@ def load_vision_features(name_or_path: str) -> VisionFeatures:
 
     Raises:
         OSError: for something that is not a transformers model.
-        ValueError: for a model without a pooled output of pictures.
+        ValueError: for a model without a pooled output of images.
     """
     from transformers import AutoModel
     from transformers.image_processing_base import ImageProcessingMixin
@@ -98,7 +98,7 @@ def load_vision_features(name_or_path: str) -> VisionFeatures:
     model = getattr(loaded, "vision_model", loaded)  # the half of CLIP and SigLIP that sees
     if getattr(model, "main_input_name", None) != "pixel_values":
         raise UserValueError(
-            f"--feature_extractor {name_or_path!r} is a {type(model).__name__}, which takes no pictures. Name a vision "
+            f"--feature_extractor {name_or_path!r} is a {type(model).__name__}, which takes no images. Name a vision "
             "model, such as facebook/dinov2-small or openai/clip-vit-base-patch32."
         )
     try:

@@ -1,4 +1,4 @@
-"""A report as one picture: distances or perplexities, conformity, leakage, strength curves."""
+"""A report as one image: distances or perplexities, conformity, leakage, strength curves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NOTHING = Estimate(0.0)
 
 
 def draw_report(report: EvaluationReport, path: Path) -> None:
-    """Save the picture as PNG.
+    """Save the image as PNG.
 
     Raises:
         ImportError: without matplotlib.
@@ -127,8 +127,8 @@ def _leakage(figure: Any, leakage: Leakage) -> None:
         ax.set_yticks(range(len(leakage.causes)), [f"do({cause})" for cause in leakage.causes])
         if len(leakage.causes) <= 10:
             for (i, j), value in np.ndenumerate(values):
-                colour = "white" if abs(value) > 0.6 else "black"
-                ax.text(j, i, f"{value:+.2f}", ha="center", va="center", color=colour, fontsize=9)
+                color = "white" if abs(value) > 0.6 else "black"
+                ax.text(j, i, f"{value:+.2f}", ha="center", va="center", color=color, fontsize=9)
     figure.colorbar(image, ax=list(axes), shrink=0.8)
     figure.supxlabel(worst_leak(leakage), fontsize=10)
 

@@ -94,7 +94,7 @@ def _attributes(report: EvaluationReport) -> Iterator[str]:
     names = list(next((result.attributes for result in report.contexts if result.attributes), {}))
     if not names:
         return
-    yield "Means read back from samples / real rows, and the sliced Wasserstein distance of standardised attributes."
+    yield "Means read back from samples / real rows, and the sliced Wasserstein distance of standardized attributes."
     yield ""
     rows = []
     for result in report.contexts:

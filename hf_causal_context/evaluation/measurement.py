@@ -14,10 +14,10 @@ from ..contexts import ConceptSet, Context
 from .classifiers import RELIABLE_ACCURACY, ConceptClassifier, balanced_accuracy, train_classifier
 from .comparison import gap_closed, means
 from .context_results import Logits, context_result, named
-from .evidence import Evidence
+from .evidence import EvaluationInputs
 from .influence import leakage, strength_curve
 from .metrics import beyond_base, sliced_wasserstein
-from .readings import Readings
+from .readings import Measurements
 from .results import ContextResult, Drift, EvaluationReport, Leakage, StrengthCurve, Summary, ToldApart
 from .verdict import verdict
 
@@ -25,16 +25,16 @@ NO_UNSEEN = (
     "No context that training left out was sampled and has real rows, so no combination can be compared with the "
     "truth. Still measured: the trained contexts, whether the classifiers find the requested concepts in unseen pairs "
     "(conformity), leakage and strength curves. The classifiers have seen no combination either: where one concept "
-    "changes what another is recognised by, they can miss it in a combination that is right. To compare, add real rows "
+    "changes what another is recognized by, they can miss it in a combination that is right. To compare, add real rows "
     "of a combination, such as a folder 'thick+slant'; training leaves combinations out."
 )
 
 
-def measure(evidence: Evidence, seed: int = 0) -> EvaluationReport:
+def measure(evidence: EvaluationInputs, seed: int = 0) -> EvaluationReport:
     """Measure everything. `seed` draws the splits of the real rows and the classifier's weights."""
     concepts, real = evidence.concepts, evidence.usable()
-    learnt, judged = evidence.split(seed)
-    classifier = train_classifier(learnt, concepts, seed, linear=evidence.holds_texts)
+    learned, judged = evidence.split(seed)
+    classifier = train_classifier(learned, concepts, seed, linear=evidence.holds_texts)
     logits = Logits(
         samples={c: [classifier.read(group.values) for group in groups] for c, groups in evidence.samples.items()},
         base=[classifier.read(group.values) for group in evidence.base],
@@ -44,7 +44,7 @@ def measure(evidence: Evidence, seed: int = 0) -> EvaluationReport:
     results = tuple(context_result(evidence, context, logits, seed) for context in evidence.samples)
     told_apart = None
     if evidence.holds_texts:
-        told_apart = _told_apart(evidence, learnt[Context()], judged[Context()], seed)
+        told_apart = _told_apart(evidence, learned[Context()], judged[Context()], seed)
     leak = leakage(
         concepts,
         concepts.names,
@@ -73,32 +73,32 @@ def measure(evidence: Evidence, seed: int = 0) -> EvaluationReport:
     )
 
 
-def _drift(evidence: Evidence) -> Drift | None:
+def _drift(evidence: EvaluationInputs) -> Drift | None:
     if evidence.holds_texts:
         return None
     empty, base = (torch.cat([g.values for g in groups]) for groups in (evidence.samples[Context()], evidence.base))
     return Drift(evidence.largest_change, evidence.mean_change, sliced_wasserstein(empty, base))
 
 
-def _told_apart(evidence: Evidence, learnt: Tensor, judged: Tensor, seed: int) -> ToldApart:
+def _told_apart(evidence: EvaluationInputs, learned: Tensor, judged: Tensor, seed: int) -> ToldApart:
     """Each set of texts is divided as the observational real ones are: to learn from, and to be judged."""
     other = ConceptSet(("other",))
     accuracy = []
     for groups in (evidence.base, evidence.samples[Context()]):
         texts = torch.cat([group.values for group in groups])
-        cut = max(1, round(len(texts) * len(judged) / (len(judged) + len(learnt))))
-        classifier = train_classifier({Context(): learnt, Context("other"): texts[cut:]}, other, seed, linear=True)
+        cut = max(1, round(len(texts) * len(judged) / (len(judged) + len(learned))))
+        classifier = train_classifier({Context(): learned, Context("other"): texts[cut:]}, other, seed, linear=True)
         read = {Context(): classifier.read(judged), Context("other"): classifier.read(texts[:cut])}
         accuracy.append(balanced_accuracy(read, other)["other"])
     return ToldApart(*accuracy)
 
 
-def _attribute_leakage(evidence: Evidence) -> Leakage | None:
+def _attribute_leakage(evidence: EvaluationInputs) -> Leakage | None:
     if not evidence.attribute_names:
         return None
 
-    def read(*rows: Readings) -> Tensor:
-        return evidence.standardised(torch.cat([part.attributes for part in rows if part.attributes is not None]))
+    def read(*rows: Measurements) -> Tensor:
+        return evidence.standardized(torch.cat([part.attributes for part in rows if part.attributes is not None]))
 
     samples = {context: read(*groups) for context, groups in evidence.samples.items()}
     real = {context: read(rows) for context, rows in evidence.usable().items()}
@@ -106,7 +106,7 @@ def _attribute_leakage(evidence: Evidence) -> Leakage | None:
     return leakage(evidence.concepts, evidence.attribute_names, samples, real, unit)
 
 
-def _curve(evidence: Evidence, classifier: ConceptClassifier, concept: str) -> StrengthCurve:
+def _curve(evidence: EvaluationInputs, classifier: ConceptClassifier, concept: str) -> StrengthCurve:
     curve = evidence.strengths[concept]
     k = evidence.concepts.index(concept)
     logits = {strength: classifier.read(rows.values)[:, k] for strength, rows in curve.items()}
@@ -115,14 +115,14 @@ def _curve(evidence: Evidence, classifier: ConceptClassifier, concept: str) -> S
         column = evidence.attribute_names.index(concept)
         attribute = {s: rows.attributes[:, column] for s, rows in curve.items() if rows.attributes is not None}
 
-    def equal_at_zero(others: Readings) -> bool:
+    def equal_at_zero(others: Measurements) -> bool:
         return 0.0 in curve and torch.equal(curve[0.0].values, others.values[: len(curve[0.0])])
 
     if evidence.perplexities is not None:  # texts of the base are drawn by themselves
         observational = evidence.perplexities[Context()]
         is_base = observational.empty == observational.base
     else:
-        # The change was measured on whole pictures, of which a curve may hold smaller ones.
+        # The change was measured on whole images, of which a curve may hold smaller ones.
         is_base = evidence.largest_change == 0 and equal_at_zero(evidence.base[0])
     is_empty = equal_at_zero(evidence.samples[Context()][0])
     return strength_curve(concept, logits, attribute, is_base, is_empty, paired=not evidence.holds_texts)
@@ -166,7 +166,7 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _notes(evidence: Evidence, accuracy: Mapping[str, float]) -> tuple[str, ...]:
+def _notes(evidence: EvaluationInputs, accuracy: Mapping[str, float]) -> tuple[str, ...]:
     notes = []
     if not any(context not in evidence.trained and context in evidence.samples for context in evidence.usable()):
         notes.append(NO_UNSEEN)

@@ -1,4 +1,4 @@
-"""What the evaluation keeps of pictures or vectors, so that large pictures need not stay in memory.
+"""What the evaluation keeps of images or vectors, so that large images need not stay in memory.
 
 Shapes: N rows, C channels, H x W pixels, A attributes, D features.
 """
@@ -19,11 +19,11 @@ NUM_EXAMPLES = 8
 
 
 @dataclass(frozen=True)
-class Readings:
+class Measurements:
     """N rows as they are measured.
 
-    `values` (N, ...) are vectors, or pictures of at most 64 pixels; `attributes` (N, A) and `features` (N, D) are
-    there where a function for them was given. `examples` are the first few pictures, unreduced.
+    `values` (N, ...) are vectors, or images of at most 64 pixels; `attributes` (N, A) and `features` (N, D) are
+    there where a function for them was given. `examples` are the first few images, unreduced.
     """
 
     values: Tensor
@@ -34,14 +34,14 @@ class Readings:
     def __len__(self) -> int:
         return len(self.values)
 
-    def __getitem__(self, rows: slice | Tensor) -> Readings:
+    def __getitem__(self, rows: slice | Tensor) -> Measurements:
         columns = (self.values, self.attributes, self.features)
         values, attributes, features = (None if column is None else column[rows] for column in columns)
         assert values is not None
         return replace(self, values=values, attributes=attributes, features=features)
 
     @classmethod
-    def cat(cls, parts: Sequence[Readings]) -> Readings:
+    def cat(cls, parts: Sequence[Measurements]) -> Measurements:
         """All rows of several."""
         columns = ([part.values for part in parts], [part.attributes for part in parts], [p.features for p in parts])
         values, attributes, features = (
@@ -54,20 +54,20 @@ class Readings:
 
 @dataclass(frozen=True)
 class Reader:
-    """Turns rows into `Readings`.
+    """Turns rows into `Measurements`.
 
     Attributes:
         attributes: rows (N, ...) -> attributes (N, A); NaN where a row has none.
         attribute_names: their A names.
-        feature_extractor: pictures (N, 3, H, W), uint8, -> features (N, D).
+        feature_extractor: images (N, 3, H, W), uint8, -> features (N, D).
     """
 
     attributes: Callable[[Tensor], Tensor] | None = None
     attribute_names: tuple[str, ...] = ()
     feature_extractor: nn.Module | None = None
 
-    def __call__(self, rows: Tensor, where: str, num_examples: int = NUM_EXAMPLES) -> Readings:
-        """Read rows (N, ...); pictures are (N, C, H, W) in [0, 1].
+    def __call__(self, rows: Tensor, where: str, num_examples: int = NUM_EXAMPLES) -> Measurements:
+        """Read rows (N, ...); images are (N, C, H, W) in [0, 1].
 
         Raises:
             ValueError: for values that are not finite (`where` says whose), attributes or features of another shape.
@@ -83,7 +83,7 @@ class Reader:
             scale = LARGEST_SIDE / max(rows.shape[2:])
             size = [max(1, round(side * scale)) for side in rows.shape[2:]]
             values = F.interpolate(rows, size, mode="bilinear", antialias=True)
-        return Readings(values, self._read_attributes(rows), self._features(rows, where), rows[:num_examples])
+        return Measurements(values, self._read_attributes(rows), self._features(rows, where), rows[:num_examples])
 
     def _read_attributes(self, rows: Tensor) -> Tensor | None:
         if self.attributes is None:
@@ -102,15 +102,15 @@ class Reader:
             return None
         if rows.ndim != 4 or rows.shape[1] not in (1, 3):
             raise UserValueError(
-                f"feature_extractor= takes pictures (N, 1 or 3, H, W); {where} have shape {tuple(rows.shape)}. Leave "
+                f"feature_extractor= takes images (N, 1 or 3, H, W); {where} have shape {tuple(rows.shape)}. Leave "
                 "it out."
             )
-        pictures = (rows.clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
+        images = (rows.clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
         parameter = next(self.feature_extractor.parameters(), None)
-        features = self.feature_extractor.eval()(pictures if parameter is None else pictures.to(parameter.device))
+        features = self.feature_extractor.eval()(images if parameter is None else images.to(parameter.device))
         if features.ndim != 2 or len(features) != len(rows):
             raise UserValueError(
-                f"feature_extractor= returned shape {tuple(features.shape)} for {len(rows)} pictures. It must return "
+                f"feature_extractor= returned shape {tuple(features.shape)} for {len(rows)} images. It must return "
                 "one row of features for each."
             )
         return features.float().cpu()

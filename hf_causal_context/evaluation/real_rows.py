@@ -1,4 +1,4 @@
-"""The real pictures of every context, read as samples are."""
+"""The real images of every context, read as samples are."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ..bases.images import read_picture
+from ..bases.images import read_image
 from ..contexts import Context
 from ..data import InterventionalData
 from ..data.columns import Rows
 from ..errors import UserValueError
-from .readings import Reader, Readings
+from .readings import Measurements, Reader
 
 MAX_REAL_ROWS = 2000  # per context; more add time, and little to distances of a few hundred samples
 
@@ -27,35 +27,35 @@ _READ_AT_ONCE = 64
 
 def read_real_rows(
     data: InterventionalData, read: Reader, channels: int, resolution: int, seed: int = 0
-) -> dict[Context, Readings]:
-    """Readings of pictures (N, channels, resolution, resolution) in [0, 1] per context, trained and held out.
+) -> dict[Context, Measurements]:
+    """Readings of images (N, channels, resolution, resolution) in [0, 1] per context, trained and held out.
 
     At most `MAX_REAL_ROWS` of each; of a stream the first ones.
 
     Raises:
-        ValueError: for a row without a picture.
+        ValueError: for a row without an image.
     """
-    readings: defaultdict[str, list[Readings]] = defaultdict(list)
+    readings: defaultdict[str, list[Measurements]] = defaultdict(list)
     pending: defaultdict[str, list[Tensor]] = defaultdict(list)
 
     def flush(context: str) -> None:
-        pictures = torch.stack(pending.pop(context)).float() / 255
-        num_examples = 0 if readings[context] else len(pictures)
-        readings[context].append(read(pictures, f"Real pictures of context {context!r}", num_examples))
+        images = torch.stack(pending.pop(context)).float() / 255
+        num_examples = 0 if readings[context] else len(images)
+        readings[context].append(read(images, f"Real images of context {context!r}", num_examples))
 
-    for context, row in tqdm(rows_of_contexts(data, MAX_REAL_ROWS, seed), desc="read real pictures", unit="picture"):
-        picture = row[data.content_column]
-        if not isinstance(picture, Image.Image):
+    for context, row in tqdm(rows_of_contexts(data, MAX_REAL_ROWS, seed), desc="read real images", unit="image"):
+        image = row[data.content_column]
+        if not isinstance(image, Image.Image):
             raise UserValueError(
-                f"A row of context {context!r} holds {type(picture).__name__} in the column {data.content_column!r}, "
-                "not a picture. Name another --image_column, or remove the row."
+                f"A row of context {context!r} holds {type(image).__name__} in the column {data.content_column!r}, "
+                "not an image. Name another --image_column, or remove the row."
             )
-        pending[context].append(torch.tensor(read_picture(picture, channels, resolution)))
+        pending[context].append(torch.tensor(read_image(image, channels, resolution)))
         if len(pending[context]) == _READ_AT_ONCE:
             flush(context)
     for context in list(pending):
         flush(context)
-    return {Context.parse(context): Readings.cat(parts) for context, parts in readings.items()}
+    return {Context.parse(context): Measurements.cat(parts) for context, parts in readings.items()}
 
 
 def rows_of_contexts(data: InterventionalData, maximum: int, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -15,8 +15,8 @@ from peft import PeftModel
 from tqdm import tqdm
 
 from ..bases.likelihoods import perplexity
-from ..bases.token_batches import Collation, TextBatch, tokenised
-from ..bases.tokens import Tokenisation, TokenRow
+from ..bases.token_batches import Collation, TextBatch, tokenized
+from ..bases.tokens import Tokenization, TokenRow
 from ..contexts import ConceptSet, Context
 from ..data import InterventionalData
 from ..data.text_rows import prompt_of
@@ -43,11 +43,11 @@ class RealTexts:
         return len(self.texts)
 
 
-def read_real_texts(data: InterventionalData, tokenise: Tokenisation, seed: int = 0) -> dict[Context, RealTexts]:
+def read_real_texts(data: InterventionalData, tokenize: Tokenization, seed: int = 0) -> dict[Context, RealTexts]:
     """At most `MAX_REAL_TEXTS` of each context, trained and held out; of a stream the first ones.
 
     Raises:
-        ValueError: for a row that cannot be tokenised.
+        ValueError: for a row that cannot be tokenized.
     """
     real: defaultdict[Context, RealTexts] = defaultdict(RealTexts)
     for name, row in tqdm(rows_of_contexts(data, MAX_REAL_TEXTS, seed), desc="read real texts", unit="text"):
@@ -55,19 +55,19 @@ def read_real_texts(data: InterventionalData, tokenise: Tokenisation, seed: int 
         own.texts.append(_written(row, data.content_column))
         own.prompts.append(prompt_of(row, data.content_column))
         if len(own.rows) < MAX_SCORED_TEXTS:
-            own.rows += tokenised([row], tokenise)
+            own.rows += tokenized([row], tokenize)
     return dict(real)
 
 
-def usual_length(real: Mapping[Context, RealTexts], tokenise: Tokenisation) -> int:
+def usual_length(real: Mapping[Context, RealTexts], tokenize: Tokenization) -> int:
     """Tokens of a long real text: as many as nine of ten have at most."""
-    lengths = [len(_ids(text, tokenise)) for own in real.values() for text in own.texts]
+    lengths = [len(_ids(text, tokenize)) for own in real.values() for text in own.texts]
     return max(1, min(_LONGEST, int(np.quantile(lengths, _COVERED))))
 
 
-def shortened(texts: Sequence[str], tokenise: Tokenisation, length: int) -> list[str]:
+def shortened(texts: Sequence[str], tokenize: Tokenization, length: int) -> list[str]:
     """Texts as a model writes them: cut to `length` tokens, and through the tokenizer, which may lose something."""
-    return tokenise.tokenizer.batch_decode([_ids(text, tokenise)[:length] for text in texts], skip_special_tokens=True)
+    return tokenize.tokenizer.batch_decode([_ids(text, tokenize)[:length] for text in texts], skip_special_tokens=True)
 
 
 def perplexities(
@@ -100,8 +100,8 @@ def _written(row: Mapping[str, Any], column: str) -> str:
     return content if isinstance(content, str) else content[-1]["content"]
 
 
-def _ids(text: str, tokenise: Tokenisation) -> list[int]:
-    ids: Any = tokenise.tokenizer(text, add_special_tokens=False)["input_ids"]
+def _ids(text: str, tokenize: Tokenization) -> list[int]:
+    ids: Any = tokenize.tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
 

@@ -1,4 +1,4 @@
-"""Writes a report: report.json, report.md, report.png, and samples.png for pictures."""
+"""Writes a report: report.json, report.md, report.png, and samples.png for images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from .._files import complete_or_absent
-from ..bases.images import picture_grid
+from ..bases.images import image_grid
 from .figure import draw_report
 from .markdown import markdown
 from .results import EvaluationReport
@@ -44,7 +44,7 @@ def write_report(report: EvaluationReport, folder: Path) -> list[Path]:
 
 
 def samples_grid(report: EvaluationReport) -> Image.Image | None:
-    """Real pictures on the left, samples on the right, one row per context; None for anything but pictures."""
+    """Real images on the left, samples on the right, one row per context; None for anything but images."""
     labels, real, samples = [], [], []
     for result in report.contexts:
         truth, own = report.examples[result.context]
@@ -52,15 +52,15 @@ def samples_grid(report: EvaluationReport) -> Image.Image | None:
             return None
         name = result.context or "(observational)"
         labels.append(name if result.trained else f"{name} (held out)")
-        # Rows of a context without real pictures are left white.
+        # Rows of a context without real images are left white.
         real.append(own.new_ones(_SHOWN_REAL, *own.shape[1:]) if truth is None else truth[:_SHOWN_REAL])
         samples.append(own)
-    left, right = picture_grid(real, labels), picture_grid(samples, [""] * len(samples))
+    left, right = image_grid(real, labels), image_grid(samples, [""] * len(samples))
     grid = Image.new("RGB", (left.width + right.width, left.height + _HEADING), "white")
     grid.paste(left, (0, _HEADING))
     grid.paste(right, (left.width, _HEADING))
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(size=16)
-    for end, title in ((left.width, "real pictures"), (grid.width, "samples")):
+    for end, title in ((left.width, "real images"), (grid.width, "samples")):
         draw.text((end - 6, _HEADING / 2), title, fill="black", font=font, anchor="rm")
     return grid
 

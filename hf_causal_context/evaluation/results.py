@@ -54,7 +54,7 @@ class ContextResult:
         trained: whether it was trained on.
         num_real, num_samples: rows and samples of all seed groups.
         num_compared: samples of a group, and real rows of the floor, in distances.
-        distance: sliced Wasserstein distances of pictures or vectors; None for texts.
+        distance: sliced Wasserstein distances of images or vectors; None for texts.
         attribute_distance: the same of attributes, in standard deviations of the observational real rows.
         frechet, kernel: FID and KID of the features.
         conformity: share of samples in which the classifiers find every requested concept; None for "".
@@ -193,7 +193,7 @@ class EvaluationReport:
         drift: of the empty context; None for texts.
         told_apart: of texts.
         settings: how the samples were made.
-        examples: pictures per context, real ones (or None) and samples; not part of the JSON.
+        examples: images per context, real ones (or None) and samples; not part of the JSON.
         texts: the same for texts.
     """
 

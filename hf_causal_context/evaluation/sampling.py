@@ -1,6 +1,6 @@
 """Samples of an adapter and of its base from the same seeds, read as they are made.
 
-Shapes: N pictures (N, C, H, W) in [0, 1].
+Shapes: N images (N, C, H, W) in [0, 1].
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..bases.families import Base
+from ..bases.families import DiffusionBase
 from ..contexts import ConceptSet, Context
-from .readings import NUM_EXAMPLES, Reader, Readings
+from .readings import NUM_EXAMPLES, Measurements, Reader
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 MAX_CURVE_SAMPLES = 128  # the curves compare means at equal seeds, which needs fewer samples than a distance
@@ -23,7 +23,7 @@ MAX_CURVE_SAMPLES = 128  # the curves compare means at equal seeds, which needs 
 
 @dataclass
 class PixelChange:
-    """The largest and the mean absolute difference of pictures at equal seeds, over all that were added."""
+    """The largest and the mean absolute difference of images at equal seeds, over all that were added."""
 
     largest: float = 0.0
     _sum: float = 0.0
@@ -48,31 +48,33 @@ class Sampler:
 
     Attributes:
         base: the pipeline with the adapter attached.
-        draw: context, seeds -> pictures; `generate` with everything else settled.
+        draw: context, seeds -> images; `generate` with everything else settled.
         read: what is kept of them.
-        batch_size: pictures per call.
-        advance: told the number of pictures after every call.
+        batch_size: images per call.
+        advance: told the number of images after every call.
     """
 
-    base: Base
+    base: DiffusionBase
     draw: Callable[[Context, Sequence[int]], Tensor]
     read: Reader
     batch_size: int
     advance: Callable[[int], object] = lambda num: None
 
-    def samples(self, context: Context, seeds: Sequence[int]) -> Readings:
+    def samples(self, context: Context, seeds: Sequence[int]) -> Measurements:
         """Readings of one context.
 
         Raises:
-            ValueError: for pictures that are not finite.
+            ValueError: for images that are not finite.
         """
-        return Readings.cat([self._read(self.draw(context, part), context, not i) for i, part in self._parts(seeds)])
+        return Measurements.cat(
+            [self._read(self.draw(context, part), context, not i) for i, part in self._parts(seeds)]
+        )
 
-    def empty_and_base(self, seeds: Sequence[int], change: PixelChange) -> tuple[Readings, Readings]:
+    def empty_and_base(self, seeds: Sequence[int], change: PixelChange) -> tuple[Measurements, Measurements]:
         """Readings of the empty context, and of the base without its adapter; `change` takes in their difference.
 
         Raises:
-            ValueError: for pictures that are not finite.
+            ValueError: for images that are not finite.
         """
         of_empty, of_base = [], []
         for i, part in self._parts(seeds):
@@ -83,25 +85,25 @@ class Sampler:
             self.advance(len(part))
             of_base.append(self.read(base, "Samples of the base", 0))
             change.add(empty, base)
-        return Readings.cat(of_empty), Readings.cat(of_base)
+        return Measurements.cat(of_empty), Measurements.cat(of_base)
 
     def _parts(self, seeds: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:
         for start in range(0, len(seeds), self.batch_size):
             yield start, seeds[start : start + self.batch_size]
 
-    def _read(self, pictures: Tensor, context: Context, first: bool) -> Readings:
-        self.advance(len(pictures))
+    def _read(self, images: Tensor, context: Context, first: bool) -> Measurements:
+        self.advance(len(images))
         where = f"Samples of context {str(context) or '(observational)'!r}"
-        return self.read(pictures, where, NUM_EXAMPLES if first else 0)
+        return self.read(images, where, NUM_EXAMPLES if first else 0)
 
 
 @dataclass
 class Sampled:
     """Samples per context and of the base, by seed groups; those of the strength curves; the empty context's change."""
 
-    samples: dict[Context, list[Readings]]
-    base: list[Readings]
-    strengths: dict[str, dict[float, Readings]]
+    samples: dict[Context, list[Measurements]]
+    base: list[Measurements]
+    strengths: dict[str, dict[float, Measurements]]
     change: PixelChange
 
 
@@ -116,14 +118,14 @@ def sample_all(
     between = [strength for strength in STRENGTHS if strength not in (0, 1)]
     total = (len(contexts) + 1) * sum(map(len, groups)) + len(concepts) * len(between) * len(few)
     change = PixelChange()
-    with tqdm(total=total, desc="sample", unit="picture") as bar:
+    with tqdm(total=total, desc="sample", unit="image") as bar:
         sampler.advance = bar.update
         pairs = [sampler.empty_and_base(group, change) for group in groups]
         samples = {Context(): [empty for empty, _ in pairs]}
         for context in contexts:
             if context:
                 samples[context] = [sampler.samples(context, group) for group in groups]
-        strengths: dict[str, dict[float, Readings]] = {name: {} for name in concepts}
+        strengths: dict[str, dict[float, Measurements]] = {name: {} for name in concepts}
         for name, curve in strengths.items():
             for strength in STRENGTHS:
                 context = Context({name: strength})

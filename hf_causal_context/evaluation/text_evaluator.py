@@ -1,6 +1,6 @@
 """Does it compose, in texts? What a language model's adapter writes, beside real texts of the same contexts.
 
-Classifiers of characters and words read the texts; perplexities of real texts stand where pictures have distances.
+Classifiers of characters and words read the texts; perplexities of real texts stand where images have distances.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from ..bases.token_batches import Collation
-from ..bases.tokens import Tokenisation, room_after, row_length
+from ..bases.tokens import Tokenization, room_after, row_length
 from ..contexts import ConceptSet, Context, ContextLike, as_context
 from ..data import InterventionalData
 from ..data.text_rows import prompt_of
 from ..errors import UserValueError
 from ..inference.texts import Prompt
 from .asked import adapter_concepts, contexts_to_sample
-from .evidence import Evidence, check_real_rows
+from .evidence import EvaluationInputs, check_real_rows
 from .measurement import measure
 from .ngrams import Ngrams
-from .readings import Readings
+from .readings import Measurements
 from .real_texts import RealTexts, perplexities, read_real_texts, shortened, usual_length
 from .results import EvaluationReport, Perplexity
 from .text_sampling import SampledTexts, TextSampler, sample_all_texts
@@ -69,7 +69,7 @@ def evaluate_texts(
 
     Raises:
         ValueError: for a model without an adapter, other concepts than the data's, unknown contexts, too few real
-            rows, rows that cannot be tokenised, or a prompt without tokens or room after it.
+            rows, rows that cannot be tokenized, or a prompt without tokens or room after it.
     """
     concepts = adapter_concepts(model, data, _NO_ADAPTER)
     wanted = None if contexts is None else list(map(as_context, contexts))
@@ -78,16 +78,16 @@ def evaluate_texts(
         raise UserValueError(f"num_samples={num_samples} must be at least 2 and num_seeds={num_seeds} at least 1.")
     base = cast(Any, model.get_base_model())
     encoder_decoder = bool(base.config.is_encoder_decoder)
-    tokenise = Tokenisation(
+    tokenize = Tokenization(
         tokenizer, data.content_column, encoder_decoder=encoder_decoder, max_length=row_length(base, None)
     )
-    real = read_real_texts(data, tokenise, seed)
+    real = read_real_texts(data, tokenize, seed)
     check_real_rows(concepts, {context: len(own) for context, own in real.items()})
     trained = frozenset(map(Context.parse, data.contexts))
     asked, notes = contexts_to_sample(concepts, wanted, real, trained)
     prompts = _prompts(data, real[Context()], prompt)
-    room = min(room_after(base, tokenise.beginning(each)) for each in prompts)
-    length = max_new_tokens or int(max(1, min(room, usual_length(real, tokenise))))
+    room = min(room_after(base, tokenize.beginning(each)) for each in prompts)
+    length = max_new_tokens or int(max(1, min(room, usual_length(real, tokenize))))
     # A prompt of plain texts is how they begin; others are not what the model writes.
     beginning = (prompt or "") if data.content_column == "text" else ""
     sampler = TextSampler(model, tokenizer, prompts, length, batch_size, beginning)
@@ -99,7 +99,7 @@ def evaluate_texts(
     )
     scores = perplexities(model, real, collate, concepts, batch_size)
     sampled = sample_all_texts(sampler, concepts, asked, num_samples, num_seeds)
-    shown = {context: shortened(own.texts, tokenise, length) for context, own in real.items()}
+    shown = {context: shortened(own.texts, tokenize, length) for context, own in real.items()}
     report = measure(_evidence(concepts, shown, sampled, trained, scores), seed)
     settings = {
         "num_samples": num_samples,
@@ -129,15 +129,15 @@ def _evidence(
     sampled: SampledTexts,
     trained: frozenset[Context],
     scores: Mapping[Context, Perplexity],
-) -> Evidence:
+) -> EvaluationInputs:
     # Of the base, too: what no real text holds tells its texts apart.
     ngrams = Ngrams(text for texts in (*real.values(), *sampled.base) for text in texts)
 
-    def read(texts: Sequence[str]) -> Readings:
+    def read(texts: Sequence[str]) -> Measurements:
         values = ngrams(texts)
-        return Readings(values, None, None, values[:0])
+        return Measurements(values, None, None, values[:0])
 
-    return Evidence(
+    return EvaluationInputs(
         concepts=concepts,
         real={context: read(texts) for context, texts in real.items()},
         samples={context: [read(texts) for texts in groups] for context, groups in sampled.samples.items()},

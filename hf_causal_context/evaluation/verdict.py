@@ -47,7 +47,7 @@ _FAR = "The base is far from the observational set"
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Judgment:
     """The measures of a context that could be taken, each with what it was taken from, in words."""
 
     name: str
@@ -84,9 +84,9 @@ def verdict(
     asked = [_judge(result, singles, accuracy) for result in results if _is_asked_for(result)]
     base, base_is_right = _of_base(empty) if told_apart is None else _of_base_texts(empty, told_apart)
     problems = [*_failures(asked), *([] if base_is_right else [base]), *_leak(leak, accuracy), *_alike(results)]
-    unjudged = [judgement.name for judgement in asked if not judgement.measures]
-    judged = [judgement for judgement in asked if judgement.measures]
-    right = [judgement for judgement in judged if judgement.worst >= HALF]
+    unjudged = [judgment.name for judgment in asked if not judgment.measures]
+    judged = [judgment for judgment in asked if judgment.measures]
+    right = [judgment for judgment in judged if judgment.worst >= HALF]
     sentences = [*problems]
     if right:
         everything = "everything that could be judged" if unjudged else "everything asked for"
@@ -149,7 +149,7 @@ def _is_asked_for(result: ContextResult) -> bool:
     return bool(context.targets) and (at_one or result.real_conformity is not None)
 
 
-def _judge(result: ContextResult, singles: Mapping[str, ContextResult], accuracy: Mapping[str, float]) -> Judgement:
+def _judge(result: ContextResult, singles: Mapping[str, ContextResult], accuracy: Mapping[str, float]) -> Judgment:
     targets = Context.parse(result.context).targets
     found, found_words = None, ""
     if all(accuracy[name] >= RELIABLE_ACCURACY for name in targets):
@@ -164,7 +164,7 @@ def _judge(result: ContextResult, singles: Mapping[str, ContextResult], accuracy
     if result.perplexity is not None:
         likely, words = _likely(result.perplexity)
         measures += [(likely, words)] if likely <= 0 or measures else []
-    return Judgement(result.context, len(targets) == 1, tuple(measures))
+    return Judgment(result.context, len(targets) == 1, tuple(measures))
 
 
 def _found(result: ContextResult, real: float) -> tuple[float | None, str]:
@@ -198,19 +198,19 @@ def _likely(perplexity: Perplexity) -> tuple[float, str]:
     return (0.0 if abs(gain) < SAME_LIKELIHOOD else 1.0 if gain > 0 else -1.0), words
 
 
-def _failures(asked: Sequence[Judgement]) -> Iterator[str]:
-    nothing = [judgement for judgement in asked if judgement.single and judgement.without_effect]
-    others = [judgement for judgement in asked if judgement not in nothing]
-    singles = [judgement for judgement in asked if judgement.single]
-    if nothing and len(nothing) == len(singles) and all(judgement.worst < NOTHING for judgement in others):
+def _failures(asked: Sequence[Judgment]) -> Iterator[str]:
+    nothing = [judgment for judgment in asked if judgment.single and judgment.without_effect]
+    others = [judgment for judgment in asked if judgment not in nothing]
+    singles = [judgment for judgment in asked if judgment.single]
+    if nothing and len(nothing) == len(singles) and all(judgment.worst < NOTHING for judgment in others):
         yield f"The adapter has no effect. {_reasons(nothing)}."
         return
     if nothing:
         yield f"No effect: {_reasons(nothing)}."
-    others = sorted(others, key=lambda judgement: judgement.worst)
-    if failing := [judgement for judgement in others if judgement.worst < NOTHING]:
+    others = sorted(others, key=lambda judgment: judgment.worst)
+    if failing := [judgment for judgment in others if judgment.worst < NOTHING]:
         yield f"Fails: {_reasons(failing)}."
-    if weak := [judgement for judgement in others if NOTHING <= judgement.worst < HALF]:
+    if weak := [judgment for judgment in others if NOTHING <= judgment.worst < HALF]:
         yield f"Weak: {_reasons(weak)}."
 
 
@@ -284,10 +284,10 @@ def _remarks(results: Sequence[ContextResult], empty: ContextResult, singles: Co
         yield f"{empty.num_samples} samples per context are few: draw more before you rely on this."
 
 
-def _reasons(judgements: Sequence[Judgement]) -> str:
+def _reasons(judgments: Sequence[Judgment]) -> str:
     """Contexts, each with its worst measure; where nothing has an effect, both are as bad, and shares say more."""
-    reasons = [j.measures[0] if j.without_effect else min(j.measures) for j in judgements]
-    return _listed([f"{j.name} ({words})" for j, (_, words) in zip(judgements, reasons, strict=True)], "; ")
+    reasons = [j.measures[0] if j.without_effect else min(j.measures) for j in judgments]
+    return _listed([f"{j.name} ({words})" for j, (_, words) in zip(judgments, reasons, strict=True)], "; ")
 
 
 def _listed(items: Sequence[str], separator: str = ", ") -> str:
@@ -299,9 +299,9 @@ def _figure(perplexity: float) -> str:
     return f"{perplexity:.3g}" if perplexity < 1000 else f"{perplexity:,.0f}"
 
 
-def _counted(judgements: Sequence[Judgement]) -> str:
+def _counted(judgments: Sequence[Judgment]) -> str:
     counts: list[tuple[int, str]] = [
-        (sum(judgement.single for judgement in judgements), "concept"),
-        (sum(not judgement.single for judgement in judgements), "combination"),
+        (sum(judgment.single for judgment in judgments), "concept"),
+        (sum(not judgment.single for judgment in judgments), "combination"),
     ]
     return " and ".join(f"{num} {word}{'s' if num > 1 else ''}" for num, word in counts if num)

@@ -18,10 +18,10 @@ from urllib.parse import quote
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import EvalResult
 
-from .._files import CARD, REPORT, RESULTS, RESULTS_PICTURE, complete_or_absent
+from .._files import CARD, REPORT, RESULTS, RESULTS_IMAGE, complete_or_absent
 from ..bases.gap import BaseGap
 from ..bases.names import is_folder, is_packaged
-from .card_code import quoted, usage_code
+from .card_code import python_literal, usage_code
 from .card_tables import data_table, evaluation_results, evaluation_table, markdown_text, settings_table
 from .contents import STRENGTHS, CardContents
 
@@ -73,19 +73,19 @@ def render_card(folder: Path, repo_id: str | None = None, branch: str | None = N
         "base": _base(contents.base),
         "num_concepts": f"{len(concepts)} concept{'s' if len(concepts) > 1 else ''}",
         "base_gap": _base_gap(folder, stored),
-        "grid": _picture(contents.grid, "Samples in each context", _grid_note(contents, data)),
+        "grid": _image(contents.grid, "Samples in each context", _grid_note(contents, data)),
         "concepts": _concepts(concepts, contents),
         "package": '"hf-causal-context[diffusers]"' if contents.library == "diffusers" else "hf-causal-context",
         "usage": usage_code(contents, name, branch, example_context(contents, concepts)),
         "usage_note": _usage_note(contents, concepts),
-        "strengths": "\n" + _picture(contents.strengths, "Each concept at growing strength", _STRENGTHS_NOTE),
+        "strengths": "\n" + _image(contents.strengths, "Each concept at growing strength", _STRENGTHS_NOTE),
         "observational": _OBSERVATIONAL_NOTE if stored.get("observational_rank") else "",
         "loras": _loras(contents, name),
         "data": data_table(data),
         "settings": settings_table(arguments, stored),
         "evaluation": _evaluation(folder, report),
         "influence": _influence(contents),
-        "licence": _licence(contents, local),
+        "license": _license(contents, local),
     }
     card = ModelCard.from_template(_metadata(contents, arguments, report, title, local), _TEMPLATE, **fields)
     text = re.sub(r"\n{3,}", "\n\n", card.content).rstrip() + "\n"
@@ -182,7 +182,7 @@ def _usage_note(contents: CardContents, concepts: tuple[str, ...]) -> str:
     if not contents.samples:
         return contexts
     shown = contents.samples[example_context(contents, concepts)]
-    made = f"picture `{shown}`" if contents.library == "diffusers" else "text"
+    made = f"image `{shown}`" if contents.library == "diffusers" else "text"
     return (
         f"This makes the {made} of this card again, to the last bit on the same kind of device with the same versions "
         f"of the libraries; another context makes the others. {contexts}"
@@ -195,7 +195,7 @@ def _loras(contents: CardContents, name: str) -> str:
     if not contents.loras:
         return ""
     first = Path(next(iter(contents.loras.values())))
-    repo = quoted(name)
+    repo = python_literal(name)
     if contents.lora_format == "diffusers":
         call = f'pipe.load_lora_weights({repo}, weight_name="{first.name}", subfolder="{first.parent.as_posix()}")'
     else:
@@ -213,10 +213,10 @@ def _evaluation(folder: Path, report: Mapping[str, Any]) -> str:
     if report:
         parts.append(evaluation_table(report))
         if (folder / "evaluation" / "report.png").exists():
-            parts.append(_picture("evaluation/report.png", "The evaluation report", "").strip())
+            parts.append(_image("evaluation/report.png", "The evaluation report", "").strip())
         parts.append("All of it: [evaluation/report.md](evaluation/report.md).")
-    if (folder / RESULTS_PICTURE).exists():
-        parts.append(_picture(RESULTS_PICTURE, "What was measured", "").strip())
+    if (folder / RESULTS_IMAGE).exists():
+        parts.append(_image(RESULTS_IMAGE, "What was measured", "").strip())
     if (folder / RESULTS).exists():
         parts.append((folder / RESULTS).read_text(encoding="utf-8").strip("\n"))
     return "## Evaluation\n\n" + "\n\n".join(parts) + "\n\n" if parts else ""
@@ -225,16 +225,16 @@ def _evaluation(folder: Path, report: Mapping[str, Any]) -> str:
 def _influence(contents: CardContents) -> str:
     if contents.influence is None:
         return ""
-    note = "How strongly concepts act, read from the weights. It is a map of learnt influence, not a causal graph."
-    return "## Read-out\n\n" + _picture(contents.influence, "Learnt influence of the concepts", note)
+    note = "How strongly concepts act, read from the weights. It is a map of learned influence, not a causal graph."
+    return "## Read-out\n\n" + _image(contents.influence, "Learned influence of the concepts", note)
 
 
-def _licence(contents: CardContents, local: bool) -> str:
-    own = f"The adapter: {contents.license}." if contents.license else "The author has not stated a licence."
-    return own + ("" if local else f" The licence and terms of `{contents.base}` apply to its use.")
+def _license(contents: CardContents, local: bool) -> str:
+    own = f"The adapter: {contents.license}." if contents.license else "The author has not stated a license."
+    return own + ("" if local else f" The license and terms of `{contents.base}` apply to its use.")
 
 
-def _picture(path: str | None, alt: str, note: str) -> str:
+def _image(path: str | None, alt: str, note: str) -> str:
     if path is None:
         return ""
     return f"![{alt}]({_url(path)})\n\n" + (f"*{note}*\n\n" if note else "")

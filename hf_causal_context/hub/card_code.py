@@ -19,8 +19,8 @@ pipe = DiffusionPipeline.from_pretrained({base})
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 load_context_adapter(pipe, {repo}{revision})
 with intervene(pipe, {context}):
-    picture = pipe({arguments}).images[0]
-picture.save({file})"""
+    image = pipe({arguments}).images[0]
+image.save({file})"""
 
 _PACKAGED = """import torch
 
@@ -29,16 +29,16 @@ from hf_causal_context.hub import load
 
 pipe = load({repo}{revision})  # with its base, which is part of the package
 with intervene(pipe, {context}):
-    picture = pipe({arguments}).images[0]
-picture.save({file})"""
+    image = pipe({arguments}).images[0]
+image.save({file})"""
 
 # For class-conditional denoisers whose pipeline has no argument for the class.
 _BY_CLASS = """from hf_causal_context.hub import load
 from hf_causal_context.training.generation import generate, to_image
 
 pipe = load({repo}{revision})
-[[picture]] = generate(pipe, [{context}], {arguments})
-to_image(picture).save({file})"""
+[[image]] = generate(pipe, [{context}], {arguments})
+to_image(image).save({file})"""
 
 _LANGUAGE = """import torch
 
@@ -57,8 +57,8 @@ print(tokenizer.decode(tokens[0{written}], skip_special_tokens=True))"""
 
 def usage_code(contents: CardContents, repo: str, branch: str | None, context: str) -> str:
     """Python code that makes the card's sample of a context."""
-    names = {"repo": quoted(repo), "context": quoted(context)}
-    names["revision"] = f", revision={quoted(branch)}" if branch else ""
+    names = {"repo": python_literal(repo), "context": python_literal(context)}
+    names["revision"] = f", revision={python_literal(branch)}" if branch else ""
     if contents.library == "transformers":
         encoder_decoder = contents.auto_class == "AutoPeftModelForSeq2SeqLM"
         return _LANGUAGE.format(
@@ -70,7 +70,7 @@ def usage_code(contents: CardContents, repo: str, branch: str | None, context: s
             arguments=_arguments(contents.call),
             written="" if encoder_decoder else ", inputs.input_ids.shape[1] :",
         )
-    names["file"] = quoted((contents.samples.get(context) or "picture.png").rpartition("/")[2])
+    names["file"] = python_literal((contents.samples.get(context) or "image.png").rpartition("/")[2])
     if contents.class_label is not None:
         arguments = _arguments({"seeds": [contents.seed], "class_label": contents.class_label, **contents.call})
         return _BY_CLASS.format(**names, arguments=arguments)
@@ -79,15 +79,15 @@ def usage_code(contents: CardContents, repo: str, branch: str | None, context: s
     if is_packaged(contents.base):
         return _PACKAGED.format(**names, arguments=arguments)
     options = {key: value for key in ("revision", "variant") if (value := getattr(contents, key)) is not None}
-    base = ", ".join(filter(None, [quoted(contents.base), _arguments(options)]))
+    base = ", ".join(filter(None, [python_literal(contents.base), _arguments(options)]))
     base += "" if contents.dtype == "float32" else f", torch_dtype=torch.{contents.dtype}"
     return _PIPELINE.format(**names, base=base, arguments=arguments)
 
 
-def quoted(text: str) -> str:
+def python_literal(text: str) -> str:
     """A Python string as formatters write it."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def _arguments(values: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={quoted(v) if isinstance(v, str) else repr(v)}" for key, v in values.items())
+    return ", ".join(f"{key}={python_literal(v) if isinstance(v, str) else repr(v)}" for key, v in values.items())

@@ -11,7 +11,7 @@ from typing import Any
 from .._files import CARD_CONTENTS, complete_or_absent
 from ..errors import UserValueError
 
-STRENGTHS = (0.0, 0.5, 1.0, 1.5)  # columns of the picture of strengths
+STRENGTHS = (0.0, 0.5, 1.0, 1.5)  # columns of the image of strengths
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class CardContents:
         seed: of the samples.
         prompt: of the samples; None for bases that take none.
         descriptions: concept -> what it means, in the author's words.
-        samples: context -> path of its picture, or its text.
-        grid, strengths, influence: paths of pictures, None where there is none.
+        samples: context -> path of its image, or its text.
+        grid, strengths, influence: paths of images, None where there is none.
         loras: context -> path of its plain LoRA.
         lora_format: "diffusers" or "peft".
         denoiser: the name in the pipeline of what LoRAs of the format "peft" are for.
         without_loras: why there are none.
-        license: the Hub's name of a licence.
+        license: the Hub's name of a license.
     """
 
     name: str

@@ -21,19 +21,19 @@ from .._files import (
     CONFIG,
     DATA_RECORD,
     RESULTS,
-    RESULTS_PICTURE,
+    RESULTS_IMAGE,
     WEIGHTS,
     complete_or_absent,
 )
 from .._messages import quoted
-from ..bases.names import public_name
+from ..bases.names import portable_base_name
 from ..contexts import ConceptSet, Context
 from ..errors import UserValueError
 from ..inference.adapted import StoredAdapter
 from ..inference.shown_contexts import shown_contexts
 from .card import is_edited, render_card
 from .contents import CardContents
-from .samples import show_pictures, show_texts
+from .samples import show_images, show_texts
 
 _EVALUATION = ("report.json", "report.md", "report.png", "samples.png")
 # Settings that are folders of a machine, where they are no ids of the Hub.
@@ -70,7 +70,7 @@ def save(
         output_dir: the folder to make.
         contexts: combinations to show and to bake into LoRAs; by default the held-out ones, or the first pairs.
         evaluation: folder that `hf-causal-context evaluate` wrote.
-        license: the Hub's name of the licence of the adapter, such as "apache-2.0".
+        license: the Hub's name of the license of the adapter, such as "apache-2.0".
         descriptions: concept -> what it means, for readers of the card.
         pretrained_model_name_or_path: the base, where the adapter does not name it or names a folder.
         revision, variant, dtype: of the base.
@@ -93,10 +93,10 @@ def save(
         raise FileNotFoundError(f"There is no folder {adapter}. Give the folder of a trained adapter.")
     stored = StoredAdapter.open(adapter, pretrained_model_name_or_path, revision=revision)
     config, language = stored.config, stored.is_of_language_model
-    pictures_only = {"class_label": class_label, "num_inference_steps": num_inference_steps, "variant": variant}
-    pictures_only |= {"guidance_scale": guidance_scale, "resolution": resolution}
+    images_only = {"class_label": class_label, "num_inference_steps": num_inference_steps, "variant": variant}
+    images_only |= {"guidance_scale": guidance_scale, "resolution": resolution}
     texts_only = {"chat": chat or None, "max_new_tokens": max_new_tokens}
-    if useless := [name for name, value in (pictures_only if language else texts_only).items() if value is not None]:
+    if useless := [name for name, value in (images_only if language else texts_only).items() if value is not None]:
         raise UserValueError(
             f"{adapter} is an adapter of a {'language model' if language else 'diffusers pipeline'}, so "
             f"{', '.join(f'--{name}' for name in useless)} would have no effect. Leave it out."
@@ -108,7 +108,7 @@ def save(
     shown = shown_contexts(ConceptSet(config.concepts), contexts or data.get("held_out", ()))
     base_name, revision = stored.base
     # One that was named for this command may be given as a folder; the card and the config then say so, too.
-    public = public_name(base_name)
+    public = portable_base_name(base_name)
     default_prompt = str(arguments.get("validation_prompt", ""))
     with complete_or_absent(output_dir) as folder:
         folder.mkdir()
@@ -131,8 +131,8 @@ def save(
             call |= {"num_inference_steps": num_inference_steps or 25}
             call |= {"guidance_scale": guidance_scale, "resolution": resolution}
             label = class_label if class_label is not None else 0 if base.takes_classes else None
-            made = show_pictures(base, folder, shown, seed=seed, class_label=label, call=call)
-        for name in (RESULTS, RESULTS_PICTURE, DATA_RECORD, BASE_GAP):
+            made = show_images(base, folder, shown, seed=seed, class_label=label, call=call)
+        for name in (RESULTS, RESULTS_IMAGE, DATA_RECORD, BASE_GAP):
             if (adapter / name).exists():
                 shutil.copyfile(adapter / name, folder / name)
         if arguments:
@@ -171,8 +171,8 @@ def check_complete(folder: Path) -> CardContents:
     contents = None
     if (folder / CARD_CONTENTS).exists():
         contents = CardContents.load(folder)
-        pictures = contents.samples.values() if contents.library == "diffusers" else ()
-        needed += [name for name in (*pictures, contents.grid, contents.strengths, contents.influence) if name]
+        images = contents.samples.values() if contents.library == "diffusers" else ()
+        needed += [name for name in (*images, contents.grid, contents.strengths, contents.influence) if name]
         needed += contents.loras.values()
     missing = [name for name in needed if not (folder / name).exists()]
     if missing or contents is None or not contents.samples:

@@ -19,10 +19,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .._files import CARD, first_line
-from ..bases.names import is_folder, lasting_name
+from ..bases.names import is_folder, resolve_base_name
 from ..errors import UserValueError
 from .card import is_edited, render_card
-from .card_code import quoted
+from .card_code import python_literal
 from .contents import CardContents
 from .folder import check_complete, save
 from .loading import load
@@ -106,14 +106,14 @@ def check_pushable(
         license: what the card will say.
 
     Raises:
-        ValueError: for what is no repository's name, a base that nobody else can load, or a licence unknown to the Hub.
+        ValueError: for what is no repository's name, a base that nobody else can load, or a license unknown to the Hub.
         OSError: without a valid token, in a namespace of others, or when the Hub cannot be reached.
     """
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise UserValueError(f"{repo_id!r} is no name of a repository: {error} Give user/name.") from error
-    if is_folder(lasting_name(base)):
+    if is_folder(resolve_base_name(base)):
         raise UserValueError(
             f"The base {base!r} is a folder of this machine, which nobody who downloads the adapter has. Push the base "
             "first (push_to_hub of the pipeline, or of the model and its tokenizer), then give its id: "
@@ -121,7 +121,7 @@ def check_pushable(
         )
     with _hub_errors(repo_id):
         account = HfApi(token=token).whoami()
-        namespaces = [account["name"], *(organisation["name"] for organisation in account.get("orgs", ()))]
+        namespaces = [account["name"], *(organization["name"] for organization in account.get("orgs", ()))]
         if repo_id.count("/") and repo_id.partition("/")[0] not in namespaces:
             raise PermissionError(
                 f"{repo_id} is not yours: you are {account['name']!r}, and may write under {', '.join(namespaces)}. "
@@ -165,7 +165,9 @@ def _card_to_push(
     """The card to upload; None where the one on the Hub, of this commit, was edited."""
     own = (folder / CARD).read_text(encoding="utf-8")
     if is_edited(own):
-        own = own.replace(quoted(contents.name), quoted(repo_id))  # code that others copy loads what they have
+        own = own.replace(
+            python_literal(contents.name), python_literal(repo_id)
+        )  # code that others copy loads what they have
     else:
         own = render_card(folder, repo_id, branch)
     if commit is None:
@@ -174,7 +176,7 @@ def _card_to_push(
     if is_edited(there) and there != own:
         place = repo_id if branch is None else f"{repo_id}, branch {branch},"
         print(
-            f"The card of {place} was edited on the Hub, and is kept as it is: what is new (samples, licence, prompt, "
+            f"The card of {place} was edited on the Hub, and is kept as it is: what is new (samples, license, prompt, "
             "results) does not show on it. Delete it there to get a new one.",
             flush=True,
         )

@@ -14,17 +14,17 @@ from transformers import PreTrainedTokenizerBase
 
 from ..adapter.baking import adapter_config, save_baked
 from ..adapter.effects import causal_effects
-from ..bases.tokens import Tokenisation
+from ..bases.tokens import Tokenization
 from ..contexts import Context, file_name
 from ..errors import UserValueError
-from .card_code import quoted
+from .card_code import python_literal
 from .contents import STRENGTHS, CardContents
 
 SEEDS_OF_GRID = 4
 _LONGEST_NAME = 50  # characters of a file's name; file systems count bytes, up to 255
 
 
-def show_pictures(
+def show_images(
     base: Any,
     folder: Path,
     contexts: Sequence[Context],
@@ -33,10 +33,10 @@ def show_pictures(
     class_label: int | None,
     call: dict[str, Any],
 ) -> CardContents:
-    """Write the pictures and LoRAs of a pipeline's adapter into a folder.
+    """Write the images and LoRAs of a pipeline's adapter into a folder.
 
     Args:
-        base: a `Base` with its adapter.
+        base: a `DiffusionBase` with its adapter.
         folder: takes pictures/, loras/ and influence.png.
         contexts: from `shown_contexts`.
         seed: of the samples.
@@ -47,7 +47,7 @@ def show_pictures(
         ValueError: for what `generate` refuses.
         OSError: for files that cannot be written.
     """
-    from ..bases.images import picture_grid, to_image
+    from ..bases.images import image_grid, to_image
     from ..inference.export import export_contexts
     from ..inference.sampling import generate
 
@@ -55,18 +55,18 @@ def show_pictures(
         return generate(base, some, seeds=seeds, class_label=class_label, batch_size=batch_size, **call)
 
     (folder / "pictures").mkdir()
-    paths = _picture_paths(contexts)
+    paths = _image_paths(contexts)
     own = {context: sample([context], [seed], batch_size=1)[0] for context in contexts}  # as the card's code does
     for context, path in paths.items():
         to_image(own[context][0]).save(folder / path)
     more = sample(contexts, range(seed + 1, seed + SEEDS_OF_GRID))
     rows = [torch.cat([own[context], others]) for context, others in zip(contexts, more, strict=True)]
-    picture_grid(rows, [str(context) or "no intervention" for context in contexts]).save(folder / "pictures/grid.png")
+    image_grid(rows, [str(context) or "no intervention" for context in contexts]).save(folder / "pictures/grid.png")
     singles = [Context(name) for name in adapter_config(base.denoiser).concepts]
     steps = [Context({context.targets[0]: s}) for context in singles for s in STRENGTHS]
     made = [own.get(context, other) for context, other in zip(steps, sample(steps, [seed]), strict=True)]
     sweeps = [torch.cat(made[i : i + len(STRENGTHS)]) for i in range(0, len(made), len(STRENGTHS))]
-    picture_grid(sweeps, [str(context) for context in singles]).save(folder / "pictures/strengths.png")
+    image_grid(sweeps, [str(context) for context in singles]).save(folder / "pictures/strengths.png")
 
     loras: list[Path] = []
     reason = None
@@ -98,7 +98,7 @@ def show_pictures(
     )
 
 
-def _picture_paths(contexts: Sequence[Context]) -> dict[Context, str]:
+def _image_paths(contexts: Sequence[Context]) -> dict[Context, str]:
     """One file each, of a length that file systems take and different in more than case."""
     paths: dict[Context, str] = {}
     taken = {"grid", "strengths"}  # what else is there
@@ -178,7 +178,7 @@ def _inputs(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, encoder
         )
         return code, made
     column = "prompt" if encoder_decoder else "text"
-    ids = Tokenisation(tokenizer, column, encoder_decoder=encoder_decoder, max_length=10**9).beginning(prompt)
+    ids = Tokenization(tokenizer, column, encoder_decoder=encoder_decoder, max_length=10**9).beginning(prompt)
     text = prompt
     options: dict[str, Any] = {}
     if tokenizer(prompt)["input_ids"] != ids:  # begin with a special token, or without the one that ends a text
@@ -188,12 +188,12 @@ def _inputs(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, encoder
                 f"The prompt {prompt!r} cannot be shown as text for this tokenizer. Give another --prompt."
             )
     shown = "".join(f", {name}={value}" for name, value in options.items())
-    code = f'tokenizer({quoted(text)}{shown}, return_tensors="pt")'
+    code = f'tokenizer({python_literal(text)}{shown}, return_tensors="pt")'
     return code, tokenizer(text, return_tensors="pt", **options)
 
 
 def _draw_influence(model: nn.Module, folder: Path) -> str | None:
-    """A picture of what the weights say: who acts on whom, or where nobody does, in which layers."""
+    """An image of what the weights say: who acts on whom, or where nobody does, in which layers."""
     config = adapter_config(model)
     if config.expressive_depth:
         return None
@@ -202,6 +202,6 @@ def _draw_influence(model: nn.Module, folder: Path) -> str | None:
         draw = effects.plot_layers if config.mechanism == "independent" else effects.plot
         draw(folder / "influence.png")
     except ImportError as error:
-        print(f"No picture of the read-out: {error}", flush=True)
+        print(f"No image of the read-out: {error}", flush=True)
         return None
     return "influence.png"

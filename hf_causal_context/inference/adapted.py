@@ -15,14 +15,14 @@ from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .._files import CONFIG, checkpoint_steps
-from .._messages import shown
+from .._messages import short_repr
 from ..adapter.baking import context_strengths
 from ..adapter.compatibility import check_fits
 from ..adapter.config import CausalContextConfig
 from ..adapter.storage.download import download
 from ..adapter.storage.files import read_header, read_weights
 from ..adapter.storage.layout import AdapterError
-from ..bases.families import Base
+from ..bases.families import DiffusionBase
 from ..bases.language import load_language_model
 from ..bases.loading import load_base
 from ..bases.names import is_packaged
@@ -119,11 +119,13 @@ class StoredAdapter:
             validate_repo_id(base)
         except HFValidationError:
             raise AdapterError(
-                f"{self.source} comes from the Hub, and the base that it names, {shown(base)}, is no repository there: "
-                "it was trained on a folder of another machine. Give --pretrained_model_name_or_path."
+                f"{self.source} comes from the Hub, and the base that it names, {short_repr(base)}, is no repository "
+                "there: it was trained on a folder of another machine. Give --pretrained_model_name_or_path."
             ) from None
 
-    def pipeline(self, contexts: Sequence[Context] = (), *, variant: str | None = None, dtype: str = "float32") -> Base:
+    def pipeline(
+        self, contexts: Sequence[Context] = (), *, variant: str | None = None, dtype: str = "float32"
+    ) -> DiffusionBase:
         """Load the base, a diffusers pipeline, with the adapter attached, onto the GPU if there is one.
 
         Args:
@@ -166,8 +168,7 @@ class StoredAdapter:
         library = (self.config.auto_mapping or {}).get("parent_library") or ""
         if library.startswith("diffusers"):
             raise UserValueError(
-                f"{self.source} is an adapter of a diffusion model. `hf-causal-context generate` makes "
-                "pictures with it."
+                f"{self.source} is an adapter of a diffusion model. `hf-causal-context generate` makes images with it."
             )
         if self.config.task_type is not None and not self.is_of_language_model:
             raise UserValueError(f"{self.source} is an adapter for {self.config.task_type}, which writes no texts.")

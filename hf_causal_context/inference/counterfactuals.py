@@ -1,11 +1,11 @@
-"""What a picture would have been under another intervention: abduction, action, prediction (Pearl).
+"""What an image would have been under another intervention: abduction, action, prediction (Pearl).
 
-Abduction runs the sampler backwards, from the picture to the noise that it would have been drawn from; action changes
+Abduction runs the sampler backwards, from the image to the noise that it would have been drawn from; action changes
 the context; prediction runs the sampler forwards. The sampler takes Euler steps of the probability-flow ODE, for
 diffusion those of DDIM (Song et al., 2021): from the noisier x' to x with x' = c x + d e(x'), where e is the predicted
 noise (for flows the velocity, and c = 1). The step backwards solves the same equation for x': it is the exact inverse.
 
-Shapes: B pictures, L strengths, C channels, H x W pixels or latent pixels.
+Shapes: B images, L strengths, C channels, H x W pixels or latent pixels.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ..adapter.intervene import intervene
 from ..bases.families import Flux
-from ..bases.images import read_picture
-from ..bases.loading import Base, as_base
+from ..bases.images import read_image
+from ..bases.loading import DiffusionBase, as_base
 from ..contexts import OBSERVATIONAL, Context, ContextLike, as_context
 from ..errors import UserTypeError, UserValueError
 from .sampling import check_conditions, eval_mode
@@ -41,18 +41,18 @@ _SMALLEST_DAMPING = 0.05  # below it, a half-precision denoiser's rounding is al
 
 @dataclass(frozen=True)
 class Counterfactual:
-    """Pictures of a counterfactual, and how far the abduction can be trusted.
+    """Images of a counterfactual, and how far the abduction can be trusted.
 
     Attributes:
-        pictures: (L, B, C, H, W) in [0, 1], float32 on the CPU, one for every strength.
-        reconstruction: (B, C, H, W), the abducted noise under `from_context`: what should be the picture itself.
+        images: (L, B, C, H, W) in [0, 1], float32 on the CPU, one for every strength.
+        reconstruction: (B, C, H, W), the abducted noise under `from_context`: what should be the image itself.
         reconstruction_error: (B,), root mean square difference between the two in [0, 1] units. Of latent bases it is
-            that from what the autoencoder makes of the picture, whose own loss comes on top.
-        noise: (B, C, H, W), what abduction found, in the denoiser's space; standard normal if the picture is one that
+            that from what the autoencoder makes of the image, whose own loss comes on top.
+        noise: (B, C, H, W), what abduction found, in the denoiser's space; standard normal if the image is one that
             the base could have drawn.
     """
 
-    pictures: Tensor
+    images: Tensor
     reconstruction: Tensor
     reconstruction_error: Tensor
     noise: Tensor
@@ -60,7 +60,7 @@ class Counterfactual:
 
 @torch.no_grad()
 def counterfactual(
-    pipe: Base | DiffusionPipeline,
+    pipe: DiffusionBase | DiffusionPipeline,
     image: Image.Image | Sequence[Image.Image] | Tensor,
     to_context: ContextLike,
     from_context: ContextLike = (),
@@ -71,30 +71,30 @@ def counterfactual(
     class_label: int | None = None,
     num_inference_steps: int = 50,
 ) -> Counterfactual:
-    """What pictures of `from_context` would have been under `to_context`, all else being equal.
+    """What images of `from_context` would have been under `to_context`, all else being equal.
 
     There is no classifier-free guidance: amplified predictions cannot be inverted.
 
     Args:
         pipe: a pipeline with an adapter.
-        image: a picture, several, or a tensor (B, C, H, W) in [0, 1]; of the size that the base generates.
+        image: an image, several, or a tensor (B, C, H, W) in [0, 1]; of the size that the base generates.
         to_context: the context asked about.
-        from_context: the context that the pictures were made in; () is observational.
+        from_context: the context that the images were made in; () is observational.
         strengths: s leads from `from_context` (0) to `to_context` (1), m = from + s (to - from); others interpolate and
             extrapolate. All share one abduction.
-        mask: (H, W) in [0, 1] or a grey picture: 1 where the edit may act, elsewhere the picture stays as it is.
-        prompt: of the pictures, for bases that take text.
-        class_label: of the pictures, for bases that are conditioned on classes.
+        mask: (H, W) in [0, 1] or a gray image: 1 where the edit may act, elsewhere the image stays as it is.
+        prompt: of the images, for bases that take text.
+        class_label: of the images, for bases that are conditioned on classes.
         num_inference_steps: of the sampler. More make the steps smaller, so that abduction is easier.
 
     Raises:
-        TypeError: for something that is no picture or no context.
-        ValueError: without an adapter, for unknown concepts, or pictures, masks or conditions that do not fit the base.
+        TypeError: for something that is no image or no context.
+        ValueError: without an adapter, for unknown concepts, or images, masks or conditions that do not fit the base.
 
     Example:
-        >>> edit = counterfactual(pipe, picture, "thickness", strengths=[0.5, 1])   # doctest: +SKIP
+        >>> edit = counterfactual(pipe, image, "thickness", strengths=[0.5, 1])   # doctest: +SKIP
     """
-    base = pipe if isinstance(pipe, Base) else as_base(pipe)
+    base = pipe if isinstance(pipe, DiffusionBase) else as_base(pipe)
     check_conditions(base, prompt, class_label, None, None)
     if len(strengths) == 0 or not np.isfinite(strengths).all():
         raise UserValueError(f"strengths={list(strengths)} must be one or more finite numbers, such as [0.5, 1.0].")
@@ -115,17 +115,17 @@ def counterfactual(
         decoded = base.decode_images(sampler.forward(rows, contexts, path, coarse)).float().cpu()
         shown = base.decode_images(clean).float().cpu()
     reconstruction, *edits = decoded.split(len(pixels))
-    pictures = torch.stack(edits)
+    images = torch.stack(edits)
     if weights is not None:
-        pictures = weights * pictures + (1 - weights) * pixels
+        images = weights * images + (1 - weights) * pixels
     error = (reconstruction - shown).square().flatten(1).mean(1).sqrt()
-    return Counterfactual(pictures, reconstruction, error, path[-1].cpu())
+    return Counterfactual(images, reconstruction, error, path[-1].cpu())
 
 
 class Sampler:
-    """Steps between a picture and its noise, both ways."""
+    """Steps between an image and its noise, both ways."""
 
-    def __init__(self, base: Base, steps: int, prompt: str | None, class_label: int | None) -> None:
+    def __init__(self, base: DiffusionBase, steps: int, prompt: str | None, class_label: int | None) -> None:
         self.base, self.prompt, self.class_label = base, prompt, class_label
         denoiser: Any = base.denoiser
         self.dtype: torch.dtype = denoiser.dtype
@@ -133,7 +133,7 @@ class Sampler:
         self.steps = steps
 
     def backward(self, clean: Tensor, context: Context) -> list[Tensor]:
-        """(B, C, H, W) at every step, from the picture to its noise."""
+        """(B, C, H, W) at every step, from the image to its noise."""
         path = [clean]
         grid = self._grid(clean)
         conditions = self._conditions([context] * len(clean))
@@ -144,12 +144,12 @@ class Sampler:
         return path
 
     def forward(self, noise: Tensor, contexts: Sequence[Context], path: list[Tensor], weight: Tensor | None) -> Tensor:
-        """From noise (rows of the first context, then of the second, ...) to pictures; outside the mask as on the path.
+        """From noise (rows of the first context, then of the second, ...) to images; outside the mask as on the path.
 
         The first context's rows are those of the reconstruction, and are not masked.
         """
-        pictures = len(path[0])
-        each = [context for context in contexts for _ in range(pictures)]
+        images = len(path[0])
+        each = [context for context in contexts for _ in range(images)]
         conditions = self._conditions(each)
         grid = self._grid(path[0])
         x = noise
@@ -159,7 +159,7 @@ class Sampler:
                 x = step.forward(x, self._predict(x, step, conditions))
                 if weight is not None:
                     kept = torch.cat([path[number]] * (len(contexts) - 1))
-                    x = torch.cat([x[:pictures], weight * x[pictures:] + (1 - weight) * kept])
+                    x = torch.cat([x[:images], weight * x[images:] + (1 - weight) * kept])
                 bar.update()
         return x
 
@@ -167,7 +167,7 @@ class Sampler:
         return cast(Any, self.base.pipe).progress_bar(total=len(grid))
 
     def _grid(self, clean: Tensor) -> list[_Step]:
-        """Steps from the picture towards noise."""
+        """Steps from the image towards noise."""
         scheduler: Any = self.base.pipe.scheduler
         if self.base.prediction == "flow":
             flow: Any = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
@@ -191,7 +191,7 @@ class Sampler:
         times, squares = times[squares > _SMALLEST_SNR], squares[squares > _SMALLEST_SNR]
         if not len(times):
             raise UserValueError(
-                f"num_inference_steps={self.steps} leads from pure noise to the picture without a step in between that "
+                f"num_inference_steps={self.steps} leads from pure noise to the image without a step in between that "
                 "could be inverted. Use more; 50 is usual."
             )
         alphas = torch.cat([torch.ones(1), squares.sqrt()])
@@ -265,15 +265,15 @@ def _between(source: Context, target: Context, strength: float) -> Context:
     return Context({name: a.get(name, 0.0) + strength * (b.get(name, 0.0) - a.get(name, 0.0)) for name in {**a, **b}})
 
 
-def _pixels(base: Base, image: Image.Image | Sequence[Image.Image] | Tensor) -> Tensor:
-    """(B, C, H, W) in [0, 1]; pictures are turned to the base's size and channels as in training."""
+def _pixels(base: DiffusionBase, image: Image.Image | Sequence[Image.Image] | Tensor) -> Tensor:
+    """(B, C, H, W) in [0, 1]; images are turned to the base's size and channels as in training."""
     if not isinstance(image, Tensor):
-        pictures = [image] if isinstance(image, Image.Image) else list(image)
-        if not pictures or not all(isinstance(picture, Image.Image) for picture in pictures):
+        images = [image] if isinstance(image, Image.Image) else list(image)
+        if not images or not all(isinstance(image, Image.Image) for image in images):
             raise UserTypeError(
-                f"image={image!r} is no picture. Pass a PIL image, a list of them, or a tensor (B, C, H, W) in [0, 1]."
+                f"image={image!r} is no image. Pass a PIL image, a list of them, or a tensor (B, C, H, W) in [0, 1]."
             )
-        arrays = [read_picture(picture, base.image_channels, base.default_resolution) for picture in pictures]
+        arrays = [read_image(image, base.image_channels, base.default_resolution) for image in images]
         return torch.from_numpy(np.stack(arrays)).float() / 255
     if image.ndim != 4 or not image.numel() or not image.is_floating_point() or not _in_range(image):
         raise UserValueError(
@@ -292,12 +292,12 @@ def _mask(mask: Image.Image | Tensor, pixels: Tensor) -> Tensor:
     """(1, 1, H, W) in [0, 1]."""
     height, width = pixels.shape[2:]
     if isinstance(mask, Image.Image):
-        grey = ImageOps.fit(ImageOps.exif_transpose(mask).convert("L"), (width, height))
-        return torch.from_numpy(np.asarray(grey).copy()).float()[None, None] / 255
+        gray = ImageOps.fit(ImageOps.exif_transpose(mask).convert("L"), (width, height))
+        return torch.from_numpy(np.asarray(gray).copy()).float()[None, None] / 255
     if tuple(mask.shape) != (height, width) or not _in_range(mask):
         raise UserValueError(
             f"mask has shape {tuple(mask.shape)} and values {_range(mask)}. Pass ({height}, {width}) in [0, 1], 1 "
-            "where the edit may act, or a grey picture."
+            "where the edit may act, or a gray image."
         )
     return mask.detach().float().cpu()[None, None]
 

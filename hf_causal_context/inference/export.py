@@ -26,7 +26,7 @@ from ..adapter.baking import adapter_config, bake, context_strengths
 from ..adapter.config import CausalContextConfig
 from ..adapter.layer import CausalContextLayer
 from ..adapter.saving import write_adapter
-from ..bases.families import Base
+from ..bases.families import DiffusionBase
 from ..contexts import ConceptSet, Context, file_name
 from ..errors import UserValueError
 
@@ -40,7 +40,7 @@ _Lora: TypeAlias = tuple[LoraConfig, dict[str, Tensor]]
 
 
 def export_contexts(
-    base: Base, contexts: Sequence[str], output_dir: Path, *, file_format: FileFormat = "diffusers"
+    base: DiffusionBase, contexts: Sequence[str], output_dir: Path, *, file_format: FileFormat = "diffusers"
 ) -> list[Path]:
     """Write one LoRA per context of the adapter in a pipeline, and return the paths.
 
@@ -125,7 +125,7 @@ def lora_paths(
     return files
 
 
-def _check_format(base: Base, models: dict[str, nn.Module], file_format: FileFormat) -> None:
+def _check_format(base: DiffusionBase, models: dict[str, nn.Module], file_format: FileFormat) -> None:
     pipeline = type(base.pipe).__name__
     if not isinstance(base.pipe, LoraBaseMixin):
         raise UserValueError(
@@ -160,7 +160,7 @@ def _lora(component: str, model: nn.Module, context: Context) -> _Lora:
     return config, weights
 
 
-def _write_diffusers(base: Base, loras: dict[str, _Lora], path: Path) -> None:
+def _write_diffusers(base: DiffusionBase, loras: dict[str, _Lora], path: Path) -> None:
     arguments: dict[str, Any] = {}
     for component, (config, weights) in loras.items():
         patterns = [config.rank_pattern or {}, config.alpha_pattern or {}]
@@ -184,7 +184,7 @@ def _write_diffusers(base: Base, loras: dict[str, _Lora], path: Path) -> None:
     cast(Any, base.pipe).save_lora_weights(path.parent, weight_name=path.name, **arguments)
 
 
-def _kohya_state(base: Base, loras: dict[str, _Lora]) -> dict[str, Tensor]:
+def _kohya_state(base: DiffusionBase, loras: dict[str, _Lora]) -> dict[str, Tensor]:
     # One alpha for all modules, because diffusers' reader loses those of attention modules that differ from the rest.
     alpha = max(config.r for config, _ in loras.values())
     state = {}
@@ -200,7 +200,7 @@ def _kohya_state(base: Base, loras: dict[str, _Lora]) -> dict[str, Tensor]:
     return kohya
 
 
-def _check_readable(base: Base, kohya: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+def _check_readable(base: DiffusionBase, kohya: dict[str, Tensor], state: dict[str, Tensor]) -> None:
     """Refuse modules that diffusers does not find again: underscores for dots lose what a name was."""
     read, _ = cast(Any, base.pipe).lora_state_dict(dict(kohya))
     found = set()
@@ -219,7 +219,7 @@ def _check_readable(base: Base, kohya: dict[str, Tensor], state: dict[str, Tenso
         )
 
 
-def _kohya_metadata(base: Base, loras: dict[str, _Lora], title: str) -> dict[str, str]:
+def _kohya_metadata(base: DiffusionBase, loras: dict[str, _Lora], title: str) -> dict[str, str]:
     rank = str(max(config.r for config, _ in loras.values()))
     metadata = {"format": "pt", "modelspec.title": title, "ss_network_module": "networks.lora"}
     metadata |= {"ss_network_dim": rank, "ss_network_alpha": rank}

@@ -1,4 +1,4 @@
-"""Pictures from a base and its adapter: the same seeds in several contexts, and grids of them.
+"""Images from a base and its adapter: the same seeds in several contexts, and grids of them.
 
 Shapes: S seeds, C channels, H x W pixels.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..adapter.intervene import intervene
 from ..adapter.lookup import conditionings
-from ..bases.loading import Base, as_base
+from ..bases.loading import DiffusionBase, as_base
 from ..contexts import Context, ContextLike, as_context
 from ..errors import UserTypeError, UserValueError
 
@@ -35,7 +35,7 @@ class SamplingOptions(TypedDict, total=False):
 
 @torch.no_grad()
 def generate(
-    base: Base | DiffusionPipeline,
+    base: DiffusionBase | DiffusionPipeline,
     contexts: Sequence[ContextLike],
     *,
     seeds: Sequence[int],
@@ -46,7 +46,7 @@ def generate(
     resolution: int | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> list[Tensor]:
-    """Pictures (S, C, H, W) in [0, 1] for every context, on the CPU.
+    """Images (S, C, H, W) in [0, 1] for every context, on the CPU.
 
     A seed gives the same noise in every context, whatever the batch size and the device. Different contexts share
     batches. A base without an adapter knows the observational context only.
@@ -54,14 +54,14 @@ def generate(
     Args:
         guidance_scale: the pipeline's default if None.
         resolution: height and width; the pipeline's default if None.
-        batch_size: pictures per call of the pipeline.
+        batch_size: images per call of the pipeline.
 
     Raises:
         TypeError: for a single context in place of a sequence of them, or something that is no context.
         ValueError: for no contexts or seeds, conditions that the base does not take or lacks, unknown concepts, or
             targets without an adapter.
     """
-    base = base if isinstance(base, Base) else as_base(base)
+    base = base if isinstance(base, DiffusionBase) else as_base(base)
     check_conditions(base, prompt, class_label, guidance_scale, resolution)
     if isinstance(contexts, str | Mapping | Context):
         raise UserTypeError(
@@ -79,7 +79,7 @@ def generate(
         options["guidance_scale"] = guidance_scale
     if resolution is not None and not base.fixed_size:
         options |= {"height": resolution, "width": resolution}
-    pictures = []
+    images = []
     with eval_mode(base.denoiser), _no_progress_bars(base.pipe):
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
@@ -96,12 +96,16 @@ def generate(
                     num_inference_steps=num_inference_steps,
                     output_type="pt",
                 )
-            pictures.append(output.images.float().cpu())
-    return list(torch.cat(pictures).split(len(seeds)))
+            images.append(output.images.float().cpu())
+    return list(torch.cat(images).split(len(seeds)))
 
 
 def check_conditions(
-    base: Base, prompt: str | None, class_label: int | None, guidance_scale: float | None, resolution: int | None
+    base: DiffusionBase,
+    prompt: str | None,
+    class_label: int | None,
+    guidance_scale: float | None,
+    resolution: int | None,
 ) -> None:
     """Refuse what a pipeline cannot be called with.
 
@@ -152,14 +156,14 @@ def _no_progress_bars(pipe: Any) -> Iterator[None]:
         pipe.set_progress_bar_config(**bars)
 
 
-def _conditions(base: Base, rows: int, prompt: str | None, class_label: int | None) -> dict[str, Any]:
+def _conditions(base: DiffusionBase, rows: int, prompt: str | None, class_label: int | None) -> dict[str, Any]:
     if base.condition_argument is None:
         return {"batch_size": rows}
     return {base.condition_argument: [class_label if base.takes_classes else prompt or ""] * rows}
 
 
 @contextmanager
-def _class_label(base: Base, label: int | None) -> Iterator[None]:
+def _class_label(base: DiffusionBase, label: int | None) -> Iterator[None]:
     """Give the denoiser a class label that its pipeline has no argument for."""
     if label is None or base.condition_argument is not None:
         yield

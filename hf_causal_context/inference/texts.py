@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapter.intervene import intervene
-from ..bases.tokens import Tokenisation, known_positions, room_after
+from ..bases.tokens import Tokenization, known_positions, room_after
 from ..contexts import Context
 from ..errors import UserValueError
 
@@ -55,8 +55,8 @@ def generate_texts(
         raise UserValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
     encoder_decoder = bool(cast(Any, model).config.is_encoder_decoder)
     column = "prompt" if encoder_decoder else "text"
-    tokenise = Tokenisation(tokenizer, column, encoder_decoder=encoder_decoder, max_length=sys.maxsize)
-    prompt_ids = [tokenise.beginning(prompt) for prompt in prompts]
+    tokenize = Tokenization(tokenizer, column, encoder_decoder=encoder_decoder, max_length=sys.maxsize)
+    prompt_ids = [tokenize.beginning(prompt) for prompt in prompts]
     for ids in prompt_ids:
         _check_room(model, ids, max_new_tokens, encoder_decoder)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": seed is not None}

@@ -46,7 +46,7 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
         ignore_contexts: every context counts as the observational one, for ablations.
         latent_module: name of the module in `base` that the context module replaces. It maps features (B,
             *base.latent_shape) to a latent of that shape and its KL divergence (B,). The base is then a whole model:
-            `base(pictures, generator)` returns output and KL divergence, `base.sample(num, generator)` output.
+            `base(images, generator)` returns output and KL divergence, `base.sample(num, generator)` output.
 
     Raises:
         ValueError: for concepts or numbers that are not valid, an unknown base or no such module in it.
@@ -108,7 +108,7 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
         self.backbone_is_frozen = False
 
     def train(self, mode: bool = True) -> ContextAutoencoder:
-        """As of every module; a frozen backbone stays in eval mode, so that its batch norm keeps what it learnt.
+        """As of every module; a frozen backbone stays in eval mode, so that its batch norm keeps what it learned.
 
         The published experiments kept updating those statistics, and so does `published`.
         """
@@ -117,11 +117,11 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
             self.backbone.eval()
         return self
 
-    def forward(self, pictures: Tensor, mask: Tensor, generator: torch.Generator | None = None) -> AutoencoderOutput:
-        """Pictures (B, C, S, S) in [0, 1] and an intervention mask (B or 1, K) -> reconstructions and KL divergence."""
+    def forward(self, images: Tensor, mask: Tensor, generator: torch.Generator | None = None) -> AutoencoderOutput:
+        """Images (B, C, S, S) in [0, 1] and an intervention mask (B or 1, K) -> reconstructions and KL divergence."""
         mask = torch.zeros_like(mask) if self.ignore_contexts else mask
         if self.latent_module is None:
-            posterior = self.context_module.encode(self.backbone.encode(pictures), mask)
+            posterior = self.context_module.encode(self.backbone.encode(images), mask)
             features = self.context_module(posterior.sample(generator), mask)
             return AutoencoderOutput(self.backbone.decode(features), posterior.kl())
 
@@ -130,32 +130,32 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
             return self.context_module(posterior.sample(generator), mask).view_as(features), posterior.kl()
 
         with self._replaced(latent):
-            return AutoencoderOutput(*self.backbone(pictures, generator))
+            return AutoencoderOutput(*self.backbone(images, generator))
 
-    def encode(self, pictures: Tensor, context: ContextBatch = ()) -> Posterior:
-        """Pictures (B, C, S, S) in [0, 1], drawn in a context -> the posterior of their exogenous coordinates.
+    def encode(self, images: Tensor, context: ContextBatch = ()) -> Posterior:
+        """Images (B, C, S, S) in [0, 1], drawn in a context -> the posterior of their exogenous coordinates.
 
         Raises:
-            ValueError: for pictures of another shape, values outside [0, 1], unknown concepts, or another number of
+            ValueError: for images of another shape, values outside [0, 1], unknown concepts, or another number of
                 contexts.
         """
-        self.check_pictures(pictures)
-        mask = self.mask(context, len(pictures))
+        self.check_images(images)
+        mask = self.mask(context, len(images))
         if self.latent_module is None:
-            return self.context_module.encode(self.backbone.encode(pictures), mask)
+            return self.context_module.encode(self.backbone.encode(images), mask)
 
         def keep(features: Tensor) -> tuple[Tensor, Tensor]:
             raise _FoundError(features)
 
         try:
             with self._replaced(keep):
-                self.backbone(pictures)
+                self.backbone(images)
         except _FoundError as stop:
             return self.context_module.encode(cast(Tensor, stop.args[0]).flatten(1), mask)
         raise UserValueError(f"The base never called {self.latent_module!r}, so there is nothing to encode.")
 
     def decode(self, noise: Tensor, context: ContextBatch, generator: torch.Generator | None = None) -> Tensor:
-        """Exogenous coordinates (B, K, N) in a context, or one per sample -> pictures (B, C, S, S) in [0, 1].
+        """Exogenous coordinates (B, K, N) in a context, or one per sample -> images (B, C, S, S) in [0, 1].
 
         The lower latents of a hierarchical base are drawn from its prior.
 
@@ -176,7 +176,7 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def sample(self, context: ContextBatch = (), num: int = 1, generator: torch.Generator | None = None) -> Tensor:
-        """`num` pictures (num, C, S, S) in [0, 1] in a context, or one context for each.
+        """`num` images (num, C, S, S) in [0, 1] in a context, or one context for each.
 
         Raises:
             ValueError: for unknown concepts, or another number of contexts than `num`.
@@ -186,41 +186,41 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
         return self.decode(noise, context, generator)
 
     @torch.no_grad()
-    def reconstruct(self, pictures: Tensor, context: ContextBatch = ()) -> Tensor:
-        """Pictures (B, C, S, S), drawn in a context, as the model sees them: decoded from the posterior's mean.
+    def reconstruct(self, images: Tensor, context: ContextBatch = ()) -> Tensor:
+        """Images (B, C, S, S), drawn in a context, as the model sees them: decoded from the posterior's mean.
 
         Raises:
             ValueError: as `encode` and `decode` do.
         """
-        return self.counterfactual(pictures, from_context=context, to_context=context)
+        return self.counterfactual(images, from_context=context, to_context=context)
 
     @torch.no_grad()
-    def counterfactual(self, pictures: Tensor, from_context: ContextBatch, to_context: ContextBatch) -> Tensor:
-        """What pictures (B, C, S, S), drawn in one context, would have been in another, with the same noise.
+    def counterfactual(self, images: Tensor, from_context: ContextBatch, to_context: ContextBatch) -> Tensor:
+        """What images (B, C, S, S), drawn in one context, would have been in another, with the same noise.
 
         Abduction takes the posterior's mean in `from_context`; without `encode_context`, as in the paper, it is the
-        same for all. A hierarchical base infers its lower latents from the pictures again. Compare with `reconstruct`
+        same for all. A hierarchical base infers its lower latents from the images again. Compare with `reconstruct`
         to see what the model can represent at all.
 
         Raises:
             ValueError: as `encode` and `decode` do.
         """
-        noise = self.encode(pictures, from_context).mean
+        noise = self.encode(images, from_context).mean
         if self.latent_module is None:
             return self.decode(noise, to_context)
-        latent = self.context_module(noise, self.mask(to_context, len(pictures)))
+        latent = self.context_module(noise, self.mask(to_context, len(images)))
         with self._replaced(_constant(latent)):
             # The lower latents are drawn; always from the same numbers.
-            return self._pixels(self.backbone(pictures, torch.Generator(self.device).manual_seed(0))[0])
+            return self._pixels(self.backbone(images, torch.Generator(self.device).manual_seed(0))[0])
 
     @torch.no_grad()
-    def concepts(self, pictures: Tensor, context: ContextBatch = ()) -> Tensor:
-        """Values of the concepts (B, K, W) in pictures (B, C, S, S) that were drawn in a context.
+    def concepts(self, images: Tensor, context: ContextBatch = ()) -> Tensor:
+        """Values of the concepts (B, K, W) in images (B, C, S, S) that were drawn in a context.
 
         Raises:
             ValueError: as `encode` and `decode` do.
         """
-        return self.context_module.concepts(self.encode(pictures, context).mean, self.mask(context, len(pictures)))
+        return self.context_module.concepts(self.encode(images, context).mean, self.mask(context, len(images)))
 
     def mask(self, context: ContextBatch, num: int) -> Tensor:
         """Intervention mask (1 or num, K) of one context, or of one for each of `num` samples, on the model's device.
@@ -237,18 +237,18 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
         mask = torch.zeros_like(mask) if self.ignore_contexts else mask
         return mask.to(self.device, self.dtype)
 
-    def check_pictures(self, pictures: Tensor) -> None:
-        """Raise a ValueError unless pictures are (B, C, S, S) in [0, 1]."""
+    def check_images(self, images: Tensor) -> None:
+        """Raise a ValueError unless images are (B, C, S, S) in [0, 1]."""
         expected = (self.backbone.channels, self.backbone.size, self.backbone.size)
-        if pictures.ndim != 4 or pictures.shape[1:] != expected or not pictures.is_floating_point():
+        if images.ndim != 4 or images.shape[1:] != expected or not images.is_floating_point():
             raise UserValueError(
-                f"Pictures of shape {tuple(pictures.shape)} and dtype {pictures.dtype}; this autoencoder takes float "
+                f"Images of shape {tuple(images.shape)} and dtype {images.dtype}; this autoencoder takes float "
                 f"tensors (B, {', '.join(map(str, expected))}) with values in [0, 1]. Resize or convert them."
             )
-        low, high = pictures.aminmax() if len(pictures) else (torch.zeros(()), torch.ones(()))
+        low, high = images.aminmax() if len(images) else (torch.zeros(()), torch.ones(()))
         if not (low >= 0 and high <= 1):  # NaN fails, too
             raise UserValueError(
-                f"Pictures have values from {low:g} to {high:g}; they must lie in [0, 1]. Divide bytes by 255; for "
+                f"Images have values from {low:g} to {high:g}; they must lie in [0, 1]. Divide bytes by 255; for "
                 "values in [-1, 1] take (x + 1) / 2."
             )
 

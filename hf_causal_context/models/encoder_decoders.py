@@ -1,4 +1,4 @@
-"""Encoder-decoders that a `ContextAutoencoder` is built around: pictures -> features, and features -> pictures.
+"""Encoder-decoders that a `ContextAutoencoder` is built around: images -> features, and features -> images.
 
 Shapes: B samples, C channels, S x S pixels, F features.
 """
@@ -19,7 +19,7 @@ class EncoderDecoder(nn.Module):
     """The base class of encoder-decoders; subclass it for one of your own.
 
     `config` rebuilds it: the arguments of its constructor, as JSON can hold them. `size` and `channels` are of its
-    pictures, `features` is F, and `output` says what `decode` returns: "logits" of pixels, or "pixels" in [0, 1].
+    images, `features` is F, and `output` says what `decode` returns: "logits" of pixels, or "pixels" in [0, 1].
     """
 
     config: dict[str, Any]
@@ -28,8 +28,8 @@ class EncoderDecoder(nn.Module):
     features: int
     output: Literal["logits", "pixels"] = "logits"
 
-    def encode(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, C, S, S) in [0, 1] -> features (B, F)."""
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, C, S, S) in [0, 1] -> features (B, F)."""
         raise NotImplementedError
 
     def decode(self, features: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class LightweightVAE(EncoderDecoder):
     convolutions of stride 2, ReLU before batch norm; published for 64 x 64.
 
     Args:
-        size: side S of the pictures, 28 or a multiple of 16.
+        size: side S of the images, 28 or a multiple of 16.
         channels: C, 3 for RGB.
 
     Raises:
@@ -55,7 +55,7 @@ class LightweightVAE(EncoderDecoder):
 
     def __init__(self, size: int = 64, channels: int = 3) -> None:
         if size != 28 and (size < 16 or size % 16):
-            raise UserValueError(f"size={size} must be 28 or a multiple of 16. Resize the pictures.")
+            raise UserValueError(f"size={size} must be 28 or a multiple of 16. Resize the images.")
         if channels < 1:
             raise UserValueError(f"channels={channels} must be at least 1.")
         super().__init__()
@@ -83,8 +83,8 @@ class LightweightVAE(EncoderDecoder):
             *_stack(nn.ConvTranspose2d, widths[::-1], kernels[::-1], activation, last=False),
         )
 
-    def encode(self, pictures: Tensor) -> Tensor:
-        return self.encoder(pictures)
+    def encode(self, images: Tensor) -> Tensor:
+        return self.encoder(images)
 
     def decode(self, features: Tensor) -> Tensor:
         return self.decoder(features)
@@ -119,7 +119,7 @@ class KLAutoencoder(EncoderDecoder):
     """A diffusers `AutoencoderKL`: its latents, scaled to unit variance and flattened, are the features.
 
     Args:
-        size: side S of the pictures; it determines F.
+        size: side S of the images; it determines F.
         vae: the pretrained model, or its configuration.
 
     Raises:
@@ -144,8 +144,8 @@ class KLAutoencoder(EncoderDecoder):
         self.shift = float(settings.get("shift_factor") or 0)
         self.vae = vae
 
-    def encode(self, pictures: Tensor) -> Tensor:
-        latents = cast(Any, self.vae).encode(pictures * 2 - 1).latent_dist.mean
+    def encode(self, images: Tensor) -> Tensor:
+        latents = cast(Any, self.vae).encode(images * 2 - 1).latent_dist.mean
         return ((latents - self.shift) * self.scale).flatten(1)
 
     def decode(self, features: Tensor) -> Tensor:

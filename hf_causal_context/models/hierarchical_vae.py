@@ -22,7 +22,7 @@ class HierarchicalVAE(nn.Module):
     `ContextAutoencoder` with `latent_module="top"` puts a context module in its place.
 
     Args:
-        size: side S of the pictures, a multiple of 8.
+        size: side S of the images, a multiple of 8.
         channels: C.
         width: channels at S/2; twice and four times as many below.
         latent_channels: of the two lower groups.
@@ -35,7 +35,7 @@ class HierarchicalVAE(nn.Module):
 
     def __init__(self, size: int = 32, channels: int = 3, width: int = 16, latent_channels: int = 4) -> None:
         if size < 8 or size % 8:
-            raise UserValueError(f"size={size} must be a multiple of 8. Resize the pictures.")
+            raise UserValueError(f"size={size} must be a multiple of 8. Resize the images.")
         super().__init__()
         self.config: dict[str, Any] = {
             "size": size,
@@ -57,10 +57,10 @@ class HierarchicalVAE(nn.Module):
         self.groups = nn.ModuleList(LatentGroup(features, latent_channels) for features in (2 * width, width))
         self.to_output = nn.ConvTranspose2d(width, channels, 4, 2, 1)
 
-    def forward(self, pictures: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Pictures (B, C, S, S) in [0, 1] -> logits of their reconstructions, and all groups' KL divergence (B,)."""
+    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Images (B, C, S, S) in [0, 1] -> logits of their reconstructions, and all groups' KL divergence (B,)."""
         levels = []
-        features = pictures
+        features = images
         for block in self.up:
             features = block(features)
             levels.append(features)
@@ -71,7 +71,7 @@ class HierarchicalVAE(nn.Module):
         return self.to_output(state), kl
 
     def sample(self, num: int, generator: torch.Generator | None = None) -> Tensor:
-        """Logits (num, C, S, S) of pictures drawn from the prior."""
+        """Logits (num, C, S, S) of images drawn from the prior."""
         no_features = self.to_output.weight.new_zeros(num, *self.latent_shape)
         state, _ = self.top(no_features, generator, prior=True)
         for block, group in zip(self.down, self.groups, strict=True):
@@ -111,7 +111,7 @@ class LatentGroup(nn.Module):
     def forward(
         self, state: Tensor, features: Tensor | None, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
-        """State and features of the pictures (None: sample the prior), (B, D, h, w) each -> next state and KL (B,)."""
+        """State and features of the images (None: sample the prior), (B, D, h, w) each -> next state and KL (B,)."""
         mean, log_variance = self.to_prior(state).chunk(2, dim=1)
         log_variance = log_variance.clamp(-10, 5)
         kl = state.new_zeros(len(state))

@@ -23,7 +23,7 @@ OLDER_RUNS = {"observational_rank": 0, "observational_steps": 0}
 
 
 @dataclass
-class OptimisationArguments:
+class OptimizationArguments:
     """How any model of this package is trained, checkpointed and watched.
 
     Raises:
@@ -33,12 +33,12 @@ class OptimisationArguments:
     output_dir: str = argument("", "Required. Folder for the result, its checkpoints and samples.")
 
     train_batch_size: int = argument(16, "Samples per step and process.")
-    gradient_accumulation_steps: int = argument(1, "Batches per optimiser step.")
-    max_train_steps: int | None = argument(None, "Optimiser steps; overrides num_train_epochs.")
+    gradient_accumulation_steps: int = argument(1, "Batches per optimizer step.")
+    max_train_steps: int | None = argument(None, "Optimizer steps; overrides num_train_epochs.")
     num_train_epochs: int = argument(100, "Passes over the data.")
     learning_rate: float = argument(1e-4, "Peak learning rate.")
     lr_scheduler: str = argument("constant", "One of: " + ", ".join(LR_SCHEDULERS) + ".")
-    lr_warmup_steps: int = argument(0, "Optimiser steps of warm-up.")
+    lr_warmup_steps: int = argument(0, "Optimizer steps of warm-up.")
     adam_beta1: float = argument(0.9, "AdamW.")
     adam_beta2: float = argument(0.999, "AdamW.")
     adam_weight_decay: float = argument(1e-2, "AdamW.")
@@ -50,11 +50,11 @@ class OptimisationArguments:
     compile: bool = argument(False, "Compile the model with torch.compile; pays off on a GPU.")
     seed: int = argument(0, "Of the initial weights, the order of the data and the noise.")
 
-    validation_steps: int | None = argument(None, "Optimiser steps between validations; by default only at the end.")
+    validation_steps: int | None = argument(None, "Optimizer steps between validations; by default only at the end.")
     validation_contexts: list[str] | None = argument(
         None, "Contexts of the samples; by default obs, every single concept, held-out contexts (or some pairs)."
     )
-    checkpointing_steps: int = argument(500, "Optimiser steps between checkpoints.")
+    checkpointing_steps: int = argument(500, "Optimizer steps between checkpoints.")
     checkpoints_total_limit: int | None = argument(None, "How many checkpoints are kept.")
     resume_from_checkpoint: str | None = argument(None, "A checkpoint's folder, or latest.")
     report_to: str | None = argument(None, "Tracker: tensorboard, wandb, trackio ...")
@@ -79,7 +79,7 @@ class OptimisationArguments:
         return {"lr_scheduler": LR_SCHEDULERS, "mixed_precision": (None, "no", "fp16", "bf16")}
 
     def steps_per_epoch(self, rows: int, num_processes: int = 1) -> int:
-        """Optimiser steps in which as many samples are drawn as there are rows."""
+        """Optimizer steps in which as many samples are drawn as there are rows."""
         samples = self.train_batch_size * self.gradient_accumulation_steps * num_processes
         return max(1, math.ceil(rows / samples))
 
@@ -89,7 +89,7 @@ class OptimisationArguments:
 
 
 @dataclass
-class AdapterArguments(OptimisationArguments, ContextDataArguments):
+class AdapterArguments(OptimizationArguments, ContextDataArguments):
     """What the adapters of all kinds of bases have in common.
 
     Raises:
@@ -108,7 +108,7 @@ class AdapterArguments(OptimisationArguments, ContextDataArguments):
     observational_steps: int | None = argument(
         None,
         "Optimizer steps at the beginning that train on the observational set alone, so that the concepts find that "
-        "difference learnt; by default a fifth of the run.",
+        "difference learned; by default a fifth of the run.",
     )
     target_modules: list[str] | None = argument(None, "Modules to adapt; by default the base's attention.")
     anchored: bool = argument(False, "Let concepts add nothing in the empty context (always so for 'independent').")
@@ -162,12 +162,12 @@ class TrainingArguments(AdapterArguments, DataArguments):
     pretrained_model_name_or_path: str = argument("", "Required. Base: a diffusers pipeline, as a folder or a Hub id.")
     variant: str | None = argument(None, "Variant of the base's files, such as fp16.")
 
-    instance_prompt: str = argument("", "Caption of pictures that have none, for bases that take text.")
-    resolution: int | None = argument(None, "Side of the pictures in pixels; by default the base's.")
-    dataloader_num_workers: int = argument(0, "Processes that decode pictures (not of streams).")
+    instance_prompt: str = argument("", "Caption of images that have none, for bases that take text.")
+    resolution: int | None = argument(None, "Side of the images in pixels; by default the base's.")
+    dataloader_num_workers: int = argument(0, "Processes that decode images (not of streams).")
 
     snr_gamma: float | None = argument(None, "Min-SNR weighting of the loss (5.0 is usual); diffusion bases only.")
-    num_validation_images: int = argument(8, "Pictures per row of a grid; 0 for no grids.")
+    num_validation_images: int = argument(8, "Images per row of a grid; 0 for no grids.")
     num_inference_steps: int = argument(25, "Denoising steps of the grids.")
 
 
@@ -207,8 +207,8 @@ MODES = ("end-to-end", "frozen", "fine-tune")
 
 
 @dataclass
-class AutoencoderArguments(OptimisationArguments, DataArguments):
-    """Settings of a `ContextAutoencoder`'s run, by default those of the paper's experiments on 64 x 64 pictures.
+class AutoencoderArguments(OptimizationArguments, DataArguments):
+    """Settings of a `ContextAutoencoder`'s run, by default those of the paper's experiments on 64 x 64 images.
 
     `hf-causal-context train-autoencoder --help` prints them with their meaning.
 
@@ -216,14 +216,14 @@ class AutoencoderArguments(OptimisationArguments, DataArguments):
         ValueError: for a number out of range, or options that contradict each other.
     """
 
-    resolution: int = argument(64, "Side of the pictures in pixels: 28, or a multiple of 16.")
-    channels: int = argument(3, "1 for grey pictures, 3 for RGB.")
+    resolution: int = argument(64, "Side of the images in pixels: 28, or a multiple of 16.")
+    channels: int = argument(3, "1 for gray images, 3 for RGB.")
     noise_width: int = argument(32, "Exogenous coordinates of each concept.")
     concept_width: int = argument(8, "Width of each concept.")
     depth: int = argument(2, "Widths from noise_width to concept_width: depth - 1 expressive layers.")
     published: bool = argument(False, "Compute exactly what the published experiments did.")
     without_context_module: bool = argument(False, "Ablation: an ordinary VAE of the same size.")
-    ignore_contexts: bool = argument(False, "Ablation: every picture counts as observational.")
+    ignore_contexts: bool = argument(False, "Ablation: every image counts as observational.")
 
     mode: str = argument("end-to-end", "What is trained: " + ", ".join(MODES) + ".")
     base: str | None = argument(None, "Autoencoder to start from, for frozen and fine-tune: a folder or a Hub id.")
@@ -233,13 +233,13 @@ class AutoencoderArguments(OptimisationArguments, DataArguments):
     l2_penalty: float = argument(0.0, "Weight of the causal weights' squares.")
     validation_fraction: float = argument(0.3, "Share of the rows that is kept for validation.")
     early_stopping_patience: int | None = argument(None, "Validations without a better loss after which to stop.")
-    early_stopping_min_delta: float = argument(1e-4, "What counts as a better loss, in nats per picture.")
-    num_validation_images: int = argument(8, "Pictures per row of a grid; 0 for no grids.")
+    early_stopping_min_delta: float = argument(1e-4, "What counts as a better loss, in nats per image.")
+    num_validation_images: int = argument(8, "Images per row of a grid; 0 for no grids.")
 
-    train_batch_size: int = argument(512, "Pictures per step and process.")
+    train_batch_size: int = argument(512, "Images per step and process.")
     learning_rate: float = argument(1e-3, "Peak learning rate.")
     lr_scheduler: str = argument("cosine_with_min_lr", "One of: " + ", ".join(LR_SCHEDULERS) + ".")
-    lr_warmup_steps: int = argument(200, "Optimiser steps of warm-up.")
+    lr_warmup_steps: int = argument(200, "Optimizer steps of warm-up.")
     adam_weight_decay: float = argument(0.0, "AdamW.")
     max_grad_norm: float = argument(math.inf, "Gradients are clipped to this norm.")
 
@@ -258,7 +258,7 @@ class AutoencoderArguments(OptimisationArguments, DataArguments):
         if self.published and self.context_weights:
             raise UserValueError("--published gives contexts turns, so --context_weights has no effect. Leave one out.")
         if self.streaming:
-            raise UserValueError("An autoencoder's pictures are kept in memory. Leave --streaming out.")
+            raise UserValueError("An autoencoder's images are kept in memory. Leave --streaming out.")
         if self.early_stopping_patience is not None and self.validation_steps is None:
             raise UserValueError("--early_stopping_patience counts validations. Give --validation_steps, too.")
 

@@ -11,10 +11,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from ..bases.families import Base
+from ..bases.families import DiffusionBase
 from ..bases.gap import BaseGap
 from ..bases.loading import check_base, load_base
-from ..bases.names import lasting_name
+from ..bases.names import resolve_base_name
 from ..data import InterventionalData
 from ..data.from_arguments import load_data
 from ..hub.contents import CardContents
@@ -31,7 +31,9 @@ from .loop.objective import Objective
 from .recipe import DTYPES, FineTuning
 
 
-def train(arguments: TrainingArguments, base: Base | None = None, data: InterventionalData | None = None) -> Path:
+def train(
+    arguments: TrainingArguments, base: DiffusionBase | None = None, data: InterventionalData | None = None
+) -> Path:
     """Fine-tune an adapter on a frozen base and return the folder that holds it.
 
     Args:
@@ -52,12 +54,14 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
 
     batches: DenoiserBatches
 
-    def __init__(self, arguments: TrainingArguments, base: Base | None, data: InterventionalData | None) -> None:
+    def __init__(
+        self, arguments: TrainingArguments, base: DiffusionBase | None, data: InterventionalData | None
+    ) -> None:
         super().__init__(arguments, data)
         self._base = base
 
     @property
-    def base(self) -> Base:
+    def base(self) -> DiffusionBase:
         """The pipeline."""
         assert self._base is not None
         return self._base
@@ -151,7 +155,7 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
         return CardContents(
             name=folder.resolve().name,
             library="diffusers",
-            base=lasting_name(arguments.pretrained_model_name_or_path),
+            base=resolve_base_name(arguments.pretrained_model_name_or_path),
             pipeline_tag=base.pipeline_tag,
             call=base.stock_call(prompt=arguments.validation_prompt, class_label=0, resolution=arguments.resolution),
             revision=arguments.revision,
@@ -160,7 +164,9 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
         )
 
 
-def _features(base: Base, model: nn.Module, data: InterventionalData, resolution: int | None, rows: Dataset) -> Tensor:
-    """What the base sees in the pictures of rows, (N, D)."""
-    pictures = rows[data.content_column]
-    return denoiser_features(base, model, pictures, resolution or base.default_resolution, len(data.concepts))
+def _features(
+    base: DiffusionBase, model: nn.Module, data: InterventionalData, resolution: int | None, rows: Dataset
+) -> Tensor:
+    """What the base sees in the images of rows, (N, D)."""
+    images = rows[data.content_column]
+    return denoiser_features(base, model, images, resolution or base.default_resolution, len(data.concepts))

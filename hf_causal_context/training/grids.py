@@ -11,15 +11,15 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from ..bases.images import picture_grid
+from ..bases.images import image_grid
 from ..contexts import ConceptSet, Context
 from ..inference.shown_contexts import shown_contexts
-from .arguments import OptimisationArguments
+from .arguments import OptimizationArguments
 from .loop.checkpoints import write_file
 
 
 def validation_contexts(
-    arguments: OptimisationArguments, observational_name: str, concepts: ConceptSet, held_out: Iterable[str] = ()
+    arguments: OptimizationArguments, observational_name: str, concepts: ConceptSet, held_out: Iterable[str] = ()
 ) -> list[Context]:
     """Rows of a grid: those named, or the observational context, the single concepts, unseen combinations.
 
@@ -53,14 +53,14 @@ def write_grid(
     observational_name: str,
     step: int,
 ) -> None:
-    """In the main process, write a row of pictures (n, C, H, W) in [0, 1] per context, and show them to the trackers.
+    """In the main process, write a row of images (n, C, H, W) in [0, 1] per context, and show them to the trackers.
 
     Raises:
         CheckpointError: when the file cannot be written.
     """
     if not accelerator.is_main_process:
         return
-    grid = picture_grid(rows, [str(context) or observational_name for context in contexts])
+    grid = image_grid(rows, [str(context) or observational_name for context in contexts])
     path = Path(output_dir, grid_name(step))
     path.parent.mkdir(exist_ok=True)
     write_file(path, Path(output_dir), grid.save)

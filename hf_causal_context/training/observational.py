@@ -1,4 +1,4 @@
-"""How a run begins: on the observational set alone, so that the concepts find learnt what the data differs by.
+"""How a run begins: on the observational set alone, so that the concepts find learned what the data differs by.
 
 Otherwise they learn some of that difference too while the observational part is not yet there, and a combination adds
 it once per concept. Measured in the vector world with a gap (`examples/benchmarks/composition.py`).

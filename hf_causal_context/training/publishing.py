@@ -7,14 +7,14 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from ..bases.names import lasting_name
+from ..bases.names import resolve_base_name
 from ..hub.repository import check_pushable, push, save
 from .arguments import AdapterArguments
 
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 
 
-def published(accelerator: Accelerator, arguments: AdapterArguments, fine_tune: Callable[[], Path]) -> Path:
+def train_and_publish(accelerator: Accelerator, arguments: AdapterArguments, fine_tune: Callable[[], Path]) -> Path:
     """Train, push the result if the arguments say so, and return its folder.
 
     Raises:
@@ -24,7 +24,7 @@ def published(accelerator: Accelerator, arguments: AdapterArguments, fine_tune: 
     pushing = arguments.push_to_hub and accelerator.is_main_process
     repo_id = arguments.hub_model_id or Path(arguments.output_dir).resolve().name
     if pushing:
-        check_pushable(repo_id, lasting_name(arguments.pretrained_model_name_or_path))
+        check_pushable(repo_id, resolve_base_name(arguments.pretrained_model_name_or_path))
     folder = fine_tune()
     if pushing:
         accelerator.free_memory()  # the base is loaded once more
@@ -33,7 +33,7 @@ def published(accelerator: Accelerator, arguments: AdapterArguments, fine_tune: 
 
 
 def _publish(arguments: AdapterArguments, folder: Path, repo_id: str) -> None:
-    picture_options = {name: getattr(arguments, name) for name in ("variant", "resolution") if hasattr(arguments, name)}
+    image_options = {name: getattr(arguments, name) for name in ("variant", "resolution") if hasattr(arguments, name)}
     try:
         made = save(
             folder,
@@ -41,7 +41,7 @@ def _publish(arguments: AdapterArguments, folder: Path, repo_id: str) -> None:
             pretrained_model_name_or_path=arguments.pretrained_model_name_or_path,
             revision=arguments.revision,
             dtype=_DTYPES.get(arguments.mixed_precision or "", "float32"),
-            **picture_options,
+            **image_options,
         )
         print(f"Pushed: {push(made, repo_id)}", flush=True)
     except Exception as error:  # clients and loaders raise whatever a Hub that is gone makes them raise

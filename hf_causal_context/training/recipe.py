@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..adapter.config import CausalContextConfig
 from ..bases.gap import BaseGap
-from ..bases.names import lasting_name
+from ..bases.names import resolve_base_name
 from ..data import InterventionalData, check_data
 from ..errors import UserValueError
 from ..hub.card import write_card
@@ -34,7 +34,7 @@ from .loop.processes import main_process_first, make_accelerator
 from .loop.sharding import shard_base
 from .loop.trainer import fit
 from .observational import AnyArguments, check_observational_set, observational_samples, settle_observational_steps
-from .publishing import published
+from .publishing import train_and_publish
 from .reweighting import add_reweighted_contexts
 
 DTYPES = {
@@ -137,7 +137,7 @@ class FineTuning(ABC, Generic[AnyArguments]):
 
     def run(self) -> Path:
         """Fine-tune, push the result if the arguments say so, and return the folder that holds it."""
-        return published(self.accelerator, self.arguments, self._run)
+        return train_and_publish(self.accelerator, self.arguments, self._run)
 
     def _run(self) -> Path:
         arguments, accelerator, output_dir = self.arguments, self.accelerator, Path(self.arguments.output_dir)
@@ -236,5 +236,5 @@ def attach_adapter(
     )
     model = cast(PeftModel, get_peft_model(cast(Any, base), config))
     # PEFT looks at the model only, such as a denoiser.
-    config.base_model_name_or_path = lasting_name(arguments.pretrained_model_name_or_path)
+    config.base_model_name_or_path = resolve_base_name(arguments.pretrained_model_name_or_path)
     return model

@@ -58,7 +58,7 @@ def add_reweighted_contexts(
     arguments: AdapterArguments,
     accelerator: Accelerator,
     look: Callable[[Dataset], Tensor],
-    made_from: Mapping[str, Any],
+    fingerprint: Mapping[str, Any],
 ) -> InterventionalData:
     """The data with rows that stand for `--reweighted_contexts`; their numbers are kept in the output folder.
 
@@ -89,7 +89,7 @@ def add_reweighted_contexts(
     key = {
         "rows": blake2b("\n".join(contexts).encode(), digest_size=8).hexdigest(),
         "seed": arguments.seed,
-        **made_from,
+        **fingerprint,
         "combinations": [str(context) for context in wanted],
     }
     if path.exists() and (checkpoint_steps(output_dir) or not accelerator.is_main_process):

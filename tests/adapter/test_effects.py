@@ -69,7 +69,7 @@ def test_a_frozen_weight_of_zeros():
     assert causal_effects(model).changes.isfinite().all()
 
 
-class TestPictures:
+class TestImages:
     @pytest.fixture(autouse=True)
     def _matplotlib(self):
         pytest.importorskip("matplotlib")

@@ -366,11 +366,11 @@ def test_a_model_with_an_argument_called_context_keeps_it():
     ("context", "error", "message"),
     [
         (
-            "colour",
+            "color",
             ValueError,
-            r"Unknown concept 'colour' in context 'colour'. Known concepts: 'thick', 'slant', 'size'",
+            r"Unknown concept 'color' in context 'color'. Known concepts: 'thick', 'slant', 'size'",
         ),
-        (["thick", "colour+size"], ValueError, r"Unknown concept 'colour' in context 'colour\+size'"),
+        (["thick", "color+size"], ValueError, r"Unknown concept 'color' in context 'color\+size'"),
         ([], ValueError, "empty list of contexts"),
         (3, TypeError, "3 of type int is not a context"),
         ([3], TypeError, "3 of type int is not a context"),

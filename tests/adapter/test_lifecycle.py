@@ -277,14 +277,14 @@ def test_numbers_of_concepts(num_concepts, mechanism):
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
 
 
-def test_quantised_base(tmp_path):
+def test_quantized_base(tmp_path):
     torchao = pytest.importorskip("torchao.quantization")
     base = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
     torchao.quantize_(base, torchao.Int8WeightOnlyConfig())
     x = torch.randn(4, 32)
-    quantised = base(x)
+    quantized = base(x)
     model = get_peft_model(base, config(target_modules=["0", "2"], init_weights=True))
-    assert torch.equal(model.eval()(x, context=MIXED), quantised)
+    assert torch.equal(model.eval()(x, context=MIXED), quantized)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
     losses = []
     for _ in range(20):
@@ -297,8 +297,8 @@ def test_quantised_base(tmp_path):
     with torch.no_grad():
         assert torch.isfinite(model.eval()(x, context="thick+slant")).all()
     with model.disable_adapter():
-        assert torch.equal(model(x), quantised)
-    with intervene(model, "thick"), pytest.raises(ValueError, match="its base weight is quantised or sharded"):
+        assert torch.equal(model(x), quantized)
+    with intervene(model, "thick"), pytest.raises(ValueError, match="its base weight is quantized or sharded"):
         model.merge_adapter()
     model.save_pretrained(tmp_path)
     assert all("causal_context" in key for key in load_file(tmp_path / "adapter_model.safetensors"))

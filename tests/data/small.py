@@ -1,4 +1,4 @@
-"""Small pictures on disk, each different from all others."""
+"""Small images on disk, each different from all others."""
 
 import itertools
 from pathlib import Path
@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-_pictures = itertools.count()
+_images = itertools.count()
 
 
-def write_picture(path: Path, seed: int | None = None) -> Path:
-    generator = np.random.default_rng(next(_pictures) if seed is None else (seed, 1))
+def write_image(path: Path, seed: int | None = None) -> Path:
+    generator = np.random.default_rng(next(_images) if seed is None else (seed, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(generator.integers(0, 255, (4, 4, 3), dtype=np.uint8)).save(path)
     return path
@@ -20,5 +20,5 @@ def write_folders(root: Path, counts: dict[str, int]) -> Path:
     for folder, count in counts.items():
         (root / folder).mkdir(parents=True)
         for number in range(count):
-            write_picture(root / folder / f"{number:03}.png")
+            write_image(root / folder / f"{number:03}.png")
     return root

@@ -12,7 +12,7 @@ from hf_causal_context.data.folders import load_folders
 def root(tmp_path):
     for number, name in enumerate(FOLDERS):
         (tmp_path / name).mkdir()
-        for i in range(number + 1):  # as many pictures as the folder's place, which is also their colour
+        for i in range(number + 1):  # as many images as the folder's place, which is also their color
             Image.fromarray(np.full((64, 64, 3), number, np.uint8)).save(tmp_path / name / f"{i:05}.png")
     return tmp_path
 
@@ -26,10 +26,10 @@ def test_singles_are_trained_on_and_pairs_held_out(root):
     for context, rows in [(None, data.rows), *data.held_out.items()]:
         for row in rows:
             assert context in (None, row["context"])
-            picture = np.asarray(row["image"])
-            assert picture.shape == (64, 64, 3)
+            image = np.asarray(row["image"])
+            assert image.shape == (64, 64, 3)
             name = row["context"].replace("+", "-") or "obs"
-            assert (picture == FOLDERS.index(name)).all()
+            assert (image == FOLDERS.index(name)).all()
 
 
 def test_streaming_reads_the_same_rows(root):

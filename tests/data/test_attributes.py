@@ -13,7 +13,7 @@ def faces():
             "Smiling": [-1, 1, -1, 1],
             "Glasses": [0, 0, 1, 1],
             "age": [10, 20.5, 30, None],
-            "hair": ["red", "grey", "red", "grey"],
+            "hair": ["red", "gray", "red", "gray"],
         }
     )
 
@@ -82,5 +82,5 @@ def test_from_attributes():
     assert data.concepts.names == ("smiling", "glasses")
     assert data.warnings == (SELECTION_WARNING,)
     assert data.counts == {"": 1, "glasses": 1, "smiling": 1}
-    assert data.rows["caption"][:] == ["red", "grey", "red"]
+    assert data.rows["caption"][:] == ["red", "gray", "red"]
     assert data.held_out["glasses+smiling"]["image"][:] == [3]

@@ -41,8 +41,8 @@ def test_good_data(root, streaming):
 
 def test_a_stream_is_checked_in_part(root, monkeypatch):
     monkeypatch.setattr("hf_causal_context.data.checks.STREAM_ROWS", 4)
-    for picture in sorted((root / "b").iterdir())[4:]:
-        picture.write_bytes(b"broken")
+    for image in sorted((root / "b").iterdir())[4:]:
+        image.write_bytes(b"broken")
     report = check_data(load_folders(root, streaming=True))
     assert [row.count for row in report.rows] == [4, 4, 4, 3]
     assert report.errors == ()
@@ -80,39 +80,39 @@ def test_tiny_and_lopsided_sets(tmp_path):
 
 
 @streamed
-def test_broken_pictures(root, streaming):
-    for picture in sorted((root / "a").iterdir())[:7]:
-        picture.write_bytes(picture.read_bytes()[:60])
+def test_broken_images(root, streaming):
+    for image in sorted((root / "a").iterdir())[:7]:
+        image.write_bytes(image.read_bytes()[:60])
     data = load_folders(root, streaming=streaming)
     (root / "a+b" / "000.png").unlink()
 
     (error,) = check_data(data).errors
-    assert error.startswith("8 pictures cannot be read: ")
+    assert error.startswith("8 images cannot be read: ")
     assert str(root / "a" / "000.png") in error
     assert str(root / "a" / "005.png") not in error
     assert "and 3 more. Replace or remove them." in error
     (unopened,) = check_data(data, decode=False).errors
-    assert unopened.startswith(f"1 pictures cannot be read: {root / 'a+b' / '000.png'} (FileNotFoundError)")
+    assert unopened.startswith(f"1 images cannot be read: {root / 'a+b' / '000.png'} (FileNotFoundError)")
 
 
 @streamed
-def test_the_same_picture_in_two_contexts(root, streaming):
+def test_the_same_image_in_two_contexts(root, streaming):
     for number in range(6):
         shutil.copy(root / "obs" / f"00{number}.png", root / "a" / f"00{number}.png")
     shutil.copy(root / "b" / "000.png", root / "b" / "again.png")
     report = check_data(load_folders(root, streaming=streaming))
     assert report.errors == ()
     warning = report.warnings[0]
-    assert warning.startswith("6 pictures are in two contexts: ")
+    assert warning.startswith("6 images are in two contexts: ")
     assert f"{root / 'obs' / '000.png'} (observational)" in warning
     assert "and 1 more. What was intervened on is then ambiguous" in warning
 
 
 @streamed
-def test_held_out_pictures_that_leak(root, streaming):
+def test_held_out_images_that_leak(root, streaming):
     shutil.copy(root / "a" / "001.png", root / "a+b" / "001.png")
     (error,) = check_data(load_folders(root, streaming=streaming)).errors
-    assert error.startswith("1 held-out pictures are also trained on: ")
+    assert error.startswith("1 held-out images are also trained on: ")
     assert f"{root / 'a' / '001.png'} (a) = {root / 'a+b' / '001.png'} (a+b)" in error
     assert "Remove them from one of the two" in error
 
@@ -124,10 +124,10 @@ def test_held_out_contexts_among_the_training_rows(root):
     assert "Held-out contexts are among the training rows: 'a+b'" in report.errors[0]
 
 
-def test_payloads_that_are_not_pictures():
+def test_payloads_that_are_not_images():
     rows = {"image": [[1.0, 2.0], [1.0, 2.0], None], "context": ["obs", "a", "a"]}
     report = check_data(from_dataset(Dataset.from_dict(rows)))
-    assert "1 pictures cannot be read: row 2 of 'a' (train) (ValueError)" in report.errors[0]
+    assert "1 images cannot be read: row 2 of 'a' (train) (ValueError)" in report.errors[0]
     assert (
         "row 0 of the observational context (train) (observational) = row 1 of 'a' (train) (a)" in report.warnings[-1]
     )

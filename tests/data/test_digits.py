@@ -1,4 +1,4 @@
-"""The digit world: its causal truth, and pictures that show it."""
+"""The digit world: its causal truth, and images that show it."""
 
 import numpy as np
 import pytest
@@ -39,15 +39,15 @@ def test_combinations_do_not_depend_on_the_order_and_strength_scales():
     assert half[:, SIZE].mean() == pytest.approx(full[:, SIZE].mean() / 2, abs=0.05)
 
 
-def test_pictures_show_the_latents():
+def test_images_show_the_latents():
     contexts = ["", *CONCEPTS]
     means = {}
     for context in contexts:
-        pictures, classes, values = sample_digits(300, context, seed=3)
-        assert pictures.shape == (300, 32, 32)
-        assert pictures.dtype == np.uint8
+        images, classes, values = sample_digits(300, context, seed=3)
+        assert images.shape == (300, 32, 32)
+        assert images.dtype == np.uint8
         assert classes.shape == (300,)
-        read = read_attributes(pictures)
+        read = read_attributes(images)
         means[context] = np.nanmean(read, axis=0)
         if not context:
             for column in (DARKNESS, SLANT, SIZE):
@@ -68,10 +68,10 @@ def test_the_same_seed_gives_counterfactual_pairs_and_other_glyphs_in_the_test_s
     assert not np.array_equal(one, sample_digits(20, (), seed=1, split="test")[0])
 
 
-def test_an_empty_picture_has_no_attributes():
+def test_an_empty_image_has_no_attributes():
     assert np.isnan(read_attributes(np.zeros((1, 32, 32), np.uint8))).all()
 
 
 def test_unknown_concepts_are_an_error():
-    with pytest.raises(ValueError, match="This world has no concepts 'colour'. It has: 'thickness', 'darkness'"):
-        sample_digits(1, "colour")
+    with pytest.raises(ValueError, match="This world has no concepts 'color'. It has: 'thickness', 'darkness'"):
+        sample_digits(1, "color")

@@ -6,7 +6,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Iterable
 
 from hf_causal_context.contexts import Context
 from hf_causal_context.data import from_dataset, load_dataset_contexts, load_folders
-from tests.data.small import write_folders, write_picture
+from tests.data.small import write_folders, write_image
 
 COUNTS = {"obs": 4, "thick": 3, "slant": 2, "thick+slant": 2}
 
@@ -50,9 +50,9 @@ def test_concepts_keep_the_given_order(root):
 
 def test_strengths_nested_files_and_other_files(tmp_path):
     write_folders(tmp_path, {"obs": 1, "thick=0.5": 1, ".hidden": 1})
-    write_picture(tmp_path / "obs" / "more" / "test_1.png")
-    write_picture(tmp_path / "obs" / ".thumbnails" / "0.png")
-    (tmp_path / "obs" / "notes.txt").write_text("not a picture")
+    write_image(tmp_path / "obs" / "more" / "test_1.png")
+    write_image(tmp_path / "obs" / ".thumbnails" / "0.png")
+    (tmp_path / "obs" / "notes.txt").write_text("not an image")
     (tmp_path / "readme.txt").write_text("not a folder")
 
     assert load_folders(tmp_path).counts == {"": 2, "thick=0.5": 1}
@@ -86,9 +86,9 @@ def test_captions(root):
         ([{"file_name": "000.png"}], ValueError, r'must be {"file_name": "...", "text": "..."}; received'),
         (["3"], ValueError, r'must be {"file_name": "...", "text": "..."}; received .3.'),
         ([{"file_name": "../thick/000.png", "text": ""}], ValueError, "'../thick/000.png' leaves the folder"),
-        ([{"file_name": "a/../../x.png", "text": ""}], ValueError, "leaves the folder. Only pictures inside it"),
+        ([{"file_name": "a/../../x.png", "text": ""}], ValueError, "leaves the folder. Only images inside it"),
         ([{"file_name": "/etc/x.png", "text": ""}], ValueError, "'/etc/x.png' leaves the folder"),
-        ([{"file_name": "x.png", "text": ""}], FileNotFoundError, "there is no picture 'x.png'.* Correct file_name"),
+        ([{"file_name": "x.png", "text": ""}], FileNotFoundError, "there is no image 'x.png'.* Correct file_name"),
         ([{"file_name": "000.png", "text": ""}] * 2, ValueError, "Line 2 .*'000.png' has a second caption"),
         ([{"file_name": "000.png", "text": ""}, ""], ValueError, "has no caption for '001.png'. Add a line for each"),
     ],
@@ -110,14 +110,12 @@ def test_captions_in_some_folders_only(tmp_path):
 
 
 def test_missing_and_empty_folders(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match="is not a folder. Give the folder that holds one folder of pictures per"
-    ):
+    with pytest.raises(FileNotFoundError, match="is not a folder. Give the folder that holds one folder of images per"):
         load_folders(tmp_path / "missing")
-    with pytest.raises(ValueError, match="has no folders. It must hold one folder of pictures per context"):
+    with pytest.raises(ValueError, match="has no folders. It must hold one folder of images per context"):
         load_folders(tmp_path)
     (tmp_path / "obs").mkdir()
-    with pytest.raises(ValueError, match="obs' has no pictures. .* Add pictures, or remove the folder"):
+    with pytest.raises(ValueError, match="obs' has no images. .* Add images, or remove the folder"):
         load_folders(tmp_path)
 
 
@@ -191,9 +189,9 @@ def test_strengths_and_further_columns():
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_other_column_names(root, streaming):
-    pictures = [str(path) for path in sorted(root.rglob("*.png"))]
+    images = [str(path) for path in sorted(root.rglob("*.png"))]
     dataset = Dataset.from_dict(
-        {"pic": pictures, "do": ["obs", "a"] * 5 + ["b"], "text": ["t"] * 11, "caption": ["old"] * 11}
+        {"pic": images, "do": ["obs", "a"] * 5 + ["b"], "text": ["t"] * 11, "caption": ["old"] * 11}
     ).cast_column("pic", Image())
     dataset = dataset.to_iterable_dataset() if streaming else dataset
     names = {"context_column": "do", "content_column": "pic"}

@@ -14,13 +14,13 @@ from hf_causal_context.data.worlds.digits import sample_digits
 @pytest.fixture(scope="module")
 def digits():
     """Digits like MNIST's: 28 x 28, within a margin, strokes of a few pixels."""
-    pictures, _, _ = sample_digits(30, "size", seed=0)  # small ones leave a margin
-    return np.ascontiguousarray(pictures[:, 2:30, 2:30])
+    images, _, _ = sample_digits(30, "size", seed=0)  # small ones leave a margin
+    return np.ascontiguousarray(images[:, 2:30, 2:30])
 
 
-def moments(pictures):
-    """Mass, centre (row, column), deviations (row, column) and shear to the right of every picture."""
-    weights = pictures.astype(float)
+def moments(images):
+    """Mass, center (row, column), deviations (row, column) and shear to the right of every image."""
+    weights = images.astype(float)
     y, x = np.mgrid[:28, :28]
     mass = weights.sum(axis=(1, 2))
     rows, columns = ((weights * axis).sum(axis=(1, 2)) / mass for axis in (y, x))
@@ -59,8 +59,8 @@ def test_strokes(digits):
     stroke = np.zeros((1, 28, 28), np.uint8)
     stroke[0, 6:22, 12:16] = 255
 
-    def width(pictures):
-        return pictures[0, 14].sum() / 255
+    def width(images):
+        return images[0, 14].sum() / 255
 
     assert width(apply(stroke, "thickening")) == pytest.approx(4 + 2 * morphology.THICKENING_RADIUS, abs=0.3)
     assert width(apply(stroke, "thinning")) == pytest.approx(4 - 2 * morphology.THINNING_RADIUS, abs=0.3)
@@ -84,20 +84,20 @@ def test_swelling_is_local_and_magnifies(digits):
 
 
 def test_joint_contexts_apply_one_operation_after_the_other(digits):
-    pictures = digits[:6]
-    original = pictures.copy()
-    assert np.array_equal(apply(pictures, "scaled+thinning"), apply(apply(pictures, "thinning"), "scaled"))
-    assert np.array_equal(apply(pictures, "shift+shear"), apply(apply(pictures, "shear"), "shift"))
-    assert np.array_equal(apply(pictures, "shift+shear"), apply(pictures, ("shear", "shift")))
-    results = [apply(pictures, context) for context in ("", *CONCEPTS)]
+    images = digits[:6]
+    original = images.copy()
+    assert np.array_equal(apply(images, "scaled+thinning"), apply(apply(images, "thinning"), "scaled"))
+    assert np.array_equal(apply(images, "shift+shear"), apply(apply(images, "shear"), "shift"))
+    assert np.array_equal(apply(images, "shift+shear"), apply(images, ("shear", "shift")))
+    results = [apply(images, context) for context in ("", *CONCEPTS)]
     for i, one in enumerate(results):
         assert one.dtype == np.uint8
         for other in results[i + 1 :]:
             assert (one != other).any(axis=(1, 2)).all()
-    assert np.array_equal(pictures, original)
+    assert np.array_equal(images, original)
     assert np.array_equal(results[0], original)
-    assert results[0] is not pictures
-    assert np.array_equal(apply(pictures[:, None], "shear"), apply(pictures, "shear")[:, None])
+    assert results[0] is not images
+    assert np.array_equal(apply(images[:, None], "shear"), apply(images, "shear")[:, None])
     assert set(morphology._OPERATIONS) == set(CONCEPTS)
 
 
@@ -107,7 +107,7 @@ def test_errors_of_apply(digits):
     with pytest.raises(ValueError, match="one strength, 1; received {'shear': 0.5}"):
         apply(digits, {"shear": 0.5})
     for wrong in (digits[0], digits[:, :20], digits / 255, np.zeros((2, 3, 28, 28), np.uint8)):
-        with pytest.raises(ValueError, match="Pictures must be \\(N, 28, 28\\) or .*uint8; received"):
+        with pytest.raises(ValueError, match="Images must be \\(N, 28, 28\\) or .*uint8; received"):
             apply(wrong, "shear")
 
 
@@ -122,9 +122,9 @@ def test_mnist_is_read(tmp_path, digits, ending):
     labels = np.arange(30, dtype=np.uint8) % 10
     write_idx(tmp_path / f"train-images-idx3-ubyte{ending}", digits)
     write_idx(tmp_path / f"train-labels-idx1-ubyte{ending}", labels)
-    pictures, classes = load_mnist(tmp_path)
-    assert np.array_equal(pictures, digits)
-    assert pictures.flags.writeable
+    images, classes = load_mnist(tmp_path)
+    assert np.array_equal(images, digits)
+    assert images.flags.writeable
     assert classes.dtype == np.int64
     assert np.array_equal(classes, labels)
     with pytest.raises(FileNotFoundError, match="neither 't10k-images-idx3-ubyte' nor 't10k-images-idx3-ubyte.gz'"):
@@ -147,7 +147,7 @@ def test_ill_formed_files_are_errors(tmp_path, digits):
     with pytest.raises(ValueError, match="its header says type 0x0d03"):
         load_mnist(tmp_path, "test")
     write_idx(images, digits[:-1])
-    with pytest.raises(ValueError, match="has 29 pictures but 30 labels in its test split"):
+    with pytest.raises(ValueError, match="has 29 images but 30 labels in its test split"):
         load_mnist(tmp_path, "test")
     images.unlink()
     packed = tmp_path / "t10k-images-idx3-ubyte.gz"

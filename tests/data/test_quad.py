@@ -1,4 +1,4 @@
-"""The quad world: its causal truth, pictures that show it, and readings of them."""
+"""The quad world: its causal truth, images that show it, and readings of them."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from examples.worlds.quad import (
     latent_model,
     read_quad,
     sample_quad,
-    standardised_latents,
+    standardized_latents,
 )
 from hf_causal_context import Context
 
@@ -44,7 +44,7 @@ def test_observational_values_are_uniform(world):
         assert kstest(values[:, column], "uniform").statistic < 0.03
 
 
-def test_edges_correlate_neighbours_and_the_independent_world_has_none():
+def test_edges_correlate_neighbors_and_the_independent_world_has_none():
     _, values = sample_quad(20_000, size=8)
     correlations = np.corrcoef(values.T)
     # From the structural equations, with total effects: the signs of strong dependencies.
@@ -73,40 +73,40 @@ def test_an_intervention_moves_its_concept_and_its_effects_only():
 
 
 def test_an_intervention_has_the_published_mean_and_variance():
-    latents = standardised_latents(50_000, "quad4+size") * latent_model().deviations()
+    latents = standardized_latents(50_000, "quad4+size") * latent_model().deviations()
     assert latents[:, [QUAD4, SIZE]].mean(axis=0) == pytest.approx([-1.96578519, 1.0117071], abs=0.03)
     assert latents[:, [QUAD4, SIZE]].var(axis=0) == pytest.approx([1.1021785, 1.30511067], rel=0.03)
 
 
 def test_quarters_have_their_hues_and_the_shape_is_in_the_middle(dependent):
-    pictures, values = dependent
-    assert pictures.shape == (2000, 3, 64, 64)
-    assert pictures.dtype == np.uint8
+    images, values = dependent
+    assert images.shape == (2000, 3, 64, 64)
+    assert images.dtype == np.uint8
     knots = np.linspace(0, 1, 6)
     path = np.array([[255, 0, 0], [255, 255, 0], [0, 255, 0], [0, 255, 255], [0, 0, 255], [255, 0, 255]])
 
     def hue(u):
         return np.stack([np.interp(u, knots, channel) for channel in path.T], axis=1)[..., None, None]
 
-    small = 0.2 + 0.8 * values[:, SIZE] < 0.3  # then the quarters reach the middle lines of the picture
+    small = 0.2 + 0.8 * values[:, SIZE] < 0.3  # then the quarters reach the middle lines of the image
     for column, (rows, columns) in enumerate(QUARTERS):
-        quarter = pictures[..., rows, columns]
+        quarter = images[..., rows, columns]
         inwards = [slice(None, None, -1) if part == LOW else slice(None) for part in (rows, columns)]
         quarter = quarter[..., inwards[0], inwards[1]]  # row 0 and column 0 next to the middle
         assert np.abs(quarter[..., 25:, 25:] - hue(values[:, column])).max() <= 0.51
         assert np.abs(quarter[small][..., 12:] - hue(values[small, column])).max() <= 0.51
         assert np.abs(quarter[small][..., 12:, :] - hue(values[small, column])).max() <= 0.51
-    assert np.abs(pictures[..., 31:33, 31:33] - hue(values[:, COLOR])).max() <= 0.51
+    assert np.abs(images[..., 31:33, 31:33] - hue(values[:, COLOR])).max() <= 0.51
 
 
-def shape_area(picture):
-    """Pixels that the shape covers in a picture whose quarters are as in the same picture's corners."""
-    corners = [picture[:, -1, 0], picture[:, -1, -1], picture[:, 0, 0], picture[:, 0, -1]]
-    colour = picture[:, 31, 31].astype(float)
+def shape_area(image):
+    """Pixels that the shape covers in an image whose quarters are as in the same image's corners."""
+    corners = [image[:, -1, 0], image[:, -1, -1], image[:, 0, 0], image[:, 0, -1]]
+    color = image[:, 31, 31].astype(float)
     area, moments = 0.0, np.zeros(2)
     for (rows, columns), background in zip(QUARTERS, corners, strict=True):
-        contrast = colour - background
-        share = np.tensordot(contrast, picture[:, rows, columns] - background[:, None, None].astype(float), 1)
+        contrast = color - background
+        share = np.tensordot(contrast, image[:, rows, columns] - background[:, None, None].astype(float), 1)
         share = share / (contrast @ contrast)
         y, x = np.mgrid[rows, columns]
         area += share.sum()
@@ -115,19 +115,19 @@ def shape_area(picture):
 
 
 def test_shapes_have_the_areas_of_their_geometry(dependent):
-    pictures, values = dependent
-    corners = np.stack([pictures[:, :, -1, 0], pictures[:, :, -1, -1], pictures[:, :, 0, 0], pictures[:, :, 0, -1]], 1)
-    contrast = np.abs(pictures[:, None, :, 31, 31].astype(float) - corners).sum(axis=2).min(axis=1)
+    images, values = dependent
+    corners = np.stack([images[:, :, -1, 0], images[:, :, -1, -1], images[:, :, 0, 0], images[:, :, 0, -1]], 1)
+    contrast = np.abs(images[:, None, :, 31, 31].astype(float) - corners).sum(axis=2).min(axis=1)
     factors = {0: np.pi / 4, 1: 1.0, 2: 3 * 0.75**0.5 / 8, 3: np.pi / 8}  # area / diameter^2
     shapes = np.rint(3 * values[:, SHAPE])
     for shape, factor in factors.items():
         rows = np.flatnonzero((shapes == shape) & (contrast > 100) & (values[:, SIZE] < 0.7))[:10]
         assert len(rows) == 10
         for row in rows:
-            area, centre = shape_area(pictures[row])
+            area, center = shape_area(images[row])
             diameter = 48 * (0.2 + 0.8 * values[row, SIZE])
             assert area == pytest.approx(factor * diameter**2, rel=0.04)
-            assert centre == pytest.approx([31.5, 31.5], abs=0.4)
+            assert center == pytest.approx([31.5, 31.5], abs=0.4)
 
 
 def test_orientation_turns_counter_clockwise():
@@ -161,23 +161,23 @@ def test_do_size_and_do_quad1_change_only_their_pixels():
     changed = (before != resized).any(axis=1)
     assert not (changed & far).any()
     assert changed.any(axis=(1, 2)).mean() > 0.9
-    recoloured, _ = sample_quad(200, "quad1", seed=2)
-    changed = (before != recoloured).any(axis=1)
+    recolored, _ = sample_quad(200, "quad1", seed=2)
+    changed = (before != recolored).any(axis=1)
     assert changed[:, 57:, :7].all(axis=(1, 2)).mean() > 0.9
     changed[:, 32:, :32] = False
     assert not changed.any()
 
 
 def test_readings_are_the_values(dependent):
-    pictures, values = dependent
-    read = read_quad(pictures)
+    images, values = dependent
+    read = read_quad(images)
     assert tuple(read) == READ
     for name in READ[:4]:
         assert read[name] == pytest.approx(values[:, VARIABLES.index(name)], abs=0.001)
     errors = np.abs(read["size"] - values[:, SIZE])
     assert errors.mean() < 0.005
     assert np.quantile(errors, 0.99) < 0.03
-    as_tensor = read_quad(torch.from_numpy(pictures[:50]).float() / 255)
+    as_tensor = read_quad(torch.from_numpy(images[:50]).float() / 255)
     for name in READ:
         assert as_tensor[name] == pytest.approx(read[name][:50], abs=1e-4)
 
@@ -188,20 +188,20 @@ def test_sizes_are_read_where_the_shape_has_the_hue_of_a_quarter():
     rng = np.random.default_rng(0)
     values = rng.random((400, 8)).astype(np.float32)
     values[np.arange(400), np.arange(400) % 4] = values[:, COLOR]
-    pictures = np.empty((400, 3, 64, 64), np.uint8)
-    quad._draw(values, pictures)
-    errors = np.abs(read_quad(pictures)["size"] - values[:, SIZE])
+    images = np.empty((400, 3, 64, 64), np.uint8)
+    quad._draw(values, images)
+    errors = np.abs(read_quad(images)["size"] - values[:, SIZE])
     assert errors.mean() < 0.01
     values[:, :4] = values[:, [COLOR]]
-    quad._draw(values, pictures)
-    assert np.isnan(read_quad(pictures)["size"]).all()
+    quad._draw(values, images)
+    assert np.isnan(read_quad(images)["size"]).all()
 
 
-def test_sizes_are_read_from_blurred_pictures(dependent):
+def test_sizes_are_read_from_blurred_images(dependent):
     from scipy.ndimage import gaussian_filter
 
-    pictures, values = dependent
-    blurred = gaussian_filter(pictures[:500] / 255.0, (0, 0, 1.5, 1.5))
+    images, values = dependent
+    blurred = gaussian_filter(images[:500] / 255.0, (0, 0, 1.5, 1.5))
     blurred += np.random.default_rng(0).normal(0, 0.03, blurred.shape)
     read = read_quad(blurred)
     assert np.abs(read["size"] - values[:500, SIZE]).mean() < 0.02
@@ -210,19 +210,19 @@ def test_sizes_are_read_from_blurred_pictures(dependent):
 
 @pytest.mark.parametrize("side", [32, 33, 48, 128])
 def test_other_sizes_show_the_same(side):
-    pictures, values = sample_quad(200, seed=1, size=side)
-    assert pictures.shape == (200, 3, side, side)
+    images, values = sample_quad(200, seed=1, size=side)
+    assert images.shape == (200, 3, side, side)
     assert np.array_equal(values, sample_quad(200, seed=1)[1])
-    read = read_quad(pictures)
+    read = read_quad(images)
     for name in READ[:4]:
         assert read[name] == pytest.approx(values[:, VARIABLES.index(name)], abs=0.001)
     assert np.abs(read["size"] - values[:, SIZE]).mean() < 0.01
 
 
 def test_seeds():
-    pictures, values = sample_quad(130, seed=3)
+    images, values = sample_quad(130, seed=3)
     again, same = sample_quad(130, seed=3)
-    assert np.array_equal(pictures, again)
+    assert np.array_equal(images, again)
     assert np.array_equal(values, same)
     assert not np.array_equal(values, sample_quad(130, seed=4)[1])
     assert sample_quad(0)[0].shape == (0, 3, 64, 64)
@@ -232,9 +232,9 @@ def test_seeds():
 def test_errors():
     with pytest.raises(ValueError, match="This world has no concepts 'color'. It has: 'quad1', .*'orientation'"):
         sample_quad(5, "color")
-    with pytest.raises(ValueError, match="Pictures of 7 pixels a side are too small: .* Give 8 or more"):
+    with pytest.raises(ValueError, match="Images of 7 pixels a side are too small: .* Give 8 or more"):
         sample_quad(5, size=7)
-    with pytest.raises(ValueError, match="square RGB pictures .* received the shape \\(2, 64, 64, 3\\)"):
+    with pytest.raises(ValueError, match="square RGB images .* received the shape \\(2, 64, 64, 3\\)"):
         read_quad(np.zeros((2, 64, 64, 3), np.uint8))
     with pytest.raises(ValueError, match="dtype uint8, or floating point in \\[0, 1\\]; received int64"):
         read_quad(np.zeros((2, 3, 64, 64), np.int64))

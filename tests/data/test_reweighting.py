@@ -218,7 +218,7 @@ def test_densities_that_contradict_each_other_are_said_to(monkeypatch):
     assert re.search("its mass is .* instead of 1: the estimated densities contradict each other", pair.doubt.reason)
 
 
-def test_no_model_judges_rows_that_it_learnt_from(monkeypatch):
+def test_no_model_judges_rows_that_it_learned_from(monkeypatch):
     taught = []
 
     def fit(model, inputs, codes, input_noise):

@@ -11,7 +11,7 @@ from hf_causal_context.data import (
     texts_from_attributes,
     texts_from_dataset,
 )
-from tests.data.small import write_picture
+from tests.data.small import write_image
 from tests.data.small_texts import COUNTS, SHAPES, assistant, rows_of, table, texts, user, write, write_text_folders
 
 streamed = pytest.mark.parametrize("streaming", [False, True])
@@ -47,7 +47,7 @@ def test_files_of_a_folder(tmp_path):
     write(tmp_path / "obs" / ".hidden" / "a.txt", "hidden")
     write(tmp_path / "obs" / ".hidden.txt", "hidden")
     write(tmp_path / "obs" / "notes.md", "other")
-    write(tmp_path / "obs" / "metadata.jsonl", {"text": "of a picture"})
+    write(tmp_path / "obs" / "metadata.jsonl", {"text": "of an image"})
     write(tmp_path / "rude" / "a.txt", "six")
     write(tmp_path / "readme.txt", "not a folder")
 
@@ -182,7 +182,7 @@ def test_missing_and_empty_folders(tmp_path):
         load_text_folders(tmp_path / "missing")
     with pytest.raises(ValueError, match="has no folders. It must hold one folder of texts per context"):
         load_text_folders(tmp_path)
-    write_picture(tmp_path / "obs" / "0.png")
+    write_image(tmp_path / "obs" / "0.png")
     write(tmp_path / "obs" / "metadata.jsonl", {"file_name": "0.png", "text": "a"})
     with pytest.raises(ValueError, match="obs' has no texts. Allowed are .txt, .* but not metadata.jsonl. Add texts"):
         load_text_folders(tmp_path)

@@ -36,7 +36,7 @@ def test_without_edges_nothing_depends_on_anything():
 
 
 @pytest.mark.parametrize("dependent", [True, False])
-def test_vectors_are_standardised_and_determine_their_latents(dependent):
+def test_vectors_are_standardized_and_determine_their_latents(dependent):
     vectors, latents = sample_vectors(20_000, seed=1, dependent=dependent)
     assert vectors.shape == (20_000, DIMENSION)
     assert vectors.dtype == np.float32

@@ -41,8 +41,8 @@ def _rough_and_fast(monkeypatch):
     monkeypatch.setattr(classifiers, "_MIN_STEPS", 20)
 
 
-def write_pictures(root, counts=COUNTS):
-    """Grey noise, brighter on the left for thick and at the top for slant."""
+def write_images(root, counts=COUNTS):
+    """Gray noise, brighter on the left for thick and at the top for slant."""
     generator = torch.Generator().manual_seed(0)
     for name, count in counts.items():
         (root / name).mkdir(parents=True)
@@ -55,8 +55,8 @@ def write_pictures(root, counts=COUNTS):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    return write_pictures(tmp_path / "pictures")
+def images(tmp_path):
+    return write_images(tmp_path / "images")
 
 
 @pytest.fixture
@@ -86,13 +86,13 @@ def adapted(base_folder, adapter):
     return base
 
 
-def command(adapter, pictures, folder, *more):
+def command(adapter, images, folder, *more):
     options = [f"--{name}={value}" for name, value in FAST.items()]
-    return ["evaluate", "--adapter", adapter, "--train_data_dir", str(pictures), "--output_dir", str(folder), *options, *more]  # fmt: skip  # noqa: E501
+    return ["evaluate", "--adapter", adapter, "--train_data_dir", str(images), "--output_dir", str(folder), *options, *more]  # fmt: skip  # noqa: E501
 
 
-def test_the_command_writes_what_python_returns(adapter, pictures, base_folder, tmp_path, capsys):
-    assert main(command(adapter, pictures, tmp_path / "out")) == 0
+def test_the_command_writes_what_python_returns(adapter, images, base_folder, tmp_path, capsys):
+    assert main(command(adapter, images, tmp_path / "out")) == 0
     printed = capsys.readouterr().out
     text = (tmp_path / "out" / "report.md").read_text()
     assert text in printed
@@ -112,20 +112,20 @@ def test_the_command_writes_what_python_returns(adapter, pictures, base_folder, 
         assert printed.count(f"- {sentence}\n") == 2, "on top of the report, and at the end of what is printed"
     assert values["settings"]["adapter"] == adapter
 
-    report = evaluate(adapted(base_folder, adapter), load_folders(pictures), **FAST)
+    report = evaluate(adapted(base_folder, adapter), load_folders(images), **FAST)
     values["settings"] = {name: values["settings"][name] for name in report.settings}
     assert json.loads(json.dumps(report.to_dict())) == values
-    # the pictures are those of generate(), of the seeds of the first group
+    # the images are those of generate(), of the seeds of the first group
     (pair,) = generate(adapted(base_folder, adapter), ["thick+slant"], seeds=range(3), num_inference_steps=2)
     torch.testing.assert_close(report.examples["slant+thick"][1], pair)
 
 
-def test_the_base_is_sampled_without_the_adapter(adapter, pictures, base_folder):
+def test_the_base_is_sampled_without_the_adapter(adapter, images, base_folder):
     base = adapted(base_folder, adapter)
     for module in base.denoiser.modules():
         if isinstance(module, CausalContextLayer):  # an adapter whose empty context is not the base
             module._add_adapter_output = lambda result, x, name: result + 0.1
-    report = evaluate(base, load_folders(pictures), **FAST)
+    report = evaluate(base, load_folders(images), **FAST)
     assert report.drift.largest > 0.01
     assert not report.strength_curves[0].zero_is_base
     assert report.strength_curves[0].zero_is_empty
@@ -133,9 +133,9 @@ def test_the_base_is_sampled_without_the_adapter(adapter, pictures, base_folder)
         assert result.distance.empty.mean != result.distance.base.mean
 
 
-def test_an_observational_part_makes_the_empty_context_another_world_than_the_base(store, pictures, base_folder):
+def test_an_observational_part_makes_the_empty_context_another_world_than_the_base(store, images, base_folder):
     base = adapted(base_folder, store(observational_rank=2))
-    report = evaluate(base, load_folders(pictures), contexts=["slant+thick", "slant+observational=0"], **FAST)
+    report = evaluate(base, load_folders(images), contexts=["slant+thick", "slant+observational=0"], **FAST)
     assert report.drift.largest > 0.01
     assert "Beside the base at equal seeds: largest difference" in markdown(report)
     assert all(curve.zero_is_empty and not curve.zero_is_base for curve in report.strength_curves)
@@ -150,10 +150,10 @@ def test_an_observational_part_makes_the_empty_context_another_world_than_the_ba
     torch.testing.assert_close(report.examples[""][1][:2], empty)
 
 
-def test_the_empty_context_need_not_be_sampled_to_be_the_base(store, pictures, base_folder):
+def test_the_empty_context_need_not_be_sampled_to_be_the_base(store, images, base_folder):
     """`observational=0` without targets is a context of its own, which asks for nothing."""
     base = adapted(base_folder, store(observational_rank=2))
-    report = evaluate(base, load_folders(pictures), contexts=["observational=0"], **FAST)
+    report = evaluate(base, load_folders(images), contexts=["observational=0"], **FAST)
     result = report.contexts[1]
     assert (result.context, result.conformity, result.trained) == ("observational=0.0", None, False)
     assert report.unseen is None
@@ -173,10 +173,10 @@ def test_disabled_adapters_are_the_base_and_come_back_as_they_were(adapter, base
 
 
 def test_without_held_out_rows_pairs_are_judged_by_the_classifiers(adapter, tmp_path, base_folder, monkeypatch):
-    data = load_folders(write_pictures(tmp_path / "pictures", {**COUNTS, "slant+thick": 9}))
+    data = load_folders(write_images(tmp_path / "images", {**COUNTS, "slant+thick": 9}))
     few = evaluate(adapted(base_folder, adapter), data, **FAST)
     assert "no combination can be compared with the truth" in few.notes[0]
-    singles = write_pictures(tmp_path / "singles", {"obs": 12, "thick": 12, "slant": 12})
+    singles = write_images(tmp_path / "singles", {"obs": 12, "thick": 12, "slant": 12})
     for folder in singles.iterdir():
         lines = [json.dumps({"file_name": f"{i}.png", "text": "a digit"}) for i in range(12)]
         (folder / "metadata.jsonl").write_text("\n".join(lines))
@@ -186,64 +186,64 @@ def test_without_held_out_rows_pairs_are_judged_by_the_classifiers(adapter, tmp_
     pair = report.contexts[-1]
     assert (pair.context, pair.distance) == ("slant+thick", None)
     assert pair.conformity is not None
-    assert "Real pictures have captions, all samples the prompt ''" in report.notes[-1]
+    assert "Real images have captions, all samples the prompt ''" in report.notes[-1]
     monkeypatch.setattr(asked, "MAX_UNSEEN_PAIRS", 0)
     report = evaluate(adapted(base_folder, adapter), data, **FAST)
     assert "Of 1 unseen pairs the first 0 were sampled; --contexts names others." in report.notes
 
 
-def test_contexts_choose_the_combinations(adapter, pictures, tmp_path):
-    assert main(command(adapter, pictures, tmp_path / "out", "--contexts", "obs", "thick=0.5,slant")) == 0
+def test_contexts_choose_the_combinations(adapter, images, tmp_path):
+    assert main(command(adapter, images, tmp_path / "out", "--contexts", "obs", "thick=0.5,slant")) == 0
     values = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [context["context"] for context in values["contexts"]] == ["", "slant", "thick", "slant+thick=0.5"]
     assert values["contexts"][-1]["num_real"] == 0
 
 
-def test_the_command_takes_a_feature_extractor(adapter, pictures, tmp_path):
+def test_the_command_takes_a_feature_extractor(adapter, images, tmp_path):
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     ViTModel(ViTConfig(**sizes, image_size=16, patch_size=8)).save_pretrained(tmp_path / "vit")
     more = ["--contexts", "slant+thick", "--feature_extractor", str(tmp_path / "vit")]
-    assert main(command(adapter, pictures, tmp_path / "out", *more)) == 0
+    assert main(command(adapter, images, tmp_path / "out", *more)) == 0
     assert "## FID and KID" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_bad_input_is_an_error_that_says_what_to_do(adapter, pictures, base_folder, tmp_path, capsys):
-    def error(*more, data=pictures):
+def test_bad_input_is_an_error_that_says_what_to_do(adapter, images, base_folder, tmp_path, capsys):
+    def error(*more, data=images):
         assert main(command(adapter, data, tmp_path / "out", *more)) == 1
         return capsys.readouterr().err
 
-    assert "Unknown concept 'colour' in context 'colour'" in error("--contexts", "colour")
+    assert "Unknown concept 'color' in context 'color'" in error("--contexts", "color")
     assert "--num_samples=1 must be at least 2" in error("--num_samples", "1")
     assert "takes no captions" in error("--prompt", "a digit")
     assert "is an adapter of a diffusers pipeline, so --max_new_tokens would have no effect. Leave it out." in error(
         "--max_new_tokens", "9"
     )
     assert "Unknown arguments: --nothing" in error("--nothing")
-    assert main(["evaluate", "--train_data_dir", str(pictures)]) == 1
+    assert main(["evaluate", "--train_data_dir", str(images)]) == 1
     assert "Missing: --adapter, --output_dir. Give the adapter" in capsys.readouterr().err
-    others = write_pictures(tmp_path / "others", {"obs": 12, "thick": 12, "small": 12})
+    others = write_images(tmp_path / "others", {"obs": 12, "thick": 12, "small": 12})
     assert "The adapter has the concepts 'thick', 'slant', the data 'small', 'thick'. They must be" in error(
         data=others
     )
-    few = write_pictures(tmp_path / "few", {"obs": 12, "thick": 12, "slant": 9})
+    few = write_images(tmp_path / "few", {"obs": 12, "thick": 12, "slant": 9})
     assert "The context 'slant' has 9 real rows. At least 10" in error(data=few)
     with pytest.raises(ValueError, match="The unet of this pipeline has no causal context adapter. Attach one first"):
-        evaluate(load_base(base_folder), load_folders(pictures), **FAST)
+        evaluate(load_base(base_folder), load_folders(images), **FAST)
 
 
-def test_pictures_that_are_not_finite_name_their_context(adapter, pictures, base_folder, monkeypatch):
+def test_images_that_are_not_finite_name_their_context(adapter, images, base_folder, monkeypatch):
     def broken(base, contexts, **options):
         factor = torch.nan if contexts == [Context("slant")] else 1
         return [factor * rows for rows in generate(base, contexts, **options)]
 
     monkeypatch.setattr(evaluator, "generate", broken)
     with pytest.raises(ValueError, match="Samples of context 'slant' contain NaN or infinite values"):
-        evaluate(adapted(base_folder, adapter), load_folders(pictures), **FAST)
+        evaluate(adapted(base_folder, adapter), load_folders(images), **FAST)
 
 
-def test_real_rows_are_bounded_and_streams_are_read_too(pictures, monkeypatch):
+def test_real_rows_are_bounded_and_streams_are_read_too(images, monkeypatch):
     monkeypatch.setattr(real_rows, "MAX_REAL_ROWS", 11)
-    rows = [(str(path), path.parent.name) for path in sorted(pictures.rglob("*.png"))]
+    rows = [(str(path), path.parent.name) for path in sorted(images.rglob("*.png"))]
     table = Dataset.from_dict({"image": [path for path, _ in rows], "context": [name for _, name in rows]})
     table = table.cast(Features({"image": ImageFeature(), "context": Value("string")}))
     streamed = from_dataset(table.to_iterable_dataset(), concepts=("thick", "slant"), held_out_contexts=["slant+thick"])

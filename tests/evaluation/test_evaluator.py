@@ -241,8 +241,8 @@ def test_wrong_use():
 
 def test_classifiers_are_judged_by_rows_they_did_not_learn_from(monkeypatch):
     monkeypatch.setattr(evaluator, "measure", lambda evidence, seed: evidence)
-    learnt, judged = report().split(seed=0)
+    learned, judged = report().split(seed=0)
     for context, rows in real_rows().items():
-        assert (len(learnt[context]), len(judged[context])) == (140, 60)
-        both = torch.cat([learnt[context], judged[context]])
+        assert (len(learned[context]), len(judged[context])) == (140, 60)
+        both = torch.cat([learned[context], judged[context]])
         assert torch.equal(both.sort(0).values, rows.sort(0).values)

@@ -19,18 +19,18 @@ TEXT = {**VISION, "vocab_size": 20, "bos_token_id": 1, "eos_token_id": 2}
 
 
 class Quadrants(nn.Module):
-    """Mean level of the four quarters of a picture."""
+    """Mean level of the four quarters of an image."""
 
     num_features = 4
 
-    def forward(self, pictures):
-        assert pictures.dtype == torch.uint8
-        assert pictures.shape[1] == 3
-        return nn.functional.adaptive_avg_pool2d(pictures[:, 0].float(), 2).flatten(1)
+    def forward(self, images):
+        assert images.dtype == torch.uint8
+        assert images.shape[1] == 3
+        return nn.functional.adaptive_avg_pool2d(images[:, 0].float(), 2).flatten(1)
 
 
-def pictures(context, seed, num=40):
-    """Grey noise, of which "a" brightens the left and "b" the upper half."""
+def images(context, seed, num=40):
+    """Gray noise, of which "a" brightens the left and "b" the upper half."""
     noise = torch.rand(num, 1, 8, 8, generator=torch.Generator().manual_seed(seed)) / 2
     noise[:, :, :, :4] += 0.4 * ("a" in context.targets)
     noise[:, :, :4] += 0.1 * ("b" in context.targets)
@@ -39,8 +39,8 @@ def pictures(context, seed, num=40):
 
 def test_distances_of_features_beside_floor_and_base():
     contexts = (OBS, A, B, PAIR)
-    real = {context: pictures(context, n, 80) for n, context in enumerate(contexts)}
-    samples = {context: [pictures(context, seed) for seed in (20, 21)] for context in contexts}
+    real = {context: images(context, n, 80) for n, context in enumerate(contexts)}
+    samples = {context: [images(context, seed) for seed in (20, 21)] for context in contexts}
     samples[B] = samples[OBS]
     found = evaluate_samples(CONCEPTS, real, samples, samples[OBS], feature_extractor=Quadrants())
     for measure in ("frechet", "kernel"):
@@ -51,8 +51,8 @@ def test_distances_of_features_beside_floor_and_base():
     assert "## FID and KID" in markdown(found)
 
 
-def test_fid_is_that_of_torchmetrics_on_the_pictures_themselves():
-    one, other = (255 * pictures(context, seed).expand(-1, 3, -1, -1) for context, seed in ((OBS, 1), (A, 2)))
+def test_fid_is_that_of_torchmetrics_on_the_images_themselves():
+    one, other = (255 * images(context, seed).expand(-1, 3, -1, -1) for context, seed in ((OBS, 1), (A, 2)))
     metric = FrechetInceptionDistance(feature=Quadrants())
     metric.update(other.byte(), real=True)
     metric.update(one.byte(), real=False)
@@ -62,13 +62,11 @@ def test_fid_is_that_of_torchmetrics_on_the_pictures_themselves():
 
 
 def test_vectors_and_other_shapes_are_refused():
-    with pytest.raises(
-        ValueError, match=r"feature_extractor= takes pictures \(N, 1 or 3, H, W\); Real rows of context"
-    ):
+    with pytest.raises(ValueError, match=r"feature_extractor= takes images \(N, 1 or 3, H, W\); Real rows of context"):
         report(feature_extractor=Quadrants())
     flat = {context: torch.rand(20, 3, 8, 8) for context in (OBS, A, B)}
     samples = {context: [rows] for context, rows in flat.items()}
-    with pytest.raises(ValueError, match=r"feature_extractor= returned shape \(20, 3, 8, 8\) for 20 pictures"):
+    with pytest.raises(ValueError, match=r"feature_extractor= returned shape \(20, 3, 8, 8\) for 20 images"):
         evaluate_samples(CONCEPTS, flat, samples, samples[OBS], feature_extractor=nn.Identity())
 
 
@@ -91,7 +89,7 @@ def test_a_vision_model_is_loaded_with_the_settings_of_its_processor(tmp_path):
         expected = model(pixel_values=(rows / 255 - mean) / deviation).pooler_output
         features = load_vision_features(str(tmp_path))
         torch.testing.assert_close(features(rows), expected)
-        # grey pictures of another size are brought to the model's
+        # gray images of another size are brought to the model's
         assert features(torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)).shape == (2, 16)
 
 
@@ -106,7 +104,7 @@ def test_the_half_of_clip_that_sees_is_taken(tmp_path):
 
 def test_other_models_are_refused(tmp_path):
     transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT)).save_pretrained(tmp_path / "text")
-    with pytest.raises(ValueError, match="which takes no pictures. Name a vision model, such as facebook/dinov2-small"):
+    with pytest.raises(ValueError, match="which takes no images. Name a vision model, such as facebook/dinov2-small"):
         load_vision_features(str(tmp_path / "text"))
     config = transformers.ViTMAEConfig(**VISION, image_size=16, patch_size=8)
     transformers.ViTMAEModel(config).save_pretrained(tmp_path / "unpooled")

@@ -40,9 +40,9 @@ def test_all_files_are_written_and_agree(found, tmp_path):
     text = paths[1].read_text()
     assert f"| a+b | held out | {pair['distance']['samples']['mean']:.4f} ± " in text
     assert f"| do(a) | {values['leakage']['samples'][0][0]:+.2f} / {values['leakage']['data'][0][0]:+.2f} |" in text
-    picture = Image.open(paths[2])
-    assert picture.width > 1000
-    assert len(picture.convert("RGB").getcolors(10**6)) > 50
+    image = Image.open(paths[2])
+    assert image.width > 1000
+    assert len(image.convert("RGB").getcolors(10**6)) > 50
 
 
 def test_json_holds_null_where_nothing_could_be_measured(tmp_path):
@@ -74,7 +74,7 @@ def test_a_failure_leaves_the_earlier_report(found, tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".unfinished*"))
 
 
-def test_the_grid_shows_real_pictures_beside_samples():
+def test_the_grid_shows_real_images_beside_samples():
     contexts = (OBS, A, B, PAIR)
     levels = {context: 0.2 * n for n, context in enumerate(contexts)}
     noise = torch.rand(20, 1, 8, 8) / 100
@@ -82,7 +82,7 @@ def test_the_grid_shows_real_pictures_beside_samples():
     samples = {context: [noise + level + 0.1] for context, level in levels.items()}
     found = evaluate_samples(CONCEPTS, real, samples, samples[OBS])
     grid = samples_grid(found)
-    # the middles of the first real picture and of the last sample of every row
+    # the middles of the first real image and of the last sample of every row
     width, height = grid.size
     pitch = 68
     rows = [height - (len(contexts) - n) * pitch + pitch // 2 for n in range(len(contexts))]
@@ -90,14 +90,14 @@ def test_the_grid_shows_real_pictures_beside_samples():
     assert last_samples == pytest.approx([0.1, 0.3, 0.5, 0.7], abs=0.02)
     last_real = [grid.getpixel((width - 8 * pitch - pitch // 2 - 12, y))[0] / 255 for y in rows]
     assert last_real[:3] == pytest.approx([0.0, 0.2, 0.4], abs=0.02)
-    assert last_real[3] == 1, "no real pictures: white"
+    assert last_real[3] == 1, "no real images: white"
 
 
-def test_pictures_above_64_pixels_are_measured_small_and_shown_whole():
-    pictures = torch.rand(12, 3, 96, 80)
-    read = Reader()(pictures, "Pictures")
+def test_images_above_64_pixels_are_measured_small_and_shown_whole():
+    images = torch.rand(12, 3, 96, 80)
+    read = Reader()(images, "Images")
     assert read.values.shape == (12, 3, 64, 53)
-    torch.testing.assert_close(read.values.mean(), pictures.mean(), rtol=0.01, atol=0)
-    assert torch.equal(read.examples, pictures[:8])
+    torch.testing.assert_close(read.values.mean(), images.mean(), rtol=0.01, atol=0)
+    assert torch.equal(read.examples, images[:8])
     small = torch.rand(12, 3, 64, 40)
-    assert torch.equal(Reader()(small, "Pictures").values, small)
+    assert torch.equal(Reader()(small, "Images").values, small)

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from hf_causal_context import CausalContextConfig, Context
 from hf_causal_context.bases.likelihoods import perplexity
 from hf_causal_context.bases.token_batches import Collation
-from hf_causal_context.bases.tokens import Tokenisation
+from hf_causal_context.bases.tokens import Tokenization
 from hf_causal_context.cli import main
 from hf_causal_context.contexts import ConceptSet
 from hf_causal_context.data import load_text_folders, texts_from_dataset
@@ -155,10 +155,10 @@ def test_perplexities_are_those_of_the_context_the_empty_one_and_the_base(name, 
     model, data = adapted(name), data_of("prompt")
     report = evaluate_texts(model, word_tokenizer(), data, **FAST)
     encoder_decoder = model.config.is_encoder_decoder
-    tokenise = Tokenisation(word_tokenizer(), "prompt", encoder_decoder=encoder_decoder)
+    tokenize = Tokenization(word_tokenizer(), "prompt", encoder_decoder=encoder_decoder)
     decoder_inputs = model.prepare_decoder_input_ids_from_labels if encoder_decoder else None
     collate = Collation(0, model.device, decoder_inputs=decoder_inputs)
-    rows = [tokenise(row) for row in data.held_out["formal+loud"]]
+    rows = [tokenize(row) for row in data.held_out["formal+loud"]]
 
     def measured(context):
         return perplexity(model, [collate(rows, data.concepts.mask([context] * len(rows)))])
@@ -309,8 +309,8 @@ def test_real_texts_are_read_as_long_as_the_samples_are(judge):
         assert all(len(text.split()) <= 2 for text in real)
     whole = judge()
     assert whole.settings["max_new_tokens"] == 7, "nine of ten have at most as many words"
-    tokenise = Tokenisation(word_tokenizer(), "text")
-    assert real_texts.shortened(["the CAT sat on"], tokenise, 3) == ["the sat"], (
+    tokenize = Tokenization(word_tokenizer(), "text")
+    assert real_texts.shortened(["the CAT sat on"], tokenize, 3) == ["the sat"], (
         "what the tokenizer does not know is lost"
     )
 
@@ -360,7 +360,7 @@ def test_bad_input_is_an_error_that_says_what_to_do(adapter, folder, tmp_path, c
     assert "is an adapter of a language model, so --num_inference_steps, --resolution would have no effect" in error(
         "--num_inference_steps", "3", "--resolution", "8"
     )
-    assert "Unknown concept 'colour' in context 'colour'" in error("--contexts", "colour")
+    assert "Unknown concept 'color' in context 'color'" in error("--contexts", "color")
     assert "--max_new_tokens=0 must be at least 1" in error("--max_new_tokens", "0")
     assert "so max_new_tokens=99 is too much. Give at most" in error("--max_new_tokens", "99")
     (folder / "loud" / "texts.txt").write_text("\n".join(texts()[LOUD][:9]))
@@ -389,13 +389,13 @@ def test_ngrams_count_characters_pairs_and_words_that_are_common():
 def test_a_linear_classifier_learns_more_features_than_rows():
     concepts = ConceptSet(("formal", "loud"))
     ngrams = Ngrams(text for own in texts(20).values() for text in own)
-    learnt = {context: ngrams(own) for context, own in texts(20).items()}
+    learned = {context: ngrams(own) for context, own in texts(20).items()}
     rng = np.random.default_rng(1)
     judged = {context: ngrams([write(context, rng) for _ in range(50)]) for context in CONTEXTS}
-    classifier = classifiers.train_classifier(learnt, concepts, linear=True)
+    classifier = classifiers.train_classifier(learned, concepts, linear=True)
     accuracy = classifiers.balanced_accuracy({c: classifier.read(rows) for c, rows in judged.items()}, concepts)
     assert min(accuracy.values()) > 0.95
-    assert sum(parameter.numel() for parameter in classifier.parameters()) == 2 * (learnt[OBS].shape[1] + 1)
+    assert sum(parameter.numel() for parameter in classifier.parameters()) == 2 * (learned[OBS].shape[1] + 1)
 
 
 def test_curves_of_texts_may_fall_as_far_as_chance_takes_them():

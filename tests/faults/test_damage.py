@@ -46,7 +46,7 @@ def empty(folder):
 
 DAMAGES = {
     "cut weights": (cut("adapter_model.safetensors"), "adapter_model.safetensors: .*incomplete metadata"),
-    "cut optimiser": (cut("optimizer.bin"), "optimizer.bin: File is not a zip file"),
+    "cut optimizer": (cut("optimizer.bin"), "optimizer.bin: File is not a zip file"),
     "cut random states": (cut("random_states_0.pkl"), "random_states_0.pkl: File is not a zip file"),
     "cut average": (cut("custom_checkpoint_1.pkl"), "custom_checkpoint_1.pkl: File is not a zip file"),
     "cut arguments": (cut("training_arguments.json"), "training_arguments.json: "),

@@ -48,7 +48,7 @@ def cut(folder):
 
 def replace(folder):
     for path in folder.glob("*.png"):
-        path.write_bytes(b"no picture")
+        path.write_bytes(b"no image")
 
 
 def remove(folder):
@@ -58,7 +58,7 @@ def remove(folder):
 
 SPOILT = {
     "cut": (cut, "image file is truncated"),
-    "no pictures": (replace, "cannot identify image file"),
+    "no images": (replace, "cannot identify image file"),
     "removed": (remove, "No such file or directory"),
 }
 MODES = {"rows": {}, "stream": {"streaming": True}, "worker": {"dataloader_num_workers": 1}}
@@ -66,7 +66,7 @@ MODES = {"rows": {}, "stream": {"streaming": True}, "worker": {"dataloader_num_w
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @pytest.mark.parametrize(("spoil", "reason"), SPOILT.values(), ids=SPOILT)
-def test_pictures_spoilt_while_training_are_named(mode, spoil, reason, pipeline_folder, data, tmp_path):
+def test_images_spoilt_while_training_are_named(mode, spoil, reason, pipeline_folder, data, tmp_path):
     changes = {"max_train_steps": 8, "checkpointing_steps": 2, **mode}
     given = settings(pipeline_folder("ddpm"), data, tmp_path / "out", **changes)
     shutil.copytree(data, tmp_path / "copy")
@@ -87,7 +87,7 @@ def test_pictures_spoilt_while_training_are_named(mode, spoil, reason, pipeline_
     assert (resumed / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_latents_do_not_need_the_pictures_any_more(pipeline_folder, data, tmp_path, monkeypatch):
+def test_latents_do_not_need_the_images_any_more(pipeline_folder, data, tmp_path, monkeypatch):
     """They are computed before the training."""
     given = settings(pipeline_folder("stable_diffusion"), data, tmp_path / "out", max_train_steps=6)
     spoil_at(monkeypatch, finetune, "denoising_objective", lambda: shutil.rmtree(data), call=1)

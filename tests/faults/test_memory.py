@@ -92,7 +92,7 @@ def test_only_what_a_run_can_still_do_is_advised(given):
     )
 
 
-@pytest.mark.parametrize("kind", ["picture", "text"])
+@pytest.mark.parametrize("kind", ["image", "text"])
 def test_a_base_that_is_too_large_for_the_device(kind, given, tmp_path, monkeypatch):
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
@@ -100,7 +100,7 @@ def test_a_base_that_is_too_large_for_the_device(kind, given, tmp_path, monkeypa
         raise error
 
     match = r"Placing the base on cpu ran out of memory \(CUDA out of memory.*with --shard_base"
-    if kind == "picture":
+    if kind == "image":
         monkeypatch.setattr(UNet2DModel, "to", fail)
         with pytest.raises(TrainingMemoryError, match=match):
             train(TrainingArguments(**given), base=load_base(given["pretrained_model_name_or_path"]))

@@ -14,7 +14,7 @@ from ..training.run_tiny import Faults
 from ..training.small import adapter_weights, assert_close_to_largest, settings, write_folders
 from ..training.test_faults import assert_same_run
 
-PICTURES = {"obs": 5, "slant": 3, "thick": 4}  # none is a multiple of what is drawn in a step
+IMAGES = {"obs": 5, "slant": 3, "thick": 4}  # none is a multiple of what is drawn in a step
 LOST = (
     r"ProcessLostError: Another process of this run has failed, was killed or does not answer \(Connection .*\)\. "
     r"{last} What that process printed says why.* with --resume_from_checkpoint latest"
@@ -23,8 +23,8 @@ LOST = (
 
 @pytest.fixture
 def data(tmp_path):
-    root = write_folders(tmp_path / "data", PICTURES, max(PICTURES.values()))
-    for context, number in PICTURES.items():
+    root = write_folders(tmp_path / "data", IMAGES, max(IMAGES.values()))
+    for context, number in IMAGES.items():
         for path in sorted((root / context).iterdir())[number:]:
             path.unlink()
     return root
@@ -55,9 +55,9 @@ def test_four_processes_train_as_one_on_the_same_rows(streaming, start, together
     # In the order of the slots: micro-batch after micro-batch, in each process after process.
     rows = [row for micro_batch in zip(*apart, strict=True) for batch in micro_batch for row in batch]
     assert rows == list(itertools.chain(*expected))
-    # 32 slots are 10 or 11 of each context: 5 pictures come twice or three times, 4 at most three, 3 at most four.
+    # 32 slots are 10 or 11 of each context: 5 images come twice or three times, 4 at most three, 3 at most four.
     counts = Counter(rows)
-    assert len(counts) == sum(PICTURES.values())
+    assert len(counts) == sum(IMAGES.values())
     assert set(counts.values()) == {2, 3, 4}
 
 
@@ -144,7 +144,7 @@ def test_a_main_process_that_fails_before_the_training_ends_the_others(together,
 
 
 def test_a_process_ends_when_the_main_process_refuses_the_data(together, pipeline_folder, data, tmp_path):
-    (data / "thick" / "1.png").write_bytes(b"no picture")
+    (data / "thick" / "1.png").write_bytes(b"no image")
     given = settings(pipeline_folder("ddpm"), data, tmp_path / "out", train_batch_size=1)
     main, other = together(given, 2)
     assert re.match("ValueError: The data cannot be trained on:\n- .*thick/1.png", main.wait())

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_causal_context._files import checkpoint_steps
-from hf_causal_context.bases.families import Base
+from hf_causal_context.bases.families import DiffusionBase
 from hf_causal_context.training import finetune
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.finetune import train
@@ -100,7 +100,7 @@ def test_the_model_trains_on_in_training_mode(given, monkeypatch):
 
 def test_encoders_rest_again_after_it(pipeline_folder, given, monkeypatch):
     places = []
-    monkeypatch.setattr(Base, "move_encoders", lambda self, device: places.append(str(device)))
+    monkeypatch.setattr(DiffusionBase, "move_encoders", lambda self, device: places.append(str(device)))
     monkeypatch.setattr(finetune, "generate", fail([OUT_OF_MEMORY[0]]))
     changes = {"pretrained_model_name_or_path": pipeline_folder("stable_diffusion"), "validation_steps": None}
     train(TrainingArguments(**given | changes))

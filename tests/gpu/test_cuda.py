@@ -220,18 +220,18 @@ class TestPipelines:
         with intervene(pipe, CONTEXTS):
             torch.testing.assert_close(run(name, pipe), expected, **SAME)
 
-    def test_seeds_give_the_same_pictures_on_either_device(self, tmp_path):
+    def test_seeds_give_the_same_images_on_either_device(self, tmp_path):
         folder = write_adapter(load_base(str(BASE)).denoiser, tmp_path, concepts=DIGIT_CONCEPTS, alpha=2.0)
-        pictures = []
+        images = []
         for device in ("cpu", DEVICE):
             base = load_base(str(BASE))
             base.pipe.to(device)
             load_context_adapter(base.pipe, folder)
             rows = generate(base, [(), "thickness", "slant+size"], seeds=[3, 5], num_inference_steps=4)
             assert {row.device.type for row in rows} == {"cpu"}
-            pictures.append(torch.stack(rows))
-        torch.testing.assert_close(pictures[1], pictures[0], rtol=0, atol=5e-3)
-        assert (pictures[0][1:] - pictures[0][:1]).abs().max() > 0.05
+            images.append(torch.stack(rows))
+        torch.testing.assert_close(images[1], images[0], rtol=0, atol=5e-3)
+        assert (images[0][1:] - images[0][:1]).abs().max() > 0.05
 
 
 class TestLanguage:

@@ -1,4 +1,4 @@
-"""Training on a GPU: precisions, the fused optimiser, compiled code, a sharded base, lack of memory."""
+"""Training on a GPU: precisions, the fused optimizer, compiled code, a sharded base, lack of memory."""
 
 import math
 import os
@@ -78,7 +78,7 @@ def test_checkpointing_and_a_gpu_trained_adapter_on_the_cpu(train_digits, logged
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", pytest.param("fp16", marks=needs_gpu)])
-def test_the_fused_optimiser_does_the_same(train_digits, logged, precision, monkeypatch):
+def test_the_fused_optimizer_does_the_same(train_digits, logged, precision, monkeypatch):
     made = []
 
     class Plain(torch.optim.AdamW):

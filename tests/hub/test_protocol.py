@@ -29,8 +29,8 @@ def adapter(tmp_path):
     """A folder with an adapter for the tiny DDIM pipeline, and what else people put beside one."""
     folder = write_adapter(build("ddim").unet, tmp_path / "adapter")
     (folder / "README.md").write_text("---\nlibrary_name: peft\ntags: [causal-context]\n---\n# Mine\n")
-    (folder / "pictures").mkdir()
-    (folder / "pictures" / "grid.png").write_bytes(bytes(range(256)))
+    (folder / "images").mkdir()
+    (folder / "images" / "grid.png").write_bytes(bytes(range(256)))
     return folder
 
 
@@ -45,13 +45,13 @@ def scaled(folder, factor):
     save_file({key: factor * value for key, value in weights.items()}, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def pictures(pipe):
+def images(pipe):
     with intervene(pipe, CONTEXT):
         return run("ddim", pipe)
 
 
 def loaded(source, **kwargs):
-    return pictures(load_context_adapter(build("ddim"), source, **kwargs))
+    return images(load_context_adapter(build("ddim"), source, **kwargs))
 
 
 def downloaded(hub):
@@ -303,10 +303,10 @@ class TestPeft:
         pipe = DiffusionPipeline.from_pretrained(BASE)
         pipe.set_progress_bar_config(disable=True)
         upload(adapter)
-        assert torch.equal(pictures(load_context_adapter(pipe, REPO)), loaded(adapter))
+        assert torch.equal(images(load_context_adapter(pipe, REPO)), loaded(adapter))
         other = build("ddim")
         PeftModel.from_pretrained(other.unet, REPO)
-        assert torch.equal(pictures(other), loaded(adapter))
+        assert torch.equal(images(other), loaded(adapter))
 
     def test_a_lora_is_refused(self, hub, tmp_path):
         unet = build("ddim").unet

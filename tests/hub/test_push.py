@@ -70,7 +70,7 @@ def arrived(hub):
     return {request.path for request in hub.server.requests("PUT /storage") if request.status == 200}
 
 
-def pictures(pipe):
+def images(pipe):
     pipe.set_progress_bar_config(disable=True)
     with intervene(pipe, "thick+slant"):
         return run("ddim", pipe)
@@ -136,7 +136,7 @@ class TestAgain:
         (commit,) = hub.server.requests("POST .*/commit/")
         assert commit.received < 1000
 
-    def test_pictures_that_are_gone_are_removed_and_the_files_of_others_kept(self, pushed, folder):
+    def test_images_that_are_gone_are_removed_and_the_files_of_others_kept(self, pushed, folder):
         pushed.edit({"pictures/old.png": b"\0", "loras/old.safetensors": b"\0", "notes.txt": "mine"})
         push(folder, REPO)
         assert changed(pushed) == {"pictures/old.png", "loras/old.safetensors"}
@@ -204,14 +204,14 @@ class TestAgain:
 class TestRevisions:
     def test_load_by_revision(self, hub, pushed, folder, base_folder):
         put_base(hub, base_folder)
-        old = pictures(load(REPO))
+        old = images(load(REPO))
         first = pushed.at().sha
         scaled(folder, 2.0)
         push(folder, REPO)
-        new = pictures(load(REPO))
+        new = images(load(REPO))
         assert not torch.equal(old, new)
-        assert torch.equal(pictures(load(REPO, revision=first)), old)
-        assert torch.equal(pictures(load(folder)), new)
+        assert torch.equal(images(load(REPO, revision=first)), old)
+        assert torch.equal(images(load(folder)), new)
 
     @pytest.mark.parametrize("branch", ["bolder", "try/bolder"])
     def test_a_branch_is_made(self, hub, pushed, folder, base_folder, branch):
@@ -221,7 +221,7 @@ class TestRevisions:
         push(folder, REPO, revision=branch)
         assert pushed.at() == main
         assert changed(pushed, branch) == {WEIGHTS, CARD}  # whose code loads the branch
-        assert torch.equal(pictures(load(REPO, revision=branch)), pictures(load(folder)))
+        assert torch.equal(images(load(REPO, revision=branch)), images(load(folder)))
         scaled(folder, 2.0)
         push(folder, REPO, revision=branch)
         assert len(pushed.history(branch)) == 4
@@ -292,7 +292,7 @@ class TestTokens:
         with pytest.raises(OSError, match="authenticated|HF_TOKEN"):
             load(REPO)
         hub.server.log.clear()
-        assert torch.equal(pictures(load(REPO, token="hf_user")), pictures(load(folder)))
+        assert torch.equal(images(load(REPO, token="hf_user")), images(load(folder)))
         assert 401 not in {request.status for request in hub.server.log}
 
 
@@ -300,7 +300,7 @@ class TestFaults:
     def test_a_dropped_upload(self, hub, pushed, folder):
         before = pushed.at()
         scaled(folder, 2.0)
-        (folder / "pictures" / "new.png").write_bytes(bytes(300))
+        (folder / "images" / "new.png").write_bytes(bytes(300))
         weights = huggingface_hub.CommitOperationAdd(WEIGHTS, folder / WEIGHTS).upload_info.sha256.hex()
         hub.server.fail_next(f"PUT /storage/{weights}", status="drop", after_bytes=3000, times=99)
         with pytest.raises(ConnectionError, match=f"upload to {REPO} did not finish.*run the same command again"):
@@ -373,7 +373,7 @@ class TestRefusals:
             push(folder, repo_id)
         assert not hub.server.log
 
-    @pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS, CARD, "pictures", "loras"])
+    @pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS, CARD, "images", "loras"])
     def test_an_incomplete_folder(self, hub, folder, name):
         shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
         with pytest.raises(FileNotFoundError, match=f"is not a complete folder for the Hub; it lacks .*{name}"):

@@ -77,7 +77,7 @@ def pixels(path):
 
 # Unconditional, classes that the pipeline takes no argument for, classes, text.
 @pytest.mark.parametrize("name", ["ddpm", "ddpm_classes", "dit", "stable_diffusion"])
-def test_code_of_the_card_makes_its_pictures(hub, name, tmp_path, pipeline_folder):  # noqa: F811
+def test_code_of_the_card_makes_its_images(hub, name, tmp_path, pipeline_folder):  # noqa: F811
     base = pipeline_folder(name)
     HfApi().create_repo("user/base")
     HfApi().upload_folder(repo_id="user/base", folder_path=base)
@@ -89,18 +89,18 @@ def test_code_of_the_card_makes_its_pictures(hub, name, tmp_path, pipeline_folde
         seed=3,
     )
     push(folder, "user/strokes")
-    shutil.rmtree(folder / "pictures")
+    shutil.rmtree(folder / "images")
     hub.new_cache()  # another machine
     pulled = Path(HfApi().snapshot_download("user/strokes"))
     code = code_of(pulled)
     samples = CardContents.load(pulled).samples
     assert list(samples) == SHOWN
-    pictures = {}
+    images = {}
     for context, path in samples.items():
         run_code(code.replace('"slant+thick"', json.dumps(context)))
-        pictures[context] = pixels("slant+thick.png")
-        assert np.array_equal(pictures[context], pixels(pulled / path)), context
-    assert not np.array_equal(pictures[""], pictures["slant+thick"])
+        images[context] = pixels("slant+thick.png")
+        assert np.array_equal(images[context], pixels(pulled / path)), context
+    assert not np.array_equal(images[""], images["slant+thick"])
     assert pixels(pulled / "pictures/grid.png").shape[0] > 4 * 64
 
 
@@ -218,11 +218,11 @@ def test_an_edited_card_of_the_folder_is_kept(adapter, tmp_path, capsys):
     first = (folder / "README.md").read_text()
     assert not is_edited(first)
     (folder / "README.md").write_text(first + "\nMy own words.\n")
-    (folder / "pictures" / "old.png").write_bytes(b"")
+    (folder / "images" / "old.png").write_bytes(b"")
     save(adapter, folder, num_inference_steps=2)
     assert (folder / "README.md").read_text().endswith("My own words.\n")
     assert "was edited and is kept" in capsys.readouterr().out
-    assert not (folder / "pictures" / "old.png").exists()
+    assert not (folder / "images" / "old.png").exists()
     (folder / "README.md").write_text(first)
     save(adapter, folder, num_inference_steps=2)
     assert "num_inference_steps=2" in (folder / "README.md").read_text()

@@ -25,13 +25,13 @@ class TwoLines(EncoderDecoder):
         self.config = {"size": size, "features": features}
         self.size, self.channels, self.features = size, 2, features
         self.to_features = nn.Linear(2 * size**2, features)
-        self.to_pictures = nn.Linear(features, 2 * size**2)
+        self.to_images = nn.Linear(features, 2 * size**2)
 
-    def encode(self, pictures):
-        return self.to_features(pictures.flatten(1)).tanh()
+    def encode(self, images):
+        return self.to_features(images.flatten(1)).tanh()
 
     def decode(self, features):
-        return self.to_pictures(features).unflatten(1, (2, self.size, self.size))
+        return self.to_images(features).unflatten(1, (2, self.size, self.size))
 
 
 def kl_autoencoder():
@@ -62,7 +62,7 @@ def settings(name):
     return {"latent_module": "top"} if name == "hierarchical" else {}
 
 
-def pictures_for(model, num=4):
+def images_for(model, num=4):
     base = model.backbone
     return torch.rand(num, base.channels, base.size, base.size, generator=seeded(5))
 
@@ -84,7 +84,7 @@ def trained(name, **kwargs):
             if "shift" in key or "interventional" in key:  # which start without an effect of their own
                 parameter.add_(0.2 * torch.randn_like(parameter))
         for _ in range(3):
-            model.train()(pictures_for(model, 8), model.mask([""] * 4 + ["a"] * 4, 8))
+            model.train()(images_for(model, 8), model.mask([""] * 4 + ["a"] * 4, 8))
     return model.eval()
 
 
@@ -97,7 +97,7 @@ def models():
 class TestFiles:
     @ALL
     @pytest.mark.parametrize("kwargs", [{}, {"published": True, "depth": 3}, {"with_context_module": False}])
-    def test_a_loaded_model_draws_the_same_pictures(self, tmp_path, name, kwargs):
+    def test_a_loaded_model_draws_the_same_images(self, tmp_path, name, kwargs):
         model = trained(name, **kwargs)
         model.save_pretrained(tmp_path)
         own = {"base": BASES[name]()} if name == "custom" else {}
@@ -111,8 +111,8 @@ class TestFiles:
             assert torch.equal(value, loaded.state_dict()[key]), key
         for context in CONTEXTS:
             assert torch.equal(model.sample(context, 3, seeded()), loaded.sample(context, 3, seeded()))
-        pictures = pictures_for(model)
-        assert torch.equal(model.counterfactual(pictures, "a", "b"), loaded.counterfactual(pictures, "a", "b"))
+        images = images_for(model)
+        assert torch.equal(model.counterfactual(images, "a", "b"), loaded.counterfactual(images, "a", "b"))
 
     def test_a_base_of_ones_own_must_be_passed_again(self, tmp_path, models):
         models["custom"].save_pretrained(tmp_path)
@@ -155,10 +155,10 @@ class TestContexts:
 
     @ALL
     def test_contexts_differ(self, models, name):
-        pictures = [models[name].sample(context, 4, seeded()) for context in CONTEXTS]
+        images = [models[name].sample(context, 4, seeded()) for context in CONTEXTS]
         for i in range(len(CONTEXTS)):
             for j in range(i):
-                assert (pictures[i] - pictures[j]).abs().max() > 1e-3
+                assert (images[i] - images[j]).abs().max() > 1e-3
 
     @pytest.mark.parametrize("name", ["light28", "hierarchical"])
     def test_contexts_have_no_effect_without_a_context_module(self, name):
@@ -169,11 +169,11 @@ class TestContexts:
     @ALL
     def test_a_seed_decides(self, models, name):
         model, state = models[name], torch.get_rng_state()
-        pictures = model.sample("a", 3, seeded())
-        assert torch.equal(pictures, model.sample("a", 3, seeded()))
+        images = model.sample("a", 3, seeded())
+        assert torch.equal(images, model.sample("a", 3, seeded()))
         assert torch.equal(torch.get_rng_state(), state)
-        assert not torch.equal(pictures, model.sample("a", 3, seeded(1)))
-        assert torch.pdist(pictures.flatten(1)).min() > 1e-3
+        assert not torch.equal(images, model.sample("a", 3, seeded(1)))
+        assert torch.pdist(images.flatten(1)).min() > 1e-3
         torch.manual_seed(0)
         first = model.sample("a", 3)
         torch.manual_seed(0)
@@ -195,15 +195,15 @@ class TestContexts:
         assert torch.equal(model.decode(noise, CONTEXTS), expected)
 
 
-class TestPictures:
+class TestImages:
     @ALL
     def test_encoding_and_decoding(self, models, name):
         model = models[name]
-        pictures = pictures_for(model)
-        posterior = model.encode(pictures, CONTEXTS)
+        images = images_for(model)
+        posterior = model.encode(images, CONTEXTS)
         assert posterior.mean.shape == posterior.log_variance.shape == (4, len(CONCEPTS), N)
-        output, kl = model(pictures, model.mask(CONTEXTS, 4), seeded())
-        assert output.shape == pictures.shape
+        output, kl = model(images, model.mask(CONTEXTS, 4), seeded())
+        assert output.shape == images.shape
         assert kl.shape == (4,)
         assert (kl >= posterior.kl() - 1e-5).all()
         if name != "hierarchical":
@@ -214,24 +214,24 @@ class TestPictures:
     @ALL
     def test_concepts(self, models, name):
         model = models[name]
-        concepts = model.concepts(pictures_for(model), CONTEXTS)
+        concepts = model.concepts(images_for(model), CONTEXTS)
         assert concepts.shape == (4, len(CONCEPTS), W)
-        mean = model.encode(pictures_for(model), CONTEXTS).mean
+        mean = model.encode(images_for(model), CONTEXTS).mean
         torch.testing.assert_close(concepts, model.context_module.concepts(mean, model.mask(CONTEXTS, 4)))
-        assert not torch.equal(concepts, model.concepts(pictures_for(model)))
+        assert not torch.equal(concepts, model.concepts(images_for(model)))
 
     @ALL
     def test_counterfactuals(self, models, name):
         model = models[name]
-        pictures = pictures_for(model)
-        reconstructed = model.reconstruct(pictures, "a")
+        images = images_for(model)
+        reconstructed = model.reconstruct(images, "a")
         assert 0 <= reconstructed.min() < reconstructed.max() <= 1
-        assert torch.equal(model.counterfactual(pictures, "a", "a"), reconstructed)
-        changed = model.counterfactual(pictures, "a", "b")
-        assert changed.shape == pictures.shape
+        assert torch.equal(model.counterfactual(images, "a", "a"), reconstructed)
+        changed = model.counterfactual(images, "a", "b")
+        assert changed.shape == images.shape
         assert (changed - reconstructed).abs().max() > 1e-3
-        assert torch.equal(changed, model.counterfactual(pictures, "a", "b"))
-        mixed = model.counterfactual(pictures, "a", ["a", "b", "a", "b"])
+        assert torch.equal(changed, model.counterfactual(images, "a", "b"))
+        mixed = model.counterfactual(images, "a", ["a", "b", "a", "b"])
         torch.testing.assert_close(mixed[::2], reconstructed[::2], rtol=0, atol=1e-5)
         torch.testing.assert_close(mixed[1::2], changed[1::2], rtol=0, atol=1e-5)
 
@@ -240,7 +240,7 @@ class TestPictures:
         model = trained(name)
         for parameter in model.parameters():
             parameter.grad = None
-        output, kl = model(pictures_for(model), model.mask(CONTEXTS, 4), seeded())
+        output, kl = model(images_for(model), model.mask(CONTEXTS, 4), seeded())
         (output.sum() + kl.sum()).backward()
         for key, parameter in model.named_parameters():
             if key.startswith("backbone.top."):
@@ -265,23 +265,23 @@ class TestPictures:
     @pytest.mark.parametrize("name", ["light28", "kl", "hierarchical"])
     def test_precision_is_that_of_the_weights(self, name):
         model = trained(name)
-        expected = model.reconstruct(pictures_for(model), CONTEXTS)
+        expected = model.reconstruct(images_for(model), CONTEXTS)
         for dtype, tolerance in ((torch.float64, 1e-4), (torch.bfloat16, 0.1)):
-            pictures = model.to(dtype).reconstruct(pictures_for(model).to(dtype), CONTEXTS)
-            assert pictures.dtype == model.sample("a", 2, seeded()).dtype == dtype
+            images = model.to(dtype).reconstruct(images_for(model).to(dtype), CONTEXTS)
+            assert images.dtype == model.sample("a", 2, seeded()).dtype == dtype
             if name != "hierarchical":  # its lower latents are drawn, and in another precision differ
-                torch.testing.assert_close(pictures.float(), expected, rtol=0, atol=tolerance)
+                torch.testing.assert_close(images.float(), expected, rtol=0, atol=tolerance)
 
 
 class TestHierarchicalBase:
     def test_encodes_the_features_of_the_named_module(self, models):
         model = models["hierarchical"]
-        features = pictures_for(model)
+        features = images_for(model)
         for layer in model.backbone.up:
             features = layer(features)
         assert features.shape[1:] == model.backbone.latent_shape
         for given, expected in zip(
-            model.encode(pictures_for(model), CONTEXTS),
+            model.encode(images_for(model), CONTEXTS),
             model.context_module.encode(features.flatten(1), model.mask(CONTEXTS, 4)),
             strict=True,
         ):
@@ -296,16 +296,16 @@ class TestHierarchicalBase:
                     layer.weight.zero_()
                     layer.bias.zero_()
         noise = torch.randn(4, len(CONCEPTS), N)
-        posterior = model.encode(pictures_for(model))
-        posteriors = model.encode(pictures_for(model), CONTEXTS)
+        posterior = model.encode(images_for(model))
+        posteriors = model.encode(images_for(model), CONTEXTS)
         for exogenous, decode in (
             (noise, lambda: model.decode(noise, CONTEXTS)),
-            (posterior.mean, lambda: model.counterfactual(pictures_for(model), "", CONTEXTS)),
+            (posterior.mean, lambda: model.counterfactual(images_for(model), "", CONTEXTS)),
         ):
             state = model.context_module(exogenous, model.mask(CONTEXTS, 4)).view(4, *base.latent_shape)
             expected = base.to_output(base.down[1](base.down[0](state))).sigmoid()
             torch.testing.assert_close(decode(), expected, rtol=0, atol=1e-6)
-        _, kl = model(pictures_for(model), model.mask(CONTEXTS, 4))
+        _, kl = model(images_for(model), model.mask(CONTEXTS, 4))
         torch.testing.assert_close(kl, posteriors.kl())
 
     def test_the_base_is_left_as_it_was(self, models):
@@ -428,9 +428,9 @@ class TestLightweightVAE:
 
 def test_a_diffusers_autoencoder_reconstructs_as_it_does_alone():
     base = kl_autoencoder().eval()
-    pictures = torch.rand(2, 3, 16, 16)
-    features = base.encode(pictures)
-    mean = base.vae.encode(pictures * 2 - 1).latent_dist.mean
+    images = torch.rand(2, 3, 16, 16)
+    features = base.encode(images)
+    mean = base.vae.encode(images * 2 - 1).latent_dist.mean
     assert features.shape == (2, base.features) == (2, 2 * 8 * 8)
     torch.testing.assert_close(features, (0.7 * (mean - 0.1)).flatten(1))
     torch.testing.assert_close(base.decode(features), (base.vae.decode(mean).sample + 1) / 2)
@@ -445,19 +445,19 @@ class TestStrictness:
             (lambda x: x.index_fill(0, torch.tensor(1), torch.nan), "values from nan to nan"),
             (lambda x: x.index_fill(0, torch.tensor(1), torch.inf), "values from .* to inf"),
             (lambda x: (x * 255).byte(), r"dtype torch.uint8; this .* takes float tensors \(B, 1, 28, 28\)"),
-            (lambda x: x[..., 1:], r"Pictures of shape \(4, 1, 28, 27\) .* Resize or convert them."),
-            (lambda x: x.expand(-1, 3, -1, -1), r"Pictures of shape \(4, 3, 28, 28\)"),
-            (lambda x: x[0], r"Pictures of shape \(1, 28, 28\)"),
+            (lambda x: x[..., 1:], r"Images of shape \(4, 1, 28, 27\) .* Resize or convert them."),
+            (lambda x: x.expand(-1, 3, -1, -1), r"Images of shape \(4, 3, 28, 28\)"),
+            (lambda x: x[0], r"Images of shape \(1, 28, 28\)"),
         ],
     )
-    def test_pictures(self, models, change, message):
+    def test_images(self, models, change, message):
         model = models["light28"]
-        wrong = change(pictures_for(model))
+        wrong = change(images_for(model))
         for use in (
             model.encode,
             model.reconstruct,
             model.concepts,
-            lambda pictures: model.counterfactual(pictures, "a", "b"),
+            lambda images: model.counterfactual(images, "a", "b"),
         ):
             with pytest.raises(ValueError, match=message):
                 use(wrong)
@@ -465,14 +465,14 @@ class TestStrictness:
     @pytest.mark.parametrize("name", ["light28", "hierarchical"])
     def test_contexts(self, models, name):
         model = models[name]
-        pictures = pictures_for(model)
+        images = images_for(model)
         unknown = "Unknown concept 'z' in context 'a\\+z'. Known concepts: 'a', 'b', 'c'"
         for use in (
             lambda context: model.sample(context, 4),
-            lambda context: model.reconstruct(pictures, context),
-            lambda context: model.concepts(pictures, context),
-            lambda context: model.counterfactual(pictures, context, "a"),
-            lambda context: model.counterfactual(pictures, "a", context),
+            lambda context: model.reconstruct(images, context),
+            lambda context: model.concepts(images, context),
+            lambda context: model.counterfactual(images, context, "a"),
+            lambda context: model.counterfactual(images, "a", context),
             lambda context: model.decode(torch.zeros(4, 3, N), context),
         ):
             with pytest.raises(ValueError, match=unknown):

@@ -44,10 +44,10 @@ SETTINGS = {
     "check-data": AnyDataArguments,
 }
 ADAPTER = ("--adapter", "--pretrained_model_name_or_path", "--revision", "--dtype", "--variant", "--output_dir")
-PICTURES = ("--prompt", "--class_label", "--num_inference_steps", "--guidance_scale", "--resolution")
+IMAGES = ("--prompt", "--class_label", "--num_inference_steps", "--guidance_scale", "--resolution")
 OPTIONS = {name: [f"--{field.name}" for field in dataclasses.fields(kind)] for name, kind in SETTINGS.items()} | {
     "quickstart": ["--output_dir", "--seed"],
-    "generate": [*ADAPTER, *PICTURES, "--contexts", "--seeds", "--batch_size", "--observational_name", "--grid"],
+    "generate": [*ADAPTER, *IMAGES, "--contexts", "--seeds", "--batch_size", "--observational_name", "--grid"],
     "generate-text": [
         *ADAPTER[:4],
         "--contexts",
@@ -58,13 +58,13 @@ OPTIONS = {name: [f"--{field.name}" for field in dataclasses.fields(kind)] for n
         "--top_p",
     ],
     "export": [*ADAPTER, "--context", "--format"],
-    "push": [*ADAPTER, *PICTURES, "--repo_id", "--private", "--branch", "--evaluation", "--license", "--contexts"],
+    "push": [*ADAPTER, *IMAGES, "--repo_id", "--private", "--branch", "--evaluation", "--license", "--contexts"],
     "demo": ["--adapter", "--pretrained_model_name_or_path", "--share", "--port"],
 }
 REQUIRED = {
     "train": ["--pretrained_model_name_or_path", "nowhere", "--train_data_dir", "folders", "--output_dir", "out"],
     "train-text": ["--pretrained_model_name_or_path", "nowhere", "--train_data_dir", "folders", "--output_dir", "out"],
-    # Its picture size is never one that an autoencoder takes.
+    # Its image size is never one that an autoencoder takes.
     "train-autoencoder": ["--train_data_dir", "folders", "--output_dir", "out"],
     "evaluate": ["--adapter", "nowhere", "--train_data_dir", "folders"],
     "check-data": ["--train_data_dir", "folders"],
@@ -81,7 +81,7 @@ NEVER_BEGINS = {"quickstart": ["--unknown"], "train-autoencoder": ["--resolution
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with pictures in contexts, and adapters of which nothing can be made."""
+    """A folder with images in contexts, and adapters of which nothing can be made."""
     root = tmp_path_factory.mktemp("commands")
     write_folders(root / "folders", {"obs": 1, "a": 1, "b": 1})
     config = {"peft_type": "CAUSAL_CONTEXT", "concepts": ["a", "b"], "base_model_name_or_path": "nowhere"}

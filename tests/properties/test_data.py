@@ -16,7 +16,7 @@ from hf_causal_context.contexts import as_context
 from hf_causal_context.data import from_dataset, load_folders
 from hf_causal_context.data.sampling import ContextSampler
 from hf_causal_context.data.text_rows import read_texts
-from tests.data.small import write_picture
+from tests.data.small import write_image
 
 from .cases import cases, outcome
 
@@ -125,7 +125,7 @@ def test_processes_divide_the_same_balanced_rows(contexts, size, seed, processes
         assert abs(drawn[name] - 6 * size * processes * share / sum(shares.values())) <= 1 + len(shares) / 2
 
 
-LINES = [json.dumps({"file_name": f"{i}.png", "text": f"picture {i}"}).encode() for i in range(3)]
+LINES = [json.dumps({"file_name": f"{i}.png", "text": f"image {i}"}).encode() for i in range(3)]
 MUTATIONS = (
     *(b"", b"\xff\xfe", b"[]", b"null", b"3", b'"text"', b"{", b"[" * 20_000, b"1" * 5_000, b"{}", b"\xef\xbb\xbf{}"),
     *(LINES[0], LINES[0][:20], LINES[1] + b"\r", b"  ", b"\x00", b"\xe2\x80\xa8", b"x" * 100_000),
@@ -146,7 +146,7 @@ def captioned(tmp_path_factory):
     root = tmp_path_factory.mktemp("captioned")
     for folder in ("obs", "a"):
         for i in range(3):
-            write_picture(root / folder / f"{i}.png")
+            write_image(root / folder / f"{i}.png")
         (root / folder / "metadata.jsonl").write_bytes(b"\n".join(LINES))
     return root
 

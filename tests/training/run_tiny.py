@@ -34,17 +34,17 @@ LOADED = (diffusers.DDPMPipeline, diffusers.UNet2DModel, FAMILIES)  # diffusers 
 
 @dataclass
 class Faults:
-    """What happens to a run; steps are optimiser steps, micro-batches are counted from the start of the process."""
+    """What happens to a run; steps are optimizer steps, micro-batches are counted from the start of the process."""
 
     signal_after_step: tuple[int, int] | None = None  # (step, number of the signal), before a checkpoint is saved
     signal_in_microbatch: tuple[int, int] | None = None
-    kill_while_saving: int | None = None  # the step whose optimiser is written half
+    kill_while_saving: int | None = None  # the step whose optimizer is written half
     kill_at_call: tuple[str, int] | None = None  # so many calls, in C too, after this function began
     calls_file: str | None = None  # how many calls there were in `fit`, and how many of them in `save_checkpoint`
     collectives_file: str | None = None  # one line for each all-reduce that the loop asks for; steps then seem quick
     no_memory_to_generate: bool = False
     fail_first: bool = False  # where the main process prepares what the others read
-    seen_file: str | None = None  # one line for each micro-batch: digests of its pictures
+    seen_file: str | None = None  # one line for each micro-batch: digests of its images
     ready_file: str | None = None  # written after step 1; every step then takes a while
 
 

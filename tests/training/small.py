@@ -1,4 +1,4 @@
-"""Small folders of pictures, and the settings of short runs on tiny pipelines."""
+"""Small folders of images, and the settings of short runs on tiny pipelines."""
 
 import json
 from pathlib import Path
@@ -11,17 +11,17 @@ from safetensors.torch import load_file
 CONTEXTS = ("obs", "slant", "thick")
 
 
-def write_folders(root, contexts=CONTEXTS, pictures=4, size=16, captions=False):
-    """One folder for each context, with pictures that all differ."""
+def write_folders(root, contexts=CONTEXTS, images=4, size=16, captions=False):
+    """One folder for each context, with images that all differ."""
     root = Path(root)
     generator = np.random.default_rng(0)
     for context in contexts:
         (root / context).mkdir(parents=True)
-        for i in range(pictures):
+        for i in range(images):
             pixels = generator.integers(0, 256, (size, size, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / context / f"{i}.png")
         if captions:
-            lines = [json.dumps({"file_name": f"{i}.png", "text": f"a {context} {i % 2}"}) for i in range(pictures)]
+            lines = [json.dumps({"file_name": f"{i}.png", "text": f"a {context} {i % 2}"}) for i in range(images)]
             (root / context / "metadata.jsonl").write_text("\n".join(lines))
     return root
 

@@ -31,7 +31,7 @@ from transformers import (
 
 from hf_causal_context import CausalContextConfig
 from hf_causal_context.bases.token_batches import Collation
-from hf_causal_context.bases.tokens import Tokenisation
+from hf_causal_context.bases.tokens import Tokenization
 from hf_causal_context.contexts import ConceptSet, Context
 from hf_causal_context.data import InterventionalData
 from hf_causal_context.training.arguments import TextArguments
@@ -153,8 +153,8 @@ def arguments(tmp_path, **changes):
     return TextArguments(**given | changes)
 
 
-def tokenisation(model, shape, **options):
-    return Tokenisation(TOKENIZER, shape, encoder_decoder=model.config.is_encoder_decoder, **options)
+def tokenization(model, shape, **options):
+    return Tokenization(TOKENIZER, shape, encoder_decoder=model.config.is_encoder_decoder, **options)
 
 
 def collation(model, packed=False):
@@ -164,7 +164,7 @@ def collation(model, packed=False):
 
 def rows_and_masks(model, shape):
     data = text_data(shape)
-    rows = [tokenisation(model, data.content_column)(row) for row in data.rows]
+    rows = [tokenization(model, data.content_column)(row) for row in data.rows]
     return rows, data.concepts.mask([Context.parse(context) for context in data.rows["context"]])
 
 

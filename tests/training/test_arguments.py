@@ -46,11 +46,11 @@ def test_texts(changes, message):
 @pytest.mark.parametrize(
     ("settings", "needed"), [(TrainingArguments, BASE), (AutoencoderArguments, {"output_dir": "o"})]
 )
-def test_pictures(settings, needed):
+def test_images(settings, needed):
     with pytest.raises(ValueError, match="--num_validation_images=-1 must be at least 0"):
         settings(**needed, num_validation_images=-1)
 
 
-def test_texts_are_asked_nothing_about_pictures():
+def test_texts_are_asked_nothing_about_images():
     names = {field.name for field in dataclasses.fields(TextArguments)}
     assert names.isdisjoint({"num_validation_images", "image_column", "caption_column", "class_column", "resolution"})

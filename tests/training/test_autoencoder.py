@@ -14,10 +14,10 @@ from hf_causal_context.contexts import ConceptSet, Context
 from hf_causal_context.models.context_autoencoder import ContextAutoencoder
 from hf_causal_context.models.encoder_decoders import KLAutoencoder
 from hf_causal_context.training.arguments import AutoencoderArguments
-from hf_causal_context.training.autoencoder.images import PictureBatches, PictureSet, to_floats
+from hf_causal_context.training.autoencoder.images import ImageBatches, ImageSet, to_floats
 from hf_causal_context.training.autoencoder.objective import (
     AutoencoderObjective,
-    PictureBatch,
+    ImageBatch,
     TrainingMode,
     bits_per_dimension,
 )
@@ -33,13 +33,13 @@ CONCEPTS = ConceptSet(("dark", "tall"))
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def pictures(num=10, contexts=("", "dark", "tall"), size=16):
+def images(num=10, contexts=("", "dark", "tall"), size=16):
     generator = np.random.default_rng(0)
     arrays = {
         Context.parse(name): generator.integers(0, 256 >> ("dark" in name), (num, 1, size, size), dtype=np.uint8)
         for name in contexts
     }
-    return PictureSet.of_arrays(arrays, CONCEPTS)
+    return ImageSet.of_arrays(arrays, CONCEPTS)
 
 
 def arguments(folder, **changes):
@@ -90,13 +90,13 @@ class TestObjective:
     def batch(self, num=4):
         x = torch.rand(num, 1, 16, 16, generator=torch.Generator().manual_seed(1))
         mask = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])[:num]
-        return PictureBatch(x, mask, torch.Generator().manual_seed(2))
+        return ImageBatch(x, mask, torch.Generator().manual_seed(2))
 
     @pytest.mark.parametrize("reconstruction", ["bce", "gaussian"])
     def test_is_the_negative_evidence_bound(self, reconstruction):
         model, batch = autoencoder().eval(), self.batch()
         losses = AutoencoderObjective(model, reconstruction, beta=0.5)(model, batch)
-        posterior = model.encode(batch.pictures, batch.context)
+        posterior = model.encode(batch.images, batch.context)
         logits = model.backbone.decode(
             model.context_module(posterior.sample(torch.Generator().manual_seed(2)), batch.context)
         )
@@ -104,10 +104,10 @@ class TestObjective:
         kl = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).flatten(1).sum(1)
         if reconstruction == "bce":
             likelihood = torch.distributions.ContinuousBernoulli(logits=logits)
-            errors = -(likelihood.log_prob(batch.pictures) - likelihood._cont_bern_log_norm())
+            errors = -(likelihood.log_prob(batch.images) - likelihood._cont_bern_log_norm())
         else:
             likelihood = torch.distributions.Normal(logits.sigmoid(), 0.1)
-            errors = -likelihood.log_prob(batch.pictures) + likelihood.log_prob(logits.sigmoid())
+            errors = -likelihood.log_prob(batch.images) + likelihood.log_prob(logits.sigmoid())
         torch.testing.assert_close(losses, errors.flatten(1).sum(1) + 0.5 * kl)
 
     def test_penalties_count_effects_between_concepts_only(self):
@@ -136,27 +136,27 @@ class TestObjective:
 
 class TestBatches:
     def batches(self, tmp_path, start=0, rank=0, world_size=1, **changes):
-        set_of = pictures(7)
-        made = PictureBatches(set_of, arguments(tmp_path, **changes), 4, torch.device("cpu"), rank, world_size)
+        set_of = images(7)
+        made = ImageBatches(set_of, arguments(tmp_path, **changes), 4, torch.device("cpu"), rank, world_size)
         return list(made(start))
 
-    def test_contexts_are_mixed_and_belong_to_their_pictures(self, tmp_path):
-        known = {bytes(p.numpy()): c for p, c in zip(pictures(7).pictures, pictures(7).contexts, strict=True)}
+    def test_contexts_are_mixed_and_belong_to_their_images(self, tmp_path):
+        known = {bytes(p.numpy()): c for p, c in zip(images(7).images, images(7).contexts, strict=True)}
         for batch in self.batches(tmp_path):
             contexts = [str(context) for context in CONCEPTS.contexts(batch.context)]
             assert sorted(contexts) == sorted(["", "dark", "tall"] * 2)
-            assert [known[bytes((p * 255).round().byte().numpy())] for p in batch.pictures] == contexts
+            assert [known[bytes((p * 255).round().byte().numpy())] for p in batch.images] == contexts
 
     def test_any_start_continues_the_same_stream(self, tmp_path):
         for whole, resumed in zip(self.batches(tmp_path)[2:], self.batches(tmp_path, start=2), strict=True):
-            assert torch.equal(whole.pictures, resumed.pictures)
+            assert torch.equal(whole.images, resumed.images)
             noise = [torch.randn(3, generator=batch.generator) for batch in (whole, resumed)]
             assert torch.equal(*noise)
 
     def test_processes_share_the_rows_but_not_the_noise(self, tmp_path):
         one = self.batches(tmp_path, train_batch_size=6)[0]
         parts = [self.batches(tmp_path, rank=rank, world_size=2, train_batch_size=3)[0] for rank in range(2)]
-        assert torch.equal(torch.cat([part.pictures for part in parts]), one.pictures)
+        assert torch.equal(torch.cat([part.images for part in parts]), one.images)
         first, second = (torch.randn(3, generator=part.generator) for part in parts)
         assert not torch.equal(first, second)
 
@@ -168,41 +168,39 @@ class TestBatches:
         one = self.batches(tmp_path, published=True, train_batch_size=3)
         contexts = [[str(context) for context in CONCEPTS.contexts(batch.context)] for batch in one]
         assert contexts == [[""] * 3, ["dark"] * 3, ["tall"] * 3, [""] * 3]
-        assert torch.equal(
-            self.batches(tmp_path, start=3, published=True, train_batch_size=3)[0].pictures, one[3].pictures
-        )
+        assert torch.equal(self.batches(tmp_path, start=3, published=True, train_batch_size=3)[0].images, one[3].images)
         # Every row of a context once before any is drawn again.
-        drawn = torch.cat([one[0].pictures, one[3].pictures]).flatten(1)
+        drawn = torch.cat([one[0].images, one[3].images]).flatten(1)
         assert len(drawn.unique(dim=0)) == 6
         second = self.batches(tmp_path, rank=1, world_size=2, published=True, train_batch_size=3)
-        assert torch.equal(second[0].pictures, one[1].pictures)
+        assert torch.equal(second[0].images, one[1].images)
 
     def test_splits_are_stratified_and_disjoint(self):
-        first, second = pictures(10).split(0.3, seed=0)
+        first, second = images(10).split(0.3, seed=0)
         assert [(first.contexts == name).sum() for name in first.names] == [7, 7, 7]
-        together = np.concatenate([first.pictures.numpy(), second.pictures.numpy()]).reshape(30, -1)
-        everything = pictures(10).pictures.numpy().reshape(30, -1)
+        together = np.concatenate([first.images.numpy(), second.images.numpy()]).reshape(30, -1)
+        everything = images(10).images.numpy().reshape(30, -1)
         assert sorted(map(bytes, together)) == sorted(map(bytes, everything))
         with pytest.raises(ValueError, match="The context '' has 1 rows, too few to keep 0.3 of them"):
-            pictures(1).split(0.3, seed=0)
+            images(1).split(0.3, seed=0)
 
-    def test_refuses_what_is_no_picture_set(self):
+    def test_refuses_what_is_no_image_set(self):
         with pytest.raises(ValueError, match="dtype torch.float32 with 30 contexts. They must be bytes"):
-            PictureSet(torch.rand(30, 1, 4, 4), np.array([""] * 30, dtype=object), CONCEPTS)
+            ImageSet(torch.rand(30, 1, 4, 4), np.array([""] * 30, dtype=object), CONCEPTS)
         with pytest.raises(ValueError, match="Unknown concept 'odd'"):
-            PictureSet(torch.zeros(1, 1, 4, 4).byte(), np.array(["odd"], dtype=object), CONCEPTS)
-        with pytest.raises(ValueError, match="The context 'dark.tall' has no pictures. There are: '', 'dark', 'tall'"):
-            pictures(2).of("dark+tall")
+            ImageSet(torch.zeros(1, 1, 4, 4).byte(), np.array(["odd"], dtype=object), CONCEPTS)
+        with pytest.raises(ValueError, match="The context 'dark.tall' has no images. There are: '', 'dark', 'tall'"):
+            images(2).of("dark+tall")
 
 
 class TestModes:
     def trained(self, tmp_path, mode, steps, published=False):
         base = tmp_path / "base"
         if not base.exists():
-            train_autoencoder(arguments(base, without_context_module=True, max_train_steps=2), pictures())
+            train_autoencoder(arguments(base, without_context_module=True, max_train_steps=2), images())
         folder = tmp_path / f"{mode}-{steps}-{published}"
         settings = {"mode": mode, "base": str(base), "max_train_steps": steps, "published": published}
-        train_autoencoder(arguments(folder, **settings), pictures())
+        train_autoencoder(arguments(folder, **settings), images())
         return weights(base), weights(folder)
 
     def test_frozen_trains_the_context_module_only(self, tmp_path):
@@ -245,7 +243,7 @@ class TestModes:
     def test_a_pretrained_autoencoder_kl_is_a_base(self, tmp_path):
         tiny_kl().save_pretrained(tmp_path / "kl")
         given = {"base": str(tmp_path / "kl"), "mode": "frozen", "reconstruction": "gaussian"}
-        folder = train_autoencoder(arguments(tmp_path / "out", **given), pictures())
+        folder = train_autoencoder(arguments(tmp_path / "out", **given), images())
         model = ContextAutoencoder.from_pretrained(folder)
         assert isinstance(model.backbone, KLAutoencoder)
         before = AutoencoderKL.from_pretrained(tmp_path / "kl").state_dict()
@@ -257,7 +255,7 @@ class TestModes:
         base = {"class": "HierarchicalVAE", "size": 16, "channels": 1, "width": 4}
         model = ContextAutoencoder(CONCEPTS.names, base, noise_width=3, concept_width=2, latent_module="top")
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        train_autoencoder(arguments(tmp_path / "out"), pictures(), model=model)
+        train_autoencoder(arguments(tmp_path / "out"), images(), model=model)
         unchanged = set(before) - differing(before, weights(tmp_path / "out"))
         assert {name for name in unchanged if not name.endswith(("observational", "interventional"))} == {
             name for name in before if name.startswith("backbone.top.")
@@ -267,14 +265,14 @@ class TestModes:
 class TestRuns:
     def test_learns(self, tmp_path):
         generator = np.random.default_rng(0)
-        grey = generator.integers(120, 256, (20, 1, 1, 1), dtype=np.uint8) * np.ones((1, 1, 16, 16), dtype=np.uint8)
-        data = PictureSet.of_arrays({Context(): grey, Context("dark"): grey // 4, Context("tall"): grey}, CONCEPTS)
+        gray = generator.integers(120, 256, (20, 1, 1, 1), dtype=np.uint8) * np.ones((1, 1, 16, 16), dtype=np.uint8)
+        data = ImageSet.of_arrays({Context(): gray, Context("dark"): gray // 4, Context("tall"): gray}, CONCEPTS)
         given = {"max_train_steps": 150, "learning_rate": 1e-2, "train_batch_size": 12, "beta": 10.0, "seed": 1}
         folder = train_autoencoder(arguments(tmp_path / "out", num_validation_images=2, **given), data)
         model = ContextAutoencoder.from_pretrained(folder)
         assert (folder / "samples" / "step-000150.png").exists()
         mean = {name: float(model.sample(name, 64, torch.Generator().manual_seed(0)).mean()) for name in data.names}
-        # Dark pictures have a quarter of the values of the others.
+        # Dark images have a quarter of the values of the others.
         assert mean["dark"] < 0.7 * mean[""]
         assert mean["tall"] > 0.9 * mean[""]
         objective = AutoencoderObjective(model)
@@ -285,7 +283,7 @@ class TestRuns:
     @pytest.mark.parametrize("changes", [{}, {"published": True}, {"use_ema": True, "mode": "fine-tune"}])
     def test_a_resumed_run_equals_the_whole_one(self, tmp_path, changes):
         if "mode" in changes:
-            train_autoencoder(arguments(tmp_path / "base", without_context_module=True), pictures())
+            train_autoencoder(arguments(tmp_path / "base", without_context_module=True), images())
             changes = changes | {"base": str(tmp_path / "base")}
         changes = changes | {
             "max_train_steps": 10,
@@ -294,23 +292,23 @@ class TestRuns:
             "early_stopping_patience": 50,
             "lr_warmup_steps": 2,
         }
-        train_autoencoder(arguments(tmp_path / "whole", **changes), pictures())
-        train_autoencoder(arguments(tmp_path / "parts", **changes), pictures())
+        train_autoencoder(arguments(tmp_path / "whole", **changes), images())
+        train_autoencoder(arguments(tmp_path / "parts", **changes), images())
         for step in (6, 9, 10):  # as if killed after step 5
             folder = tmp_path / "parts" / f"checkpoint-{step}"
             folder.rename(tmp_path / f"removed-{step}")
         (tmp_path / "parts" / WEIGHTS).unlink()
-        train_autoencoder(arguments(tmp_path / "parts", **changes, resume_from_checkpoint="latest"), pictures())
+        train_autoencoder(arguments(tmp_path / "parts", **changes, resume_from_checkpoint="latest"), images())
         assert not differing(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
     @pytest.mark.parametrize("changes", [{}, {"published": True}])
     def test_trains_in_half_precision(self, tmp_path, changes):
-        folder = train_autoencoder(arguments(tmp_path / "out", mixed_precision="bf16", **changes), pictures())
+        folder = train_autoencoder(arguments(tmp_path / "out", mixed_precision="bf16", **changes), images())
         assert {tensor.dtype for tensor in weights(folder).values()} <= {torch.float32, torch.int64}
 
     def test_ignored_contexts_have_no_effect(self, tmp_path):
         model = ContextAutoencoder.from_pretrained(
-            train_autoencoder(arguments(tmp_path / "out", ignore_contexts=True), pictures(contexts=("", "dark")))
+            train_autoencoder(arguments(tmp_path / "out", ignore_contexts=True), images(contexts=("", "dark")))
         )
         samples = [model.sample(name, 4, torch.Generator().manual_seed(0)) for name in ("", "dark+tall")]
         assert torch.equal(*samples)
@@ -323,23 +321,23 @@ class TestRuns:
         given = {"reconstruction": "gaussian", "checkpointing_steps": 1}
         for resumed in (None, "latest"):
             model = ContextAutoencoder(CONCEPTS.names, KLAutoencoder(16, tiny_kl()), noise_width=3, concept_width=2)
-            train_autoencoder(arguments(tmp_path, resume_from_checkpoint=resumed, **given), pictures(), model=model)
+            train_autoencoder(arguments(tmp_path, resume_from_checkpoint=resumed, **given), images(), model=model)
 
     def test_published_weights_stay_in_the_unit_interval(self, tmp_path):
-        folder = train_autoencoder(arguments(tmp_path / "out", published=True, learning_rate=0.3), pictures())
+        folder = train_autoencoder(arguments(tmp_path / "out", published=True, learning_rate=0.3), images())
         for name in ("observational", "interventional"):
             causal = weights(folder)[f"context_module.causal.{name}"]
             assert causal.min() == 0
             assert 0.3 < causal.max() <= 1
 
     def test_the_learning_rate_ends_at_a_hundredth(self, tmp_path):
-        folder = train_autoencoder(arguments(tmp_path / "out", max_train_steps=6, lr_warmup_steps=2), pictures())
+        folder = train_autoencoder(arguments(tmp_path / "out", max_train_steps=6, lr_warmup_steps=2), images())
         state = torch.load(folder / "checkpoint-6" / "optimizer.bin", weights_only=True)
         assert state["param_groups"][0]["lr"] == pytest.approx(1e-5)
 
     def test_stops_when_validation_no_longer_improves(self, tmp_path, capsys):
         given = {"validation_steps": 1, "early_stopping_patience": 2, "early_stopping_min_delta": 1e9}
-        train_autoencoder(arguments(tmp_path / "out", max_train_steps=20, checkpointing_steps=1, **given), pictures())
+        train_autoencoder(arguments(tmp_path / "out", max_train_steps=20, checkpointing_steps=1, **given), images())
         assert "stopped after step 3 of 20" in capsys.readouterr().out
         assert (tmp_path / "out" / WEIGHTS).exists()
         # A resumed run comes to the same end.
@@ -348,7 +346,7 @@ class TestRuns:
         again = arguments(
             tmp_path / "out", max_train_steps=20, checkpointing_steps=1, resume_from_checkpoint="latest", **given
         )
-        train_autoencoder(again, pictures())
+        train_autoencoder(again, images())
         assert "stopped after step 3 of 20" in capsys.readouterr().out
 
     def test_early_stopping_counts_and_resumes(self):
@@ -360,7 +358,7 @@ class TestRuns:
         assert not resumed.should_stop(3.5)
 
     def test_the_command_trains_on_folders(self, tmp_path, capsys):
-        write_folders(tmp_path / "data", pictures=8)
+        write_folders(tmp_path / "data", images=8)
         options = {
             "train_data_dir": tmp_path / "data",
             "output_dir": tmp_path / "out",
@@ -397,38 +395,38 @@ class TestErrors:
         with pytest.raises(ValueError, match=message):
             arguments(**{"folder": tmp_path} | changes) if "output_dir" not in changes else AutoencoderArguments()
 
-    def test_a_context_without_pictures(self, tmp_path):
-        with pytest.raises(ValueError, match="There are no pictures of 'tall' .* There are pictures of '', 'dark'"):
-            train_autoencoder(arguments(tmp_path / "out"), pictures(contexts=("", "dark")))
+    def test_a_context_without_images(self, tmp_path):
+        with pytest.raises(ValueError, match="There are no images of 'tall' .* There are images of '', 'dark'"):
+            train_autoencoder(arguments(tmp_path / "out"), images(contexts=("", "dark")))
         # An ordinary VAE needs no contexts.
-        train_autoencoder(arguments(tmp_path / "base", without_context_module=True), pictures(contexts=("",)))
+        train_autoencoder(arguments(tmp_path / "base", without_context_module=True), images(contexts=("",)))
 
-    def test_a_model_of_other_concepts_or_pictures(self, tmp_path):
+    def test_a_model_of_other_concepts_or_images(self, tmp_path):
         base = {"class": "LightweightVAE", "size": 16, "channels": 1}
         with pytest.raises(ValueError, match="concepts are 'tall', 'dark', the data's 'dark', 'tall'"):
-            train_autoencoder(arguments(tmp_path), pictures(), model=ContextAutoencoder(("tall", "dark"), base))
+            train_autoencoder(arguments(tmp_path), images(), model=ContextAutoencoder(("tall", "dark"), base))
         with pytest.raises(ValueError, match=r"takes float tensors \(B, 3, 32, 32\)"):
-            train_autoencoder(arguments(tmp_path, channels=3, resolution=32), pictures())
+            train_autoencoder(arguments(tmp_path, channels=3, resolution=32), images())
 
     def test_settings_that_another_model_has(self, tmp_path):
         with pytest.raises(ValueError, match="has published=False and ignore_contexts=False, the arguments True and"):
-            train_autoencoder(arguments(tmp_path, published=True), pictures(), model=autoencoder())
+            train_autoencoder(arguments(tmp_path, published=True), images(), model=autoencoder())
         with pytest.raises(ValueError, match="--mode=frozen starts from an autoencoder. Give it: --base"):
-            train_autoencoder(arguments(tmp_path, mode="frozen"), pictures())
-        with pytest.raises(ValueError, match="The run has 3 optimiser steps, all of them within --lr_warmup_steps=200"):
-            train_autoencoder(arguments(tmp_path, lr_warmup_steps=200), pictures())
+            train_autoencoder(arguments(tmp_path, mode="frozen"), images())
+        with pytest.raises(ValueError, match="The run has 3 optimizer steps, all of them within --lr_warmup_steps=200"):
+            train_autoencoder(arguments(tmp_path, lr_warmup_steps=200), images())
 
     def test_a_base_that_is_no_autoencoder(self, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
         with pytest.raises(ValueError, match="holds a UNet2DModel. It must be a ContextAutoencoder or a diffusers"):
-            train_autoencoder(arguments(tmp_path / "out", mode="frozen", base=str(tmp_path)), pictures())
+            train_autoencoder(arguments(tmp_path / "out", mode="frozen", base=str(tmp_path)), images())
 
     def test_a_loss_that_is_not_finite(self, tmp_path):
         model = autoencoder()
         nn.init.constant_(model.context_module.output.bias, float("nan"))
         with pytest.raises(TrainingDivergedError, match="The loss became nan at step 1"):
-            train_autoencoder(arguments(tmp_path / "out"), pictures(), model=model)
+            train_autoencoder(arguments(tmp_path / "out"), images(), model=model)
         assert not (tmp_path / "out" / WEIGHTS).exists()
 
-    def test_pictures_are_bytes_scaled_to_the_unit_interval(self):
+    def test_images_are_bytes_scaled_to_the_unit_interval(self):
         assert to_floats(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [0.0, 1.0]

@@ -15,7 +15,7 @@ from .tiny_pipelines import PIPELINES, ddpm, stable_diffusion_xl
 CONCEPTS = ("thick", "slant")
 CAPTIONS = ["a cat", "two very large dogs"]
 ALL = pytest.mark.parametrize("name", PIPELINES)
-# name: (denoiser, channels of pictures, channels it is trained on, captions, classes, prediction, resolution)
+# name: (denoiser, channels of images, channels it is trained on, captions, classes, prediction, resolution)
 EXPECTED = {
     "ddpm": ("unet", 1, 1, False, None, "epsilon", 16),
     "ddpm_classes": ("unet", 1, 1, False, 5, "epsilon", 16),
@@ -59,7 +59,7 @@ def test_what_a_base_says_of_itself(name, pipeline_folder):
 
 @ALL
 def test_the_pipelines_decoder_inverts_encode_images(name, pipeline_folder):
-    """Decoding as the pipeline does gives what the VAE alone makes of the pictures."""
+    """Decoding as the pipeline does gives what the VAE alone makes of the images."""
     base = load_base(pipeline_folder(name))
     pixels = torch.rand(2, base.image_channels, 16, 16) * 2 - 1
     latents = base.encode_images(pixels)
@@ -91,7 +91,7 @@ def test_half_precision_encoders_run_in_single_precision(pipeline_folder):
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 16, 16), (2, 3, 15, 16), (3, 16, 16)])
-def test_pictures_that_do_not_fit(shape, pipeline_folder):
+def test_images_that_do_not_fit(shape, pipeline_folder):
     base = load_base(pipeline_folder("stable_diffusion"))
     with pytest.raises(ValueError, match=r"do not fit the base: it takes \(rows, 3, height, width\) .* multiples of 8"):
         base.encode_images(torch.rand(shape))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_causal_context.bases.images import read_picture
+from hf_causal_context.bases.images import read_image
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.data import load_folders
 from hf_causal_context.training.arguments import TrainingArguments
@@ -62,7 +62,7 @@ def test_all_contexts_are_in_every_batch(streaming, size, make):
 
 
 @STREAMING
-def test_pictures_come_with_the_context_of_their_folder(streaming, make, tmp_path):
+def test_images_come_with_the_context_of_their_folder(streaming, make, tmp_path):
     folders = {}
     batches = taken(make(streaming=streaming), 4)
     for context in CONTEXTS:
@@ -72,8 +72,8 @@ def test_pictures_come_with_the_context_of_their_folder(streaming, make, tmp_pat
     for batch in batches:
         assert batch.clean.min() >= -1
         assert batch.clean.max() <= 1
-        for picture, mask in zip(batch.clean, batch.context.tolist(), strict=True):
-            pixels = ((picture[0] + 1) * 127.5).round().to(torch.uint8).numpy().tobytes()
+        for image, mask in zip(batch.clean, batch.context.tolist(), strict=True):
+            pixels = ((image[0] + 1) * 127.5).round().to(torch.uint8).numpy().tobytes()
             assert folders[pixels] == MASKS[tuple(mask)]
             seen.add(pixels)
     assert len(seen) == 12
@@ -111,7 +111,7 @@ def test_latents_and_captions_are_those_of_the_base(streaming, make, pipeline_fo
     for context in CONTEXTS:
         folder = tmp_path / "data-True" / context
         for line in map(json.loads, (folder / "metadata.jsonl").read_text().splitlines()):
-            pixels = read_picture(Image.open(folder / line["file_name"]), 3, 16)
+            pixels = read_image(Image.open(folder / line["file_name"]), 3, 16)
             latents = base.encode_images(torch.from_numpy(pixels)[None].float() / 127.5 - 1)
             found[context, line["text"]] = [*found.get((context, line["text"]), []), latents[0]]
     texts = {text: base.encode_captions([text])["encoder_hidden_states"][0] for _, text in found}
@@ -125,7 +125,7 @@ def test_latents_and_captions_are_those_of_the_base(streaming, make, pipeline_fo
 class TestCacheOfLatents:
     @pytest.fixture
     def encoded(self, make, pipeline_folder):
-        """A function: make batches and count the pictures that the VAE encoded."""
+        """A function: make batches and count the images that the VAE encoded."""
 
         def count(name="stable_diffusion", spoil=None, **changes):
             base = load_base(pipeline_folder(name))
@@ -145,7 +145,7 @@ class TestCacheOfLatents:
         for actual, batch in zip(found, expected, strict=True):
             assert_same_batch(actual, batch)
 
-    def test_other_pictures_in_the_same_files_are_encoded_anew(self, encoded, tmp_path):
+    def test_other_images_in_the_same_files_are_encoded_anew(self, encoded, tmp_path):
         _, before = encoded()
         for path in (tmp_path / "data-False").rglob("*.png"):
             Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
@@ -183,22 +183,22 @@ def test_captions_of_a_stream_are_not_kept(make, pipeline_folder):
     assert len(batches._captions) <= 2
 
 
-def test_pictures_without_captions_take_the_instance_prompt(make, pipeline_folder):
+def test_images_without_captions_take_the_instance_prompt(make, pipeline_folder):
     base = load_base(pipeline_folder("stable_diffusion"))
     (batch,) = taken(make("stable_diffusion", base=base, instance_prompt="a digit"), 1)
     expected = base.encode_captions(["a digit"])["encoder_hidden_states"]
     torch.testing.assert_close(batch.conditions["encoder_hidden_states"], expected.expand(3, -1, -1))
 
 
-def test_pictures_are_upright_grey_and_cut_to_the_middle():
+def test_images_are_upright_gray_and_cut_to_the_middle():
     pixels = np.zeros((8, 16, 3), dtype=np.uint8)
     pixels[:, 4:12] = 255
-    assert read_picture(Image.fromarray(pixels), 1, 8).tolist() == [[[255] * 8] * 8]
+    assert read_image(Image.fromarray(pixels), 1, 8).tolist() == [[[255] * 8] * 8]
     pixels[:, 4:8, 1:] = 0
-    picture = Image.fromarray(pixels)
-    exif = picture.getexif()
+    image = Image.fromarray(pixels)
+    exif = image.getexif()
     exif[0x0112] = 6  # turned by a quarter when it was taken
-    turned = read_picture(picture, 3, 8)
+    turned = read_image(image, 3, 8)
     assert turned.shape == (3, 8, 8)
     assert turned[1, 0].tolist() == [0] * 8
     assert turned[1, 7].tolist() == [255] * 8

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("on_cpu")
 
 @pytest.fixture
 def data(tmp_path):
-    """A function: whether it is a stream -> pictures with captions and classes."""
+    """A function: whether it is a stream -> images with captions and classes."""
     files = sorted(write_folders(tmp_path / "data").rglob("*.png"))
     columns = {"image": [str(path) for path in files], "context": [path.parent.name for path in files]}
     columns |= {"text": [f"a {i % 3}" for i in range(len(files))], "digit": [i % 5 for i in range(len(files))]}

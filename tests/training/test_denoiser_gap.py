@@ -112,20 +112,20 @@ def test_the_bare_base_of_every_family_is_measured_and_nothing_is_disturbed(name
 
 def letters(num):
     """Letters in PIL's own font."""
-    pictures = []
+    images = []
     for i in range(num):
-        picture = Image.new("L", (32, 32))
+        image = Image.new("L", (32, 32))
         font = ImageFont.load_default(size=20 + i % 5)
-        ImageDraw.Draw(picture).text((16, 16), chr(65 + i % 26), fill=255, font=font, anchor="mm")
-        pictures.append(np.asarray(picture))
-    return np.stack(pictures)
+        ImageDraw.Draw(image).text((16, 16), chr(65 + i % 26), fill=255, font=font, anchor="mm")
+        images.append(np.asarray(image))
+    return np.stack(images)
 
 
 def test_the_packaged_base_is_near_its_digits_and_far_from_letters():
     base = load_base(str(BASE))
     near, far = (
-        denoiser_gap(base, rows(torch.from_numpy(pictures)[:, None].float() / 127.5 - 1), 0)
-        for pictures in (sample_digits(NUM_ROWS, seed=1)[0], letters(NUM_ROWS))
+        denoiser_gap(base, rows(torch.from_numpy(images)[:, None].float() / 127.5 - 1), 0)
+        for images in (sample_digits(NUM_ROWS, seed=1)[0], letters(NUM_ROWS))
     )
     assert near.factor < NEAR
     assert far.times > FAR

@@ -1,4 +1,4 @@
-"""What a frozen denoiser sees in pictures, for every family of bases."""
+"""What a frozen denoiser sees in images, for every family of bases."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from hf_causal_context.training.denoiser.features import denoiser_features, prin
 from .tiny_pipelines import PIPELINES
 
 
-def pictures(count, base, size):
+def images(count, base, size):
     generator = np.random.default_rng(0)
     shape = (count, size, size, base.image_channels)
     squeezed = generator.integers(0, 256, shape, dtype=np.uint8).squeeze(-1 if base.image_channels == 1 else ())
@@ -21,10 +21,10 @@ def pictures(count, base, size):
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_every_family_gives_features_that_tell_pictures_apart(name, pipeline_folder):
+def test_every_family_gives_features_that_tell_images_apart(name, pipeline_folder):
     base = load_base(pipeline_folder(name))
     size = base.default_resolution
-    shown = pictures(6, base, size)
+    shown = images(6, base, size)
     config = CausalContextConfig(concepts=("a", "b"), mechanism="reduced")
     model = get_peft_model(base.denoiser, config).train()
     seen = denoiser_features(base, model, [*shown, shown[0]], size, 2)

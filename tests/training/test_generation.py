@@ -1,4 +1,4 @@
-"""Pictures in several contexts, and grids of them."""
+"""Images in several contexts, and grids of them."""
 
 import numpy
 import pytest
@@ -6,7 +6,7 @@ import torch
 from peft import get_peft_model
 
 from hf_causal_context import CausalContextConfig, intervene
-from hf_causal_context.bases.images import picture_grid
+from hf_causal_context.bases.images import image_grid
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.inference.sampling import generate
 
@@ -47,7 +47,7 @@ def options(base, **changes):
 
 
 @ALL
-def test_seeds_give_the_same_pictures_however_they_are_batched(name, adapted):
+def test_seeds_give_the_same_images_however_they_are_batched(name, adapted):
     base = adapted(name)
     base.denoiser.train()
     mixed = generate(base, CONTEXTS, **options(base, batch_size=5))
@@ -62,7 +62,7 @@ def test_seeds_give_the_same_pictures_however_they_are_batched(name, adapted):
     assert (mixed[0][0] - mixed[0][1]).abs().max() > 1e-2
 
 
-def test_pictures_are_those_of_the_pipeline(adapted):
+def test_images_are_those_of_the_pipeline(adapted):
     base = adapted("stable_diffusion")
     base.denoiser.eval()
     (ours,) = generate(base, ["thick"], **options(base, seeds=[7]))
@@ -101,8 +101,8 @@ def test_the_mode_and_the_progress_bar_come_back_after_an_error(adapted, monkeyp
 
 def test_a_base_without_an_adapter_knows_the_observational_context_only(pipeline_folder):
     base = load_base(pipeline_folder("ddpm"))
-    (pictures,) = generate(base, [()], **options(base))
-    assert pictures.shape == (3, 1, 16, 16)
+    (images,) = generate(base, [()], **options(base))
+    assert images.shape == (3, 1, 16, 16)
     with pytest.raises(ValueError, match="No component of DDPMPipeline has a causal context adapter"):
         generate(base, [(), "thick"], **options(base))
 
@@ -136,19 +136,19 @@ def test_one_context_is_no_sequence_and_names_are_checked(adapted):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_grid_enlarges_pictures_and_keeps_their_values(channels):
+def test_grid_enlarges_images_and_keeps_their_values(channels):
     rows = [torch.rand(3, channels, 16, 16), torch.rand(2, channels, 16, 16)]
-    grid = picture_grid(rows, ["observational", "thick+slant=-0.5"])
+    grid = image_grid(rows, ["observational", "thick+slant=-0.5"])
     left = grid.width - 3 * 68
     assert grid.height == 2 * 68 + 4
     pixels = torch.from_numpy(numpy.array(grid))
-    shown = pixels[72:136:4, left + 68 : left + 132 : 4]  # the second picture of the second row
+    shown = pixels[72:136:4, left + 68 : left + 132 : 4]  # the second image of the second row
     expected = (rows[1][1] * 255).round().int().expand(3, -1, -1).permute(1, 2, 0)
     assert torch.equal(shown.int(), expected)
     for i in range(2):  # both labels are written, and stay in their column
         assert (pixels[i * 68 + 4 : i * 68 + 68, : left - 4] < 128).any()
     assert (pixels[:, left - 4 : left] == 255).all()
-    assert picture_grid(rows, ["a", "b"], scale=2).height == 2 * 36 + 4
+    assert image_grid(rows, ["a", "b"], scale=2).height == 2 * 36 + 4
 
 
 @pytest.mark.parametrize(
@@ -163,4 +163,4 @@ def test_grid_enlarges_pictures_and_keeps_their_values(channels):
 )
 def test_rows_that_make_no_grid(shapes, labels):
     with pytest.raises(ValueError, match="make no grid. Give one label for each row"):
-        picture_grid([torch.zeros(shape) for shape in shapes], labels)
+        image_grid([torch.zeros(shape) for shape in shapes], labels)

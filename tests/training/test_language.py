@@ -25,7 +25,7 @@ from .small_language import (
     language_model,
     rows_and_masks,
     text_data,
-    tokenisation,
+    tokenization,
     word_tokenizer,
 )
 
@@ -83,8 +83,8 @@ class TestTraining:
         assert len(weights) > 0
         assert all(tensor.abs().max() > 0 for tensor in weights.values())
         data = text_data(shape)
-        tokenise = tokenisation(model, data.content_column, completion_only=given.completion_only_loss)
-        batch = collation(model)([tokenise(row) for row in data.held_out["formal+loud"]], torch.ones(2, 2))
+        tokenize = tokenization(model, data.content_column, completion_only=given.completion_only_loss)
+        batch = collation(model)([tokenize(row) for row in data.held_out["formal+loud"]], torch.ones(2, 2))
         assert perplexity(model, [batch]) == pytest.approx(logged.value, rel=1e-4)
         output = model.generate(**tokenizer(["a cat"], return_tensors="pt"), context="formal+loud", max_new_tokens=3)
         assert output.shape[0] == 1
@@ -195,13 +195,13 @@ class TestTraining:
         contexts = [Context(), Context("formal"), Context("loud"), Context()]
         given = arguments(tmp_path, num_validation_texts=3, max_new_tokens=6)
         before = torch.get_rng_state()
-        texts = sample_texts(model, tokenisation(model, "prompt"), [5, 6], contexts, given)
+        texts = sample_texts(model, tokenization(model, "prompt"), [5, 6], contexts, given)
         assert torch.equal(torch.get_rng_state(), before)
         assert [len(row) for row in texts] == [3] * 4
         assert len({*texts[0]}) > 1
         assert texts[0] == texts[3]
         assert len({tuple(row) for row in texts}) == 3
-        short = sample_texts(model, tokenisation(model, "prompt"), [5] * 62, contexts[:1], given)
+        short = sample_texts(model, tokenization(model, "prompt"), [5] * 62, contexts[:1], given)
         if name == "llama":  # two positions are left
             assert max(len(text.split()) for text in short[0]) <= 2
 

@@ -1,11 +1,11 @@
-"""The texts that arguments name, and how they are told from pictures."""
+"""The texts that arguments name, and how they are told from images."""
 
 import pytest
 
 from hf_causal_context.data import load_text_folders
 from hf_causal_context.data.arguments import AnyDataArguments, TextDataArguments
 from hf_causal_context.data.from_arguments import load_any_data, load_text_data
-from tests.data.small import write_picture
+from tests.data.small import write_image
 from tests.data.small_texts import rows_of, table, texts, write, write_text_folders
 
 
@@ -40,16 +40,16 @@ def test_one_source_and_rules_that_fit():
 
 
 @pytest.mark.parametrize("shape", ["messages", "prompt"])
-def test_pictures_and_texts_are_told_apart(tmp_path, shape):
+def test_images_and_texts_are_told_apart(tmp_path, shape):
     write_text_folders(tmp_path / "texts", "text")
     assert load_any_data(AnyDataArguments(train_data_dir=str(tmp_path / "texts"))).content_column == "text"
-    write_picture(tmp_path / "texts" / "obs" / "cover.png")
+    write_image(tmp_path / "texts" / "obs" / "cover.png")
     (tmp_path / "texts" / ".cache").mkdir()
     assert load_any_data(AnyDataArguments(train_data_dir=str(tmp_path / "texts"))).content_column == "text"
     for context in ("obs", "a"):
-        write_picture(tmp_path / "pictures" / context / "0.png")
-        write(tmp_path / "pictures" / context / "notes.txt", "Made by hand.")
-    assert load_any_data(AnyDataArguments(train_data_dir=str(tmp_path / "pictures"))).content_column == "image"
+        write_image(tmp_path / "images" / context / "0.png")
+        write(tmp_path / "images" / context / "notes.txt", "Made by hand.")
+    assert load_any_data(AnyDataArguments(train_data_dir=str(tmp_path / "images"))).content_column == "image"
 
     table(shape).save_to_disk(tmp_path / "rows")
     assert load_any_data(AnyDataArguments(dataset_name=str(tmp_path / "rows"))).content_column == shape

@@ -12,7 +12,7 @@ from hf_causal_context.training.noise import Draws
 
 from .tiny_pipelines import PIPELINES, ddpm
 
-PICTURES = (1, 16, 16)
+IMAGES = (1, 16, 16)
 SLOTS = (9, 11, 24)  # an early, a middle and a late time step
 
 
@@ -28,12 +28,12 @@ class Remembering(nn.Module):
         return (self.prediction,)
 
 
-def batch(shape=PICTURES, conditions=None):
+def batch(shape=IMAGES, conditions=None):
     context = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.5]])
     return Batch(torch.rand(3, *shape) * 2 - 1, context, conditions or {}, Draws(1, SLOTS))
 
 
-def drawn(shape=PICTURES):
+def drawn(shape=IMAGES):
     """Time steps and noise of the batch."""
     draws = Draws(1, SLOTS)
     return draws.integers(1000), draws.normal(*shape)
@@ -83,7 +83,7 @@ def objective_for(prediction, snr_gamma=None, **scheduler):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_diffusion_losses_are_those_of_the_formulas(prediction, snr_gamma):
     given, (t, noise) = batch(), drawn()
-    model = Remembering(torch.randn(3, *PICTURES))
+    model = Remembering(torch.randn(3, *IMAGES))
     losses = objective_for(prediction, snr_gamma)(model, given)
 
     clean, noise = given.clean.double(), noise.double()
@@ -96,8 +96,8 @@ def test_diffusion_losses_are_those_of_the_formulas(prediction, snr_gamma):
     expected = (model.prediction.double() - target).square().mean((1, 2, 3))
     if snr_gamma is not None:
         snr = alpha / (1 - alpha)
-        # In terms of the clean picture the weight is min(SNR, gamma); an error of epsilon is SNR times that of the
-        # picture, and one of v is SNR + 1 times.
+        # In terms of the clean image the weight is min(SNR, gamma); an error of epsilon is SNR times that of the
+        # image, and one of v is SNR + 1 times.
         per_unit = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction]
         expected = expected * snr.clamp(max=snr_gamma) / per_unit
         assert (snr > snr_gamma).any()

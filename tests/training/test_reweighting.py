@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from hf_causal_context.bases.images import read_picture
+from hf_causal_context.bases.images import read_image
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.contexts import Context
 from hf_causal_context.data import density_ratios, load_folders, reweighting
@@ -47,12 +47,12 @@ def add(given, **changes):
     data = load_folders(arguments.train_data_dir, streaming=arguments.streaming)
     accelerator = make_accelerator(arguments)
     model = attach_adapter(base.denoiser, data, arguments)
-    made_from = {"resolution": arguments.resolution}
+    fingerprint = {"resolution": arguments.resolution}
 
     def look(rows):
         return denoiser_features(base, model, rows["image"], base.default_resolution, len(data.concepts))
 
-    return add_reweighted_contexts(data, arguments, accelerator, look, made_from), base, arguments
+    return add_reweighted_contexts(data, arguments, accelerator, look, fingerprint), base, arguments
 
 
 @pytest.mark.parametrize("weights", [[], ["slant+thick=2"]])
@@ -65,13 +65,13 @@ def test_a_combination_gets_its_share_of_rows_of_single_interventions(given, wei
     masks = torch.cat([next(stream).context for _ in range(10)])
     of_pair = int((masks.sum(1) == 2).sum())
     assert of_pair == pytest.approx(70 * (2 / 5 if weights else 0.5 / 3.5), abs=1)
-    # its pictures are those of the drawn rows
+    # its images are those of the drawn rows
     size = (base.image_channels, base.default_resolution)
-    known = {hash(read_picture(data.rows[row]["image"], *size).tobytes()) for row in drawn}
+    known = {hash(read_image(data.rows[row]["image"], *size).tobytes()) for row in drawn}
     mixed = DenoiserBatches(base, data, dataclasses.replace(arguments, dataloader_num_workers=1), 10, CPU)(0)
     batches = [next(mixed) for _ in range(10)]
-    pictures = torch.cat([batch.clean[batch.context.sum(1) == 2] for batch in batches])
-    seen = {hash(p.numpy().tobytes()) for p in ((pictures + 1) * 127.5).round().to(torch.uint8)}
+    images = torch.cat([batch.clean[batch.context.sum(1) == 2] for batch in batches])
+    seen = {hash(p.numpy().tobytes()) for p in ((images + 1) * 127.5).round().to(torch.uint8)}
     assert seen <= known
     assert len(seen) > 1
 

@@ -72,8 +72,8 @@ def test_two_halves_of_a_denoiser_train_as_a_whole_one(name, changes, start, tog
     configs = [json.loads((tmp_path / run / "adapter_config.json").read_text()) for run in ("one", "halves")]
     assert configs[0] == configs[1]
     for grid in ("step-000001.png", "step-000002.png"):
-        pictures = [np.asarray(Image.open(tmp_path / run / "samples" / grid), int) for run in ("one", "halves")]
-        assert abs(pictures[0] - pictures[1]).max() <= 1
+        images = [np.asarray(Image.open(tmp_path / run / "samples" / grid), int) for run in ("one", "halves")]
+        assert abs(images[0] - images[1]).max() <= 1
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from hf_causal_context._files import checkpoint_steps
-from hf_causal_context.training.arguments import OptimisationArguments
+from hf_causal_context.training.arguments import OptimizationArguments
 from hf_causal_context.training.loop import trainer
 from hf_causal_context.training.loop.processes import make_accelerator
 from hf_causal_context.training.loop.trainer import TrainingDivergedError, fit
@@ -30,7 +30,7 @@ def run(tmp_path, monkeypatch):
     def call(steps, seconds=QUICK, losses=lambda step, losses: losses, validate=None, **changes):
         monkeypatch.setattr(trainer, "perf_counter", itertools.count(0.0, seconds).__next__)
         given = {"output_dir": str(tmp_path / "out"), "max_train_steps": steps, "checkpointing_steps": 1_000}
-        arguments = OptimisationArguments(**given | changes)
+        arguments = OptimizationArguments(**given | changes)
         numbers, generator = itertools.count(1), torch.Generator().manual_seed(0)
 
         def objective(model, batch):

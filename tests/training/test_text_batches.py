@@ -8,7 +8,7 @@ import torch
 
 from hf_causal_context.bases.likelihoods import negative_log_likelihoods, perplexity
 from hf_causal_context.bases.token_batches import Collation
-from hf_causal_context.bases.tokens import IGNORED, Tokenisation, pack
+from hf_causal_context.bases.tokens import IGNORED, Tokenization, pack
 from hf_causal_context.training.language.batches import TextBatches
 from hf_causal_context.training.language.objective import LanguageModelingObjective
 
@@ -21,7 +21,7 @@ from .small_language import (
     gradients,
     rows_and_masks,
     text_data,
-    tokenisation,
+    tokenization,
 )
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -63,7 +63,7 @@ class TestObjective:
         model, data = adapted(name), text_data(shape, streaming=streaming)
         rows = 12  # all of them
         given = arguments(tmp_path, train_batch_size=rows)
-        batches = TextBatches(data, tokenisation(model, shape), collation(model), given)
+        batches = TextBatches(data, tokenization(model, shape), collation(model), given)
         batch = next(batches(0))
         losses = LanguageModelingObjective(batches.tokens_per_row)(model, batch)
         sums, counts = negative_log_likelihoods(model, batch)
@@ -75,7 +75,7 @@ class TestObjective:
         model, data = adapted("llama"), text_data(streaming=True)
         tokens_per_row = {
             TextBatches(
-                data, tokenisation(model, "text"), collation(model), arguments(tmp_path, train_batch_size=size)
+                data, tokenization(model, "text"), collation(model), arguments(tmp_path, train_batch_size=size)
             ).tokens_per_row
             for size in (1, 4, 12)
         }
@@ -83,7 +83,7 @@ class TestObjective:
 
     @pytest.mark.parametrize("checkpointing", [False, True])
     @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
-    def test_packed_texts_are_learnt_as_if_alone(self, name, checkpointing):
+    def test_packed_texts_are_learned_as_if_alone(self, name, checkpointing):
         model = adapted(name)
         rows, masks = rows_and_masks(model, "prompt")
         packed = pack(rows[4:8], 20)
@@ -112,11 +112,11 @@ class TestObjective:
 
 class TestBatches:
     def make(self, tmp_path, shape="text", streaming=False, rank=0, world_size=1, max_length=64, **changes):
-        tokenise = Tokenisation(TOKENIZER, shape, max_length=max_length)
+        tokenize = Tokenization(TOKENIZER, shape, max_length=max_length)
         packing = changes.get("packing", False)
         return TextBatches(
             text_data(shape, streaming=streaming),
-            tokenise,
+            tokenize,
             Collation(0, CPU, packed=packing),
             arguments(tmp_path, **changes),
             rank,
@@ -184,7 +184,7 @@ class TestBatches:
             self.make(tmp_path, context_weights=["obs=-1"])
 
     @pytest.mark.parametrize("streaming", [False, True])
-    def test_a_row_that_cannot_be_learnt_is_named(self, tmp_path, streaming):
+    def test_a_row_that_cannot_be_learned_is_named(self, tmp_path, streaming):
         message = "The row of .*context.* that begins '.* .*': The prompt has 2 tokens of --max_length=2"
         with pytest.raises(ValueError, match=message):
             next(self.make(tmp_path, shape="prompt", streaming=streaming, max_length=2)(0))

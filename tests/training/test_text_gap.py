@@ -8,14 +8,14 @@ from hf_causal_context.bases.gap import FAR, NEAR
 from hf_causal_context.bases.tokens import IGNORED, TokenRow
 from hf_causal_context.training.language.gap import MOST_TOKENS, text_gap
 
-from .small_language import TOKENIZER, adapted, collation, language_model, text_data, tokenisation
+from .small_language import TOKENIZER, adapted, collation, language_model, text_data, tokenization
 
 KINDS = {"cats": "a cat sat on the mat", "dogs": "the dog ran and then it barked loudly"}
 
 
 def tokens(model, texts):
-    tokenise = tokenisation(model, "text")
-    return [tokenise({"text": text}) for text in texts]
+    tokenize = tokenization(model, "text")
+    return [tokenize({"text": text}) for text in texts]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_texts_of_its_own_kind_are_near_and_others_are_far(of_cats):
 def test_the_bare_base_is_measured_and_nothing_is_disturbed(name, shape):
     model = adapted(name, target_modules=["in_proj"] if name == "mamba" else None).get_base_model()
     model.train()
-    rows = [tokenisation(model, shape)(row) for row in text_data(shape).rows]
+    rows = [tokenization(model, shape)(row) for row in text_data(shape).rows]
     weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     before = torch.get_rng_state()
     found = gap(model, rows)

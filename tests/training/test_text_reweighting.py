@@ -11,8 +11,8 @@ from datasets import Dataset
 from peft import get_peft_model
 
 from hf_causal_context import CausalContextConfig
-from hf_causal_context.bases.token_batches import Collation, tokenise_all
-from hf_causal_context.bases.tokens import Tokenisation
+from hf_causal_context.bases.token_batches import Collation, tokenize_all
+from hf_causal_context.bases.tokens import Tokenization
 from hf_causal_context.contexts import ConceptSet
 from hf_causal_context.data import InterventionalData, density_ratios, reweighting
 from hf_causal_context.training.language import batches as text_batches
@@ -101,8 +101,8 @@ class TestFeatures:
             target_modules=["in_proj"] if name == "mamba" else None,
         )
         decoder_inputs = model.prepare_decoder_input_ids_from_labels if encoder_decoder else None
-        tokenise = Tokenisation(word_tokenizer(), data.content_column, encoder_decoder=encoder_decoder)
-        rows = tokenise_all(data.rows, tokenise)
+        tokenize = Tokenization(word_tokenizer(), data.content_column, encoder_decoder=encoder_decoder)
+        rows = tokenize_all(data.rows, tokenize)
         model = get_peft_model(model, config).train()
         codes = torch.tensor([0, *range(1, 3)]).repeat_interleave(len(rows) // 3)
         return text_features(model, rows, Collation(0, CPU, decoder_inputs=decoder_inputs), codes), model
@@ -140,9 +140,9 @@ class TestFeatures:
             assert column.min() == 0
 
     def test_other_tokens_have_another_digest(self):
-        tokenise = Tokenisation(word_tokenizer(), "text")
+        tokenize = Tokenization(word_tokenizer(), "text")
         digests = [
-            tokens_digest([tokenise({"text": text}) for text in texts])
+            tokens_digest([tokenize({"text": text}) for text in texts])
             for texts in (["a cat", "a dog"], ["a cat", "a dog"], ["a dog", "a cat"], ["a cat", "a mat"])
         ]
         assert digests[0] == digests[1]
@@ -184,8 +184,8 @@ class TestBatches:
         data = world(rows=20)
         data.reweighted = drawn
         given = arguments(tmp_path, **changes)
-        tokenise = Tokenisation(word_tokenizer(), "text", max_length=24)
-        return data, TextBatches(data, tokenise, Collation(0, CPU, packed=given.packing), given)
+        tokenize = Tokenization(word_tokenizer(), "text", max_length=24)
+        return data, TextBatches(data, tokenize, Collation(0, CPU, packed=given.packing), given)
 
     @pytest.mark.parametrize("packing", [False, True])
     def test_a_combination_gets_its_share_of_its_rows(self, packing, tmp_path):
@@ -217,7 +217,7 @@ class TestBatches:
 @pytest.mark.parametrize("changes", [{}, {"packing": True, "max_length": 24}, {"mixed_precision": "bf16"}])
 def test_a_resumed_run_reads_what_was_drawn(changes, tmp_path, quick, monkeypatch):
     data = world(rows=20)
-    monkeypatch.setattr(text_batches, "tokenise_all", None)  # a second time
+    monkeypatch.setattr(text_batches, "tokenize_all", None)  # a second time
     run(tmp_path, data, **changes)
     whole = adapter_weights(tmp_path / "out")
     half = changes | {"output_dir": str(tmp_path / "half"), "checkpointing_steps": 1}

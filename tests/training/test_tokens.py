@@ -17,7 +17,7 @@ from transformers import (
 
 from hf_causal_context.bases.tokens import (
     IGNORED,
-    Tokenisation,
+    Tokenization,
     TokenRow,
     check_packing,
     known_positions,
@@ -39,7 +39,7 @@ def ending(tokenizer):
 
 
 def read(row, tokenizer):
-    """What a row holds and what of it is learnt, as text."""
+    """What a row holds and what of it is learned, as text."""
     return tokenizer.decode(row.ids), tokenizer.decode(row.labels[row.labels != IGNORED])
 
 
@@ -53,31 +53,31 @@ class TestCausal:
             (word_tokenizer(), "a cat</s>", "a cat </s>"),
         ],
     )
-    def test_a_text_is_learnt_to_its_end(self, tokenizer, text, expected):
-        row = Tokenisation(tokenizer, "text")({"text": text})
+    def test_a_text_is_learned_to_its_end(self, tokenizer, text, expected):
+        row = Tokenization(tokenizer, "text")({"text": text})
         assert read(row, tokenizer) == (expected, expected)
         assert row.lengths == (len(row.ids),)
 
     def test_a_long_text_is_cut_on_the_right_and_has_no_end(self):
         tokenizer = word_tokenizer()
-        row = Tokenisation(tokenizer, "text", max_length=3)({"text": "a cat sat on the mat"})
+        row = Tokenization(tokenizer, "text", max_length=3)({"text": "a cat sat on the mat"})
         assert read(row, tokenizer) == ("a cat sat", "a cat sat")
 
     def test_a_tokenizer_without_an_end_adds_none(self):
         tokenizer = word_tokenizer()
         tokenizer.eos_token = None
-        assert tokenizer.decode(Tokenisation(tokenizer, "text")({"text": "a cat"}).ids) == "a cat"
+        assert tokenizer.decode(Tokenization(tokenizer, "text")({"text": "a cat"}).ids) == "a cat"
 
     @pytest.mark.parametrize(
         ("tokenizer", "begin"),
         [(word_tokenizer(), ""), (word_tokenizer(bos=True), "<s> "), (ending(word_tokenizer()), "")],
     )
-    def test_of_prompts_exactly_the_completion_and_its_end_are_learnt(self, tokenizer, begin):
+    def test_of_prompts_exactly_the_completion_and_its_end_are_learned(self, tokenizer, begin):
         row = {"prompt": "a cat", "completion": "sat on"}
-        tokens = Tokenisation(tokenizer, "prompt")(row)
+        tokens = Tokenization(tokenizer, "prompt")(row)
         assert read(tokens, tokenizer) == (f"{begin}a cat sat on </s>", "sat on </s>")
-        assert tokenizer.decode(Tokenisation(tokenizer, "prompt").prompt_ids("a cat")) == f"{begin}a cat"
-        everything = Tokenisation(tokenizer, "prompt", completion_only=False)(row)
+        assert tokenizer.decode(Tokenization(tokenizer, "prompt").prompt_ids("a cat")) == f"{begin}a cat"
+        everything = Tokenization(tokenizer, "prompt", completion_only=False)(row)
         assert read(everything, tokenizer) == (f"{begin}a cat sat on </s>",) * 2
 
     @pytest.mark.parametrize("prompt", ["a cat", [{"role": "user", "content": "a cat"}]])
@@ -91,63 +91,63 @@ class TestCausal:
         tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}:{% endfor %}"
         chat = isinstance(prompt, list)
         row = {"prompt": prompt, "completion": [{"role": "assistant", "content": "sat"}] if chat else " sat"}
-        ids = Tokenisation(tokenizer, "prompt")(row).ids
+        ids = Tokenization(tokenizer, "prompt")(row).ids
         assert tokenizer.decode(ids).strip() == ("a cat:sat:" if chat else "a cat sat</s>")
 
     def test_a_completion_is_cut_but_never_away(self):
         tokenizer = word_tokenizer()
         row = {"prompt": "a cat sat", "completion": "on the mat"}
-        assert read(Tokenisation(tokenizer, "prompt", max_length=4)(row), tokenizer) == ("a cat sat on", "on")
+        assert read(Tokenization(tokenizer, "prompt", max_length=4)(row), tokenizer) == ("a cat sat on", "on")
         with pytest.raises(ValueError, match="The prompt has 3 tokens of --max_length=3, which leaves no room"):
-            Tokenisation(tokenizer, "prompt", max_length=3)(row)
+            Tokenization(tokenizer, "prompt", max_length=3)(row)
 
     def test_messages_follow_the_chat_template(self):
         tokenizer = word_tokenizer(bos=True)
         whole = "user : a cat </s>assistant : sat </s>user : the dog </s>assistant : ran on </s>"
         expected = tokenizer(whole, add_special_tokens=False)["input_ids"]
-        row = Tokenisation(tokenizer, "messages")({"messages": CAT + DOG})
+        row = Tokenization(tokenizer, "messages")({"messages": CAT + DOG})
         assert row.ids.tolist() == row.labels.tolist() == expected
-        last = Tokenisation(tokenizer, "messages", completion_only=True)({"messages": CAT + DOG})
+        last = Tokenization(tokenizer, "messages", completion_only=True)({"messages": CAT + DOG})
         assert last.ids.tolist() == expected
         assert read(last, tokenizer)[1] == "ran on </s>"
-        chat = Tokenisation(tokenizer, "prompt")({"prompt": [*CAT, DOG[0]], "completion": [DOG[1]]})
+        chat = Tokenization(tokenizer, "prompt")({"prompt": [*CAT, DOG[0]], "completion": [DOG[1]]})
         assert (chat.ids.tolist(), chat.labels.tolist()) == (expected, last.labels.tolist())
-        begin = Tokenisation(tokenizer, "prompt").prompt_ids([*CAT, DOG[0]])
+        begin = Tokenization(tokenizer, "prompt").prompt_ids([*CAT, DOG[0]])
         assert begin == expected[: len(begin)]
         assert len(begin) == (last.labels == IGNORED).sum()
 
-    def test_what_cannot_be_learnt_is_an_error(self):
+    def test_what_cannot_be_learned_is_an_error(self):
         tokenizer, without_chat = word_tokenizer(), word_tokenizer(chat=False)
         with pytest.raises(ValueError, match="the tokenizer has no chat template.*set tokenizer.chat_template"):
-            Tokenisation(without_chat, "messages")({"messages": CAT})
+            Tokenization(without_chat, "messages")({"messages": CAT})
         with pytest.raises(
             ValueError, match="last message, which must be the assistant's. Roles: user, assistant, user"
         ):
-            Tokenisation(tokenizer, "messages", completion_only=True)({"messages": [*CAT, DOG[0]]})
+            Tokenization(tokenizer, "messages", completion_only=True)({"messages": [*CAT, DOG[0]]})
         with pytest.raises(ValueError, match="There is nothing to learn: 0 tokens of prompt, 1 of text"):
-            Tokenisation(tokenizer, "text")({"text": ""})
+            Tokenization(tokenizer, "text")({"text": ""})
         with pytest.raises(ValueError, match="must both be text, or both be messages"):
-            Tokenisation(tokenizer, "prompt")({"prompt": "a cat", "completion": CAT})
+            Tokenization(tokenizer, "prompt")({"prompt": "a cat", "completion": CAT})
         with pytest.raises(ValueError, match="--completion_only_loss: the rows have 'text', without completions"):
-            Tokenisation(tokenizer, "text", completion_only=True)
+            Tokenization(tokenizer, "text", completion_only=True)
         with pytest.raises(ValueError, match="Rows of the column 'image' are no texts"):
-            Tokenisation(tokenizer, "image")
+            Tokenization(tokenizer, "image")
         without_chat.chat_template = "{{ raise_exception('roles must alternate') }}"
         with pytest.raises(ValueError, match="The chat template refuses these messages: roles must alternate"):
-            Tokenisation(without_chat, "messages")({"messages": CAT})
+            Tokenization(without_chat, "messages")({"messages": CAT})
         without_chat.chat_template = "{{ messages | length }} {{ add_generation_prompt }}"
         with pytest.raises(ValueError, match="writes the prompt in another way when the completion follows"):
-            Tokenisation(without_chat, "prompt")({"prompt": CAT[:1], "completion": CAT[1:]})
+            Tokenization(without_chat, "prompt")({"prompt": CAT[:1], "completion": CAT[1:]})
 
 
 class TestEncoderDecoder:
     @pytest.mark.parametrize("tokenizer", [word_tokenizer(), ending(word_tokenizer())])
     def test_it_reads_the_prompt_and_learns_the_completion(self, tokenizer):
         ends = tokenizer("a")["input_ids"][-1] == 2
-        tokens = Tokenisation(tokenizer, "prompt", encoder_decoder=True)({"prompt": "a cat", "completion": "sat on"})
+        tokens = Tokenization(tokenizer, "prompt", encoder_decoder=True)({"prompt": "a cat", "completion": "sat on"})
         assert tokenizer.decode(tokens.ids) == ("a cat </s>" if ends else "a cat")
         assert tokenizer.decode(tokens.labels) == "sat on </s>"
-        cut = Tokenisation(tokenizer, "prompt", encoder_decoder=True, max_length=2)
+        cut = Tokenization(tokenizer, "prompt", encoder_decoder=True, max_length=2)
         tokens = cut({"prompt": "a cat sat", "completion": "sat on the"})
         assert tokenizer.decode(tokens.ids) == ("a </s>" if ends else "a cat")
         assert tokenizer.decode(tokens.labels) == "sat on"
@@ -156,14 +156,14 @@ class TestEncoderDecoder:
         tokenizer = word_tokenizer()
         for shape in ("text", "messages"):
             with pytest.raises(ValueError, match=f"but the rows have '{shape}'. Give them the columns 'prompt'"):
-                Tokenisation(tokenizer, shape, encoder_decoder=True)
+                Tokenization(tokenizer, shape, encoder_decoder=True)
         with pytest.raises(ValueError, match="--completion_only_loss=False: an encoder-decoder learns completions"):
-            Tokenisation(tokenizer, "prompt", encoder_decoder=True, completion_only=False)
-        tokenise = Tokenisation(tokenizer, "prompt", encoder_decoder=True)
+            Tokenization(tokenizer, "prompt", encoder_decoder=True, completion_only=False)
+        tokenize = Tokenization(tokenizer, "prompt", encoder_decoder=True)
         with pytest.raises(ValueError, match="takes prompt and completion as text, not as messages"):
-            tokenise({"prompt": CAT[:1], "completion": CAT[1:]})
+            tokenize({"prompt": CAT[:1], "completion": CAT[1:]})
         with pytest.raises(ValueError, match="The prompt has no tokens"):
-            tokenise({"prompt": "", "completion": "a cat"})
+            tokenize({"prompt": "", "completion": "a cat"})
 
 
 class TestTokenizer:
@@ -217,7 +217,7 @@ class TestPacking:
         again = pack(self.rows(lengths), 32)
         assert all(np.array_equal(a.ids, b.ids) for a, b in zip(packed, again, strict=True))
 
-    def test_no_text_is_learnt_from_the_one_before_it(self):
+    def test_no_text_is_learned_from_the_one_before_it(self):
         (row,) = pack(self.rows([2, 3, 4]), 9)
         assert row.lengths == (4, 3, 2)
         assert row.ids.tolist() == [2] * 4 + [1] * 3 + [0] * 2

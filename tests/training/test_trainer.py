@@ -1,4 +1,4 @@
-"""Training end to end, from folders of pictures to an adapter that loads."""
+"""Training end to end, from folders of images to an adapter that loads."""
 
 import json
 import shutil
@@ -98,7 +98,7 @@ class TestEndToEnd:
         assert TrainingArguments(**arguments).train_data_dir == str(data)
         assert not list(folder.glob(".*"))
 
-        # Grids: at step 3 and at the end; rows obs, slant, thick, slant+thick with two pictures of 64 pixels each.
+        # Grids: at step 3 and at the end; rows obs, slant, thick, slant+thick with two images of 64 pixels each.
         samples = sorted((folder / "samples").iterdir())
         assert [path.name for path in samples] == ["step-000003.png", "step-000006.png"]
         assert Image.open(samples[0]).height == 4 * 68 + 4
@@ -110,7 +110,7 @@ class TestEndToEnd:
         assert {"loss", "learning_rate", "gradient_norm"} <= set(log.Tags()["scalars"])
         assert [event.step for event in log.Images("samples")] == [3, 6]
 
-    def test_checkpoints_hold_the_adapter_and_its_optimiser_but_not_the_base(self, trained):
+    def test_checkpoints_hold_the_adapter_and_its_optimizer_but_not_the_base(self, trained):
         base, _, folder = trained
         checkpoints = checkpoint_steps(folder)
         assert list(checkpoints) == [4, 6]  # of 2, 4 and 6
@@ -187,7 +187,7 @@ def test_a_stream_trains(run):
 
 def test_epochs_count_rows(run):
     folder = run(max_train_steps=None, num_train_epochs=2, train_batch_size=5)
-    assert list(checkpoint_steps(folder)) == [6]  # twice 12 pictures, in batches of 5
+    assert list(checkpoint_steps(folder)) == [6]  # twice 12 images, in batches of 5
 
 
 def test_the_average_of_the_weights_is_saved(run):
@@ -288,10 +288,10 @@ class TestErrorsBeforeTraining:
         ):
             run(rows=from_dataset(stream, concepts=["slant", "thick"]), max_train_steps=None)
 
-    def test_a_column_that_holds_no_pictures(self, run, data):
+    def test_a_column_that_holds_no_images(self, run, data):
         files = sorted(data.rglob("*.png"))
         columns = {"image": [str(path) for path in files], "context": [path.parent.name for path in files]}
-        with pytest.raises(ValueError, match="The column 'image' holds .*, not pictures. Name another --image_column"):
+        with pytest.raises(ValueError, match="The column 'image' holds .*, not images. Name another --image_column"):
             run(rows=from_dataset(Dataset.from_dict(columns)))
 
     def test_a_base_with_classes_needs_their_column(self, run):
@@ -313,8 +313,8 @@ class TestErrorsBeforeTraining:
         with pytest.raises(ValueError, match="The data cannot be trained on:\n- .*observational"):
             run()
 
-    def test_an_unreadable_picture(self, run, data):
-        (data / "thick" / "1.png").write_bytes(b"no picture")
+    def test_an_unreadable_image(self, run, data):
+        (data / "thick" / "1.png").write_bytes(b"no image")
         with pytest.raises(ValueError, match=f"The data cannot be trained on:\n- .*{data}/thick/1.png"):
             run()
 

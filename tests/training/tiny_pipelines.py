@@ -1,4 +1,4 @@
-"""Tiny pipelines of every supported family, with random weights; pictures of 16 pixels, latents of 8."""
+"""Tiny pipelines of every supported family, with random weights; images of 16 pixels, latents of 8."""
 
 from __future__ import annotations
 

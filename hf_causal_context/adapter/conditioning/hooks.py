@@ -33,7 +33,7 @@ from ..._messages import quoted
 from ...contexts import ConceptSet, Context, ContextBatch
 from ...errors import UserValueError
 from ...functional import per_feature
-from .request import AdapterContext, Request, check_names, check_one_adapter_per_mask, completed, normalise, restricted
+from .request import AdapterContext, Request, check_names, check_one_adapter_per_mask, completed, normalize, restricted
 from .rows import Call, input_rows, match_layer_rows, refuse_sequence_first
 
 
@@ -45,15 +45,12 @@ class AdaptedLayer(Protocol):
     training: bool
 
     @property
-    def active_adapters(self) -> Iterable[str]:
-        """Names of the active adapters, of other methods too."""
+    def active_adapters(self) -> Iterable[str]: ...  # of other methods, too
 
     @property
-    def merged(self) -> bool:
-        """Whether adapters are merged into the weight."""
+    def merged(self) -> bool: ...  # whether adapters are merged into the weight
 
-    def check_merged_context(self, strengths: dict[str, Tensor]) -> None:
-        """Refuse (ValueError) strengths of adapters that differ from those merged into the weight."""
+    def check_merged_context(self, strengths: dict[str, Tensor]) -> None: ...
 
 
 @dataclass
@@ -292,7 +289,7 @@ class Conditioning:
             if adapter_name not in self.concepts:
                 raise UserValueError(f"Unknown adapter {adapter_name!r}. This model has: {quoted(self.concepts)}.")
             addressed = {adapter_name: self.concepts[adapter_name]}
-        contexts, mask = normalise(context, observational)
+        contexts, mask = normalize(context, observational)
         if mask is not None:
             check_one_adapter_per_mask(mask, addressed)
         else:
@@ -332,12 +329,12 @@ def during_call(owners: Iterable[Conditioning], call: Call | None) -> Iterator[N
         ValueError: for another number of contexts than of prompts.
     """
     active = [request for owner in owners if (request := owner.request()) is not None]
-    with requested([request.during(call) for request in active] if call is not None else []):
+    with activate_requests([request.during(call) for request in active] if call is not None else []):
         yield
 
 
 @contextmanager
-def requested(requests: Iterable[Request]) -> Iterator[None]:
+def activate_requests(requests: Iterable[Request]) -> Iterator[None]:
     """Put requests in force on this thread."""
     box = _STATE.box
     saved = box.request, box.frame

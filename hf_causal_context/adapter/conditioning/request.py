@@ -93,7 +93,7 @@ class Request:
         return found
 
 
-def normalise(context: object, observational: float | None) -> tuple[tuple[Context, ...], Tensor | None]:
+def normalize(context: object, observational: float | None) -> tuple[tuple[Context, ...], Tensor | None]:
     """Whatever a user may pass, as contexts (one, or one per sample) or as a mask.
 
     `observational`, if it is not None, becomes the strength of the observational part in each of the contexts.

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ..._files import CONFIG, WEIGHTS, first_line
-from ..._messages import shown
+from ..._messages import short_repr
 
 TOKENIZER_FILES = (
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template.*", "tekken.json"),
@@ -78,13 +78,13 @@ def download(
         raise PermissionError(f"token=True was given, but there is no token here: {_LOG_IN}.") from error
     except RevisionNotFoundError as error:
         raise FileNotFoundError(
-            f"{source} has no revision {shown(revision)}. Give one of its branches or tags, or a whole commit id."
+            f"{source} has no revision {short_repr(revision)}. Give one of its branches or tags, or a whole commit id."
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, HTTPError) as error:
         if _status(error) in (401, 403) or _status(error.__cause__) in (401, 403):
             raise PermissionError(f"The Hub refuses the token for {source} ({_cause(error)}): {_LOG_IN}.") from error
         raise ConnectionError(
-            f"{source} is no folder here, the cache does not hold {'it' if revision is None else shown(revision)} "
+            f"{source} is no folder here, the cache does not hold {'it' if revision is None else short_repr(revision)} "
             f"whole, and the Hub could not be read ({_cause(error)}). Try again when it can be reached (and "
             "HF_HUB_OFFLINE is not set), or give a folder."
         ) from error

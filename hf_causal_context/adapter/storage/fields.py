@@ -14,7 +14,7 @@ from typing import Any
 
 from peft.config import PeftConfig
 
-from ..._messages import shown
+from ..._messages import short_repr
 from ...errors import UserValueError
 
 MAX_LIST = 5_000
@@ -38,7 +38,7 @@ def check_peft_fields(config: PeftConfig) -> None:
         _check_text(name, getattr(config, name))
     revision = config.revision or ""
     if ".." in revision or revision.startswith("/") or "\\" in revision:
-        raise UserValueError(f"revision={shown(revision)} must be the name of a branch or tag, or a commit.")
+        raise UserValueError(f"revision={short_repr(revision)} must be the name of a branch or tag, or a commit.")
     check_flag("inference_mode", config.inference_mode)
     _check_auto_mapping(config.auto_mapping)
 
@@ -46,7 +46,7 @@ def check_peft_fields(config: PeftConfig) -> None:
 def check_flag(name: str, value: object) -> None:
     """Raise ValueError for anything but True and False."""
     if not isinstance(value, bool):
-        raise UserValueError(f"{name}={shown(value)} must be True or False.")
+        raise UserValueError(f"{name}={short_repr(value)} must be True or False.")
 
 
 def check_number(name: str, value: object, maximum: float) -> None:
@@ -55,23 +55,23 @@ def check_number(name: str, value: object, maximum: float) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= maximum:
         raise UserValueError(
-            f"{name}={shown(value)} must be a positive number of at most {maximum:g}, or None for a factor of 1."
+            f"{name}={short_repr(value)} must be a positive number of at most {maximum:g}, or None for a factor of 1."
         )
 
 
 def check_count(name: str, value: object, minimum: int, maximum: int) -> int:
     """Return a whole number; raise ValueError for anything else, or one out of bounds."""
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise UserValueError(f"{name}={shown(value)} must be a whole number of at least {minimum}.")
+        raise UserValueError(f"{name}={short_repr(value)} must be a whole number of at least {minimum}.")
     if value > maximum:
-        raise UserValueError(f"{name}={shown(value)} is too large: at most {maximum:,} is allowed.")
+        raise UserValueError(f"{name}={short_repr(value)} is too large: at most {maximum:,} is allowed.")
     return value
 
 
 def check_list(name: str, value: object, content: str) -> list[Any] | tuple[Any, ...]:
     """Return a list or tuple; raise ValueError for anything else."""
     if not isinstance(value, list | tuple):
-        raise UserValueError(f"{name}={shown(value)} must be a list of {content}.")
+        raise UserValueError(f"{name}={short_repr(value)} must be a list of {content}.")
     return value
 
 
@@ -79,7 +79,7 @@ def check_names(name: str, value: object) -> tuple[str, ...]:
     """Return a list of texts as a tuple; raise ValueError for anything else."""
     items = check_list(name, value, "names")
     if not all(isinstance(item, str) for item in items):
-        raise UserValueError(f"{name}={shown(value)} must hold names only.")
+        raise UserValueError(f"{name}={short_repr(value)} must hold names only.")
     return tuple(items)
 
 
@@ -97,12 +97,14 @@ def check_module_names(name: str, value: object, *, sets: bool = False) -> None:
         _check_pattern(name, value)
     elif value is not None:
         if not isinstance(value, list | tuple) and not (sets and isinstance(value, set | frozenset)):
-            raise UserValueError(f"{name}={shown(value)} must be a list of names, or one text.")
+            raise UserValueError(f"{name}={short_repr(value)} must be a list of names, or one text.")
         _check_length(name, value, MAX_LIST)
         check_names(name, tuple(value))
         for item in value:
             if not item or len(item) > MAX_PATTERN_LENGTH:
-                raise UserValueError(f"{name} holds {shown(item)}: names have 1 to {MAX_PATTERN_LENGTH:,} characters.")
+                raise UserValueError(
+                    f"{name} holds {short_repr(item)}: names have 1 to {MAX_PATTERN_LENGTH:,} characters."
+                )
             if name == "layers_pattern":
                 _check_pattern(name, item)
 
@@ -117,18 +119,18 @@ def check_module_paths(name: str, value: object) -> None:
         # PEFT compares them by their ends, and as regular expressions.
         if len(item) > MAX_PATTERN_LENGTH or not re.fullmatch(r"\w+(\.\w+)*", item):
             raise UserValueError(
-                f"{name} holds {shown(item)}, which is not the name of a module, such as 'decoder.head'."
+                f"{name} holds {short_repr(item)}, which is not the name of a module, such as 'decoder.head'."
             )
 
 
 def check_patterns(name: str, value: object) -> None:
     """Raise ValueError for anything but a mapping from names or regular expressions."""
     if not isinstance(value, Mapping):
-        raise UserValueError(f"{name}={shown(value)} must be a mapping from names of modules.")
+        raise UserValueError(f"{name}={short_repr(value)} must be a mapping from names of modules.")
     _check_length(name, value, MAX_PATTERNS)
     for pattern in value:
         if not isinstance(pattern, str) or not pattern:
-            raise UserValueError(f"{name} has the key {shown(pattern)}; it must be the name of a module.")
+            raise UserValueError(f"{name} has the key {short_repr(pattern)}; it must be the name of a module.")
         _check_pattern(name, pattern)
 
 
@@ -141,9 +143,9 @@ def _check_text(name: str, value: object) -> None:
     if value is None:
         return
     if not isinstance(value, str) or len(value) > MAX_TEXT:
-        raise UserValueError(f"{name}={shown(value)} must be a text of at most {MAX_TEXT:,} characters.")
+        raise UserValueError(f"{name}={short_repr(value)} must be a text of at most {MAX_TEXT:,} characters.")
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
-        raise UserValueError(f"{name}={shown(value)} must not hold control characters.")
+        raise UserValueError(f"{name}={short_repr(value)} must not hold control characters.")
 
 
 def _check_auto_mapping(value: object) -> None:
@@ -151,11 +153,11 @@ def _check_auto_mapping(value: object) -> None:
         return
     names = ("base_model_class", "parent_library")
     if not isinstance(value, dict) or set(value) != set(names):
-        raise UserValueError(f"auto_mapping={shown(value)} must name a base_model_class and a parent_library.")
+        raise UserValueError(f"auto_mapping={short_repr(value)} must name a base_model_class and a parent_library.")
     for name in names:
         text = value[name]
         if not isinstance(text, str) or len(text) > 200 or not all(map(str.isidentifier, text.split("."))):
-            raise UserValueError(f"auto_mapping: {name}={shown(text)} must be a dotted name of Python.")
+            raise UserValueError(f"auto_mapping: {name}={short_repr(text)} must be a dotted name of Python.")
     module = value["parent_library"]
     if module.partition(".")[0] not in _IMPORTABLE and module not in sys.modules:
         raise UserValueError(
@@ -174,10 +176,10 @@ def _check_pattern(name: str, pattern: str) -> None:
         re.compile(f"({pattern})")
         bits = _backtracking(pattern)
     except (re.error, OverflowError, RecursionError) as error:
-        raise UserValueError(f"{name}={shown(pattern)} is not a valid regular expression: {error}.") from error
+        raise UserValueError(f"{name}={short_repr(pattern)} is not a valid regular expression: {error}.") from error
     if bits > MAX_BACKTRACKING:
         raise UserValueError(
-            f"{name}={shown(pattern)} could take for ever to match: it repeats what can be repeated, or too much. "
+            f"{name}={short_repr(pattern)} could take for ever to match: it repeats what can be repeated, or too much. "
             "Give a list of names instead."
         )
 

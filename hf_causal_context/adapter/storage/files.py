@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..._files import CONFIG, PICKLE, WEIGHTS
-from ..._messages import shown
+from ..._messages import short_repr
 from ...errors import UserValueError
 from ..peft_type import CAUSAL_CONTEXT, PEFT_PREFIX
 from .layout import AdapterError, Layout, StoredTensor
@@ -54,11 +54,11 @@ def read_fields(path: str | PathLike[str], source: str | None = None) -> dict[st
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"The {CONFIG} of {source} is not valid JSON: {error}. Use another copy of it.") from error
     if not isinstance(fields, dict):
-        raise AdapterError(f"The {CONFIG} of {source} holds no fields, but {shown(fields)}.")
+        raise AdapterError(f"The {CONFIG} of {source} holds no fields, but {short_repr(fields)}.")
     kind = fields.get("peft_type")
     if kind != CAUSAL_CONTEXT.value:
         if not isinstance(kind, str) or kind not in PeftType.__members__:
-            raise AdapterError(f"{source} says peft_type={shown(kind)}, which is no kind of adapter known here.")
+            raise AdapterError(f"{source} says peft_type={short_repr(kind)}, which is no kind of adapter known here.")
         raise AdapterError(
             f"{source} is a {kind} adapter; only causal context adapters have contexts. Load it with PEFT "
             "(PeftModel.from_pretrained), a LoRA of a pipeline with pipe.load_lora_weights."
@@ -146,9 +146,9 @@ def _header(path: Path, source: str, prefix: str = "") -> dict[str, StoredTensor
                 name = key.removeprefix(PEFT_PREFIX)
                 if name in tensors or len(name) > MAX_NAME:
                     problem = "there twice" if name in tensors else "too long"
-                    raise _damaged(source, f"the name {shown(name)} of a tensor is {problem}")
+                    raise _damaged(source, f"the name {short_repr(name)} of a tensor is {problem}")
                 if not key.startswith(prefix):
-                    raise _damaged(source, f"the name {shown(key)} of a tensor does not begin with {prefix}")
+                    raise _damaged(source, f"the name {short_repr(key)} of a tensor does not begin with {prefix}")
                 tensors[name] = StoredTensor(tuple(described.get_shape()), described.get_dtype() in _FLOATING)
     except SafetensorError as error:
         raise _damaged(source, error) from error

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..._messages import shown
+from ..._messages import short_repr
 from ...errors import UserValueError
 from ..peft_type import PREFIX
 
@@ -105,7 +105,7 @@ class Layout:
         for module in {name.rpartition(f".{PREFIX}")[0] for name in tensors if f".{PREFIX}" in name}:
             if not self.adapts(module):
                 raise AdapterError(
-                    f"{source} has weights for {shown(module)}, which its config does not ask for. {_MIXED_UP}"
+                    f"{source} has weights for {short_repr(module)}, which its config does not ask for. {_MIXED_UP}"
                 )
             if time.monotonic() > end:
                 raise AdapterError(
@@ -123,12 +123,12 @@ class Layout:
         missing = [f"{module}.{PREFIX}{weight}" for weight in declared if weight not in stored]
         if unasked:
             raise AdapterError(
-                f"{source} has a tensor {shown(unasked[0])}, which its config does not ask for. {_MIXED_UP}"
+                f"{source} has a tensor {short_repr(unasked[0])}, which its config does not ask for. {_MIXED_UP}"
             )
         if missing:
             raise not_whole(source, missing)
         for weight, (shape, floating) in stored.items():
-            name = shown(f"{module}.{PREFIX}{weight}")
+            name = short_repr(f"{module}.{PREFIX}{weight}")
             if not floating:
                 raise AdapterError(f"{source}: the tensor {name} is not of a floating-point type. {_MIXED_UP}")
             if shape != declared[weight]:
@@ -141,8 +141,8 @@ class Layout:
         inside = any(module.endswith(saved) or f"{saved}." in name for saved in self.modules_to_save)
         if not inside and (".base_layer" in name or not any(other in module for other in others)):
             raise AdapterError(
-                f"{source} has a tensor {shown(name)}, which is no weight of the adapter: it could replace one of the "
-                f"base model. {_MIXED_UP}"
+                f"{source} has a tensor {short_repr(name)}, which is no weight of the adapter: it could replace one "
+                f"of the base model. {_MIXED_UP}"
             )
 
 
@@ -150,6 +150,6 @@ def not_whole(source: str, missing: Sequence[str]) -> AdapterError:
     """The error for weights that a config asks for and a file lacks."""
     return AdapterError(
         f"{source} is not whole: it lacks {len(missing):,} weights that its config asks for, such as "
-        f"{', '.join(map(shown, missing[:3]))}. It was trained for another base, its files belong to different "
+        f"{', '.join(map(short_repr, missing[:3]))}. It was trained for another base, its files belong to different "
         "adapters, or it was saved in part."
     )

@@ -1,4 +1,4 @@
-"""Pictures kept whole in the memory of the training device, as bytes, and the endless batches made from them.
+"""Images kept whole in the memory of the training device, as bytes, and the endless batches made from them.
 
 Shapes: N rows, B samples, C channels, S x S pixels, K concepts.
 """
@@ -17,46 +17,46 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..._messages import quoted
-from ...bases.images import read_picture
+from ...bases.images import read_image
 from ...contexts import ConceptSet, Context, ContextLike, as_context
 from ...data import ContextSampler, InterventionalData, slots_of
 from ...errors import UserTypeError, UserValueError
 from ..arguments import AutoencoderArguments
 from ..noise import generator_of
 from ..weights import parse_weights
-from .objective import PictureBatch
+from .objective import ImageBatch
 
 
 @dataclass(frozen=True)
-class PictureSet:
-    """Pictures (N, C, S, S), uint8, with the context (its printed form, "" is observational) of every row.
+class ImageSet:
+    """Images (N, C, S, S), uint8, with the context (its printed form, "" is observational) of every row.
 
     Raises:
-        ValueError: for pictures of another type or shape, a number of contexts that differs, or unknown concepts.
+        ValueError: for images of another type or shape, a number of contexts that differs, or unknown concepts.
     """
 
-    pictures: Tensor
+    images: Tensor
     contexts: NDArray[np.object_]
     concepts: ConceptSet
 
     def __post_init__(self) -> None:
-        if self.pictures.ndim != 4 or self.pictures.dtype != torch.uint8 or len(self.pictures) != len(self.contexts):
+        if self.images.ndim != 4 or self.images.dtype != torch.uint8 or len(self.images) != len(self.contexts):
             raise UserValueError(
-                f"Pictures of shape {tuple(self.pictures.shape)} and dtype {self.pictures.dtype} with "
+                f"Images of shape {tuple(self.images.shape)} and dtype {self.images.dtype} with "
                 f"{len(self.contexts)} contexts. They must be bytes (rows, channels, side, side), 0 to 255, and have "
                 "one context each."
             )
         self.concepts.mask([Context.parse(context) for context in self.names])  # refuses unknown concepts
 
     @classmethod
-    def of_arrays(cls, arrays: Mapping[Context, NDArray[np.uint8]], concepts: ConceptSet) -> PictureSet:
+    def of_arrays(cls, arrays: Mapping[Context, NDArray[np.uint8]], concepts: ConceptSet) -> ImageSet:
         """From one array (n, C, S, S) for each context."""
         names = [str(context) for context in arrays]
         contexts = np.repeat(np.array(names, dtype=object), [len(array) for array in arrays.values()])
         return cls(torch.from_numpy(np.concatenate(list(arrays.values()))), contexts, concepts)
 
     @classmethod
-    def of_data(cls, data: InterventionalData, size: int, channels: int) -> PictureSet:
+    def of_data(cls, data: InterventionalData, size: int, channels: int) -> ImageSet:
         """The rows to train on, resized and cut to the middle square.
 
         Raises:
@@ -65,11 +65,11 @@ class PictureSet:
         if not isinstance(data.rows, Dataset):
             raise UserTypeError("A stream cannot be kept in memory. Load the data with streaming=False.")
         rows = data.rows.select_columns([data.content_column, "context"])
-        pictures = np.empty((len(rows), channels, size, size), dtype=np.uint8)
-        for i, row in enumerate(tqdm(rows, desc="read pictures", disable=len(rows) < 2000)):
-            pictures[i] = read_picture(cast(Any, row)[data.content_column], channels, size)
+        images = np.empty((len(rows), channels, size, size), dtype=np.uint8)
+        for i, row in enumerate(tqdm(rows, desc="read images", disable=len(rows) < 2000)):
+            images[i] = read_image(cast(Any, row)[data.content_column], channels, size)
         contexts = np.array(rows["context"][:], dtype=object)
-        return cls(torch.from_numpy(pictures), contexts, data.concepts)
+        return cls(torch.from_numpy(images), contexts, data.concepts)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -82,7 +82,7 @@ class PictureSet:
         return self.concepts.mask([Context.parse(name) for name in names])[torch.from_numpy(codes)]
 
     def of(self, context: ContextLike) -> Tensor:
-        """The pictures of one context, (n, C, S, S), uint8.
+        """The images of one context, (n, C, S, S), uint8.
 
         Raises:
             ValueError: for a context without rows.
@@ -90,14 +90,14 @@ class PictureSet:
         name = str(as_context(context))
         rows = np.flatnonzero(self.contexts == name)
         if not len(rows):
-            raise UserValueError(f"The context {name!r} has no pictures. There are: {quoted(self.names)} ('' is obs).")
-        return self.pictures[torch.from_numpy(rows)]
+            raise UserValueError(f"The context {name!r} has no images. There are: {quoted(self.names)} ('' is obs).")
+        return self.images[torch.from_numpy(rows)]
 
-    def select(self, rows: NDArray[np.int64]) -> PictureSet:
+    def select(self, rows: NDArray[np.int64]) -> ImageSet:
         """Some of the rows, by number."""
-        return PictureSet(self.pictures[torch.from_numpy(rows)], self.contexts[rows], self.concepts)
+        return ImageSet(self.images[torch.from_numpy(rows)], self.contexts[rows], self.concepts)
 
-    def split(self, fraction: float, seed: int) -> tuple[PictureSet, PictureSet]:
+    def split(self, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:
         """Two sets: all but `fraction` of the rows of each context, and the others, chosen at random.
 
         Raises:
@@ -118,7 +118,7 @@ class PictureSet:
         return self.select(np.sort(np.concatenate(first))), self.select(np.sort(np.concatenate(second)))
 
 
-class PictureBatches:
+class ImageBatches:
     """Batches for an `AutoencoderObjective`: `batches(n)` yields the n-th and all that follow, on the device.
 
     Rows are drawn as `ContextSampler` says: contexts mixed within every batch, whatever the number of processes; in
@@ -126,7 +126,7 @@ class PictureBatches:
     of its own, so that it is the same in a resumed run.
 
     Args:
-        pictures: what to train on; moved to the device as bytes.
+        images: what to train on; moved to the device as bytes.
         arguments: batch size, seed, weights of contexts.
         num_batches: micro-batches of the whole run, per process.
         device: where batches go.
@@ -138,29 +138,29 @@ class PictureBatches:
 
     def __init__(
         self,
-        pictures: PictureSet,
+        images: ImageSet,
         arguments: AutoencoderArguments,
         num_batches: int,
         device: torch.device,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self._pictures = pictures.pictures.to(device, memory_format=torch.channels_last)
-        self._masks = pictures.masks().to(device)
-        self._contexts, self._seed, self._device = pictures.contexts, arguments.seed, device
+        self._images = images.images.to(device, memory_format=torch.channels_last)
+        self._masks = images.masks().to(device)
+        self._contexts, self._seed, self._device = images.contexts, arguments.seed, device
         self._published = arguments.published
         self._num_batches, self._batch_size = num_batches, arguments.train_batch_size
         self._rank, self._world_size = rank, world_size
         self._weights = parse_weights(arguments.context_weights, arguments.observational_name)
         self._sampler(0)  # refuses bad weights
 
-    def __call__(self, start: int) -> Iterator[PictureBatch]:
+    def __call__(self, start: int) -> Iterator[ImageBatch]:
         """Batches from number `start` on."""
         batches = self._of_one_context(start) if self._published else iter(self._sampler(start))
         for number, rows in enumerate(batches, start):
             chosen = torch.as_tensor(rows, device=self._device)
             generator = generator_of(self._seed, number, self._rank, device=self._device)
-            yield PictureBatch(to_floats(self._pictures[chosen]), self._masks[chosen], generator)
+            yield ImageBatch(to_floats(self._images[chosen]), self._masks[chosen], generator)
 
     def _of_one_context(self, start: int) -> Iterator[NDArray[np.int64]]:
         rows = [np.flatnonzero(self._contexts == name) for name in sorted(set(self._contexts))]
@@ -185,6 +185,6 @@ class PictureBatches:
         )
 
 
-def to_floats(pictures: Tensor) -> Tensor:
+def to_floats(images: Tensor) -> Tensor:
     """Bytes -> float32 in [0, 1]."""
-    return pictures.float().div_(255)
+    return images.float().div_(255)

@@ -26,10 +26,10 @@ FROZEN_SHARE = 0.2
 
 
 @dataclass
-class PictureBatch:
-    """Pictures (B, C, S, S) in [0, 1], their intervention mask (B, K), and the generator of the batch's noise."""
+class ImageBatch:
+    """Images (B, C, S, S) in [0, 1], their intervention mask (B, K), and the generator of the batch's noise."""
 
-    pictures: Tensor
+    images: Tensor
     context: Tensor
     generator: torch.Generator
 
@@ -69,20 +69,20 @@ class AutoencoderObjective(Objective):
         self.group_penalty, self.l2_penalty = group_penalty, l2_penalty
         self.causal = module.causal if isinstance(module, ContextModule) else None
 
-    def __call__(self, model: nn.Module, batch: PictureBatch) -> Tensor:
+    def __call__(self, model: nn.Module, batch: ImageBatch) -> Tensor:
         """Losses (B,), one per sample."""
         reconstruction, kl = self.parts(model, batch)
         return reconstruction + self.beta * kl + self.penalty()
 
-    def parts(self, model: nn.Module, batch: PictureBatch) -> tuple[Tensor, Tensor]:
+    def parts(self, model: nn.Module, batch: ImageBatch) -> tuple[Tensor, Tensor]:
         """Reconstruction error and KL divergence of every sample, (B,) each, in nats."""
-        output, kl = model(batch.pictures, batch.context, batch.generator)
-        output, pictures = output.float(), batch.pictures.float()
+        output, kl = model(batch.images, batch.context, batch.generator)
+        output, images = output.float(), batch.images.float()
         if self.reconstruction == "bce":
-            errors = nn.functional.binary_cross_entropy_with_logits(output, pictures, reduction="none")
+            errors = nn.functional.binary_cross_entropy_with_logits(output, images, reduction="none")
         else:
             pixels = output.sigmoid() if self.output == "logits" else output
-            errors = (pixels - pictures).square() / (2 * GAUSSIAN_STANDARD_DEVIATION**2)
+            errors = (pixels - images).square() / (2 * GAUSSIAN_STANDARD_DEVIATION**2)
         return errors.flatten(1).sum(1), kl.float()
 
     def penalty(self) -> Tensor | float:

@@ -1,4 +1,4 @@
-"""The paper's own setting: pictures in contexts -> a `ContextAutoencoder`, end-to-end or on a pretrained base."""
+"""The paper's own setting: images in contexts -> a `ContextAutoencoder`, end-to-end or on a pretrained base."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from ..grids import validation_contexts, write_grid
 from ..loop.early_stopping import EarlyStopping
 from ..loop.processes import make_accelerator
 from ..loop.trainer import fit
-from .images import PictureBatches, PictureSet, to_floats
-from .objective import AutoencoderObjective, PictureBatch, TrainingMode, bits_per_dimension
+from .images import ImageBatches, ImageSet, to_floats
+from .objective import AutoencoderObjective, ImageBatch, TrainingMode, bits_per_dimension
 
 _VALIDATED_AT_ONCE = 512
 
 
 def train_autoencoder(
     arguments: AutoencoderArguments,
-    pictures: PictureSet | None = None,
-    validation: PictureSet | None = None,
+    images: ImageSet | None = None,
+    validation: ImageSet | None = None,
     model: ContextAutoencoder | None = None,
 ) -> Path:
     """Train a `ContextAutoencoder` and return the folder that `from_pretrained` loads it from.
 
     Args:
         arguments: the settings; `hf-causal-context train-autoencoder` makes them from its command line.
-        pictures: what to train on, instead of the data that `arguments` name.
-        validation: other rows; by default `validation_fraction` of `pictures`.
+        images: what to train on, instead of the data that `arguments` name.
+        validation: other rows; by default `validation_fraction` of `images`.
         model: a model to train, instead of one that `arguments` describe.
 
     Raises:
@@ -47,29 +47,29 @@ def train_autoencoder(
     """
     accelerator = make_accelerator(arguments)
     set_seed(arguments.seed)  # the initial weights
-    if pictures is None:
+    if images is None:
         data = load_data(arguments)
-        model = model or make_autoencoder(arguments, data.concepts)  # before pictures are read: it may be refused
+        model = model or make_autoencoder(arguments, data.concepts)  # before images are read: it may be refused
         report = check_data(data)
         accelerator.print(report.table())
         report.raise_for_errors()
-        pictures = PictureSet.of_data(data, model.backbone.size, model.backbone.channels)
+        images = ImageSet.of_data(data, model.backbone.size, model.backbone.channels)
         held_out = tuple(data.held_out)
     else:
-        model = model or make_autoencoder(arguments, pictures.concepts)
+        model = model or make_autoencoder(arguments, images.concepts)
         held_out = ()
     if validation is None:
-        pictures, validation = pictures.split(arguments.validation_fraction, arguments.seed)
-    _check_fit(model, pictures, arguments)
+        images, validation = images.split(arguments.validation_fraction, arguments.seed)
+    _check_fit(model, images, arguments)
     model.to(accelerator.device)
     objective = AutoencoderObjective(
         model, arguments.reconstruction, arguments.beta, arguments.group_penalty, arguments.l2_penalty
     )
     num_steps = arguments.max_train_steps or arguments.num_train_epochs * arguments.steps_per_epoch(
-        len(pictures.contexts), accelerator.num_processes
+        len(images.contexts), accelerator.num_processes
     )
-    batches = PictureBatches(
-        pictures,
+    batches = ImageBatches(
+        images,
         arguments,
         num_steps * arguments.gradient_accumulation_steps,
         accelerator.device,
@@ -78,11 +78,11 @@ def train_autoencoder(
     )
     if arguments.lr_warmup_steps >= num_steps:
         raise UserValueError(
-            f"The run has {num_steps} optimiser steps, all of them within --lr_warmup_steps="
+            f"The run has {num_steps} optimizer steps, all of them within --lr_warmup_steps="
             f"{arguments.lr_warmup_steps}. Lower it or --train_batch_size, or train longer (--num_train_epochs, "
             "--max_train_steps)."
         )
-    shown = validation_contexts(arguments, arguments.observational_name, pictures.concepts, held_out)
+    shown = validation_contexts(arguments, arguments.observational_name, images.concepts, held_out)
 
     def validate(step: int) -> float:
         error, kl = mean_loss(objective, model, validation)
@@ -149,33 +149,33 @@ def make_autoencoder(arguments: AutoencoderArguments, concepts: ConceptSet) -> C
 
 
 @torch.no_grad()
-def mean_loss(objective: AutoencoderObjective, model: ContextAutoencoder, pictures: PictureSet) -> tuple[float, float]:
-    """Mean reconstruction error and KL divergence of all pictures, in nats, on the model's device."""
+def mean_loss(objective: AutoencoderObjective, model: ContextAutoencoder, images: ImageSet) -> tuple[float, float]:
+    """Mean reconstruction error and KL divergence of all images, in nats, on the model's device."""
     sums = torch.zeros(2, dtype=torch.float64)
-    chunks = zip(pictures.pictures.split(_VALIDATED_AT_ONCE), pictures.masks().split(_VALIDATED_AT_ONCE), strict=True)
+    chunks = zip(images.images.split(_VALIDATED_AT_ONCE), images.masks().split(_VALIDATED_AT_ONCE), strict=True)
     for number, (some, mask) in enumerate(chunks):
         generator = torch.Generator(model.device).manual_seed(number)
-        batch = PictureBatch(to_floats(some.to(model.device)), mask.to(model.device), generator)
+        batch = ImageBatch(to_floats(some.to(model.device)), mask.to(model.device), generator)
         sums += torch.stack(objective.parts(model, batch)).sum(1).cpu()
-    error, kl = (sums / len(pictures.contexts)).tolist()
+    error, kl = (sums / len(images.contexts)).tolist()
     return error, kl
 
 
-def _check_fit(model: ContextAutoencoder, pictures: PictureSet, arguments: AutoencoderArguments) -> None:
-    if model.concept_set != pictures.concepts:
+def _check_fit(model: ContextAutoencoder, images: ImageSet, arguments: AutoencoderArguments) -> None:
+    if model.concept_set != images.concepts:
         raise UserValueError(
-            f"The autoencoder's concepts are {quoted(model.concept_set)}, the data's {quoted(pictures.concepts)}. They "
+            f"The autoencoder's concepts are {quoted(model.concept_set)}, the data's {quoted(images.concepts)}. They "
             "must be the same, in the same order."
         )
-    model.check_pictures(to_floats(pictures.pictures[:1]))
+    model.check_images(to_floats(images.images[:1]))
     if (model.published, model.ignore_contexts) != (arguments.published, arguments.ignore_contexts):
         raise UserValueError(
             f"The autoencoder has published={model.published} and ignore_contexts={model.ignore_contexts}, the "
             f"arguments {arguments.published} and {arguments.ignore_contexts}. Give both the same."
         )
-    needed = {"", *pictures.concepts} if model.with_context_module and not model.ignore_contexts else set()
-    if missing := sorted(needed - set(pictures.names)):
+    needed = {"", *images.concepts} if model.with_context_module and not model.ignore_contexts else set()
+    if missing := sorted(needed - set(images.names)):
         raise UserValueError(
-            f"There are no pictures of {quoted(missing)} ('' is the observational context), so nothing says what the "
-            f"context means. There are pictures of {quoted(pictures.names)}. Add a set, or remove the concept."
+            f"There are no images of {quoted(missing)} ('' is the observational context), so nothing says what the "
+            f"context means. There are images of {quoted(images.names)}. Add a set, or remove the concept."
         )

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ...bases.families import Base
-from ...bases.images import read_picture
+from ...bases.families import DiffusionBase
+from ...bases.images import read_image
 from ...contexts import Context
 from ...data import ContextSampler, InterventionalData, slots_of, stream_batches
 from ...errors import UserValueError
@@ -42,7 +42,7 @@ class DenoiserBatches:
     """Batches for `DenoisingObjective`s: `batches(n)` yields the n-th and all that follow, on the device.
 
     Args:
-        base: encodes pictures and captions.
+        base: encodes images and captions.
         data: what to train on.
         arguments: batch size, seed, columns, resolution.
         num_batches: micro-batches of the whole run, per process.
@@ -55,7 +55,7 @@ class DenoiserBatches:
 
     def __init__(
         self,
-        base: Base,
+        base: DiffusionBase,
         data: InterventionalData,
         arguments: TrainingArguments,
         num_batches: int,
@@ -168,7 +168,7 @@ class DenoiserBatches:
                 self._captions[caption] = {name: tensor[i] for name, tensor in encoded.items()}
 
     def _reader(self) -> partial[np.ndarray]:
-        return partial(read_picture, channels=self._base.image_channels, resolution=self._resolution)
+        return partial(read_image, channels=self._base.image_channels, resolution=self._resolution)
 
     def _prepare(self, rows: Dataset) -> Dataset:
         read, image_column = self._reader(), self._data.content_column
@@ -181,12 +181,12 @@ class DenoiserBatches:
         shape = tuple(base.encode_images(side.to(device)).shape[1:])
 
         def encode(columns: dict[str, Any]) -> dict[str, Any]:
-            pixels = torch.from_numpy(np.stack([read(picture) for picture in columns[image_column]]))
+            pixels = torch.from_numpy(np.stack([read(image) for image in columns[image_column]]))
             return {"clean": base.encode_images(pixels.to(device).float() / 127.5 - 1).float().cpu().numpy()}
 
         features = rows.features.copy()
         del features[image_column]
-        # Named by what latents depend on, so that another run with the same base and pictures finds them.
+        # Named by what latents depend on, so that another run with the same base and images finds them.
         key = Hasher.hash((rows._fingerprint, _file_versions(rows, image_column), _content(base.pipe.vae), shape))
         folder = Path(datasets.config.HF_DATASETS_CACHE, "hf_causal_context")
         folder.mkdir(parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ class DenoiserBatches:
             features=Features(features | {"clean": Array3D(shape, "float32")}),
             new_fingerprint=key,
             cache_file_name=str(folder / f"latents-{key}.arrow"),  # datasets names one for rows from files only
-            desc="encode pictures",
+            desc="encode images",
         )
         return encoded.with_format("torch", columns=["clean"], output_all_columns=True)
 
@@ -208,7 +208,7 @@ class DenoiserBatches:
         feature = (self._data.rows.features or {}).get(self._data.content_column)
         if feature is not None and not isinstance(feature, ImageFeature):
             raise UserValueError(
-                f"The column {self._data.content_column!r} holds {feature}, not pictures. Name another "
+                f"The column {self._data.content_column!r} holds {feature}, not images. Name another "
                 "--image_column, or cast it: dataset.cast_column(name, datasets.Image())."
             )
         columns = self._data.rows.column_names or []
@@ -233,7 +233,7 @@ class _Rows(torch.utils.data.Dataset):
         self._rows, self._content_column = rows, content_column
         self._standing = np.concatenate([np.arange(len(rows)), *reweighted.values()])
         names = [name for name, numbers in reweighted.items() for _ in numbers]
-        self.contexts: list[str] = [*rows.with_format(None)["context"], *names]  # else all pictures are read
+        self.contexts: list[str] = [*rows.with_format(None)["context"], *names]  # else all images are read
 
     def __len__(self) -> int:
         return len(self._standing)
@@ -263,12 +263,12 @@ class _Rows(torch.utils.data.Dataset):
 
 
 def _file_versions(rows: Dataset, image_column: str) -> str:
-    """Sizes and times of pictures that are files: the rows' fingerprint knows their paths only."""
+    """Sizes and times of images that are files: the rows' fingerprint knows their paths only."""
     digest = hashlib.blake2b(digest_size=16)
-    pictures = rows.with_format(None).select_columns([image_column])
-    for picture in pictures.cast_column(image_column, ImageFeature(decode=False))[image_column]:
-        if picture is not None and picture["bytes"] is None and os.path.exists(picture["path"]):
-            status = os.stat(picture["path"])
+    images = rows.with_format(None).select_columns([image_column])
+    for image in images.cast_column(image_column, ImageFeature(decode=False))[image_column]:
+        if image is not None and image["bytes"] is None and os.path.exists(image["path"]):
+            status = os.stat(image["path"])
             digest.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
     return digest.hexdigest()
 
@@ -284,8 +284,8 @@ def _content(model: torch.nn.Module) -> str:
 
 
 def _read_rows(columns: dict[str, Any], image_column: str, read: partial[np.ndarray]) -> dict[str, Any]:
-    pictures = columns.pop(image_column)
-    return columns | {"clean": [read(picture) for picture in pictures]}
+    images = columns.pop(image_column)
+    return columns | {"clean": [read(image) for image in images]}
 
 
 def _collate(rows: list[dict[str, Any]], image_column: str, read: partial[np.ndarray]) -> dict[str, Any]:

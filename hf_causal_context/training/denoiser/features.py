@@ -1,6 +1,6 @@
-"""What a frozen denoiser sees in pictures, as vectors: inputs for the density ratios of reweighting.
+"""What a frozen denoiser sees in images, as vectors: inputs for the density ratios of reweighting.
 
-Shapes: N pictures, B batch, C channels, H x W pixels, T tokens.
+Shapes: N images, B batch, C channels, H x W pixels, T tokens.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ...bases.families import Base
-from ...bases.images import read_picture
+from ...bases.families import DiffusionBase
+from ...bases.images import read_image
 
 NUM_FEATURES = 128
-_NOISE_LEVEL = 0.02  # the time step at which clean pictures are shown, as a share of all
-_MOST_OUTPUTS = 8192  # kept per picture, before principal components
+_NOISE_LEVEL = 0.02  # the time step at which clean images are shown, as a share of all
+_MOST_OUTPUTS = 8192  # kept per image, before principal components
 _LARGEST_SIDE = 256
 _BATCH_SIZE = 32
 
 
 @torch.no_grad()
 def denoiser_features(
-    base: Base, model: nn.Module, pictures: Sequence[Image.Image], resolution: int, num_concepts: int
+    base: DiffusionBase, model: nn.Module, images: Sequence[Image.Image], resolution: int, num_concepts: int
 ) -> Tensor:
     """Principal components (N, at most 128) of what an early and the middle block of the denoiser put out.
 
-    Each is divided by the root of its deviation. Pictures are shown as they are, at a time step of little noise, and
+    Each is divided by the root of its deviation. Images are shown as they are, at a time step of little noise, and
     without a caption. Bases in half precision need autocast.
 
     Args:
-        base: the pipeline; pictures go to its device.
+        base: the pipeline; images go to its device.
         model: its denoiser with an adapter, which acts in no context.
-        pictures: anything with a length that yields pictures.
-        resolution: side of the pictures in training; they are read at no more than 256 pixels where the base allows.
+        images: anything with a length that yields images.
+        resolution: side of the images in training; they are read at no more than 256 pixels where the base allows.
         num_concepts: of the adapter.
     """
     device = next(model.parameters()).device
@@ -50,8 +50,8 @@ def denoiser_features(
     model.eval()
     conditions = _conditions(base)
     with _watched_blocks(base.denoiser) as seen:
-        for batch in tqdm(_batches(pictures), desc="look at pictures", total=-(-len(pictures) // _BATCH_SIZE), delay=3):
-            read = [torch.tensor(read_picture(picture, base.image_channels, resolution)) for picture in batch]
+        for batch in tqdm(_batches(images), desc="look at images", total=-(-len(images) // _BATCH_SIZE), delay=3):
+            read = [torch.tensor(read_image(image, base.image_channels, resolution)) for image in batch]
             clean = base.encode_images(torch.stack(read).to(device).float() / 127.5 - 1)
             times = torch.full((len(batch),), time, device=device)
             if base.prediction == "flow":
@@ -70,12 +70,12 @@ def denoiser_features(
 
 def principal_components(features: Tensor) -> Tensor:
     """Features (N, D) -> (N, at most 128), each component divided by the root of its deviation."""
-    centred = features - features.mean(0)
-    centred = centred / centred.std(0).clamp(min=1e-6)
+    centered = features - features.mean(0)
+    centered = centered / centered.std(0).clamp(min=1e-6)
     with torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(0)
-        _, _, directions = torch.pca_lowrank(centred, q=min(NUM_FEATURES, *centred.shape), center=False, niter=3)
-    projected = centred @ directions
+        _, _, directions = torch.pca_lowrank(centered, q=min(NUM_FEATURES, *centered.shape), center=False, niter=3)
+    projected = centered @ directions
     return projected / projected.std(0).clamp(min=1e-6).sqrt()
 
 
@@ -91,7 +91,7 @@ def _watched_blocks(denoiser: nn.Module) -> Iterator[dict[int, Tensor]]:
     def watch(number: int, last: bool) -> Any:
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
             tensors = [output] if isinstance(output, Tensor) else [part for part in output if isinstance(part, Tensor)]
-            seen[number] = tensors[-1]  # joint blocks give the text's tokens before the picture's
+            seen[number] = tensors[-1]  # joint blocks give the text's tokens before the image's
             if last:
                 raise _SeenEnough
 
@@ -127,7 +127,7 @@ def _as_plane(tokens_BCT: Tensor) -> Tensor:
     return tokens_BCT.unflatten(2, (side, side) if side**2 == tokens_BCT.shape[2] else (1, -1))
 
 
-def _conditions(base: Base) -> dict[str, Tensor]:
+def _conditions(base: DiffusionBase) -> dict[str, Tensor]:
     """One row of the first class, or of an empty caption."""
     device = next(base.denoiser.parameters()).device
     if base.takes_classes:
@@ -137,6 +137,6 @@ def _conditions(base: Base) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in base.encode_captions([""]).items()}
 
 
-def _batches(pictures: Sequence[Image.Image]) -> Iterator[list[Image.Image]]:
-    for start in range(0, len(pictures), _BATCH_SIZE):
-        yield [pictures[i] for i in range(start, min(start + _BATCH_SIZE, len(pictures)))]
+def _batches(images: Sequence[Image.Image]) -> Iterator[list[Image.Image]]:
+    for start in range(0, len(images), _BATCH_SIZE):
+        yield [images[i] for i in range(start, min(start + _BATCH_SIZE, len(images)))]

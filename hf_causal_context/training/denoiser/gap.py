@@ -14,7 +14,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor, nn
 
-from ...bases.families import Base
+from ...bases.families import DiffusionBase
 from ...bases.gap import BaseGap
 from ...inference.sampling import eval_mode
 from ..bare_model import BareModel
@@ -40,7 +40,7 @@ _SOLVER: dict[str, Any] = {
 
 
 @torch.no_grad()
-def denoiser_gap(base: Base, rows: Batch, seed: int) -> BaseGap:
+def denoiser_gap(base: DiffusionBase, rows: Batch, seed: int) -> BaseGap:
     """Compare the base's losses on observational rows and on as many samples; the random state stays as it was.
 
     It takes `NUM_INFERENCE_STEPS` + 2 x `len(LEVELS)` forward passes of every row. Bases in half precision need
@@ -65,7 +65,7 @@ def denoiser_gap(base: Base, rows: Batch, seed: int) -> BaseGap:
     return BaseGap("images", on_set, on_samples, len(rows.clean))
 
 
-def own_samples(base: Base, model: nn.Module, batch: Batch) -> Tensor:
+def own_samples(base: DiffusionBase, model: nn.Module, batch: Batch) -> Tensor:
     """Samples of a model under the conditions of a batch, as large as its rows; the batch's draws are used up.
 
     In few steps: by DPM-Solver++ (Lu et al., 2022), evenly in the logarithm of signal to noise, or for flows by the
@@ -82,7 +82,7 @@ def own_samples(base: Base, model: nn.Module, batch: Batch) -> Tensor:
     return x
 
 
-def _along_flow(base: Base, model: nn.Module, batch: Batch, x: Tensor) -> Tensor:
+def _along_flow(base: DiffusionBase, model: nn.Module, batch: Batch, x: Tensor) -> Tensor:
     sigmas = torch.linspace(1, 0, NUM_INFERENCE_STEPS + 1) ** 1.5  # finer where little noise is left
     steps = sigmas.diff().tolist()
     slope = torch.zeros_like(x)  # the velocity of the step before

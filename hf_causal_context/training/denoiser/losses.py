@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 
-from ...bases.families import Base
+from ...bases.families import DiffusionBase
 from ..arguments import TrainingArguments
 from ..context_losses import ContextLosses
 from ..few_rows import part_of
@@ -24,7 +24,7 @@ _AT_ONCE = 8
 
 def denoising_losses(
     accelerator: Accelerator,
-    base: Base,
+    base: DiffusionBase,
     model: PeftModel,
     batches: DenoiserBatches,
     arguments: TrainingArguments,

@@ -12,7 +12,7 @@ import torch
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
-from ...bases.loading import Base
+from ...bases.loading import DiffusionBase
 from ...errors import UserValueError
 from ..noise import Draws
 
@@ -38,7 +38,7 @@ class DiffusionObjective:
     Strategy" (ICCV 2023).
     """
 
-    def __init__(self, base: Base, snr_gamma: float | None = None) -> None:
+    def __init__(self, base: DiffusionBase, snr_gamma: float | None = None) -> None:
         self.base = base
         self.scheduler: Any = base.noise_scheduler()
         self.snr_gamma = snr_gamma
@@ -71,7 +71,7 @@ class DiffusionObjective:
 class FlowMatchingObjective:
     """Velocity noise - clean at x = (1 - sigma) clean + sigma noise, with logit-normal times (Esser et al., 2024)."""
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: DiffusionBase) -> None:
         self.base = base
         self.scheduler: Any = base.noise_scheduler()
 
@@ -88,7 +88,9 @@ class FlowMatchingObjective:
         return (prediction.float() - (noise - clean).float()).square().flatten(1).mean(1)
 
 
-def denoising_objective(base: Base, snr_gamma: float | None = None) -> DiffusionObjective | FlowMatchingObjective:
+def denoising_objective(
+    base: DiffusionBase, snr_gamma: float | None = None
+) -> DiffusionObjective | FlowMatchingObjective:
     """The objective that a base was pretrained with.
 
     Raises:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from ...bases.token_batches import Collation, TextBatch, tokenise_all, tokenised
-from ...bases.tokens import IGNORED, Tokenisation, TokenRow, pack
+from ...bases.token_batches import Collation, TextBatch, tokenize_all, tokenized
+from ...bases.tokens import IGNORED, Tokenization, TokenRow, pack
 from ...contexts import Context
 from ...data import ContextSampler, InterventionalData, stream_batches
 from ..arguments import TextArguments
@@ -25,41 +25,41 @@ _ROWS_LOOKED_AT = 64  # of a stream, for the average length
 class TextBatches:
     """Batches for the `LanguageModelingObjective`: `batches(n)` yields the n-th and all that follow, on the device.
 
-    Map-style data is tokenised once and kept in memory (4 to 8 bytes per token and 300 per row); a stream is tokenised
+    Map-style data is tokenized once and kept in memory (4 to 8 bytes per token and 300 per row); a stream is tokenized
     as it is read.
     `num_rows` are the rows of map-style data, after packing; those that stand for combinations do not count.
     `tokens_per_row` is the average number of targets of a row, of a stream in the first batch.
 
     Args:
         data: what to train on.
-        tokenise: row -> tokens.
+        tokenize: row -> tokens.
         collate: tokens -> batch.
         arguments: batch size, seed, packing, shares of contexts.
         rank, world_size: of this process.
         rows: the tokens of map-style data, where they are known.
 
     Raises:
-        ValueError: for rows that cannot be tokenised, or bad weights of contexts.
+        ValueError: for rows that cannot be tokenized, or bad weights of contexts.
     """
 
     def __init__(
         self,
         data: InterventionalData,
-        tokenise: Tokenisation,
+        tokenize: Tokenization,
         collate: Collation,
         arguments: TextArguments,
         rank: int = 0,
         world_size: int = 1,
         rows: Sequence[TokenRow] | None = None,
     ) -> None:
-        self._data, self._tokenise, self._collate, self._arguments = data, tokenise, collate, arguments
+        self._data, self._tokenize, self._collate, self._arguments = data, tokenize, collate, arguments
         self._rank, self._world_size = rank, world_size
         self._weights = batch_weights(data, arguments)
         contexts = (*data.contexts, *data.reweighted)
         self._masks = {context: data.concepts.mask([Context.parse(context)])[0] for context in contexts}
         self.num_rows: int | None = None
         if isinstance(data.rows, Dataset):
-            rows = rows if rows is not None else tokenise_all(data.rows, tokenise, quiet=rank > 0)
+            rows = rows if rows is not None else tokenize_all(data.rows, tokenize, quiet=rank > 0)
             by_context = self._by_context(rows)
             self._rows = [row for own in by_context.values() for row in own]
             self._contexts = [context for context, own in by_context.items() for _ in own]
@@ -67,7 +67,7 @@ class TextBatches:
             self.tokens_per_row = self._mean_targets(self._rows)
         else:
             first = next(stream_batches(data, _ROWS_LOOKED_AT, arguments.seed, weights=self._weights))
-            self.tokens_per_row = self._mean_targets(list(tokenised(first, tokenise)))
+            self.tokens_per_row = self._mean_targets(list(tokenized(first, tokenize)))
 
     def __call__(self, start: int, num_observational: int = 0) -> Iterator[TextBatch]:
         """Batches from number `start` on; the first rows of the run are observational, as many as are given."""
@@ -75,7 +75,7 @@ class TextBatches:
         process = (self._rank, self._world_size)
         if self.num_rows is None:
             for rows in stream_batches(self._data, size, seed, start, *process, self._weights, num_observational):
-                yield self._batch(list(tokenised(rows, self._tokenise)), [row["context"] for row in rows])
+                yield self._batch(list(tokenized(rows, self._tokenize)), [row["context"] for row in rows])
         else:
             sampler = ContextSampler(self._contexts, size, seed, 0, 0, *process, self._weights, num_observational)
             for batch in itertools.count(start):
@@ -86,7 +86,7 @@ class TextBatches:
         return self._collate(rows, torch.stack([self._masks[context] for context in contexts]))
 
     def _mean_targets(self, rows: Sequence[TokenRow]) -> float:
-        predicted = 0 if self._tokenise.encoder_decoder else 1  # nothing comes before a causal model's first token
+        predicted = 0 if self._tokenize.encoder_decoder else 1  # nothing comes before a causal model's first token
         return float(np.mean([np.count_nonzero(row.labels[predicted:] != IGNORED) for row in rows]))
 
     def _by_context(self, rows: Sequence[TokenRow]) -> dict[str, list[TokenRow]]:
@@ -96,4 +96,4 @@ class TextBatches:
         by_context = {c: [rows[n] for n in own.tolist()] for c, own in (numbers | self._data.reweighted).items()}
         if not self._arguments.packing:
             return by_context
-        return {context: pack(own, self._tokenise.max_length) for context, own in by_context.items()}
+        return {context: pack(own, self._tokenize.max_length) for context, own in by_context.items()}

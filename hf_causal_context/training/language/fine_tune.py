@@ -15,9 +15,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...bases.gap import BaseGap
 from ...bases.language import check_language_model, load_language_model
-from ...bases.names import lasting_name
-from ...bases.token_batches import Collation, tokenise_all
-from ...bases.tokens import Tokenisation, TokenRow, check_packing, prepare_tokenizer, row_length
+from ...bases.names import resolve_base_name
+from ...bases.token_batches import Collation, tokenize_all
+from ...bases.tokens import Tokenization, TokenRow, check_packing, prepare_tokenizer, row_length
 from ...contexts import ConceptSet
 from ...data import InterventionalData
 from ...data.from_arguments import load_text_data
@@ -60,7 +60,7 @@ def train_text(
 class LanguageFineTuning(FineTuning[TextArguments]):
     """Fine-tuning of a language model."""
 
-    tokenise: Tokenisation
+    tokenize: Tokenization
     prompt: Sequence[int]  # of the samples
     rows: Sequence[TokenRow] | None  # of all rows, where they are no stream
 
@@ -101,18 +101,18 @@ class LanguageFineTuning(FineTuning[TextArguments]):
             PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name, revision=revision)
         )
         prepare_tokenizer(self.tokenizer, self.base, arguments.pad_token)
-        self.tokenise = Tokenisation(
+        self.tokenize = Tokenization(
             self.tokenizer,
             data.content_column,
             encoder_decoder=self.base.config.is_encoder_decoder,
             max_length=row_length(self.base, arguments.max_length),
             completion_only=arguments.completion_only_loss,
         )
-        self.prompt = sample_prompt(self.base, data, self.tokenise, arguments) if self.num_shown else []
+        self.prompt = sample_prompt(self.base, data, self.tokenize, arguments) if self.num_shown else []
         quiet = not self.accelerator.is_main_process
-        self.rows = tokenise_all(data.rows, self.tokenise, quiet) if isinstance(data.rows, Dataset) else None
+        self.rows = tokenize_all(data.rows, self.tokenize, quiet) if isinstance(data.rows, Dataset) else None
         seed = arguments.seed
-        self._measured = rows_to_measure(data, self.tokenise, seed, self.rows) if self.validates else {}
+        self._measured = rows_to_measure(data, self.tokenize, seed, self.rows) if self.validates else {}
         return self.base
 
     @property
@@ -135,7 +135,7 @@ class LanguageFineTuning(FineTuning[TextArguments]):
 
     def measure_gap(self) -> BaseGap:
         seed = self.arguments.seed
-        few = few_tokens(self.data, "", NUM_ROWS, self.tokenise, seed, self.rows)
+        few = few_tokens(self.data, "", NUM_ROWS, self.tokenize, seed, self.rows)
         end = cast("int | None", self.tokenizer.eos_token_id)
         return text_gap(self.base, few, self._collation(), end, seed)
 
@@ -158,7 +158,7 @@ class LanguageFineTuning(FineTuning[TextArguments]):
 
     def show(self, step: int) -> None:
         arguments = self.arguments
-        texts = sample_texts(self.model, self.tokenise, self.prompt, self.shown, arguments)
+        texts = sample_texts(self.model, self.tokenize, self.prompt, self.shown, arguments)
         begin = cast(str, self.tokenizer.decode(list(self.prompt)))
         name = arguments.observational_name
         write_texts(self.accelerator, arguments.output_dir, begin, texts, self.shown, name, step)
@@ -171,7 +171,7 @@ class LanguageFineTuning(FineTuning[TextArguments]):
         return CardContents(
             name=folder.resolve().name,
             library="transformers",
-            base=lasting_name(arguments.pretrained_model_name_or_path),
+            base=resolve_base_name(arguments.pretrained_model_name_or_path),
             pipeline_tag="text-generation",
             call={"do_sample": True, "max_new_tokens": arguments.max_new_tokens},
             inputs=_example_inputs(self.data, arguments.validation_prompt),
@@ -183,7 +183,7 @@ class LanguageFineTuning(FineTuning[TextArguments]):
     def batches(self) -> TextBatches:
         """What is trained on, in batches."""
         collate = self._collation(self.arguments.packing)
-        return TextBatches(self.data, self.tokenise, collate, self.arguments, *self.process, self.rows)
+        return TextBatches(self.data, self.tokenize, collate, self.arguments, *self.process, self.rows)
 
     def _collation(self, packed: bool = False) -> Collation:
         encoder_decoder = self.base.config.is_encoder_decoder

@@ -94,7 +94,7 @@ def _own_texts(model: PreTrainedModel, rows: Sequence[TokenRow], end: int | None
 
 
 def _shortened(row: TokenRow, model: PreTrainedModel) -> TokenRow:
-    """A row of which at most `MOST_TOKENS` are learnt."""
+    """A row of which at most `MOST_TOKENS` are learned."""
     if cast(Any, model).config.is_encoder_decoder:
         return replace(row, labels=row.labels[:MOST_TOKENS])
     length = min(len(row.ids), _begin(row) + MOST_TOKENS)
@@ -102,7 +102,7 @@ def _shortened(row: TokenRow, model: PreTrainedModel) -> TokenRow:
 
 
 def _begin(row: TokenRow) -> int:
-    """The first token of a causal model's row that is learnt; nothing comes before the very first."""
+    """The first token of a causal model's row that is learned; nothing comes before the very first."""
     return max(1, int(np.argmax(row.labels != IGNORED)))
 
 

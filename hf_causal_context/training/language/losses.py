@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..._messages import quoted
 from ...bases.likelihoods import perplexity
-from ...bases.token_batches import TextBatch, tokenised
-from ...bases.tokens import Tokenisation, TokenRow
+from ...bases.token_batches import TextBatch, tokenized
+from ...bases.tokens import Tokenization, TokenRow
 from ...contexts import ConceptSet, Context
 from ...data import InterventionalData
 from ...errors import UserValueError
@@ -33,28 +33,28 @@ def few_tokens(
     data: InterventionalData,
     context: str,
     num: int,
-    tokenise: Tokenisation,
+    tokenize: Tokenization,
     seed: int,
     rows: Sequence[TokenRow] | None = None,
 ) -> list[TokenRow]:
     """The tokens of up to `num` rows of a context that is trained on; `rows` are those of all rows where known."""
     if rows is None:
-        return list(tokenised(cast(Any, few_rows(data, context, num, seed)), tokenise))
+        return list(tokenized(cast(Any, few_rows(data, context, num, seed)), tokenize))
     return [rows[number] for number in numbers_of_context(cast(Dataset, data.rows), context, num, seed)]
 
 
 def rows_to_measure(
-    data: InterventionalData, tokenise: Tokenisation, seed: int, rows: Sequence[TokenRow] | None
+    data: InterventionalData, tokenize: Tokenization, seed: int, rows: Sequence[TokenRow] | None
 ) -> dict[str, list[TokenRow]]:
     """The first rows of the held-out contexts; where there are none, a few rows of each context that is trained on.
 
     Raises:
-        ValueError: for a stream without rows of a context, or rows that cannot be tokenised.
+        ValueError: for a stream without rows of a context, or rows that cannot be tokenized.
     """
     if data.held_out:
-        few = {c: list(tokenised(itertools.islice(own, _HELD_OUT_ROWS), tokenise)) for c, own in data.held_out.items()}
+        few = {c: list(tokenized(itertools.islice(own, _HELD_OUT_ROWS), tokenize)) for c, own in data.held_out.items()}
     else:
-        few = {c: few_tokens(data, c, _TRAINED_ROWS, tokenise, seed, rows) for c in data.contexts}
+        few = {c: few_tokens(data, c, _TRAINED_ROWS, tokenize, seed, rows) for c in data.contexts}
     if empty := [context for context, own in few.items() if not own]:
         raise UserValueError(
             f"The stream has no rows of the held-out contexts {quoted(empty)}. Add them, or leave them out of "

@@ -1,4 +1,4 @@
-"""Language modelling: a batch -> one loss per row.
+"""Language modeling: a batch -> one loss per row.
 
 Shapes: B rows, T tokens.
 """

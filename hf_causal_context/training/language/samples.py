@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..._markdown import text_cell
-from ...bases.tokens import Tokenisation, room_after
+from ...bases.tokens import Tokenization, room_after
 from ...contexts import Context
 from ...data import InterventionalData
 from ...data.text_rows import prompt_of
@@ -31,7 +31,7 @@ def samples_name(step: int) -> str:
 
 
 def sample_prompt(
-    model: PreTrainedModel, data: InterventionalData, tokenise: Tokenisation, arguments: TextArguments
+    model: PreTrainedModel, data: InterventionalData, tokenize: Tokenization, arguments: TextArguments
 ) -> list[int]:
     """Tokens (P,) that the sample texts follow: of `validation_prompt`, by default of the first row's prompt.
 
@@ -41,7 +41,7 @@ def sample_prompt(
         ValueError: where there is nothing to begin with, or no room after it.
     """
     prompt = prompt_of(next(iter(data.rows)), data.content_column, arguments.validation_prompt)
-    ids = tokenise.beginning(prompt)
+    ids = tokenize.beginning(prompt)
     if room_after(model, ids) < 1:
         raise UserValueError(
             f"The prompt of the sample texts has {len(ids)} tokens, which leaves no room for an answer. Give a shorter "
@@ -53,7 +53,7 @@ def sample_prompt(
 @torch.no_grad()
 def sample_texts(
     model: PeftModel,
-    tokenise: Tokenisation,
+    tokenize: Tokenization,
     prompt: Sequence[int],
     contexts: Sequence[Context],
     arguments: TextArguments,
@@ -71,10 +71,10 @@ def sample_texts(
                 context=context,
                 do_sample=True,
                 max_new_tokens=room,
-                pad_token_id=tokenise.tokenizer.pad_token_id,
+                pad_token_id=tokenize.tokenizer.pad_token_id,
             )
-        written = output if tokenise.encoder_decoder else output[:, len(prompt) :]
-        texts.append(tokenise.tokenizer.batch_decode(written, skip_special_tokens=True))
+        written = output if tokenize.encoder_decoder else output[:, len(prompt) :]
+        texts.append(tokenize.tokenizer.batch_decode(written, skip_special_tokens=True))
     return texts
 
 

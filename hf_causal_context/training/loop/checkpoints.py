@@ -1,6 +1,6 @@
 """Folders `checkpoint-N`: complete or absent, never half-written.
 
-They hold what a resumed run needs: the adapter (not its base) or the whole model, the optimiser, the schedule, the
+They hold what a resumed run needs: the adapter (not its base) or the whole model, the optimizer, the schedule, the
 moving average and the random states. A checkpoint is written under another name and renamed when it is complete.
 """
 
@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 from ..._files import ARGUMENTS, CHECKPOINT_NAME, PARTIAL, checkpoint_steps, complete_files, complete_or_absent
 from ...adapter.config import CausalContextConfig
 from ...errors import UserError, UserValueError
-from ..arguments import OLDER_RUNS, OptimisationArguments
-from .corruption import damage, read_record, write_record
+from ..arguments import OLDER_RUNS, OptimizationArguments
+from .corruption import find_corruption, read_record, write_record
 
 # What a resumed run may change: its length, how it is watched, where its files are, and the rate of learning.
 _MAY_CHANGE = frozenset(
@@ -127,7 +127,7 @@ def writing(path: Path, output_dir: Path) -> Iterator[None]:
 
 
 def open_output_dir(
-    accelerator: Accelerator, model: PeftModel | ModelMixin, arguments: OptimisationArguments
+    accelerator: Accelerator, model: PeftModel | ModelMixin, arguments: OptimizationArguments
 ) -> tuple[int, Path] | None:
     """Make a run's folder, and return the step and the folder of the checkpoint that it goes on from, if any.
 
@@ -167,7 +167,7 @@ def find_checkpoint(output_dir: Path, wanted: str, say: Callable[[str], object])
     checkpoints = checkpoint_steps(output_dir)
     if wanted == "latest":
         for step, folder in reversed(checkpoints.items()):
-            if (found := damage(folder)) is None:
+            if (found := find_corruption(folder)) is None:
                 return step, folder
             say(f"{folder} is damaged ({found}): it is passed over.")
         if checkpoints:
@@ -184,7 +184,7 @@ def find_checkpoint(output_dir: Path, wanted: str, say: Callable[[str], object])
             f"--resume_from_checkpoint={wanted} is not a checkpoint. In {output_dir} there are: {there}. Give one of "
             "them, or latest."
         )
-    if (found := damage(path)) is not None:
+    if (found := find_corruption(path)) is not None:
         raise CheckpointError(
             f"--resume_from_checkpoint={wanted} is damaged ({found}). In {output_dir} there are: {there}. Give another "
             "one, or latest, which takes the newest that is whole."
@@ -192,7 +192,7 @@ def find_checkpoint(output_dir: Path, wanted: str, say: Callable[[str], object])
     return int(match[1]), path
 
 
-def earlier_run(arguments: OptimisationArguments) -> Path | None:
+def earlier_run(arguments: OptimizationArguments) -> Path | None:
     """The folder of the run that `resume_from_checkpoint` goes on with; None where there is nothing to go on with."""
     output_dir, wanted = Path(arguments.output_dir), arguments.resume_from_checkpoint
     if wanted is None:
@@ -206,7 +206,7 @@ def _named(output_dir: Path, wanted: str) -> Path:
 
 
 def check_same_run(
-    folder: Path, arguments: OptimisationArguments, model: PeftModel | ModelMixin, num_processes: int
+    folder: Path, arguments: OptimizationArguments, model: PeftModel | ModelMixin, num_processes: int
 ) -> None:
     """Refuse to go on from a checkpoint with settings that would make another run of it.
 
@@ -263,7 +263,7 @@ def remove_checkpoint(folder: Path) -> None:
     shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.removed")))
 
 
-def save_checkpoint(accelerator: Accelerator, arguments: OptimisationArguments, step: int) -> None:
+def save_checkpoint(accelerator: Accelerator, arguments: OptimizationArguments, step: int) -> None:
     """Write `checkpoint-<step>` and remove the oldest ones beyond `checkpoints_total_limit`.
 
     Raises:
@@ -309,7 +309,7 @@ def check_writable(output_dir: Path) -> None:
         )
 
 
-def check_space(output_dir: Path, model: PeftModel | ModelMixin, arguments: OptimisationArguments) -> None:
+def check_space(output_dir: Path, model: PeftModel | ModelMixin, arguments: OptimizationArguments) -> None:
     """Refuse to start on a disk that cannot hold two checkpoints.
 
     Raises:

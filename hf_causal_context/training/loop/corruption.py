@@ -32,7 +32,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     return json.loads((folder / RECORD).read_text()) if (folder / RECORD).exists() else {}
 
 
-def damage(folder: Path) -> str | None:
+def find_corruption(folder: Path) -> str | None:
     """What is wrong with the files of a checkpoint; None if they are whole."""
     there = {path.name for path in folder.iterdir()}
     required = {*_REQUIRED, *next((pair for pair in _WEIGHTS if there.intersection(pair)), _WEIGHTS[0])}

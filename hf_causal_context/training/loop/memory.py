@@ -10,7 +10,7 @@ import torch
 
 from ..._files import first_line
 from ...errors import UserError
-from ..arguments import OptimisationArguments
+from ..arguments import OptimizationArguments
 from .checkpoints import last_checkpoint
 
 
@@ -19,7 +19,7 @@ class TrainingMemoryError(UserError, MemoryError):
 
 
 @contextmanager
-def memory_for(what: str, advice: Callable[[], str]) -> Iterator[None]:
+def explain_oom(what: str, advice: Callable[[], str]) -> Iterator[None]:
     """Within the body, lack of memory is an error that says what it was for, and gives the advice.
 
     Raises:
@@ -33,7 +33,7 @@ def memory_for(what: str, advice: Callable[[], str]) -> Iterator[None]:
         raise TrainingMemoryError(f"{what} ran out of memory ({first_line(error)}). {advice()}") from error
 
 
-def less_memory(arguments: OptimisationArguments) -> str:
+def less_memory(arguments: OptimizationArguments) -> str:
     """Which other settings need less memory, of those that a run has."""
     changes = {"gradient_checkpointing": "", "shard_base": " (several processes)"}
     offered = [f"--{name}{note}" for name, note in changes.items() if getattr(arguments, name, None) is False]
@@ -52,11 +52,11 @@ def validation_without_memory(error: BaseException, step: int, output_dir: Path,
     )
 
 
-def memory_for_base(device: torch.device, arguments: OptimisationArguments) -> AbstractContextManager[None]:
-    """`memory_for` the base on its device."""
+def memory_for_base(device: torch.device, arguments: OptimizationArguments) -> AbstractContextManager[None]:
+    """`explain_oom` the base on its device."""
     whole = getattr(arguments, "shard_base", None) is False
     pieces = "cut the base into pieces: several processes with --shard_base" if whole else "more processes"
-    return memory_for(f"Placing the base on {device}", lambda: f"Take --mixed_precision bf16, or {pieces}.")
+    return explain_oom(f"Placing the base on {device}", lambda: f"Take --mixed_precision bf16, or {pieces}.")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -13,11 +13,11 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..arguments import OptimisationArguments
+from ..arguments import OptimizationArguments
 
 
 def make_optimizer(
-    parameters: list[nn.Parameter], arguments: OptimisationArguments, accelerator: Accelerator
+    parameters: list[nn.Parameter], arguments: OptimizationArguments, accelerator: Accelerator
 ) -> torch.optim.Optimizer:
     """Make the AdamW of a run."""
     return torch.optim.AdamW(
@@ -31,7 +31,7 @@ def make_optimizer(
     )
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, arguments: OptimisationArguments, num_steps: int) -> LambdaLR:
+def make_schedule(optimizer: torch.optim.Optimizer, arguments: OptimizationArguments, num_steps: int) -> LambdaLR:
     """Make the schedule of the learning rate; the cosine with a minimum ends at a hundredth of the peak."""
     if arguments.lr_scheduler == "cosine_with_min_lr":
         from transformers import get_cosine_with_min_lr_schedule_with_warmup

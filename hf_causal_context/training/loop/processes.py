@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import DistError
 
 from ...errors import UserValueError
-from ..arguments import OptimisationArguments
+from ..arguments import OptimizationArguments
 from .checkpoints import check_writable, last_checkpoint
 from .sharding import check_configuration, check_processes
 
@@ -29,7 +29,7 @@ class ProcessLostError(ConnectionError):
     """Another process of the run failed, was killed or does not answer."""
 
 
-def make_accelerator(arguments: OptimisationArguments) -> Accelerator:
+def make_accelerator(arguments: OptimizationArguments) -> Accelerator:
     """Accelerate's view of the processes and devices of this run.
 
     Raises:
@@ -45,7 +45,7 @@ def make_accelerator(arguments: OptimisationArguments) -> Accelerator:
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         mixed_precision=arguments.mixed_precision,
         log_with=arguments.report_to,
-        # The others wait while the main process checks pictures, fills caches and draws grids.
+        # The others wait while the main process checks images, fills caches and draws grids.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
         project_config=ProjectConfiguration(
             arguments.output_dir, str(Path(arguments.output_dir, arguments.logging_dir))

@@ -1,7 +1,7 @@
 """A frozen base that is cut into one piece per process, for bases that are too large for one device.
 
 FSDP2's `fully_shard` gathers a block's weights when the block runs. The adapter stays whole in every process: it is
-small, and so its gradients, optimiser, average and checkpoints are those of a run that is not sharded.
+small, and so its gradients, optimizer, average and checkpoints are those of a run that is not sharded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.nn.parallel import DistributedDataParallel
 
 from ...errors import UserValueError
-from ..arguments import OptimisationArguments
+from ..arguments import OptimizationArguments
 
 _OTHERS = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -28,7 +28,7 @@ _OTHERS = {
 }
 
 
-def check_configuration(arguments: OptimisationArguments) -> None:
+def check_configuration(arguments: OptimizationArguments) -> None:
     """Refuse Accelerate's own ways to shard: they would cut, and save, the adapter together with its base.
 
     Raises:
@@ -44,7 +44,7 @@ def check_configuration(arguments: OptimisationArguments) -> None:
             )
 
 
-def check_processes(arguments: OptimisationArguments) -> None:
+def check_processes(arguments: OptimizationArguments) -> None:
     """Refuse to shard in a process that was not started as one of several.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from ..arguments import OptimisationArguments
+from ..arguments import OptimizationArguments
 from .checkpoints import last_checkpoint
 
 
@@ -41,7 +41,7 @@ class ForgivingTracker:
         return call
 
 
-def start_trackers(accelerator: Accelerator, arguments: OptimisationArguments) -> None:
+def start_trackers(accelerator: Accelerator, arguments: OptimizationArguments) -> None:
     """Start the trackers that `arguments` name; without them if they cannot be started."""
     if not arguments.report_to:
         return

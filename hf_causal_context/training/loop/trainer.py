@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..._files import checkpoint_steps
 from ...errors import UserError, UserValueError
-from ..arguments import OptimisationArguments
+from ..arguments import OptimizationArguments
 from .checkpoints import (
     last_checkpoint,
     open_output_dir,
@@ -31,7 +31,7 @@ from .checkpoints import (
 )
 from .early_stopping import EarlyStopping
 from .interruption import noted_interruptions
-from .memory import TrainingMemoryError, is_out_of_memory, less_memory, memory_for, validation_without_memory
+from .memory import TrainingMemoryError, explain_oom, is_out_of_memory, less_memory, validation_without_memory
 from .objective import Objective
 from .optimization import averaged, make_optimizer, make_schedule, set_learning_rate
 from .processes import watched_processes
@@ -59,13 +59,13 @@ class StepHooks:
     """What a model needs around the steps of its training; does nothing unless a subclass does."""
 
     def start_step(self, step: int) -> None:
-        """Before the forward passes of an optimiser step, counted from 0."""
+        """Before the forward passes of an optimizer step, counted from 0."""
 
     def end_backward(self) -> None:
         """When the gradients of a step are complete, before they are clipped."""
 
     def end_step(self) -> None:
-        """After the optimiser changed the parameters."""
+        """After the optimizer changed the parameters."""
 
 
 def fit(
@@ -73,7 +73,7 @@ def fit(
     model: PeftModel | ModelMixin,
     objective: Objective,
     batches: Callable[[int], Iterator[Any]],
-    arguments: OptimisationArguments,
+    arguments: OptimizationArguments,
     num_steps: int,
     validate: Callable[[int], float | None] | None = None,
     early_stopping: EarlyStopping | None = None,
@@ -89,7 +89,7 @@ def fit(
         objective: batch -> losses (B,).
         batches: endless batches of this process from the n-th on; the n-th is the same in every run.
         arguments: the run's settings.
-        num_steps: optimiser steps of the whole run.
+        num_steps: optimizer steps of the whole run.
         validate: called with the step, in eval mode and with the weights that would be saved; may return a loss. If it
             runs out of memory, the training goes on without it. Called in the main process; in all if the model is
             sharded, and then memory must suffice.
@@ -132,7 +132,7 @@ class Run:
         accelerator: Accelerator,
         model: PeftModel | ModelMixin,
         objective: Objective,
-        arguments: OptimisationArguments,
+        arguments: OptimizationArguments,
         num_steps: int,
         validation: Callable[[int], float | None] | None,
         early_stopping: EarlyStopping | None,
@@ -203,7 +203,7 @@ class Run:
         self.began, alone = perf_counter(), self.accelerator.num_processes == 1
         while True:
             try:
-                with memory_for(
+                with explain_oom(
                     f"Step {self.done + 1}", lambda: f"{last_checkpoint(self.output_dir)} {less_memory(self.arguments)}"
                 ):
                     self.train_step()
