@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from graphlib import CycleError, TopologicalSorter
-from typing import Literal, TypeAlias, get_args
+from typing import ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -211,39 +211,16 @@ class IndependentLayer(CausalLayer):
 
 
 class _MixingLayer(CausalLayer):
-    """What `reduced` and `structural` share: the shift of an intervention and the mask of allowed effects."""
+    """What `reduced` and `structural` share: the shift of an intervention, and matrices of allowed effects.
 
-    def __init__(
-        self,
-        num_concepts: int,
-        width: int,
-        allowed: Tensor,
-        anchored: bool,
-        observational_rank: int,
-        identity: bool,
-    ) -> None:
-        super().__init__(num_concepts, width, anchored, observational_rank)
-        # U_ivn - U_obs = 1: without mixing, c(m) = (1 + m) z, and anchored c(m) = m z: it starts as `independent`.
-        self.shift = nn.Parameter(torch.eye(width).repeat(num_concepts, 1, 1))
-        allowed = allowed.repeat_interleave(width, 0).repeat_interleave(width, 1).float()
-        self._allowed: Tensor
-        # A buffer moves with the model; made by the first call, a move would compile that call twice.
-        self.register_buffer("_allowed", allowed, persistent=False)
-        self._identity = identity
+    Args:
+        graph: which concepts may act on which.
+        perfect_interventions: an intervened concept listens to no other concept.
+        identity: the matrices begin at zero, so that nothing is mixed; else they are random.
+    """
 
-    def _mixing_parameter(self) -> nn.Parameter:
-        features = self.num_concepts * self.width
-        weight = torch.zeros(features, features)
-        if not self._identity:
-            nn.init.normal_(weight, std=1 / math.sqrt(features))
-        return nn.Parameter(weight)
-
-    def _allowed_effects(self, weight_RR: Tensor) -> Tensor:
-        return weight_RR * self._allowed.to(weight_RR)
-
-
-class ReducedLayer(_MixingLayer):
-    """The paper's reduced form: total effects, one matrix for observed and one for intervened causes."""
+    _effects: ClassVar[str]  # which of the graph's
+    _matrices: ClassVar[tuple[str, ...]]  # names of the parameters (R, R)
 
     def __init__(
         self,
@@ -256,10 +233,34 @@ class ReducedLayer(_MixingLayer):
         observational_rank: int = 0,
         identity: bool = True,
     ) -> None:
-        super().__init__(num_concepts, width, graph.total, anchored, observational_rank, identity)
+        super().__init__(num_concepts, width, anchored, observational_rank)
+        # U_ivn - U_obs = 1: without mixing, c(m) = (1 + m) z, and anchored c(m) = m z: it starts as `independent`.
+        self.shift = nn.Parameter(torch.eye(width).repeat(num_concepts, 1, 1))
+        allowed: Tensor = getattr(graph, self._effects)
+        self._allowed: Tensor
+        # A buffer moves with the model; made by the first call, a move would compile that call twice.
+        wide = allowed.repeat_interleave(width, 0).repeat_interleave(width, 1).float()
+        self.register_buffer("_allowed", wide, persistent=False)
         self.perfect_interventions = perfect_interventions
-        self.observational = self._mixing_parameter()
-        self.interventional = self._mixing_parameter()
+        self.steps = graph.longest_path
+        features = num_concepts * width
+        for name in self._matrices:
+            weight = torch.zeros(features, features)
+            if not identity:
+                nn.init.normal_(weight, std=1 / math.sqrt(features))
+            self.register_parameter(name, nn.Parameter(weight))
+
+    def _allowed_effects(self, weight_RR: Tensor) -> Tensor:
+        return weight_RR * self._allowed.to(weight_RR)
+
+
+class ReducedLayer(_MixingLayer):
+    """The paper's reduced form: total effects, one matrix for observed and one for intervened causes."""
+
+    _effects = "total"
+    _matrices = ("observational", "interventional")
+    observational: nn.Parameter
+    interventional: nn.Parameter
 
     def concepts(self, z_BTR: Tensor, mask: Tensor) -> Tensor:
         return F.reduced(
@@ -274,21 +275,9 @@ class ReducedLayer(_MixingLayer):
 class StructuralLayer(_MixingLayer):
     """One matrix of direct effects; an intervention cuts the rows of its targets, and every combination follows."""
 
-    def __init__(
-        self,
-        num_concepts: int,
-        width: int,
-        graph: ConceptGraph,
-        *,
-        perfect_interventions: bool = True,
-        anchored: bool = False,
-        observational_rank: int = 0,
-        identity: bool = True,
-    ) -> None:
-        super().__init__(num_concepts, width, graph.direct, anchored, observational_rank, identity)
-        self.perfect_interventions = perfect_interventions
-        self.steps = graph.longest_path
-        self.coefficients = self._mixing_parameter()
+    _effects = "direct"
+    _matrices = ("coefficients",)
+    coefficients: nn.Parameter
 
     def concepts(self, z_BTR: Tensor, mask: Tensor) -> Tensor:
         return F.structural(

@@ -26,7 +26,7 @@ from .training.conftest import pipeline_folder  # noqa: F401 (a fixture)
 gr = pytest.importorskip("gradio")
 from hf_causal_context.demo import page as demo_module  # noqa: E402
 from hf_causal_context.demo.page import DemoBackend, build_demo, demo_or_reason, launch  # noqa: E402
-from hf_causal_context.demo.views import decoded, grid_html, legible, told  # noqa: E402
+from hf_causal_context.demo.views import decoded, grid_html, legible, warned  # noqa: E402
 
 APP = Path(__file__).parents[1] / "examples" / "space" / "app.py"
 MARKUP = "<img src=x onerror=document.title='broken'>"
@@ -152,7 +152,7 @@ def test_errors_of_use_are_told(adapted, call, message):
         return result if isinstance(result, str) else last(result)
 
     with pytest.raises(gr.Error) as caught:
-        told(handler)()
+        warned(handler)()
     assert message in caught.value.message
     assert not caught.value.print_exception
 

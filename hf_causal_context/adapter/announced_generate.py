@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .conditioning.hooks import during_call
 from .conditioning.rows import Call
@@ -19,6 +19,12 @@ class AnnouncedGenerate(WrappedMethod):
     """`generate` of a model with adapters, or of one that holds such a model."""
 
     name = "generate"
+
+    @classmethod
+    def put_on(cls, model: nn.Module) -> None:
+        """Replace `generate` of a model of transformers; others may mean something else by that name."""
+        if hasattr(model, "main_input_name"):
+            super().put_on(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with during_call(conditionings(self.model), Call(_prompts(self.model, args, kwargs), None)):

@@ -69,7 +69,7 @@ class intervene:  # noqa: N801 (reads like torch.no_grad)
             owner.make_request(context, adapter_name, images_per_prompt, guidance_copies, observational)
             for owner in owners
         ]
-        if isinstance(model, nn.Module) and hasattr(model, "main_input_name"):
+        if isinstance(model, nn.Module):
             AnnouncedGenerate.put_on(model)  # of a model whose part has the adapter
         self._entered: list[ExitStack] = []
 

@@ -3,7 +3,7 @@
 from .attributes import SELECTION_WARNING, contexts_from_attributes, from_attributes, texts_from_attributes
 from .checks import ContextCount, DataReport, check_data
 from .folders import load_folders
-from .interventional import InterventionalData, from_dataset, load_dataset_contexts, open_dataset
+from .interventional import InterventionalData, from_dataset, open_dataset
 from .sampling import ContextSampler, slots_of, stream_batches
 from .texts import load_text_folders, texts_from_dataset
 
@@ -17,7 +17,6 @@ __all__ = [
     "contexts_from_attributes",
     "from_attributes",
     "from_dataset",
-    "load_dataset_contexts",
     "load_folders",
     "load_text_folders",
     "open_dataset",

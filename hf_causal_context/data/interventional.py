@@ -125,39 +125,6 @@ def open_dataset(
     return cast(Rows, dataset)
 
 
-def load_dataset_contexts(
-    name_or_path: str,
-    *,
-    config_name: str | None = None,
-    split: str = "train",
-    streaming: bool = False,
-    concepts: Sequence[str] | ConceptSet | None = None,
-    context_column: str = "context",
-    content_column: str = "image",
-    caption_column: str | None = None,
-    observational_name: str = "obs",
-    held_out_contexts: Iterable[ContextLike] = (),
-    training_contexts: Iterable[ContextLike] | None = None,
-) -> InterventionalData:
-    """Read a dataset of the Hub, a folder of data files, or what `save_to_disk` wrote; see `from_dataset`.
-
-    Raises:
-        FileNotFoundError, ValueError: what `datasets` raises for unknown names and splits.
-        TypeError, ValueError: what `from_dataset` raises.
-    """
-    dataset = open_dataset(name_or_path, config_name=config_name, split=split, streaming=streaming)
-    return from_dataset(
-        dataset,
-        concepts=concepts,
-        context_column=context_column,
-        content_column=content_column,
-        caption_column=caption_column,
-        observational_name=observational_name,
-        held_out_contexts=held_out_contexts,
-        training_contexts=training_contexts,
-    )
-
-
 def _concept_set(concepts: Sequence[str] | ConceptSet) -> ConceptSet:
     return concepts if isinstance(concepts, ConceptSet) else ConceptSet(cast(tuple[str, ...], concepts))
 

@@ -41,7 +41,7 @@ from .views import (
     legible,
     note,
     strength_sliders,
-    told,
+    warned,
 )
 
 MOST_STRENGTHS, MOST_COMBINED = 12, 4
@@ -221,7 +221,7 @@ def build_demo(base: DiffusionBase, title: str = "hf_causal_context") -> gr.Bloc
                 with gr.Tab("Read-out") as tab:
                     gr.HTML(hint("How strongly each concept acts on each concept: learned influence, no causal graph."))
                     heat_maps = gr.HTML(note("…"))
-                    tab.select(told(studio.read_out), None, heat_maps, **_QUEUE)
+                    tab.select(warned(studio.read_out), None, heat_maps, **_QUEUE)
     return demo
 
 
@@ -291,12 +291,12 @@ def _intervene_tab(studio: DemoBackend, sliders: list[gr.Slider], values: list[A
         run = gr.Button("Draw", variant="primary", size="sm", min_width=110)
         buttons = [gr.Button(legible(context), size="sm", min_width=60) for context in examples]
     images = gr.HTML(note("Move a slider and press “Draw”."))
-    run.click(told(studio.intervene), values, images, **_QUEUE)
+    run.click(warned(studio.intervene), values, images, **_QUEUE)
     for button, context in zip(buttons, examples, strict=True):
         strengths = [context.strengths.get(name, 0.0) for name in studio.concepts]
         of_concepts = sliders[: len(strengths)]
         chosen = button.click(partial(_constant, strengths), None, of_concepts, queue=False, api_visibility="private")
-        chosen.then(told(studio.intervene), values, images, **_QUEUE, api_visibility="private")
+        chosen.then(warned(studio.intervene), values, images, **_QUEUE, api_visibility="private")
 
 
 def _combinations_tab(studio: DemoBackend, values: list[Any]) -> None:
@@ -308,7 +308,7 @@ def _combinations_tab(studio: DemoBackend, values: list[Any]) -> None:
     )
     run = gr.Button("Draw combinations", variant="primary", size="sm", elem_classes="cc-run")
     images = gr.HTML()
-    run.click(told(studio.combinations), [chosen, *values], images, **_QUEUE)
+    run.click(warned(studio.combinations), [chosen, *values], images, **_QUEUE)
 
 
 def _sweep_tab(studio: DemoBackend, values: list[Any]) -> None:
@@ -319,7 +319,7 @@ def _sweep_tab(studio: DemoBackend, values: list[Any]) -> None:
     on_top = gr.Checkbox(False, label="Keep the other concepts as the sliders say", container=False)
     run = gr.Button("Draw sweep", variant="primary", size="sm", elem_classes="cc-run")
     images = gr.HTML()
-    run.click(told(studio.sweep), [concept, strengths, on_top, *values], images, **_QUEUE)
+    run.click(warned(studio.sweep), [concept, strengths, on_top, *values], images, **_QUEUE)
 
 
 def _counterfactual_tab(studio: DemoBackend, values: list[Any]) -> None:
@@ -344,8 +344,8 @@ def _counterfactual_tab(studio: DemoBackend, values: list[Any]) -> None:
             strengths = gr.Textbox("0.5, 1, 1.5", label="How far to go: 0 nowhere, 1 to the sliders")
             run = gr.Button("Ask what if", variant="primary", size="sm")
     answer = gr.HTML()
-    draw.click(told(studio.sample), [made_in, *values], image, **_QUEUE)
-    run.click(told(studio.counterfactual), [image, made_in, strengths, *values], answer, **_QUEUE)
+    draw.click(warned(studio.sample), [made_in, *values], image, **_QUEUE)
+    run.click(warned(studio.counterfactual), [image, made_in, strengths, *values], answer, **_QUEUE)
 
 
 def _constant(values: list[float]) -> list[float] | float:

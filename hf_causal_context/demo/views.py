@@ -182,24 +182,24 @@ def decoded(payload: Any) -> Image.Image | None:
         ) from None
 
 
-def told(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """A handler whose errors of use visitors are told, without a traceback."""
+def warned(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """A handler that shows visitors errors of use, without a traceback."""
 
     @wraps(handler)
     def at_once(*values: Any) -> Any:
-        with _telling():
+        with _shown_as_warnings():
             return handler(*values)
 
     @wraps(handler)
     def in_steps(*values: Any) -> Iterator[Any]:
-        with _telling():
+        with _shown_as_warnings():
             yield from handler(*values)
 
     return in_steps if isgeneratorfunction(handler) else at_once
 
 
 @contextmanager
-def _telling() -> Iterator[None]:
+def _shown_as_warnings() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError, torch.OutOfMemoryError) as error:

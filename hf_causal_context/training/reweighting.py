@@ -128,12 +128,6 @@ def add_reweighted_contexts(
     return dataclasses.replace(data, reweighted=rows)
 
 
-def drawn_contexts(output_dir: Path) -> tuple[str, ...]:
-    """The combinations that the run in a folder drew rows for."""
-    stored = json.loads((output_dir / FILE).read_text())
-    return tuple(name for name, entry in stored["contexts"].items() if entry["rows"])
-
-
 def table(drawn: Sequence[ReweightedContext]) -> str:
     """What the data supports, as text: the effective sample size of every combination, and what to do about it."""
     width = max(len(str(d.context)) for d in drawn)

@@ -1,5 +1,7 @@
 """Generation by language models, compared with separate runs: one per sample."""
 
+import copy
+import pickle
 import threading
 
 import pytest
@@ -9,6 +11,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import nn
 from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer, pipeline
 
 from hf_causal_context import intervene, save_baked
@@ -121,6 +124,33 @@ def test_generate_of_a_model_whose_part_has_the_adapter(ids):
     assert torch.equal(together, torch.cat(apart))
     with intervene(whole, CONTEXTS[:2]), pytest.raises(ValueError, match="2 contexts were given, but generate.. was"):
         generate(whole, ids, num_beams=3)
+
+
+class Sampler(nn.Module):
+    """A model of somebody's own, whose generate() takes a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(x)
+
+    def generate(self, num):
+        return self(torch.ones(num, 4))
+
+
+def test_generate_of_other_models_is_left_alone(ids):
+    model = adapted(Sampler(), target_modules=["linear"])
+    with intervene(model, CONTEXTS):
+        assert torch.equal(model.get_base_model().generate(4), model(torch.ones(4, 4)))
+
+
+def test_a_copy_and_a_pickle_generate_as_the_model_does(name, ids):
+    model = build(name)
+    expected = generate(model, ids, context=CONTEXTS, num_beams=2)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(generate(again, ids, context=CONTEXTS, num_beams=2), expected)
 
 
 def test_sampling(name, ids):

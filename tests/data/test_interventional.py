@@ -5,7 +5,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, List, Value
 
 from hf_causal_context.contexts import Context
-from hf_causal_context.data import from_dataset, load_dataset_contexts, load_folders
+from hf_causal_context.data import from_dataset, load_folders, open_dataset
 from tests.data.small import write_folders, write_image
 
 COUNTS = {"obs": 4, "thick": 3, "slant": 2, "thick+slant": 2}
@@ -259,7 +259,7 @@ def test_empty_stream():
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_load_dataset_contexts(tmp_path, streaming):
+def test_datasets_of_every_kind_of_folder(tmp_path, streaming):
     rows = table(["obs", "a"])
     rows.save_to_disk(tmp_path / "saved")
     DatasetDict(train=rows, test=table(["a"])).save_to_disk(tmp_path / "splits")
@@ -267,9 +267,9 @@ def test_load_dataset_contexts(tmp_path, streaming):
     rows.to_json(tmp_path / "files" / "rows.jsonl")
 
     for folder in ("saved", "splits", "files"):
-        data = load_dataset_contexts(str(tmp_path / folder), concepts=("a",), streaming=streaming)
+        data = from_dataset(open_dataset(str(tmp_path / folder), streaming=streaming), concepts=("a",))
         assert data.streaming is streaming
         assert [row["context"] for row in data.rows] == ["", "a"]
-    test = load_dataset_contexts(str(tmp_path / "splits"), split="test", concepts=("a",))
+    test = from_dataset(open_dataset(str(tmp_path / "splits"), split="test"), concepts=("a",))
     assert [row["context"] for row in test.rows] == ["a"]
     assert Features(test.rows.features)["context"] == Value("string")
