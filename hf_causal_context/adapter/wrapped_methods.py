@@ -17,14 +17,17 @@ class WrappedMethod:
     def __init__(self, model: nn.Module) -> None:
         # Weak: a cycle would keep the memory of a deleted model until the next garbage collection.
         self._model = weakref.ref(model)
-        # Libraries look at the signature.
-        self.__signature__ = inspect.signature(getattr(model, self.name))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_model": self._model()}
+    def __getstate__(self) -> nn.Module | None:
+        return self._model()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ = state | {"_model": weakref.ref(state["_model"])}
+    def __setstate__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The class's own, which libraries look at."""
+        return inspect.signature(getattr(type(self.model), self.name).__get__(self.model))
 
     @classmethod
     def put_on(cls, model: nn.Module) -> None:
