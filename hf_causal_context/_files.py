@@ -24,7 +24,7 @@ CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without what clients and devices append to it; its type if it says nothing."""
+    """Return what an error says, without what clients and devices append to it; its type if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

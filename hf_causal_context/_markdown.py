@@ -14,6 +14,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]
 
 
 def text_cell(text: str) -> str:
-    """A text in one cell, where it can neither end the cell nor be read as HTML."""
+    """Return a text in one cell, where it can neither end the cell nor be read as HTML."""
     escaped = text.strip().replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
     return "<br>".join(escaped.splitlines())

@@ -45,7 +45,7 @@ class ContextCollator:
         self.context_column, self.observational_name = context_column, observational_name
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> Any:
-        """The wrapped collator's batch, with the mask."""
+        """Return the wrapped collator's batch, with the mask."""
         contexts = [self._context(feature) for feature in features]
         mask = self.concepts.mask(contexts)
         batch = self.collate([self._rest(feature) for feature in features])

@@ -273,7 +273,7 @@ class ConceptSet:
         return torch.tensor(rows, dtype=torch.float32).view(-1, 1 + len(self))
 
     def contexts(self, mask: Tensor) -> tuple[Context, ...]:
-        """The context of every row of a mask (B, K), or of strengths (B, 1 + K); the inverse of the two."""
+        """Return the context of every row of a mask (B, K), or of strengths (B, 1 + K); the inverse of the two."""
         names = self.names if mask.shape[1] == len(self) else (OBSERVATIONAL, *self.names)
         return tuple(Context(dict(zip(names, row, strict=True))) for row in mask.tolist())
 
@@ -304,7 +304,7 @@ class ConceptSet:
 
 
 def _unchanged(name: str) -> float:
-    """The strength that a context does not mention."""
+    """Return the strength that a context does not mention."""
     return 1.0 if name == OBSERVATIONAL else 0.0
 
 
@@ -361,7 +361,7 @@ def _split_concepts(text: str) -> Iterator[str]:
 
 
 def context_text(value: object, observational_name: str) -> str:
-    """The printed form of a context as a dataset writes it: text, a list of names, or a mapping to strengths.
+    """Return the printed form of a context as a dataset writes it: text, a list of names, or a mapping to strengths.
 
     Raises:
         TypeError: for another type.
@@ -383,6 +383,6 @@ def context_text(value: object, observational_name: str) -> str:
 
 
 def file_name(label: str) -> str:
-    """A context's name as part of a file name: with "_" for what file names may not hold."""
+    """Return a context's name as part of a file name: with "_" for what file names may not hold."""
     name = "".join(c if c.isalnum() or c in "+=.-_" else "_" for c in label)
     return "_" + name[1:] if name.startswith(".") else name  # neither hidden nor ".."

@@ -38,7 +38,7 @@ def per_feature(mask: Tensor, features_BTR: Tensor, observational_rank: int = 0)
 
 
 def linear(features: Tensor, weight: Tensor) -> Tensor:
-    """features W^T over the last dimension, as one product of matrices: (..., in), (out, in) -> (..., out).
+    """Return features W^T over the last dimension, as one product of matrices: (..., in), (out, in) -> (..., out).
 
     For strided features torch.matmul chooses between one product and a batch of them by `requires_grad`, which rounds
     differently: a loaded adapter would not reproduce the trained one bit for bit.
@@ -50,7 +50,7 @@ def linear(features: Tensor, weight: Tensor) -> Tensor:
 
 
 def row_linear(features_BTR: Tensor, weights_BRR: Tensor) -> Tensor:
-    """features W_b over the last dimension with a matrix for each row b, or one for all: (B, T, R), (B or 1, R, R)."""
+    """Return features W_b, with a matrix for each row b or one for all: (B, T, R), (B or 1, R, R) -> (B, T, R)."""
     if len(weights_BRR) == 1:
         return linear(features_BTR, weights_BRR[0].T)
     return torch.bmm(features_BTR.flatten(1, -2), weights_BRR).view(features_BTR.shape)
@@ -82,7 +82,7 @@ def block_map(x_BKI: Tensor, blocks_KOI: Tensor) -> Tensor:
 
 
 def diagonal_blocks(weight_RR: Tensor, num_concepts: int) -> Tensor:
-    """The blocks of a (K out, K in) matrix that map a concept to itself: (K, out, in)."""
+    """Return the blocks of a (K out, K in) matrix that map a concept to itself: (K, out, in)."""
     weight_KOKI = weight_RR.unflatten(1, (num_concepts, -1)).unflatten(0, (num_concepts, -1))
     return weight_KOKI.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 

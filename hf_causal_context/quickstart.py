@@ -51,7 +51,7 @@ TARGET_MODULES = (*_CONVOLUTIONS, "time_emb_proj", "to_q", "to_k", "to_v", "to_o
 
 
 def training_arguments(output_dir: Path, seed: int) -> TrainingArguments:
-    """The quickstart's settings."""
+    """Return the quickstart's settings."""
     return TrainingArguments(
         pretrained_model_name_or_path=str(BASE),
         output_dir=str(output_dir),
@@ -96,7 +96,7 @@ def digit_data(
 
 @cache
 def reference_images(context: Context, num: int) -> np.ndarray[Any, Any]:
-    """The truth of a context: images (num, 32, 32), uint8, of glyphs that training never saw."""
+    """Return the truth of a context: images (num, 32, 32), uint8, of glyphs that training never saw."""
     return sample_digits(num, context, seed=9000, split="test")[0]
 
 
@@ -182,7 +182,7 @@ def results_table(samples: Mapping[Context, Tensor]) -> str:
 
 
 def draw(samples: Mapping[Context, Tensor], columns: int = 8) -> Image.Image:
-    """A grid of contexts: the world's own images on the left, the adapter's samples on the right."""
+    """Return a grid of contexts: the world's own images on the left, the adapter's samples on the right."""
     labels = [f"do({', '.join(context.targets)})" if context else "observational" for context in samples]
     real = [torch.from_numpy(sample_digits(columns, context, seed=5)[0])[:, None] / 255 for context in samples]
     left = image_grid(real, labels)

@@ -96,7 +96,7 @@ def context_strengths(config: CausalContextConfig, contexts: Sequence[Context]) 
 
 
 def adapter_config(model: nn.Module, adapter_name: str = "default") -> CausalContextConfig:
-    """The config of a causal context adapter in a model.
+    """Return the config of a causal context adapter in a model.
 
     Raises:
         ValueError: for an unknown adapter.

@@ -92,7 +92,7 @@ def _unasked(key: str, tensor: StoredTensor, expected: Mapping[str, StoredTensor
 
 
 def _expected(model: nn.Module, config: CausalContextConfig) -> dict[str, StoredTensor]:
-    """What the file of an adapter with this config holds, if it was made for this model."""
+    """Return what the file of an adapter with this config holds, if it was made for this model."""
     expected: dict[str, StoredTensor] = {}
     layout = config.layout()
     for path, module in _targets(model, config):

@@ -173,7 +173,7 @@ class CausalContextConfig(PeftConfig):
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """The fields in an adapter_config.json, not yet checked.
+        """Return the fields in an adapter_config.json, not yet checked.
 
         Raises:
             AdapterError: for what is no JSON object of at most 1 MiB, or another kind of adapter.
@@ -184,7 +184,7 @@ class CausalContextConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> CausalContextConfig:
-        """The config in a folder or on the Hub; in a folder, weights beside it are compared with it.
+        """Return the config in a folder or on the Hub; in a folder, weights beside it are compared with it.
 
         Raises:
             AdapterError: for weights that are damaged or belong to another config.
@@ -197,9 +197,10 @@ class CausalContextConfig(PeftConfig):
 
     @classmethod
     def read(cls, folder: Path, source: str) -> CausalContextConfig:
-        """The config of the adapter in a folder; weights beside it are not looked at.
+        """Return the config of the adapter in a folder; weights beside it are not looked at.
 
         Args:
+            folder: with adapter_config.json.
             source: what to call the adapter in messages.
 
         Raises:
@@ -215,7 +216,7 @@ class CausalContextConfig(PeftConfig):
             raise AdapterError(f"The config of {source} cannot be used. {error}") from error
 
     def layout(self) -> Layout:
-        """What decides about the names and shapes of the weights."""
+        """Return what decides about the names and shapes of the weights."""
         by_base = self.target_modules in (None, "all-linear")
         return Layout(
             num_concepts=len(self.concepts),
@@ -229,7 +230,7 @@ class CausalContextConfig(PeftConfig):
         )
 
     def rank_at(self, module: str) -> int:
-        """The width W of each concept on a module of the base model, by its path."""
+        """Return the width W of each concept on a module of the base model, by its path."""
         pattern = get_pattern_key(list(self.rank_pattern), module) if self.rank_pattern else module
         return self.rank_pattern.get(pattern, self.concept_rank)
 
@@ -238,7 +239,7 @@ class CausalContextConfig(PeftConfig):
         return _graph(self.concepts, self.concept_graph, self.concept_order)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain data; sets come sorted, so that the same config always gives the same file."""
+        """Return the fields as plain data; sets come sorted, so that the same config always gives the same file."""
         return {key: sorted(v) if isinstance(v, set) else v for key, v in super().to_dict().items()}
 
 

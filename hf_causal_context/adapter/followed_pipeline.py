@@ -77,7 +77,7 @@ def track_calls(pipe: DiffusionPipeline) -> Iterator[None]:
 
 
 def stock_class(cls: type) -> type:
-    """The pipeline's own class."""
+    """Return the pipeline's own class."""
     return cls.__mro__[2] if issubclass(cls, _Followed) else cls
 
 

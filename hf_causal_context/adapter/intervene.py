@@ -102,7 +102,7 @@ def _of_pipeline(pipe: DiffusionPipeline) -> list[Conditioning]:
 
 
 def find_conditioning(model: nn.Module) -> Conditioning:
-    """The conditioning of the adapted layers inside a model.
+    """Return the conditioning of the adapted layers inside a model.
 
     Raises:
         ValueError: for a model without a causal context adapter, or with several adapted models inside.

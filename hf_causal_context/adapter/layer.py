@@ -89,7 +89,7 @@ class CausalContextLayer(BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The base module's output, plus what the active adapters add."""
+        """Return the base module's output, plus what the active adapters add."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         result = self.base_layer(*args, **kwargs)
@@ -124,15 +124,15 @@ class CausalContextLayer(BaseTunerLayer):
         raise NotImplementedError
 
     def _up(self, c: Tensor, weight: Tensor) -> Tensor:
-        """The inverse arrangement: (n, T, S) -> (n, T, out), or (n, *T, S) -> (n, out, *T)."""
+        """Return the inverse arrangement: (n, T, S) -> (n, T, out), or (n, *T, S) -> (n, out, *T)."""
         raise NotImplementedError
 
     def causal(self, adapter_name: str) -> CausalLayer:
-        """The causal layer of an adapter."""
+        """Return the causal layer of an adapter."""
         return cast(CausalLayer, self.causal_context_causal[adapter_name])
 
     def matrix(self, adapter_name: str, strengths: Tensor) -> Tensor:
-        """The (S, S) matrix between Down and Up for one context: strengths (1, 1 + K), or a mask (1, K)."""
+        """Return the (S, S) matrix between Down and Up for one context: strengths (1, 1 + K), or a mask (1, K)."""
         causal = self.causal(adapter_name)
         strengths = completed(strengths, causal.num_concepts)
         return causal.matrix(strengths if causal.observational_rank else strengths[:, 1:])
@@ -147,6 +147,7 @@ class CausalContextLayer(BaseTunerLayer):
         """lora_A (S, in, *kernel) and lora_B (out, S), with the scale in B, for one context; float32.
 
         Args:
+            adapter_name: one on this layer.
             strengths: (1, 1 + K), see `ConceptSet.strengths`; or a mask (1, K), with the observational part at 1.
 
         Raises:
@@ -162,9 +163,10 @@ class CausalContextLayer(BaseTunerLayer):
             return (mixing @ down.flatten(1)).view_as(down), up * self.scaling[adapter_name]
 
     def get_delta_weight(self, adapter_name: str, strengths: Tensor | None = None) -> Tensor:
-        """The change of the base weight for one context, in the base weight's shape and dtype.
+        """Return the change of the base weight for one context, in the base weight's shape and dtype.
 
         Args:
+            adapter_name: one on this layer.
             strengths: as of `lora_weights`; None takes the active context (see `merge`).
         """
         a, b = self.lora_weights(adapter_name, self._merge_strengths(adapter_name) if strengths is None else strengths)
@@ -339,7 +341,7 @@ class ConvNd(nn.Module, CausalContextLayer):
 
 
 def adapted_class(module: nn.Module) -> type[Linear] | type[TransposedLinear] | type[ConvNd] | None:
-    """The form of the adapter for a module, None if there is none."""
+    """Return the form of the adapter for a module, None if there is none."""
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):

@@ -31,5 +31,5 @@ def _inside(module: nn.Module) -> list[Conditioning]:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, CausalContextLayer]:
-    """The adapted layers inside a model by their paths."""
+    """Return the adapted layers inside a model by their paths."""
     return {name: module for name, module in model.named_modules() if isinstance(module, CausalContextLayer)}

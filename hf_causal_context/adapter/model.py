@@ -43,7 +43,7 @@ class CausalContextModel(BaseTuner):
     tuner_layer_cls = CausalContextLayer
 
     def generate(self, *args: Any, context: ContextBatch | None = None, **kwargs: Any) -> Any:
-        """The base model's `generate`, under a context."""
+        """Return the base model's `generate`, under a context."""
         if context is None:
             return self.model.generate(*args, **kwargs)
         with intervene(self.model, context):

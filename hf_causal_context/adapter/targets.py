@@ -46,7 +46,7 @@ def default_target_modules(model: nn.Module, model_config: dict) -> set[str] | s
 
 
 def describe_candidates(model: nn.Module, limit: int = 20) -> str:
-    """A sentence that lists names of modules an adapter fits on, most frequent first."""
+    """Return a sentence that lists names of modules an adapter fits on, most frequent first."""
     names: Counter[str] = Counter()
     for path, module in model.named_modules():
         inside_adapter = "causal_context_" in path or path.endswith(".base_layer")

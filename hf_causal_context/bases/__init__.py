@@ -1,0 +1,1 @@
+"""What is adapted: pretrained pipelines and language models."""

@@ -118,7 +118,7 @@ class DiffusionBase:
         return size * self._vae_scale
 
     def noise_scheduler(self) -> DDPMScheduler | FlowMatchEulerDiscreteScheduler:
-        """A new scheduler that adds noise as the base's own does."""
+        """Return a new scheduler that adds noise as the base's own does."""
         scheduler = FlowMatchEulerDiscreteScheduler if self.prediction == "flow" else DDPMScheduler
         # The declared result is a pair too, for an argument that is not passed.
         return cast(Any, scheduler).from_config(self.pipe.scheduler.config)
@@ -190,7 +190,7 @@ class DiffusionBase:
     def predict(
         self, model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor], context: Tensor | None
     ) -> Tensor:
-        """The denoiser's prediction (B, C, H, W), called as the family's pipeline does it.
+        """Return the denoiser's prediction (B, C, H, W), called as the family's pipeline does it.
 
         Args:
             model: the denoiser with its adapter, or a wrapper around it.

@@ -88,7 +88,7 @@ class BaseGap:
         return f"({loss} {self.on_set:.3g} on it, {self.on_samples:.3g} on its own {samples}: {times} times)"
 
     def json(self) -> str:
-        """What base_gap.json holds."""
+        """Return what base_gap.json holds."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod

@@ -19,9 +19,11 @@ _SMALLEST_SIDE = 64
 
 
 def image_grid(rows: Sequence[Tensor], labels: Sequence[str], scale: int | None = None) -> Image.Image:
-    """An image with one labeled row for each tensor (S, C, H, W) in [0, 1], gray or RGB.
+    """Return an image with one labeled row for each tensor (S, C, H, W) in [0, 1], gray or RGB.
 
     Args:
+        rows: (S, C, H, W) each, of one size.
+        labels: one for each row.
         scale: enlargement, each pixel becoming a square; if None, images get at least 64 pixels wide and high.
 
     Raises:
@@ -56,13 +58,13 @@ def image_grid(rows: Sequence[Tensor], labels: Sequence[str], scale: int | None 
 
 
 def to_image(image: Tensor) -> Image.Image:
-    """An image (C, H, W) in [0, 1], gray or RGB, as PIL's."""
+    """Return an image (C, H, W) in [0, 1], gray or RGB, as PIL's."""
     levels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
     return Image.fromarray(levels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
 
 
 def read_image(image: Image.Image, channels: int, resolution: int) -> np.ndarray:
-    """An image as uint8 (C, R, R): upright, in gray or RGB, resized and cut to the middle square."""
+    """Return an image as uint8 (C, R, R): upright, in gray or RGB, resized and cut to the middle square."""
     upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
     if upright.size != (resolution, resolution):
         upright = ImageOps.fit(upright, (resolution, resolution), Image.Resampling.LANCZOS)

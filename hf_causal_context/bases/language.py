@@ -28,7 +28,7 @@ def load_language_model(name_or_path: str, revision: str | None, dtype: torch.dt
 
 
 def check_language_model(name_or_path: str, revision: str | None) -> PreTrainedConfig:
-    """The configuration of a base, without loading it.
+    """Return the configuration of a base, without loading it.
 
     Raises:
         OSError: for something that transformers cannot read.

@@ -25,7 +25,7 @@ def negative_log_likelihoods(model: nn.Module, batch: TextBatch) -> tuple[Tensor
 
 @torch.no_grad()
 def perplexity(model: nn.Module, batches: Iterable[TextBatch]) -> float:
-    """exp of the mean -log p of all targets in the batches; the model is used in the mode it is in."""
+    """Return exp of the mean -log p of all targets in the batches; the model is used in the mode it is in."""
     total, count = 0.0, 0
     for batch in batches:
         sums, counts = negative_log_likelihoods(model, batch)

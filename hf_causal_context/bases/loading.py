@@ -70,7 +70,7 @@ def _is_transformers_model(name_or_path: str, revision: str | None = None) -> bo
 
 
 def as_base(pipe: DiffusionPipeline) -> DiffusionBase:
-    """The base around a pipeline that is in memory.
+    """Return the base around a pipeline that is in memory.
 
     Raises:
         ValueError: for a pipeline that is not supported.

@@ -20,12 +20,12 @@ def is_folder(name: str) -> bool:
 
 
 def unpacked(name: str) -> str:
-    """The folder of a base that comes with this package, wherever that is installed; any other name as it is."""
+    """Return the folder of a base that comes with this package, wherever that is installed; any other name as it is."""
     return str(_PACKAGE.parent / name) if is_packaged(name) else name
 
 
 def resolve_base_name(name: str) -> str:
-    """A name that means the same wherever the adapter is used on this machine: folders become absolute."""
+    """Return a name that means the same wherever the adapter is used on this machine: folders become absolute."""
     folder = Path(unpacked(name))
     if not folder.exists():
         return name
@@ -34,6 +34,6 @@ def resolve_base_name(name: str) -> str:
 
 
 def portable_base_name(name: str) -> str:
-    """A name that says nothing of the machine: of a folder only ./ and its own name."""
+    """Return a name that says nothing of the machine: of a folder only ./ and its own name."""
     name = resolve_base_name(name)
     return f"./{Path(name).name}" if is_folder(name) else name

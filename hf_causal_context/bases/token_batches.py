@@ -56,7 +56,7 @@ class Collation:
         self._packed, self._decoder_inputs = packed, decoder_inputs
 
     def __call__(self, rows: Sequence[TokenRow], context: Tensor) -> TextBatch:
-        """The batch of rows whose contexts are (B, K)."""
+        """Return the batch of rows whose contexts are (B, K)."""
         inputs = {"input_ids": _padded([row.ids for row in rows], self._pad_token_id)}
         width = inputs["input_ids"].shape[1]
         if self._packed:
@@ -74,7 +74,7 @@ class Collation:
 
 
 def tokenize_all(rows: Dataset, tokenize: Tokenization, quiet: bool = False) -> list[TokenRow]:
-    """The tokens of all rows.
+    """Return the tokens of all rows.
 
     Raises:
         ValueError: for a row that cannot be tokenized, naming it.

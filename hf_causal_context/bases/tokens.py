@@ -96,7 +96,7 @@ class Tokenization:
         self.completion_only = content_column == "prompt" if completion_only is None else completion_only
 
     def __call__(self, row: Mapping[str, Any]) -> TokenRow:
-        """The tokens of a row.
+        """Return the tokens of a row.
 
         Raises:
             ValueError: for a row of which nothing is left to learn, or one that is not as described above.
@@ -125,7 +125,7 @@ class Tokenization:
         return TokenRow(ids, labels, (len(ids),))
 
     def prompt_ids(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
-        """The tokens that a completion follows, as in training."""
+        """Return the tokens that a completion follows, as in training."""
         if isinstance(prompt, str):
             ids = self._tokens(prompt)
             if self.encoder_decoder:
@@ -136,7 +136,7 @@ class Tokenization:
         return self._tokens(self._chat(prompt, add_generation_prompt=True), add_special_tokens=False)
 
     def beginning(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
-        """The tokens that a text begins with: of an empty prompt the beginning- or end-of-sequence token.
+        """Return the tokens that a text begins with: of an empty prompt the beginning- or end-of-sequence token.
 
         Raises:
             ValueError: where there is neither.
@@ -172,7 +172,7 @@ class Tokenization:
     def _split(
         self, prompt_ids: list[int], prompt: str, completion: str, add_special_tokens: bool
     ) -> tuple[list[int], list[int]]:
-        """A prompt's tokens, and those that continue it; conversations end as their template says."""
+        """Return a prompt's tokens, and those that continue it; conversations end as their template says."""
         # Together where the boundary falls between tokens: alone, some tokenizers put a space before any text.
         whole = self._tokens(prompt + completion, add_special_tokens=add_special_tokens)
         if whole[: len(prompt_ids)] == prompt_ids:
@@ -221,7 +221,7 @@ class Tokenization:
         return cast(str, text)
 
     def _cut(self, ids: list[int]) -> list[int]:
-        """The first tokens of what an encoder reads; if it ends with the end of the sequence, it still does."""
+        """Return the first tokens of what an encoder reads; if it ends with the end of the sequence, it still does."""
         return [*ids[: self.max_length - 1], ids[-1]] if self._ends(ids) else ids[: self.max_length]
 
     def _ended(self, ids: list[int]) -> list[int]:

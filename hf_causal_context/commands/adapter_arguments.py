@@ -23,7 +23,7 @@ class AdapterArguments:
     dtype: str = argument("float32", "Of the base, and of files: " + ", ".join(DTYPES) + ".", choices=DTYPES)
 
     def open(self) -> StoredAdapter:
-        """The adapter with its config; see `StoredAdapter.open` for what it raises."""
+        """Return the adapter with its config; see `StoredAdapter.open` for what it raises."""
         return StoredAdapter.open(self.adapter, self.pretrained_model_name_or_path, revision=self.revision)
 
 
@@ -34,7 +34,7 @@ class RevisionArguments(AdapterArguments):
     adapter_revision: str | None = argument(None, "Branch, tag or commit of the adapter on the Hub.")
 
     def open(self) -> StoredAdapter:
-        """The adapter with its config; see `StoredAdapter.open` for what it raises."""
+        """Return the adapter with its config; see `StoredAdapter.open` for what it raises."""
         name, revision = self.pretrained_model_name_or_path, self.revision
         return StoredAdapter.open(self.adapter, name, revision=revision, adapter_revision=self.adapter_revision)
 
@@ -49,7 +49,7 @@ class ContextArguments:
     observational_name: str = argument("obs", "What the empty context is called.")
 
     def parsed(self) -> list[Context]:
-        """The contexts."""
+        """Return the contexts."""
         return parse_contexts(self.contexts, self.observational_name)
 
 

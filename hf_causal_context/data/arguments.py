@@ -7,6 +7,7 @@ from typing import Any
 
 
 def argument(default: Any, meaning: str, **metadata: Any) -> Any:
+    """Return a dataclass field with a default and a help text; metadata goes to argparse."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": meaning, **metadata})
     return field(default=default, metadata={"help": meaning, **metadata})

@@ -18,7 +18,7 @@ STREAM_BATCH_ROWS = 100
 
 
 def known_features(dataset: object) -> tuple[Rows, Features]:
-    """The dataset with its features; a stream without declared features is asked for its first rows.
+    """Return the dataset with its features; a stream without declared features is asked for its first rows.
 
     Raises:
         TypeError: for anything but one split of a dataset.
@@ -95,7 +95,7 @@ def _tuples(dataset: Dataset) -> Iterator[tuple[Any, ...]]:
 
 
 def of_contexts(stream: IterableDataset, contexts: Sequence[str]) -> IterableDataset:
-    """The rows of a stream whose "context" is one of `contexts`."""
+    """Return the rows of a stream whose "context" is one of `contexts`."""
     return stream.filter(
         lambda values: [value in contexts for value in values],
         input_columns="context",

@@ -53,7 +53,7 @@ def estimate_log_ratios(
     dropout: float = 0.0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """log r_j at every row, (rows, K), float32: the log of the mean over models, none of which saw the row.
+    """Return log r_j at every row, (rows, K), float32: the log of the mean over models, none of which saw the row.
 
     Args:
         inputs: vectors (rows, D), float.
@@ -62,6 +62,7 @@ def estimate_log_ratios(
         seed: of the folds, the networks and the batches.
         input_noise: deviation of noise on the inputs, in units of theirs: for many features and few rows.
         dropout: of the network, for the same.
+        device: where the networks are trained.
     """
     scaled = (inputs - inputs.mean(0)) / inputs.std().clamp(min=1e-6)
     folds = torch.empty(len(codes), dtype=torch.long)
@@ -129,7 +130,7 @@ def whiteness_penalty(exogenous_CNK: Tensor) -> Tensor:
 
 
 def log_pool(log_ratios: Tensor, log_shares: Tensor) -> Tensor:
-    """log of the density of pooled rows over p_obs, (B,).
+    """Return the log of the density of pooled rows over p_obs, (B,).
 
     Args:
         log_ratios: at the rows, (B, K).
@@ -144,7 +145,7 @@ def _with_observational(log_ratios: Tensor) -> Tensor:
 
 
 def _fit(model: MechanismRatios, inputs: Tensor, codes: Tensor, input_noise: float) -> MechanismRatios:
-    """The moving average of a training's weights."""
+    """Return the moving average of a training's weights."""
     device, num_concepts = model.mean.device, len(model.mean)
     num_contexts = num_concepts + 1
     average = copy.deepcopy(model).requires_grad_(False)

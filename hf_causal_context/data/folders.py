@@ -78,7 +78,7 @@ def load_folders(
 
 
 def context_folders(root: Path, observational_name: str, joint_separator: str, held: str) -> dict[str, Path]:
-    """The folder of each context; `held` is what they hold, for messages.
+    """Return the folder of each context; `held` is what they hold, for messages.
 
     Raises:
         FileNotFoundError: for a missing root.

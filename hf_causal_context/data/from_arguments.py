@@ -24,7 +24,7 @@ from .text_rows import TEXT_SUFFIXES, text_columns
 
 
 def load_data(arguments: DataArguments) -> InterventionalData:
-    """The images that the arguments name.
+    """Return the images that the arguments name.
 
     Raises:
         ValueError: for none or two sources, and what the loaders in `data` raise.
@@ -40,7 +40,7 @@ def load_data(arguments: DataArguments) -> InterventionalData:
 
 
 def load_text_data(arguments: TextDataArguments) -> InterventionalData:
-    """The texts that the arguments name.
+    """Return the texts that the arguments name.
 
     Raises:
         ValueError: for none or two sources, and what the loaders in `data` raise.
@@ -56,7 +56,7 @@ def load_text_data(arguments: TextDataArguments) -> InterventionalData:
 
 
 def load_any_data(arguments: AnyDataArguments) -> InterventionalData:
-    """The images or texts that the arguments name.
+    """Return the images or texts that the arguments name.
 
     A folder holds texts if there are some and not all of its folders have images; a dataset, if `text_column` is
     given, or if it has texts under one of the names that are looked for and no `image_column`.

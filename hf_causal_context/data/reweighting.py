@@ -97,7 +97,8 @@ def reweight(
         concepts: all concepts.
         wanted: combinations, from `wanted_combinations`.
         seed: of the estimated densities and of the draw.
-        input_noise, dropout: against overfitting, see `estimate_log_ratios`.
+        input_noise: against overfitting, see `estimate_log_ratios`.
+        dropout: against overfitting, too.
         device: where the densities are estimated.
 
     Raises:
@@ -135,7 +136,7 @@ def _doubt(
     targets: Sequence[int],
     concepts: ConceptSet,
 ) -> Doubt | None:
-    """What speaks against a combination, if anything; `weights` are those that rows are drawn by."""
+    """Return what speaks against a combination, if anything; `weights` are those that rows are drawn by."""
     names = tuple(concepts.names[k] for k in targets)
     looks = torch.stack([found[codes == code].double().mean(0) for code in range(len(concepts) + 1)])
     intervened = torch.stack([looks[k + 1, k] for k in targets])
@@ -160,7 +161,7 @@ def _doubt(
 
 
 def combination_logits(log_ratios: Tensor, shares: Tensor, targets: Sequence[int]) -> Tensor:
-    """log w_S (N,), float64: the weights under which pooled rows follow a combination; their mean is its mass.
+    """Return log w_S (N,), float64: the weights under which pooled rows follow a combination; their mean is its mass.
 
     Args:
         log_ratios: log p_j / p_obs at every row, (N, K).

@@ -74,7 +74,7 @@ class ContextSampler(Sampler[list[int]]):
         self.rank, self.world_size = rank, world_size
 
     def slots(self, batch: int) -> range:
-        """The slots of micro-batch number `batch` of this process."""
+        """Return the slots of micro-batch number `batch` of this process."""
         return slots_of(batch, self.batch_size, self.rank, self.world_size)
 
     def __len__(self) -> int:
@@ -85,7 +85,7 @@ class ContextSampler(Sampler[list[int]]):
             yield self.rows(self.slots(batch))
 
     def rows(self, slots: range) -> list[int]:
-        """The row numbers of some slots."""
+        """Return the row numbers of some slots."""
         chosen, draws = schedule(self._shares, slots.start, slots.stop, self._begin)
         numbers = np.empty(len(chosen), dtype=np.int64)
         for context, rows in enumerate(self._rows):
@@ -105,7 +105,7 @@ class ContextSampler(Sampler[list[int]]):
 
 
 def slots_of(batch: int, batch_size: int, rank: int = 0, world_size: int = 1) -> range:
-    """The slots of a process's micro-batch number `batch`."""
+    """Return the slots of a process's micro-batch number `batch`."""
     first = (batch * world_size + rank) * batch_size
     return range(first, first + batch_size)
 

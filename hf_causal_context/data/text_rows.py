@@ -22,7 +22,7 @@ _ALLOWED = {"text": "text", "messages": "a list of messages"}
 
 
 def text_columns(names: Collection[str]) -> tuple[str, ...]:
-    """The columns with the texts, among those of a row or a dataset; none if there is no complete shape."""
+    """Return the columns with the texts, among those of a row or a dataset; none if there is no complete shape."""
     return next((columns for columns in _SHAPES if set(columns) <= set(names)), ())
 
 
@@ -47,12 +47,12 @@ def holds_messages(feature: object) -> bool:
 
 
 def row_features(row: Mapping[str, Any]) -> Features:
-    """The shape of a row that `read_texts` yields."""
+    """Return the shape of a row that `read_texts` yields."""
     return Features({column: _TEXT if isinstance(value, str) else _MESSAGES for column, value in row.items()})
 
 
 def row_problem(row: Mapping[str, Any]) -> str | None:
-    """What is wrong with a row of texts and nothing else, if anything. Only prompts may be empty text."""
+    """Return what is wrong with a row of texts and nothing else, if anything. Only prompts may be empty text."""
     for column, value in row.items():
         if problem := _problem(column, value):
             return f"{column!r} {problem}"
@@ -132,7 +132,7 @@ def _plain(value: Any) -> Any:
 
 
 def prompt_of(row: Mapping[str, Any], content_column: str, given: str = "") -> str | list[dict[str, str]]:
-    """What a text of the row's shape follows: what is given, by default the row's own prompt, else nothing."""
+    """Return what a text of the row's shape follows: what is given, by default the row's own prompt, else nothing."""
     content = row[content_column]
     if isinstance(content, list):
         if given:

@@ -120,7 +120,7 @@ def _text_files(folder: Path) -> list[Path]:
 
 
 def _common_features(files: list[str]) -> Features:
-    """The shape of the first row of each file."""
+    """Return the shape of the first row of each file."""
     expected = Features()
     for file in files:
         line, row = next(read_texts(Path(file)), (0, {}))

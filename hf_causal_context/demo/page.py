@@ -123,7 +123,7 @@ class DemoBackend:
         return to_image(image)
 
     def counterfactual(self, image: Image.Image | None, made_in: str, strengths: str, *values: Any) -> str:
-        """What the image would have been in the sliders' context, and how well it could be taken apart."""
+        """Return what the image would have been in the sliders' context, and how well it could be taken apart."""
         from ..inference.counterfactuals import counterfactual
 
         settings, numbers = self._settings(values), _numbers(strengths)
@@ -158,7 +158,7 @@ class DemoBackend:
         return note(text, warning=not error <= VISIBLE_ERROR) + grid_html(labels, rows, range(1), flow=True)
 
     def read_out(self) -> str:
-        """The heat maps of learned influence, or why there are none."""
+        """Return the heat maps of learned influence, or why there are none."""
         try:
             figure = causal_effects(self.base.denoiser, self.adapter_name).plot()
             return figure_html(figure, "Learned influence of each concept on each concept")
@@ -194,7 +194,7 @@ class DemoBackend:
 
 
 def build_demo(base: DiffusionBase, title: str = "hf_causal_context") -> gr.Blocks:
-    """The page for a base with an adapter; `launch` gives it its looks.
+    """Return the page for a base with an adapter; `launch` gives it its looks.
 
     Raises:
         ValueError: for a base without an adapter.
@@ -226,7 +226,7 @@ def build_demo(base: DiffusionBase, title: str = "hf_causal_context") -> gr.Bloc
 
 
 def demo_or_reason(adapter: str, pretrained_model_name_or_path: str | None = None) -> gr.Blocks:
-    """The page for an adapter, or one that says why there is none: a Space has no other place to say it."""
+    """Return the page for an adapter, or one that says why there is none: a Space has no other place to say it."""
     try:
         return build_demo(StoredAdapter.open(adapter, pretrained_model_name_or_path).pipeline(), Path(adapter).name)
     except (ValueError, OSError) as error:

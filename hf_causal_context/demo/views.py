@@ -81,14 +81,14 @@ CSS = """
 
 
 def legible(context: Context) -> str:
-    """A context in plain words, for people."""
+    """Return a context in plain words, for people."""
     parts = [name if strength == 1 else f"{name}={strength:g}" for name, strength in context.strengths.items()]
     text = " + ".join(parts) or "no intervention"
     return text if context.observational == 1 else f"{text} ({OBSERVATIONAL}={context.observational:g})"
 
 
 def header_html(title: str, concepts: Sequence[str], base: str | None) -> str:
-    """The top of a page: what the adapter is."""
+    """Return the top of a page: what the adapter is."""
     listed = ", ".join(f"<b>{escape(concept)}</b>" for concept in concepts)
     what = f"One adapter, {len(concepts)} concepts: {listed}. Base: <b>{escape(base)}</b>. " if base else ""
     made = f'Made with <b>hf_causal_context</b>, LoRA for causal concepts (<a href="{_PAPER}">the method</a>).'
@@ -96,12 +96,12 @@ def header_html(title: str, concepts: Sequence[str], base: str | None) -> str:
 
 
 def hint(text: str) -> str:
-    """A quiet sentence above a tab's controls."""
+    """Return a quiet sentence above a tab's controls."""
     return f'<p class="cc-hint">{escape(text)}</p>'
 
 
 def note(text: str, warning: bool = False) -> str:
-    """A boxed message."""
+    """Return a boxed message."""
     return f'<div class="cc-note{" cc-warning" if warning else ""}">{escape(text)}</div>'
 
 
@@ -109,6 +109,9 @@ def grid_html(labels: Sequence[str], rows: Sequence[Tensor], seeds: range, flow:
     """A line for each label: images (S, C, H, W) in [0, 1], one for each seed, and empty places for rows to come.
 
     Args:
+        labels: of the lines.
+        rows: images (S, C, H, W) of the first lines.
+        seeds: of the S images.
         flow: lines beside each other, with their labels below.
     """
     side = rows[0].shape[-1] if rows else 0
@@ -130,7 +133,7 @@ def grid_html(labels: Sequence[str], rows: Sequence[Tensor], seeds: range, flow:
 
 
 def figure_html(figure: Figure, alt: str) -> str:
-    """A figure as an image."""
+    """Return a figure as an image."""
     buffer = BytesIO()
     figure.savefig(buffer, dpi=130)
     data = b64encode(buffer.getvalue()).decode()
@@ -150,7 +153,7 @@ def strength_sliders(concepts: Sequence[str], observational_part: bool) -> list[
 
 
 def further_controls(base: DiffusionBase) -> list[Any]:
-    """The prompt or class where the base takes one, number of images, first seed, steps."""
+    """Return the prompt or class where the base takes one, number of images, first seed, steps."""
     controls: list[Any] = []
     if base.takes_captions:
         controls.append(gr.Textbox(label="Prompt", lines=2, placeholder="what the image shows"))
@@ -166,7 +169,7 @@ def further_controls(base: DiffusionBase) -> list[Any]:
 
 
 def decoded(payload: Any) -> Image.Image | None:
-    """The image in an uploaded file, upright.
+    """Return the image in an uploaded file, upright.
 
     Raises:
         gr.Error: for a file that holds none.
@@ -183,7 +186,7 @@ def decoded(payload: Any) -> Image.Image | None:
 
 
 def warned(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """A handler that shows visitors errors of use, without a traceback."""
+    """Return a handler that shows visitors errors of use, without a traceback."""
 
     @wraps(handler)
     def at_once(*values: Any) -> Any:

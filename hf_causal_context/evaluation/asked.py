@@ -18,9 +18,11 @@ MAX_UNSEEN_PAIRS = 6
 
 
 def adapter_concepts(model: nn.Module, data: InterventionalData, missing: str) -> ConceptSet:
-    """The concepts of a model's active adapters, which must be those of the data.
+    """Return the concepts of a model's active adapters, which must be those of the data.
 
     Args:
+        model: the base with its adapter.
+        data: what it was trained on.
         missing: what to say of a model without an adapter.
 
     Raises:
@@ -42,7 +44,7 @@ def adapter_concepts(model: nn.Module, data: InterventionalData, missing: str) -
 def contexts_to_sample(
     concepts: ConceptSet, wanted: Sequence[Context] | None, real: Mapping[Context, Sized], trained: Collection[Context]
 ) -> tuple[list[Context], list[str]]:
-    """The contexts to sample, in order, and notes: the empty one, single concepts, and combinations.
+    """Return the contexts to sample, in order, and notes: the empty one, single concepts, and combinations.
 
     Without `wanted` these are all that have real rows, and where no unseen one has, some unseen pairs.
     """

@@ -112,7 +112,10 @@ def evaluate(
         contexts: the combinations; by default all with real rows, or some pairs if there are none to compare with.
         num_samples: images per context and seed group.
         num_seeds: seed groups; two or more give confidence intervals.
-        attributes, attribute_names, feature_extractor, seed: see `evaluate_samples`.
+        attributes: see `evaluate_samples`, and so for the next three.
+        attribute_names: of what they measure.
+        feature_extractor: for FID and KID.
+        seed: of the splits and the classifiers.
         sampling: see `generate`.
 
     Raises:

@@ -56,7 +56,7 @@ class EvaluationInputs:
         return self.perplexities is not None
 
     def usable(self) -> dict[Context, Measurements]:
-        """The contexts with enough real rows to compare with, and these rows."""
+        """Return the contexts with enough real rows to compare with, and these rows."""
         return {context: rows for context, rows in self.real.items() if len(rows) >= MIN_REAL_ROWS}
 
     def split(self, seed: int) -> tuple[dict[Context, Tensor], dict[Context, Tensor]]:

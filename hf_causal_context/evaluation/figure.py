@@ -93,7 +93,7 @@ def _contexts(figure: Any, report: EvaluationReport) -> None:
 
 
 def _known(value: float | None) -> Estimate:
-    """A bar; of no length where nothing was measured, or the value is infinite."""
+    """Return a bar; of no length where nothing was measured, or the value is infinite."""
     return Estimate(value) if value is not None and np.isfinite(value) else _NOTHING
 
 

@@ -53,7 +53,7 @@ def strength_curve(
     zero_is_empty: bool,
     paired: bool = True,
 ) -> StrengthCurve:
-    """The means of logits (N,), and of an attribute (N,), at every strength.
+    """Return the means of logits (N,), and of an attribute (N,), at every strength.
 
     `paired` says whether row n has the same noise at every strength. Else the means scatter by themselves, and only a
     fall by more than two standard errors is one.

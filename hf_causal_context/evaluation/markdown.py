@@ -12,7 +12,7 @@ from .verdict import where_the_empty_context_is, where_the_empty_context_is_in_t
 
 
 def markdown(report: EvaluationReport) -> str:
-    """The whole report as text."""
+    """Return the whole report as text."""
     lines = ["# Does it compose?", "", *(f"- {sentence}" for sentence in report.verdict.sentences), ""]
     lines += [f"> **Note.** {note}\n" for note in report.notes]
     for heading, part in (

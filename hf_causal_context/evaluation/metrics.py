@@ -27,7 +27,7 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
-        """The estimate from one value for each seed group."""
+        """Return the estimate from one value for each seed group."""
         if len(values) < 2:
             return cls(float(values[0]))
         from scipy.special import stdtrit  # a dependency of POT
@@ -37,7 +37,7 @@ class Estimate:
 
 
 def beyond_base(share: float, base: float) -> float | None:
-    """The part of a share that the base's own rate does not explain: (share - base) / (1 - base).
+    """Return the part of a share that the base's own rate does not explain: (share - base) / (1 - base).
 
     1 if all samples count, 0 for as many as in samples of the base, negative for fewer. None where all of the base's
     count, so that nothing can go beyond it.

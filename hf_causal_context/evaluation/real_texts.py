@@ -95,7 +95,7 @@ def perplexities(
 
 
 def _written(row: Mapping[str, Any], column: str) -> str:
-    """What a model is to write of a row: the completion, or the last message."""
+    """Return what a model is to write of a row: the completion, or the last message."""
     content = row["completion"] if column == "prompt" else row[column]
     return content if isinstance(content, str) else content[-1]["content"]
 

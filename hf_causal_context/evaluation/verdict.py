@@ -105,7 +105,7 @@ def verdict(
 
 
 def worst_leak(leak: Leakage) -> str:
-    """The largest excess of a leak in samples over that in the data, in words."""
+    """Return the largest excess of a leak in samples over that in the data, in words."""
     if leak.worst_cause is None or leak.worst_effect is None or leak.worst_excess is None:
         return "There is nothing that one concept could leak into."
     if leak.worst_excess <= 0:
@@ -132,7 +132,7 @@ def where_the_empty_context_is(distance: Distances) -> str:
 
 
 def where_the_empty_context_is_in_texts(scores: Perplexity, told_apart: ToldApart) -> str:
-    """The same of texts."""
+    """Return the same of texts."""
     gain = math.log(scores.base) - math.log(scores.empty)
     moved = "moved towards" if gain > CLOSER_TEXTS else "moved away from" if gain < -CLOSER_TEXTS else "is as far from"
     return (

@@ -51,7 +51,7 @@ def write_card(folder: Path) -> None:
 
 
 def render_card(folder: Path, repo_id: str | None = None, branch: str | None = None) -> str:
-    """The card as text.
+    """Return the card as text.
 
     Args:
         folder: an adapter's, with card.json; its training_arguments.json, training_data.json, base_gap.json,
@@ -99,7 +99,7 @@ def is_edited(text: str) -> bool:
 
 
 def example_context(contents: CardContents, concepts: tuple[str, ...]) -> str:
-    """The context of the card's code: the first combination it shows, else the first concept."""
+    """Return the context of the card's code: the first combination it shows, else the first concept."""
     shown = [context for context in contents.samples if "+" in context]
     return shown[0] if shown else "+".join(concepts[:2])
 
@@ -144,7 +144,7 @@ def _base_gap(folder: Path, config: Mapping[str, Any]) -> str:
 
 
 def _concepts(concepts: tuple[str, ...], contents: CardContents) -> str:
-    """What each concept means and does to one sample, and what combinations do."""
+    """Return what each concept means and does to one sample, and what combinations do."""
     described = [f"- {markdown_text(name)}: {markdown_text(text)}" for name, text in contents.descriptions.items()]
     if not contents.samples:
         return "\n".join(described) or "The concepts: " + ", ".join(markdown_text(name) for name in concepts) + "."

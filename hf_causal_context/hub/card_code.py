@@ -85,7 +85,7 @@ def usage_code(contents: CardContents, repo: str, branch: str | None, context: s
 
 
 def python_literal(text: str) -> str:
-    """A Python string as formatters write it."""
+    """Return a Python string as formatters write it."""
     return json.dumps(text, ensure_ascii=False)
 
 

@@ -34,7 +34,7 @@ def markdown_text(text: str) -> str:
 
 
 def data_table(data: Mapping[str, Any]) -> str:
-    """The contexts of training_data.json, their rows, and what they were for."""
+    """Return the contexts of training_data.json, their rows, and what they were for."""
     if not data:
         return ""
     contexts: dict[str, list[str]] = {}
@@ -49,7 +49,7 @@ def data_table(data: Mapping[str, Any]) -> str:
 
 
 def settings_table(arguments: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """The settings of training_arguments.json that decide most, and the adapted modules of the config."""
+    """Return the settings of training_arguments.json that decide most, and the adapted modules of the config."""
     if not arguments:
         return ""
     rows = [

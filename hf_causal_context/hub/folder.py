@@ -73,12 +73,15 @@ def save(
         license: the Hub's name of the license of the adapter, such as "apache-2.0".
         descriptions: concept -> what it means, for readers of the card.
         pretrained_model_name_or_path: the base, where the adapter does not name it or names a folder.
-        revision, variant, dtype: of the base.
+        revision: of the base.
+        variant: of its files, such as "fp16".
+        dtype: of the base: "float32", "float16" or "bfloat16".
         seed: of the samples.
         prompt: of the samples, for bases that take text; by default that of the training's own samples.
         class_label: for class-conditional bases, by default 0.
         num_inference_steps: by default 25.
-        guidance_scale, resolution: by default the base's.
+        guidance_scale: by default the pipeline's.
+        resolution: height and width, by default the base's.
         chat: the prompt is what a user says to a chat model.
         max_new_tokens: of sample texts, by default 40.
 

@@ -16,7 +16,7 @@ def load(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> DiffusionPipeline | PeftModel:
-    """An adapter on its base, ready for use, on the GPU if there is one: a pipeline, or a language model.
+    """Return an adapter on its base, ready for use, on the GPU if there is one: a pipeline, or a language model.
 
     Args:
         repo_or_folder: the adapter's.

@@ -162,7 +162,7 @@ def _card_to_push(
     commit: str | None,
     token: str | bool | None,
 ) -> str | None:
-    """The card to upload; None where the one on the Hub, of this commit, was edited."""
+    """Return the card to upload; None where the one on the Hub, of this commit, was edited."""
     own = (folder / CARD).read_text(encoding="utf-8")
     if is_edited(own):
         own = own.replace(

@@ -193,7 +193,7 @@ def _inputs(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, encoder
 
 
 def _draw_influence(model: nn.Module, folder: Path) -> str | None:
-    """An image of what the weights say: who acts on whom, or where nobody does, in which layers."""
+    """Return an image of what the weights say: who acts on whom, or where nobody does, in which layers."""
     config = adapter_config(model)
     if config.expressive_depth:
         return None

@@ -1,0 +1,1 @@
+"""An adapter on a base, used: samples, texts, edits, LoRA files."""

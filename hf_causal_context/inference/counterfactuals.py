@@ -71,7 +71,7 @@ def counterfactual(
     class_label: int | None = None,
     num_inference_steps: int = 50,
 ) -> Counterfactual:
-    """What images of `from_context` would have been under `to_context`, all else being equal.
+    """Return what images of `from_context` would have been under `to_context`, all else being equal.
 
     There is no classifier-free guidance: amplified predictions cannot be inverted.
 

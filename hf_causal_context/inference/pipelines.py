@@ -54,6 +54,7 @@ def load_context_adapter(
     device of the pipeline's. Several adapters can be loaded under names of their own, and all are active.
 
     Args:
+        pipe: a diffusers pipeline.
         repo_or_folder: a folder, or the id of a repository on the Hub.
         adapter_name: what to call it.
         revision: of the repository.
@@ -143,7 +144,7 @@ def unload_context_adapter(pipe: DiffusionPipeline, adapter_name: str | None = N
 
 
 def _modules(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
-    """The pipeline's networks by the names of their components, without the wrappers of torch.compile."""
+    """Return the pipeline's networks by the names of their components, without the wrappers of torch.compile."""
     if not isinstance(getattr(pipe, "components", None), dict):
         raise UserTypeError(f"An adapter is loaded into a diffusers pipeline, not into a {type(pipe).__name__}.")
     modules = {}

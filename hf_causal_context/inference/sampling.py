@@ -52,6 +52,12 @@ def generate(
     batches. A base without an adapter knows the observational context only.
 
     Args:
+        base: a pipeline, or a `DiffusionBase`.
+        contexts: () is the observational one.
+        seeds: one image of each context for each.
+        prompt: for bases that take text.
+        class_label: for class-conditional bases.
+        num_inference_steps: denoising steps.
         guidance_scale: the pipeline's default if None.
         resolution: height and width; the pipeline's default if None.
         batch_size: images per call of the pipeline.

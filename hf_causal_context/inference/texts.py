@@ -33,7 +33,7 @@ def generate_texts(
     temperature: float | None = None,
     top_p: float | None = None,
 ) -> list[list[str]]:
-    """What the model writes after each prompt in each context, without the prompt: one list of texts per prompt.
+    """Return what the model writes after each prompt in each context, without the prompt: one list of texts per prompt.
 
     The contexts of a prompt are one batch, so nothing is padded. Its draws depend on the seed, on the prompt and on
     which contexts there are; the random state of the caller stays as it was.

@@ -196,7 +196,7 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def counterfactual(self, images: Tensor, from_context: ContextBatch, to_context: ContextBatch) -> Tensor:
-        """What images (B, C, S, S), drawn in one context, would have been in another, with the same noise.
+        """Return what images (B, C, S, S), drawn in one context, would have been in another, with the same noise.
 
         Abduction takes the posterior's mean in `from_context`; without `encode_context`, as in the paper, it is the
         same for all. A hierarchical base infers its lower latents from the images again. Compare with `reconstruct`
@@ -268,7 +268,7 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
 
 
 def _constant(latent: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """A latent module's output (B, F) that is known, whatever the features (B, ...); without KL divergence."""
+    """Return a latent module's output (B, F) that is known, whatever the features (B, ...); without KL divergence."""
     return lambda features: (latent.view_as(features), latent.new_zeros(len(latent)))
 
 

@@ -14,5 +14,5 @@ class BareModel:
         self._model = model
 
     def __call__(self, *args: Any, context: object = None, **kwargs: Any) -> Any:
-        """What the base returns."""
+        """Return what the base returns."""
         return self._model(*args, **kwargs)

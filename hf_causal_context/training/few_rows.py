@@ -36,14 +36,14 @@ def few_rows(data: InterventionalData, context: str, num: int, seed: int) -> Row
 
 
 def only_few(data: InterventionalData, context: str, num: int, seed: int) -> InterventionalData:
-    """The data as if it had these rows only: a stream, of which nothing is computed ahead."""
+    """Return the data as if it had these rows only: a stream, of which nothing is computed ahead."""
     rows = few_rows(data, context, num, seed)
     stream = rows.to_iterable_dataset() if isinstance(rows, Dataset) else rows
     return replace(data, rows=stream, contexts=(context,), held_out={}, counts=None, reweighted={})
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
-    """The rows of several batches in one, on the CPU, with the draws of the first slots of seed 0."""
+    """Return the rows of several batches in one, on the CPU, with the draws of the first slots of seed 0."""
     conditions = {
         name: torch.cat([batch.conditions[name].cpu() for batch in batches]) for name in batches[0].conditions
     }
@@ -53,7 +53,7 @@ def joined(batches: Sequence[Batch]) -> Batch:
 
 
 def part_of(batch: Batch, rows: range, draws: Draws, device: torch.device) -> Batch:
-    """Some rows of a batch, with other draws, on a device."""
+    """Return some rows of a batch, with other draws, on a device."""
     chosen = slice(rows.start, rows.stop)
     conditions = {name: tensor[chosen].to(device) for name, tensor in batch.conditions.items()}
     return Batch(batch.clean[chosen].to(device), batch.context[chosen].to(device), conditions, draws)

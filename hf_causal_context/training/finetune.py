@@ -87,7 +87,7 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
     def place_base(self) -> None:
         self.base.move_encoders(self.accelerator.device)
 
-    def look_at(self) -> tuple[Callable[[Dataset], Tensor], dict[str, Any]]:
+    def feature_extractor(self) -> tuple[Callable[[Dataset], Tensor], dict[str, Any]]:
         resolution = self.arguments.resolution
         return partial(_features, self.base, self.model, self.data, resolution), {"resolution": resolution}
 
@@ -167,6 +167,6 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
 def _features(
     base: DiffusionBase, model: nn.Module, data: InterventionalData, resolution: int | None, rows: Dataset
 ) -> Tensor:
-    """What the base sees in the images of rows, (N, D)."""
+    """Return what the base sees in the images of rows, (N, D)."""
     images = rows[data.content_column]
     return denoiser_features(base, model, images, resolution or base.default_resolution, len(data.concepts))

@@ -35,12 +35,12 @@ def validation_contexts(
 
 
 def grid_name(step: int) -> str:
-    """The grid's file in the folder of the run."""
+    """Return the grid's file in the folder of the run."""
     return f"samples/step-{step:06d}.png"
 
 
 def newest_grid(folder: Path) -> str | None:
-    """The last grid in the folder of a run, None where there is none."""
+    """Return the last grid in the folder of a run, None where there is none."""
     names = [path.relative_to(folder).as_posix() for path in folder.glob("samples/step-*.png")]
     return max(names, default=None)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def generator_of(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator whose seed is a function of the numbers."""
+    """Return a generator whose seed is a function of the numbers."""
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state >> 1))
 
@@ -58,5 +58,5 @@ class LevelDraws(Draws):
         return torch.tensor([NormalDist().inv_cdf(level) for level in self._levels])
 
     def integers(self, stop: int) -> Tensor:
-        """The time step of a diffusion, (B,)."""
+        """Return the time step of a diffusion, (B,)."""
         return torch.tensor([int(level * stop) for level in self._levels])

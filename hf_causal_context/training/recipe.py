@@ -89,8 +89,8 @@ class FineTuning(ABC, Generic[AnyArguments]):
         return None
 
     @abstractmethod
-    def look_at(self) -> tuple[Callable[[Dataset], Tensor], dict[str, Any]]:
-        """What tells what was intervened on: rows -> features (N, D); and what these depend on, as JSON."""
+    def feature_extractor(self) -> tuple[Callable[[Dataset], Tensor], dict[str, Any]]:
+        """Return what tells what was intervened on: rows -> features (N, D); and what these depend on, as JSON."""
 
     @abstractmethod
     def num_rows(self) -> int:
@@ -110,7 +110,7 @@ class FineTuning(ABC, Generic[AnyArguments]):
 
     @abstractmethod
     def losses(self) -> ContextLosses:
-        """What measures and tells the loss of every context."""
+        """Return what measures and tells the loss of every context."""
 
     @abstractmethod
     def enable_gradient_checkpointing(self) -> None:
@@ -133,7 +133,7 @@ class FineTuning(ABC, Generic[AnyArguments]):
 
     @abstractmethod
     def card_contents(self, folder: Path) -> CardContents:
-        """What the card says of the finished adapter in a folder."""
+        """Return what the card says of the finished adapter in a folder."""
 
     def run(self) -> Path:
         """Fine-tune, push the result if the arguments say so, and return the folder that holds it."""
@@ -162,7 +162,7 @@ class FineTuning(ABC, Generic[AnyArguments]):
         self.model = attach_adapter(base, self.data, arguments, self.task_type)
         if arguments.reweighted_contexts:
             with main_process_first(accelerator, output_dir):  # it estimates what the others read
-                self._data = add_reweighted_contexts(self.data, arguments, accelerator, *self.look_at())
+                self._data = add_reweighted_contexts(self.data, arguments, accelerator, *self.feature_extractor())
         num_steps = arguments.max_train_steps or arguments.num_train_epochs * arguments.steps_per_epoch(
             self.num_rows(), accelerator.num_processes
         )

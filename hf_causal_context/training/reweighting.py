@@ -57,10 +57,10 @@ def add_reweighted_contexts(
     data: InterventionalData,
     arguments: AdapterArguments,
     accelerator: Accelerator,
-    look: Callable[[Dataset], Tensor],
+    extract_features: Callable[[Dataset], Tensor],
     fingerprint: Mapping[str, Any],
 ) -> InterventionalData:
-    """The data with rows that stand for `--reweighted_contexts`; their numbers are kept in the output folder.
+    """Return the data with rows that stand for `--reweighted_contexts`; their numbers are kept in the output folder.
 
     The main process estimates and writes, the others read, and so does a run that goes on from a checkpoint.
 
@@ -68,8 +68,8 @@ def add_reweighted_contexts(
         data: with the observational set and one set per concept.
         arguments: the run's settings.
         accelerator: of the run.
-        look: rows -> features (N, D) that tell what was intervened on; called only where ratios are estimated.
-        made_from: what they depend on, as JSON, beside the contexts of the rows; another run's are refused.
+        extract_features: rows -> features (N, D) that tell what was intervened on; called only to estimate ratios.
+        fingerprint: what they depend on, as JSON, beside the contexts of the rows; another run's are refused.
 
     Raises:
         ValueError: for combinations that cannot be made, or a folder that holds another run's.
@@ -109,7 +109,7 @@ def add_reweighted_contexts(
     else:
         output_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is found now
         with accelerator.autocast():
-            features = look(data.rows)
+            features = extract_features(data.rows)
         drawn = reweight(
             features,
             contexts,

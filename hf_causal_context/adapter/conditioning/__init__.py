@@ -1,0 +1,1 @@
+"""How contexts reach the layers."""

@@ -144,7 +144,7 @@ class Conditioning:
         return {name: self.concepts[name] for name in self.layer.active_adapters if name in self.concepts}
 
     def request(self) -> Request | None:
-        """The innermost request for this model on this thread."""
+        """Return the innermost request for this model on this thread."""
         return _innermost(self)
 
     def strengths_for(self, layer: AdaptedLayer, adapter_name: str, x: Tensor, num_rows: int) -> Tensor | None:
@@ -349,7 +349,7 @@ def activate_requests(requests: Iterable[Request]) -> Iterator[None]:
 
 
 def take_context(arguments: Mapping[str, Any]) -> tuple[ContextBatch | None, dict[str, Any]]:
-    """A context inside a call's attention arguments, and the arguments without it."""
+    """Return a context inside a call's attention arguments, and the arguments without it."""
     for name in _ATTENTION_KWARGS:
         inner = arguments.get(name)
         if isinstance(inner, dict) and "context" in inner:

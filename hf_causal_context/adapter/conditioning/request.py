@@ -47,7 +47,7 @@ class AdapterContext:
         return self
 
     def rows(self, num_rows: int, call: Call | None) -> Tensor:
-        """The strengths for N rows of the model's input: (1, 1 + K) or (N, 1 + K); see `rows.match_samples`."""
+        """Return the strengths for N rows of the model's input: (1, 1 + K) or (N, 1 + K); see `rows.match_samples`."""
         if self.uniform and num_rows % len(self.strengths) == 0:
             return self.strengths[:1]
         return match_samples(self.strengths, num_rows, self.images_per_prompt, self.guidance_copies, call)
@@ -67,7 +67,7 @@ class Request:
     named: bool = False  # it is for one adapter by name: the others keep their contexts
 
     def within(self, outer: Request | None, same_owner: Request | None) -> Request:
-        """The same contexts inside another request; of one for a named adapter, the other adapters keep theirs.
+        """Return the same contexts inside another request; of one for a named adapter, the other adapters keep theirs.
 
         Args:
             outer: the request in force, of whatever model.
@@ -79,14 +79,14 @@ class Request:
         return replace(self, adapters=adapters, encode=same_owner.encode, outer=outer)
 
     def during(self, call: Call) -> Request:
-        """The same contexts during a call; refuses (ValueError) another number of them than of prompts."""
+        """Return the same contexts during a call; refuses (ValueError) another number of them than of prompts."""
         for context in self.adapters.values():
             if not context.uniform:
                 call.check(len(context.strengths))
         return replace(self, call=call)
 
     def find(self, adapter_name: str, concepts: ConceptSet) -> AdapterContext | None:
-        """The context of an adapter; one that was added after the request was made gets its own encoding."""
+        """Return the context of an adapter; one that was added after the request was made gets its own encoding."""
         found = self.adapters.get(adapter_name)
         if found is None and self.encode is not None:
             found = self.adapters[adapter_name] = self.encode(concepts)

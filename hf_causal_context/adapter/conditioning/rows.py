@@ -75,6 +75,10 @@ def match_samples(
     """Turn strengths (S, 1 + K) into those of the N rows of the model's input: (1, 1 + K) or (N, 1 + K).
 
     Args:
+        strengths: (S, 1 + K), of the observational part and of the concepts.
+        num_rows: N.
+        images_per_prompt: how many images a pipeline makes of each sample.
+        guidance_copies: copies of the batch that it stacks for guidance.
         call: what runs the model, and knows how it multiplies samples.
 
     Raises:
@@ -102,6 +106,8 @@ def match_layer_rows(strengths: Tensor, num_rows: int, layer_name: str, ragged: 
     """Turn strengths for the model's rows, (1 or N, 1 + K), into those for the n rows of a layer, (1 or n, 1 + K).
 
     Args:
+        strengths: (1 or N, 1 + K).
+        num_rows: n.
         layer_name: its path in the model; experts see the tokens routed to them, vision towers see images.
         ragged: samples differ in length or in their number of images.
 

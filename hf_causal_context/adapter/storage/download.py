@@ -40,6 +40,7 @@ def download(
     """The folder of an adapter: a local one as it is (it wins over a repository of that name), or a copy of the Hub's.
 
     Args:
+        repo_or_folder: a folder, or the id of a repository on the Hub.
         revision: of the repository: a branch, a tag or a commit.
         token: for private repositories, as in huggingface_hub.
         places: folders inside it that may hold adapters, such as "unet/"; "" is the top.

@@ -185,7 +185,7 @@ def _check_pattern(name: str, pattern: str) -> None:
 
 
 def _backtracking(pattern: str) -> float:
-    """An upper bound for log2 of the ways in which a regular expression may match the name of a module."""
+    """Return an upper bound for log2 of the ways in which a regular expression may match the name of a module."""
     # From its text alone, since Python has no public parser of regular expressions. Escapes and sets of characters are
     # single characters; then groups are folded from the inside to the outside. Comments could hide parts of it.
     if re.search(r"\(\?(#|[a-zA-Z-]*x)", pattern):

@@ -39,7 +39,7 @@ _EMBEDDINGS = ("embed", "lm_head", "wte", "shared")
 
 
 def read_fields(path: str | PathLike[str], source: str | None = None) -> dict[str, Any]:
-    """The fields in an adapter_config.json, not yet checked.
+    """Return the fields in an adapter_config.json, not yet checked.
 
     Raises:
         AdapterError: for what is no JSON object of at most 1 MiB, or another kind of adapter.
@@ -91,7 +91,7 @@ def read_header(folder: Path, layout: Layout, source: str) -> dict[str, StoredTe
 
 
 def read_weights(folder: Path, source: str) -> dict[str, Tensor]:
-    """The weights whose header was read (and compared with a model), by their names in the base model.
+    """Return the weights whose header was read (and compared with a model), by their names in the base model.
 
     Raises:
         AdapterError: for values that are not finite, or so large that the file must be damaged.

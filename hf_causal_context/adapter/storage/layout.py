@@ -51,7 +51,7 @@ class Layout:
     adapts: Callable[[str], bool] | None
 
     def shapes(self, width: int, inputs: tuple[int, ...], outputs: int) -> dict[str, tuple[int, ...]]:
-        """The weights of an adapter on a module of the base, "down.weight" and so on, and their shapes.
+        """Return the weights of an adapter on a module of the base, "down.weight" and so on, and their shapes.
 
         Args:
             width: W of each concept on this module.
@@ -147,7 +147,7 @@ class Layout:
 
 
 def not_whole(source: str, missing: Sequence[str]) -> AdapterError:
-    """The error for weights that a config asks for and a file lacks."""
+    """Return the error for weights that a config asks for and a file lacks."""
     return AdapterError(
         f"{source} is not whole: it lacks {len(missing):,} weights that its config asks for, such as "
         f"{', '.join(map(short_repr, missing[:3]))}. It was trained for another base, its files belong to different "

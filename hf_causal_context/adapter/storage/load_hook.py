@@ -56,7 +56,7 @@ def check_loaded(
 
 
 def _adapter_of(key: str) -> str:
-    """The name in '...causal_context_down.default.weight'; '' for a weight of the base."""
+    """Return the name in '...causal_context_down.default.weight'; '' for a weight of the base."""
     parts = key.rpartition(f".{PREFIX}")[2].split(".")
     return parts[1] if f".{PREFIX}" in key and len(parts) > 1 else ""
 

@@ -57,7 +57,7 @@ class ImageSet:
 
     @classmethod
     def of_data(cls, data: InterventionalData, size: int, channels: int) -> ImageSet:
-        """The rows to train on, resized and cut to the middle square.
+        """Return the rows to train on, resized and cut to the middle square.
 
         Raises:
             TypeError: for a stream.
@@ -77,12 +77,12 @@ class ImageSet:
         return tuple(sorted(set(self.contexts)))
 
     def masks(self) -> Tensor:
-        """The intervention mask of every row, (N, K)."""
+        """Return the intervention mask of every row, (N, K)."""
         names, codes = np.unique(self.contexts.astype(str), return_inverse=True)
         return self.concepts.mask([Context.parse(name) for name in names])[torch.from_numpy(codes)]
 
     def of(self, context: ContextLike) -> Tensor:
-        """The images of one context, (n, C, S, S), uint8.
+        """Return the images of one context, (n, C, S, S), uint8.
 
         Raises:
             ValueError: for a context without rows.
@@ -94,7 +94,7 @@ class ImageSet:
         return self.images[torch.from_numpy(rows)]
 
     def select(self, rows: NDArray[np.int64]) -> ImageSet:
-        """Some of the rows, by number."""
+        """Return some of the rows, by number."""
         return ImageSet(self.images[torch.from_numpy(rows)], self.contexts[rows], self.concepts)
 
     def split(self, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:

@@ -110,7 +110,7 @@ def train_autoencoder(
 
 
 def make_autoencoder(arguments: AutoencoderArguments, concepts: ConceptSet) -> ContextAutoencoder:
-    """A fresh autoencoder, or a fresh context module around the encoder and decoder of a pretrained one.
+    """Return a fresh autoencoder, or a fresh context module around the encoder and decoder of a pretrained one.
 
     Raises:
         ValueError: for no base where the mode needs one, or one that holds no autoencoder we know.

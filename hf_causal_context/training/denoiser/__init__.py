@@ -1,0 +1,1 @@
+"""What the training of denoisers does in its own way."""

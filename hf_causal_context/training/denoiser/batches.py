@@ -247,7 +247,7 @@ class _Rows(torch.utils.data.Dataset):
         return [row | {"context": self.contexts[number]} for number, row in zip(numbers, rows, strict=True)]
 
     def _unreadable(self, numbers: list[int]) -> str:
-        """The first of these rows that cannot be read, by the name of its file where it has one."""
+        """Return the first of these rows that cannot be read, by the name of its file where it has one."""
         for number in numbers:
             try:
                 self._rows[number]
@@ -274,7 +274,7 @@ def _file_versions(rows: Dataset, image_column: str) -> str:
 
 
 def _content(model: torch.nn.Module) -> str:
-    """A hash of a pretrained model's weights and configuration."""
+    """Return a hash of a pretrained model's weights and configuration."""
     config = {name: value for name, value in cast(Any, model).config.items() if not name.startswith("_")}
     digest = hashlib.blake2b(repr(sorted(config.items())).encode(), digest_size=16)
     for name, tensor in model.state_dict().items():

@@ -66,7 +66,7 @@ def denoiser_gap(base: DiffusionBase, rows: Batch, seed: int) -> BaseGap:
 
 
 def own_samples(base: DiffusionBase, model: nn.Module, batch: Batch) -> Tensor:
-    """Samples of a model under the conditions of a batch, as large as its rows; the batch's draws are used up.
+    """Return samples of a model under the conditions of a batch, as large as its rows; the batch's draws are used up.
 
     In few steps: by DPM-Solver++ (Lu et al., 2022), evenly in the logarithm of signal to noise, or for flows by the
     Adams-Bashforth method of second order. Coarser methods make too little variance, which would be judged as ease.

@@ -31,7 +31,7 @@ def denoising_losses(
     contexts: Sequence[str],
     held_out: bool,
 ) -> ContextLosses:
-    """What measures and tells the losses of contexts; every row has a time step of its own, spread over all.
+    """Return what measures and tells the losses of contexts; every row has a time step of its own, spread over all.
 
     Raises:
         ValueError: for a stream without rows of a context.

@@ -91,7 +91,7 @@ class FlowMatchingObjective:
 def denoising_objective(
     base: DiffusionBase, snr_gamma: float | None = None
 ) -> DiffusionObjective | FlowMatchingObjective:
-    """The objective that a base was pretrained with.
+    """Return the objective that a base was pretrained with.
 
     Raises:
         ValueError: for Min-SNR weighting of a flow-matching base.

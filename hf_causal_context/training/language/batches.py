@@ -90,7 +90,7 @@ class TextBatches:
         return float(np.mean([np.count_nonzero(row.labels[predicted:] != IGNORED) for row in rows]))
 
     def _by_context(self, rows: Sequence[TokenRow]) -> dict[str, list[TokenRow]]:
-        """The rows of each context, and those that stand for combinations; packed, if they should be."""
+        """Return the rows of each context, and those that stand for combinations; packed, if they should be."""
         contexts = np.array(self._data.rows["context"])
         numbers = {context: np.flatnonzero(contexts == context) for context in self._data.contexts}
         by_context = {c: [rows[n] for n in own.tolist()] for c, own in (numbers | self._data.reweighted).items()}

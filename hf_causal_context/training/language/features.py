@@ -57,7 +57,7 @@ def text_features(model: PeftModel, rows: Sequence[TokenRow], collate: Collation
 
 
 def tokens_digest(rows: Sequence[TokenRow]) -> str:
-    """A hash of texts as the model reads them."""
+    """Return a hash of texts as the model reads them."""
     digest = blake2b(digest_size=8)
     for row in rows:
         digest.update(b"%d " % len(row.ids) + row.ids.tobytes() + row.labels.tobytes())

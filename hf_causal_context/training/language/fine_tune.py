@@ -119,10 +119,10 @@ class LanguageFineTuning(FineTuning[TextArguments]):
     def task_type(self) -> str:
         return "SEQ_2_SEQ_LM" if self.base.config.is_encoder_decoder else "CAUSAL_LM"
 
-    def look_at(self) -> tuple[Callable[[Dataset], Tensor], dict[str, Any]]:
+    def feature_extractor(self) -> tuple[Callable[[Dataset], Tensor], dict[str, Any]]:
         assert self.rows is not None  # the arguments refuse streams
-        look = partial(_features, self.model, self.rows, self._collation(), self.data.concepts)
-        return look, {"tokens": tokens_digest(self.rows)}
+        extract = partial(_features, self.model, self.rows, self._collation(), self.data.concepts)
+        return extract, {"tokens": tokens_digest(self.rows)}
 
     def num_rows(self) -> int:
         return cast(int, self.batches.num_rows)
@@ -195,7 +195,7 @@ class LanguageFineTuning(FineTuning[TextArguments]):
 def _features(
     model: PeftModel, tokens: Sequence[TokenRow], collate: Collation, concepts: ConceptSet, rows: Dataset
 ) -> Tensor:
-    """What the base sees in rows with these tokens, (N, D)."""
+    """Return what the base sees in rows with these tokens, (N, D)."""
     return text_features(model, tokens, collate, check_sets(rows["context"], concepts))
 
 

@@ -74,7 +74,7 @@ def text_gap(
 
 
 def _own_texts(model: PreTrainedModel, rows: Sequence[TokenRow], end: int | None) -> list[TokenRow]:
-    """What the model writes in place of what the rows learn, no longer than that."""
+    """Return what the model writes in place of what the rows learn, no longer than that."""
     encoder_decoder = bool(cast(Any, model).config.is_encoder_decoder)
     prompts = [row.ids if encoder_decoder else row.ids[: _begin(row)] for row in rows]
     room = [len(row.labels) - (0 if encoder_decoder else _begin(row)) for row in rows]
@@ -94,7 +94,7 @@ def _own_texts(model: PreTrainedModel, rows: Sequence[TokenRow], end: int | None
 
 
 def _shortened(row: TokenRow, model: PreTrainedModel) -> TokenRow:
-    """A row of which at most `MOST_TOKENS` are learned."""
+    """Return a row of which at most `MOST_TOKENS` are learned."""
     if cast(Any, model).config.is_encoder_decoder:
         return replace(row, labels=row.labels[:MOST_TOKENS])
     length = min(len(row.ids), _begin(row) + MOST_TOKENS)
@@ -102,7 +102,7 @@ def _shortened(row: TokenRow, model: PreTrainedModel) -> TokenRow:
 
 
 def _begin(row: TokenRow) -> int:
-    """The first token of a causal model's row that is learned; nothing comes before the very first."""
+    """Return the first token of a causal model's row that is learned; nothing comes before the very first."""
     return max(1, int(np.argmax(row.labels != IGNORED)))
 
 
@@ -114,7 +114,7 @@ def _continued(prompt: np.ndarray, text: np.ndarray) -> TokenRow:
 
 
 def _until(text: np.ndarray, end: int | None) -> np.ndarray:
-    """The tokens up to the one that ends the text."""
+    """Return the tokens up to the one that ends the text."""
     ends = np.flatnonzero(text == end) if end is not None else np.array([], int)
     return (text[: ends[0] + 1] if len(ends) else text).astype(np.int32)
 

@@ -72,7 +72,7 @@ def perplexities(
     arguments: TextArguments,
     held_out: bool,
 ) -> ContextLosses:
-    """What measures and tells the perplexities of these rows."""
+    """Return what measures and tells the perplexities of these rows."""
 
     def measure(context: str) -> float:
         mask = concepts.mask([Context.parse(context)])

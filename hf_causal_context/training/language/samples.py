@@ -26,7 +26,7 @@ _LOGGED_AS_TEXT = ("tensorboard", "wandb")  # trackers
 
 
 def samples_name(step: int) -> str:
-    """The file of the sample texts in the folder of the run."""
+    """Return the file of the sample texts in the folder of the run."""
     return f"samples/step-{step:06d}.md"
 
 

@@ -1,0 +1,1 @@
+"""The training loop that all kinds of models share."""

@@ -156,7 +156,7 @@ def open_output_dir(
 
 
 def find_checkpoint(output_dir: Path, wanted: str, say: Callable[[str], object]) -> tuple[int, Path] | None:
-    """The checkpoint to resume from: "latest" (None if there is none yet), a name in `output_dir`, or a folder.
+    """Return the checkpoint to resume from: "latest" (None if there is none yet), a name in `output_dir`, or a folder.
 
     "latest" passes over damaged ones, each of which `say` is told of.
 
@@ -326,11 +326,11 @@ def check_space(output_dir: Path, model: PeftModel | ModelMixin, arguments: Opti
 
 
 def free_space(output_dir: Path) -> str:
-    """A sentence for messages."""
+    """Return a sentence for messages."""
     return f"{shutil.disk_usage(output_dir).free / 1e6:.1f} MB are free in {output_dir}."
 
 
 def last_checkpoint(output_dir: Path) -> str:
-    """A sentence for messages."""
+    """Return a sentence for messages."""
     paths = list(checkpoint_steps(output_dir).values())
     return f"The last complete checkpoint is {paths[-1]}." if paths else "There is no checkpoint yet."

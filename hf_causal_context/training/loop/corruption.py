@@ -28,12 +28,12 @@ def write_record(folder: Path, num_processes: int) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What `write_record` wrote; empty for a checkpoint that is older."""
+    """Return what `write_record` wrote; empty for a checkpoint that is older."""
     return json.loads((folder / RECORD).read_text()) if (folder / RECORD).exists() else {}
 
 
 def find_corruption(folder: Path) -> str | None:
-    """What is wrong with the files of a checkpoint; None if they are whole."""
+    """Return what is wrong with the files of a checkpoint; None if they are whole."""
     there = {path.name for path in folder.iterdir()}
     required = {*_REQUIRED, *next((pair for pair in _WEIGHTS if there.intersection(pair)), _WEIGHTS[0])}
     if missing := sorted(required - there):

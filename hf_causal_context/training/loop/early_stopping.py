@@ -26,7 +26,7 @@ class EarlyStopping:
         return self.waited >= self.patience
 
     def state_dict(self) -> dict[str, float]:
-        """What a resumed run needs."""
+        """Return what a resumed run needs."""
         return {"best": self.best, "waited": self.waited}
 
     def load_state_dict(self, state: dict[str, float]) -> None:

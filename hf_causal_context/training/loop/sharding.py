@@ -58,7 +58,7 @@ def check_processes(arguments: OptimizationArguments) -> None:
 
 
 def blocks(base: nn.Module) -> list[nn.Module]:
-    """The parts that a base's class says must not be split (`_no_split_modules`), inner ones first."""
+    """Return the parts that a base's class says must not be split (`_no_split_modules`), inner ones first."""
     names = set(cast("list[str] | None", getattr(base, "_no_split_modules", None)) or ())
     return [module for module in reversed(list(base.modules())) if type(module).__name__ in names]
 
