@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .._messages import quoted
 from ..contexts import Context
-from ..errors import UserValueError
+from ..errors import UserError, UserValueError
 from .columns import BATCH_ROWS, Rows, known_features
 from .interventional import InterventionalData
 from .text_rows import columns_of, row_problem
@@ -137,7 +137,9 @@ def _read(
             if opener is not None:
                 opener.decode_example({"bytes": content, "path": None})
         except Exception as error:
-            seen.unreadable.append(f"{name} ({error if seen.texts else type(error).__name__})")
+            seen.unreadable.append(
+                f"{name} ({error if seen.texts or isinstance(error, UserError) else type(error).__name__})"
+            )
         else:
             seen.add(content, role, context, name)
     return counts

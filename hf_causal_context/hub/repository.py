@@ -128,7 +128,10 @@ def check_pushable(
                 "Correct --repo_id, or log in as somebody else."
             )
         if license is not None:
-            ModelCard(f"---\nlicense: {json.dumps(license)}\n---\n").validate()
+            try:
+                ModelCard(f"---\nlicense: {json.dumps(license)}\n---\n").validate()
+            except ValueError as error:
+                raise UserValueError(f"The Hub refuses the license {license!r}: {error}") from error
 
 
 @contextmanager

@@ -147,5 +147,5 @@ def test_a_process_ends_when_the_main_process_refuses_the_data(together, pipelin
     (data / "thick" / "1.png").write_bytes(b"no image")
     given = settings(pipeline_folder("ddpm"), data, tmp_path / "out", train_batch_size=1)
     main, other = together(given, 2)
-    assert re.match("ValueError: The data cannot be trained on:\n- .*thick/1.png", main.wait())
+    assert re.match("UserValueError: The data cannot be trained on:\n- .*thick/1.png", main.wait())
     assert re.match(LOST.format(last="There is no checkpoint yet."), other.wait())

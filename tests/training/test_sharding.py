@@ -141,7 +141,7 @@ def test_a_base_without_named_blocks_is_refused(together, pipeline_folder, tmp_p
     (run,) = together(given, 1)
     said = run.wait()
     assert said.startswith(
-        "ValueError: --shard_base: UNet2DModel does not name its blocks (_no_split_modules), so every"
+        "UserValueError: --shard_base: UNet2DModel does not name its blocks (_no_split_modules), so every"
     )
 
 
