@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .conditioning.hooks import during_call
 from .conditioning.rows import Call
-from .lookup import conditionings
+from .lookup import known_conditionings
 from .wrapped_methods import WrappedMethod
 
 
@@ -27,7 +27,7 @@ class AnnouncedGenerate(WrappedMethod):
             super().put_on(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with during_call(conditionings(self.model), Call(_prompts(self.model, args, kwargs), None)):
+        with during_call(known_conditionings(self.model), Call(_prompts(self.model, args, kwargs), None)):
             return self.original(*args, **kwargs)
 
 

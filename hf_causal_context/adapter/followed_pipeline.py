@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .conditioning.hooks import activate_requests, during_call, take_context
 from .conditioning.rows import Call
-from .lookup import conditionings
+from .lookup import known_conditionings
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -89,7 +89,7 @@ def _followed_class(cls: type) -> type:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(self, *args, **kwargs)
         context, bound.arguments = take_context(bound.arguments)
-        running, owners = _call(bound), conditionings(self)
+        running, owners = _call(bound), known_conditionings(self)
         own = [owner.make_request(context) for owner in owners] if context is not None else []
         with activate_requests(own), during_call(owners, running):
             return cls.__call__(*bound.args, **bound.kwargs)

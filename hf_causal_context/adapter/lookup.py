@@ -9,25 +9,30 @@ from torch import nn
 from .conditioning.hooks import Conditioning
 from .layer import CausalContextLayer
 
-
-def conditionings(model: object) -> list[Conditioning]:
-    """Those of the adapted models inside a module, or among the components of a diffusers pipeline."""
-    components = [model] if isinstance(model, nn.Module) else getattr(model, "components", {}).values()
-    found = {id(each): each for c in components if isinstance(c, nn.Module) for each in _inside(c)}
-    return [each for each in found.values() if each.alive]
-
-
-# Module -> the number of changes when it was looked through, and what was found. A pipeline asks in every call.
+# Module -> the number of changes when it was looked through, and what was found.
 _FOUND: WeakKeyDictionary[nn.Module, tuple[int, list[Conditioning]]] = WeakKeyDictionary()
 
 
-def _inside(module: nn.Module) -> list[Conditioning]:
-    changes, found = _FOUND.get(module, (-1, []))
-    if changes != Conditioning.changes:
-        layers = (m for m in module.modules() if isinstance(m, CausalContextLayer))
+def conditionings(model: object) -> list[Conditioning]:
+    """Return those of the adapted models inside a module, or among the components of a diffusers pipeline."""
+    for component in _components(model):
+        layers = (module for module in component.modules() if isinstance(module, CausalContextLayer))
         found = list({id(layer.conditioning): layer.conditioning for layer in layers}.values())
-        _FOUND[module] = Conditioning.changes, found
-    return found
+        _FOUND[component] = Conditioning.changes, found
+    return known_conditionings(model)
+
+
+def known_conditionings(model: object) -> list[Conditioning]:
+    """Return the same without a look at all modules, unless hooks came or went since the last look."""
+    if any(_FOUND.get(component, (-1,))[0] != Conditioning.changes for component in _components(model)):
+        return conditionings(model)
+    found = {id(each): each for component in _components(model) for each in _FOUND[component][1]}
+    return [each for each in found.values() if each.alive]
+
+
+def _components(model: object) -> list[nn.Module]:
+    parts = [model] if isinstance(model, nn.Module) else getattr(model, "components", {}).values()
+    return [part for part in parts if isinstance(part, nn.Module)]
 
 
 def adapted_layers(model: nn.Module) -> dict[str, CausalContextLayer]:

@@ -40,6 +40,16 @@ def test_a_mixed_batch_equals_separate_runs(model):
     assert (together[0] - together[3]).abs().max() > 1e-3
 
 
+def test_an_adapted_part_that_is_put_in_later_is_found():
+    part, whole = adapted(), nn.Sequential(nn.Identity())
+    with pytest.raises(ValueError, match="has no causal context adapter"):
+        intervene(whole, "thick")
+    whole.append(part)
+    x = inputs()
+    with intervene(whole, "thick"):
+        assert torch.equal(whole(x), part(x, context="thick"))
+
+
 def test_contexts_are_resolved_once_however_often_they_are_used(model, monkeypatch):
     calls = []
     strengths = ConceptSet.strengths
