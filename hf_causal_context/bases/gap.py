@@ -53,16 +53,15 @@ class BaseGap:
             rest = "the observational part has little to learn"
             rest = "no observational part is needed" if observational_rank == 0 else rest
             return f"The base already makes {self.content} like your observational set {figures}: {rest}."
-        distance = "far from" if self.factor >= FAR else "not quite"
         if observational_rank == 0:
             return (
-                f"WARNING: The base is {distance} your observational set {figures}, and with --observational_rank 0 "
-                "every concept learns the difference as well: combinations add it up, and come out worse than the base "
-                "itself. Leave --observational_rank out."
+                f"WARNING: The base is {self._distance} your observational set {figures}, and with "
+                "--observational_rank 0 every concept learns the difference as well: combinations add it up, and come "
+                "out worse than the base itself. Leave --observational_rank out."
             )
         rest = "; give it more --observational_steps or a larger --observational_rank" if self.factor >= FAR else ""
         return (
-            f"The base is {distance} your observational set {figures}: the observational part will learn the "
+            f"The base is {self._distance} your observational set {figures}: the observational part will learn the "
             f"difference{rest}."
         )
 
@@ -71,16 +70,20 @@ class BaseGap:
         figures = self._figures()
         if self.factor < NEAR:
             return f"The base already made {self.content} like the observational set {figures}."
-        distance = "far from" if self.factor >= FAR else "not quite"
         if observational_rank == 0:
             return (
-                f"**The base was {distance} the observational set {figures}, and this adapter has no observational "
-                "part: every concept holds the difference as well, and combinations add it up. Expect them to fail.**"
+                f"**The base was {self._distance} the observational set {figures}, and this adapter has no "
+                "observational part: every concept holds the difference as well, and combinations add it up. Expect "
+                "them to fail.**"
             )
         return (
-            f"The base was {distance} the observational set {figures}: the observational part holds the difference, "
-            "and `observational=0` in a context leaves it out."
+            f"The base was {self._distance} the observational set {figures}: the observational part holds the "
+            "difference, and `observational=0` in a context leaves it out."
         )
+
+    @property
+    def _distance(self) -> str:
+        return "far from" if self.factor >= FAR else "not quite"
 
     def _figures(self) -> str:
         loss, samples = ("loss", "samples") if self.content == "images" else ("perplexity", "texts")

@@ -56,9 +56,10 @@ def rows_to_measure(
     else:
         few = {c: few_tokens(data, c, _TRAINED_ROWS, tokenize, seed, rows) for c in data.contexts}
     if empty := [context for context, own in few.items() if not own]:
+        kind = "held-out contexts" if data.held_out else "contexts"
         raise UserValueError(
-            f"The stream has no rows of the held-out contexts {quoted(empty)}. Add them, or leave them out of "
-            "--held_out_contexts."
+            f"The stream has no rows of the {kind} {quoted(empty)}. Add them, or leave them out of "
+            f"--{'held_out_contexts' if data.held_out else 'training_contexts'}."
         )
     return few
 
