@@ -290,7 +290,7 @@ def test_names_with_markup_are_text(folder, name, library):
     assert json.dumps(pair, ensure_ascii=False) in block
     assert not is_edited(card)
     rendered = card.replace(f"```python\n{block}```", "").partition("\n---\n\n#")[2].rpartition("<!--")[0]
-    assert not re.search(r"<(?!img src=\"images)", rendered)
+    assert not re.search(r"<(?!img src=\"pictures)", rendered)
     for line in rendered.splitlines():
         if line.startswith("|"):
             assert len(re.findall(r"(?<!\\)\|", line)) in (3, 4, 8), line  # as many cells as the header's

@@ -14,7 +14,7 @@ from hf_causal_context._files import checkpoint_steps
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.finetune import train
 from hf_causal_context.training.loop import trainer
-from hf_causal_context.training.loop.corruption import damage
+from hf_causal_context.training.loop.corruption import find_corruption
 
 from ..training.run_tiny import Faults
 from ..training.small import settings, write_folders
@@ -111,7 +111,7 @@ def test_at_no_call_within_saving_is_a_checkpoint_half_there(pipeline_folder, tm
 
 
 def assert_loads(folder: Path):
-    assert damage(folder) is None
+    assert find_corruption(folder) is None
     assert load_file(folder / "adapter_model.safetensors")
     for path in (*folder.glob("*.bin"), *folder.glob("custom_checkpoint_*.pkl")):
         torch.load(path, weights_only=True)

@@ -300,7 +300,7 @@ class TestFaults:
     def test_a_dropped_upload(self, hub, pushed, folder):
         before = pushed.at()
         scaled(folder, 2.0)
-        (folder / "images" / "new.png").write_bytes(bytes(300))
+        (folder / "pictures" / "new.png").write_bytes(bytes(300))
         weights = huggingface_hub.CommitOperationAdd(WEIGHTS, folder / WEIGHTS).upload_info.sha256.hex()
         hub.server.fail_next(f"PUT /storage/{weights}", status="drop", after_bytes=3000, times=99)
         with pytest.raises(ConnectionError, match=f"upload to {REPO} did not finish.*run the same command again"):
@@ -373,7 +373,7 @@ class TestRefusals:
             push(folder, repo_id)
         assert not hub.server.log
 
-    @pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS, CARD, "images", "loras"])
+    @pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS, CARD, "pictures", "loras"])
     def test_an_incomplete_folder(self, hub, folder, name):
         shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
         with pytest.raises(FileNotFoundError, match=f"is not a complete folder for the Hub; it lacks .*{name}"):

@@ -89,7 +89,7 @@ def test_code_of_the_card_makes_its_images(hub, name, tmp_path, pipeline_folder)
         seed=3,
     )
     push(folder, "user/strokes")
-    shutil.rmtree(folder / "images")
+    shutil.rmtree(folder / "pictures")
     hub.new_cache()  # another machine
     pulled = Path(HfApi().snapshot_download("user/strokes"))
     code = code_of(pulled)
@@ -218,11 +218,11 @@ def test_an_edited_card_of_the_folder_is_kept(adapter, tmp_path, capsys):
     first = (folder / "README.md").read_text()
     assert not is_edited(first)
     (folder / "README.md").write_text(first + "\nMy own words.\n")
-    (folder / "images" / "old.png").write_bytes(b"")
+    (folder / "pictures" / "old.png").write_bytes(b"")
     save(adapter, folder, num_inference_steps=2)
     assert (folder / "README.md").read_text().endswith("My own words.\n")
     assert "was edited and is kept" in capsys.readouterr().out
-    assert not (folder / "images" / "old.png").exists()
+    assert not (folder / "pictures" / "old.png").exists()
     (folder / "README.md").write_text(first)
     save(adapter, folder, num_inference_steps=2)
     assert "num_inference_steps=2" in (folder / "README.md").read_text()
