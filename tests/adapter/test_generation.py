@@ -146,6 +146,23 @@ def test_generate_of_other_models_is_left_alone(ids):
         assert torch.equal(model.get_base_model().generate(4), model(torch.ones(4, 4)))
 
 
+def test_what_others_put_around_generate_runs_and_stays(ids):
+    model = build("llama")
+    base, calls = model.get_base_model(), []
+    inner = base.generate
+
+    def around(*args, **kwargs):  # as FSDP2 gathers weights
+        calls.append(len(kwargs["input_ids"]))
+        return inner(*args, **kwargs)
+
+    expected = generate(model, ids, context=CONTEXTS, num_beams=2)
+    base.generate = around
+    assert torch.equal(generate(model, ids, context=CONTEXTS, num_beams=2), expected)
+    assert calls == [len(ids)]
+    model.unload()
+    assert base.generate is around
+
+
 def test_a_copy_and_a_pickle_generate_as_the_model_does(name, ids):
     model = build(name)
     expected = generate(model, ids, context=CONTEXTS, num_beams=2)
