@@ -118,7 +118,7 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
     def enable_gradient_checkpointing(self) -> None:
         self.base.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
 
-    def make_ready(self) -> None:
+    def make_room(self) -> None:
         self._rest_encoders()
 
     @property

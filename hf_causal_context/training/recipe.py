@@ -116,6 +116,9 @@ class FineTuning(ABC, Generic[AnyArguments]):
     def enable_gradient_checkpointing(self) -> None:
         """Let the base compute activations again instead of keeping them."""
 
+    def make_room(self) -> None:
+        """Take off the device what only the measurements before the training needed there."""
+
     def make_ready(self) -> None:
         """Do what is left before the first step, when the base is where it will be."""
 
@@ -172,6 +175,7 @@ class FineTuning(ABC, Generic[AnyArguments]):
         with main_process_first(accelerator, output_dir):  # it measures, and the others wait
             gap = report_gap(accelerator, arguments, self.measure_gap)
         losses = self.losses()
+        self.make_room()  # first: `shard_base` is for bases that hardly fit
         if arguments.gradient_checkpointing:
             self.enable_gradient_checkpointing()
         if arguments.shard_base:

@@ -9,9 +9,11 @@ import pytest
 from PIL import Image
 
 from hf_causal_context._files import checkpoint_steps
-from hf_causal_context.bases.loading import as_base
+from hf_causal_context.bases.loading import as_base, load_base
+from hf_causal_context.training import recipe
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.finetune import train
+from hf_causal_context.training.loop import processes
 from hf_causal_context.training.loop.sharding import blocks
 
 from .run_tiny import Faults
@@ -134,6 +136,17 @@ def test_a_validation_without_memory_ends_all_processes(together, pipeline_folde
     assert other.wait().startswith("ProcessLostError: Another process")
     without = given | {"num_validation_images": 0, "resume_from_checkpoint": "latest"}
     assert [run.wait() for run in together(without, 2)] == [given["output_dir"]] * 2
+
+
+def test_encoders_leave_the_device_before_the_base_is_cut(pipeline_folder, tmp_path, monkeypatch, on_cpu):
+    data = write_folders(tmp_path / "data", captions=True)
+    given = settings(pipeline_folder("stable_diffusion"), data, tmp_path / "out", shard_base=True)
+    base, order = load_base(given["pretrained_model_name_or_path"]), []
+    monkeypatch.setattr(processes, "check_processes", lambda _: None)  # one process is enough to see the order
+    monkeypatch.setattr(base, "move_encoders", lambda device: order.append(type(device).__name__))
+    monkeypatch.setattr(recipe, "shard_base", lambda *_: order.append("cut"))
+    train(TrainingArguments(**given), base)
+    assert order == ["device", "str", "cut"]  # where it is measured, then to the "cpu"
 
 
 def test_a_base_without_named_blocks_is_refused(together, pipeline_folder, tmp_path):
