@@ -188,3 +188,36 @@ def test_a_missing_adapter_is_explained(tmp_path, capsys, command):
     assert main(arguments) == 1
     assert "nowhere is no folder here" in capsys.readouterr().err
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--target_modules", "to_x"], r"Target modules \{'to_x'\} not found in the base model. .* Candidates: "),
+        (["--report_to", "paper"], "--report_to=paper is unknown. Allowed: .*tensorboard"),
+        (["--variant", "fp16"], "The base .* cannot be loaded: .* `variant=fp16`"),
+    ],
+)
+def test_what_libraries_refuse_is_an_error_without_a_traceback(changes, message, images, base, tmp_path, capsys):
+    data = ["--train_data_dir", str(images), "--output_dir", str(tmp_path / "out"), "--max_train_steps", "1"]
+    assert main(["train", "--pretrained_model_name_or_path", base, *data, *changes]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", "{}", "The tokenizer of .* cannot be read"),
+        ("model.safetensors", "?", "The base .* cannot be loaded: Error while deserializing header"),
+    ],
+)
+def test_a_damaged_language_model_is_an_error_without_a_traceback(name, content, message, tmp_path, capsys):
+    language_model("llama").save_pretrained(tmp_path / "base")
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / name).write_text(content)
+    for context in ("obs", "formal"):
+        (tmp_path / "texts" / context).mkdir(parents=True)
+        (tmp_path / "texts" / context / "texts.txt").write_text("a cat sat\na dog ran\n")
+    command = ["--train_data_dir", str(tmp_path / "texts"), "--pretrained_model_name_or_path", str(tmp_path / "base")]
+    assert main(["check-data", *command]) == 1
+    assert re.search(message, capsys.readouterr().err)

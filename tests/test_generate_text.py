@@ -110,6 +110,18 @@ def test_draws_follow_the_seed_and_leave_the_random_state():
     assert draw(3, temperature=1e-4) == draw(3, top_p=1e-6) == likeliest != expected
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": 0.0}, "temperature=0.0 must be positive. For the likeliest tokens"),
+        ({"top_p": 1.5}, "top_p=1.5 must be from 0 to 1"),
+    ],
+)
+def test_numbers_out_of_range(changes, message):
+    with pytest.raises(ValueError, match=message):
+        generate_texts(adapted("llama"), word_tokenizer(), [PROMPT], CONTEXTS, max_new_tokens=8, seed=0, **changes)
+
+
 def test_messages_go_through_the_chat_template():
     model, tokenizer = adapted("llama"), word_tokenizer()
     chat = [{"role": "user", "content": PROMPT}]

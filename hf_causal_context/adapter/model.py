@@ -13,7 +13,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
 from ..contexts import ContextBatch
-from ..errors import UserValueError
+from ..errors import UserError, UserValueError
 from ..layers import StructuralLayer
 from .announced_generate import AnnouncedGenerate
 from .config import CausalContextConfig
@@ -24,6 +24,10 @@ from .saving import SavedWithoutAdapters
 from .targets import default_target_modules, describe_candidates
 
 _METHODS = (SavedWithoutAdapters, AnnouncedGenerate)
+
+
+class TargetModulesError(UserError, NoMatchingPeftModuleError):
+    """No module of the base matches `target_modules`."""
 
 
 class CausalContextModel(BaseTuner):
@@ -60,7 +64,7 @@ class CausalContextModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
-            raise NoMatchingPeftModuleError(f"{error} {describe_candidates(model)}") from None
+            raise TargetModulesError(f"{error} {describe_candidates(model)}") from None
         layer = next(_layers(model), None)
         if layer is not None:
             layer.conditioning.install(model, on_removal=_take_methods_off)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from ..errors import UserValueError
@@ -24,7 +29,28 @@ def load_language_model(name_or_path: str, revision: str | None, dtype: torch.dt
     """
     config = check_language_model(name_or_path, revision)
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return auto_class.from_pretrained(name_or_path, revision=revision, dtype=dtype, use_safetensors=True)
+    try:
+        return auto_class.from_pretrained(name_or_path, revision=revision, dtype=dtype, use_safetensors=True)
+    except (ValueError, ImportError, SafetensorError) as error:  # a package that it needs, a damaged file
+        raise UserValueError(f"The base {name_or_path!r} cannot be loaded: {error}") from error
+
+
+def load_tokenizer(name_or_path: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a base; no code from the repository.
+
+    Raises:
+        OSError, ValueError: for files that are missing or cannot be read, or a package that they need.
+    """
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
+    except OSError:
+        raise
+    except Exception as error:  # its files may hold anything, and transformers raises anything
+        raise UserValueError(
+            f"The tokenizer of {name_or_path!r} cannot be read ({type(error).__name__}: {error}). Save it with the "
+            "base: tokenizer.save_pretrained(folder)."
+        ) from error
+    return cast(PreTrainedTokenizerBase, tokenizer)
 
 
 def check_language_model(name_or_path: str, revision: str | None) -> PreTrainedConfig:

@@ -30,9 +30,12 @@ def load_base(
     """
     check_base(name_or_path, revision)  # before the weights, which may be many gigabytes
     name_or_path = unpacked(name_or_path)
-    pipe = DiffusionPipeline.from_pretrained(
-        name_or_path, revision=revision, variant=variant, torch_dtype=torch_dtype, use_safetensors=True
-    )
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            name_or_path, revision=revision, variant=variant, torch_dtype=torch_dtype, use_safetensors=True
+        )
+    except (ValueError, ImportError) as error:  # no files of this variant, a package that a part needs
+        raise UserValueError(f"The base {str(name_or_path)!r} cannot be loaded: {error}") from error
     return as_base(pipe)
 
 
@@ -57,7 +60,7 @@ def check_base(name_or_path: str, revision: str | None = None) -> None:
             "with a model_index.json. For a bare denoiser (a config.json and weights) save a pipeline around it, for "
             "example DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)."
         ) from error
-    _family(index["_class_name"])
+    _family(index.get("_class_name"))
 
 
 def _is_transformers_model(name_or_path: str, revision: str | None = None) -> bool:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..bases.gap import BaseGap
-from ..bases.language import load_language_model
+from ..bases.language import load_language_model, load_tokenizer
 from ..bases.loading import load_base
 from ..bases.token_batches import Collation
 from ..bases.tokens import Tokenization, row_length
@@ -66,7 +65,7 @@ def _gap_of_texts(data: InterventionalData, arguments: Arguments, device: torch.
     name = cast(str, arguments.pretrained_model_name_or_path)
     model = load_language_model(name, None, torch.float32)
     model.to(cast(Any, device))
-    tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name))
+    tokenizer = load_tokenizer(name, None)
     encoder_decoder = bool(model.config.is_encoder_decoder)
     tokenize = Tokenization(
         tokenizer, data.content_column, encoder_decoder=encoder_decoder, max_length=row_length(model, None)

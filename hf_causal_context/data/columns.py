@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 from datasets import Dataset, Features, IterableDataset, Value
+from pyarrow import ArrowInvalid
 
 from .._messages import quoted
 from ..errors import UserTypeError, UserValueError
@@ -22,7 +23,7 @@ def known_features(dataset: object) -> tuple[Rows, Features]:
 
     Raises:
         TypeError: for anything but one split of a dataset.
-        ValueError: for a stream without rows.
+        ValueError: for a stream without rows, or with files that cannot be read.
     """
     if not isinstance(dataset, Dataset | IterableDataset):
         splits = f" Choose one of its splits: {quoted(map(str, dataset))}." if isinstance(dataset, dict) else ""
@@ -36,6 +37,8 @@ def known_features(dataset: object) -> tuple[Rows, Features]:
             raise UserValueError(
                 "The streaming dataset has no rows. Check its files, or the filters before it."
             ) from None
+        except ArrowInvalid as error:
+            raise UserValueError(f"The first rows of the streaming dataset cannot be read: {error}") from error
     assert dataset.features is not None
     return dataset, dataset.features
 

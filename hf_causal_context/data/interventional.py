@@ -10,8 +10,10 @@ from typing import Any, cast
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 from numpy.typing import NDArray
 
+from .._files import first_line
 from .._messages import quoted
 from ..contexts import ConceptSet, Context, ContextLike, context_text
 from ..errors import UserTypeError, UserValueError
@@ -113,8 +115,19 @@ def open_dataset(
     """One split of a dataset of the Hub, of a folder of data files, or of what `save_to_disk` wrote.
 
     Raises:
-        FileNotFoundError, ValueError: what `datasets` raises for unknown names and splits.
+        FileNotFoundError: for an unknown name.
+        ValueError: for an unknown configuration or split, or files that cannot be read.
     """
+    try:
+        return _open_dataset(name_or_path, config_name, split, streaming)
+    except OSError:
+        raise
+    except (ValueError, KeyError, DatasetsError) as error:
+        why = first_line(error.__cause__ or error)
+        raise UserValueError(f"The dataset {name_or_path!r} cannot be read: {why}") from error
+
+
+def _open_dataset(name_or_path: str, config_name: str | None, split: str, streaming: bool) -> Rows:
     path = Path(name_or_path)
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         saved = load_from_disk(name_or_path)

@@ -23,7 +23,7 @@ from ..adapter.storage.download import download
 from ..adapter.storage.files import read_header, read_weights
 from ..adapter.storage.layout import AdapterError
 from ..bases.families import DiffusionBase
-from ..bases.language import load_language_model
+from ..bases.language import load_language_model, load_tokenizer
 from ..bases.loading import load_base
 from ..bases.names import is_packaged
 from ..contexts import Context
@@ -183,9 +183,9 @@ class StoredAdapter:
         return adapted.to(_device()).eval(), tokenizer
 
     def _tokenizer(self, base: str, revision: str | None) -> PreTrainedTokenizerBase:
-        load: Any = AutoTokenizer.from_pretrained
         if not (self.folder / "tokenizer_config.json").is_file():
-            return cast(PreTrainedTokenizerBase, load(base, revision=revision, trust_remote_code=False))
+            return load_tokenizer(base, revision)
+        load: Any = AutoTokenizer.from_pretrained
         try:
             return cast(PreTrainedTokenizerBase, load(str(self.folder), trust_remote_code=False))
         except Exception as error:  # its files may hold anything, and transformers raises anything

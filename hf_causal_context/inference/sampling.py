@@ -73,6 +73,8 @@ def generate(
         raise UserTypeError(
             f"contexts={contexts!r} is a single context. Pass a list of contexts, such as [(), 'thick']."
         )
+    if num_inference_steps < 1:
+        raise UserValueError(f"num_inference_steps={num_inference_steps} must be at least 1.")
     if not contexts or not seeds or batch_size < 1:
         raise UserValueError(
             f"Nothing to generate: {len(contexts)} contexts, {len(seeds)} seeds, batch_size={batch_size}. Give at "

@@ -49,10 +49,17 @@ def generate_texts(
         top_p: share of the probability that is drawn from.
 
     Raises:
-        ValueError: for a prompt without tokens, one that leaves too little room, or unknown concepts.
+        ValueError: for a prompt without tokens, one that leaves too little room, unknown concepts, or numbers out of
+            range.
     """
     if max_new_tokens < 1:
         raise UserValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
+    if temperature is not None and not temperature > 0:
+        raise UserValueError(
+            f"temperature={temperature} must be positive. For the likeliest tokens give seed=None, or --greedy."
+        )
+    if top_p is not None and not 0 <= top_p <= 1:
+        raise UserValueError(f"top_p={top_p} must be from 0 to 1.")
     encoder_decoder = bool(cast(Any, model).config.is_encoder_decoder)
     column = "prompt" if encoder_decoder else "text"
     tokenize = Tokenization(tokenizer, column, encoder_decoder=encoder_decoder, max_length=sys.maxsize)

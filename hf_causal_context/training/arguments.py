@@ -68,6 +68,9 @@ class OptimizationArguments:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise UserValueError(f"--{name}={getattr(self, name)} must be positive.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserValueError(f"--{name}={getattr(self, name)} must be at least 0 and below 1.")
         if not self.output_dir:
             raise UserValueError("Missing: --output_dir. Give the folder for the results.")
         for name, allowed in self._choices().items():
@@ -280,6 +283,8 @@ _MINIMA: dict[str, float] = {
     "num_train_epochs": 1,
     "lr_warmup_steps": 0,
     "snr_gamma": 0,
+    "adam_weight_decay": 0,
+    "adam_epsilon": 0,
     "ema_decay": 0,
     "seed": 0,
     "validation_steps": 1,

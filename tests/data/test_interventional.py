@@ -6,6 +6,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Iterable
 
 from hf_causal_context.contexts import Context
 from hf_causal_context.data import from_dataset, load_folders, open_dataset
+from hf_causal_context.errors import UserValueError
 from tests.data.small import write_folders, write_image
 
 COUNTS = {"obs": 4, "thick": 3, "slant": 2, "thick+slant": 2}
@@ -256,6 +257,19 @@ def test_bad_rows(contexts, error, message, streaming):
 def test_empty_stream():
     with pytest.raises(ValueError, match="The streaming dataset has no rows. Check its files"):
         from_dataset(IterableDataset.from_generator(lambda: iter(())), concepts=("a",))
+
+
+def test_what_cannot_be_opened_is_the_users_error(tmp_path):
+    DatasetDict(test=table(["a"])).save_to_disk(tmp_path / "splits")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "rows.jsonl").write_text("{bad")
+    for folder, message in (("splits", "'train'"), ("files", "JSON parse error")):
+        with pytest.raises(UserValueError, match=f"The dataset '.*{folder}' cannot be read: .*{message}"):
+            open_dataset(str(tmp_path / folder))
+    with pytest.raises(UserValueError, match="BuilderConfig 'b' not found"):
+        open_dataset(str(tmp_path / "files"), config_name="b")
+    with pytest.raises(UserValueError, match="The first rows of the streaming dataset cannot be read: JSON parse"):
+        from_dataset(open_dataset(str(tmp_path / "files"), streaming=True), concepts=("a",))
 
 
 @pytest.mark.parametrize("streaming", [False, True])

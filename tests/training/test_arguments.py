@@ -18,6 +18,8 @@ BASE = {"pretrained_model_name_or_path": "base", "output_dir": "out"}
         ({"mechanism": "magic"}, "--mechanism=magic is unknown. Allowed: independent, reduced, structural"),
         ({"concept_rank": 0}, "--concept_rank=0 must be at least 1"),
         ({"learning_rate": 0.0}, "--learning_rate=0.0 must be positive"),
+        ({"adam_beta2": 1.0}, "--adam_beta2=1.0 must be at least 0 and below 1"),
+        ({"adam_epsilon": -1.0}, "--adam_epsilon=-1.0 must be at least 0"),
         ({"mixed_precision": "fp8"}, "--mixed_precision=fp8 is unknown. Allowed: no, fp16, bf16"),
     ],
 )

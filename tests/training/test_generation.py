@@ -118,6 +118,7 @@ def test_a_base_without_an_adapter_knows_the_observational_context_only(pipeline
         ("ddpm_classes", {"class_label": None}, "class_label=None, but this base is conditioned on classes 0 to 4"),
         ("ddpm_classes", {"class_label": 5}, "class_label=5, but this base is conditioned on classes 0 to 4"),
         ("ddpm", {"seeds": []}, "Nothing to generate: 1 contexts, 0 seeds, batch_size=8"),
+        ("ddpm", {"num_inference_steps": 0}, "num_inference_steps=0 must be at least 1"),
         ("ddpm", {"batch_size": 0}, "batch_size=0. Give at least one of each"),
     ],
 )

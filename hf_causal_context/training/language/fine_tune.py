@@ -11,10 +11,10 @@ from typing import Any, cast
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...bases.gap import BaseGap
-from ...bases.language import check_language_model, load_language_model
+from ...bases.language import check_language_model, load_language_model, load_tokenizer
 from ...bases.names import resolve_base_name
 from ...bases.token_batches import Collation, tokenize_all
 from ...bases.tokens import Tokenization, TokenRow, check_packing, prepare_tokenizer, row_length
@@ -97,9 +97,7 @@ class LanguageFineTuning(FineTuning[TextArguments]):
         arguments, data = self.arguments, self.data
         name, revision = arguments.pretrained_model_name_or_path, arguments.revision
         self._base = self._base or load_language_model(name, revision, DTYPES[self.accelerator.mixed_precision])
-        self._tokenizer = self._tokenizer or cast(
-            PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name, revision=revision)
-        )
+        self._tokenizer = self._tokenizer or load_tokenizer(name, revision)
         prepare_tokenizer(self.tokenizer, self.base, arguments.pad_token)
         self.tokenize = Tokenization(
             self.tokenizer,

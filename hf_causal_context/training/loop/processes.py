@@ -12,7 +12,7 @@ from typing import cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast
+from accelerate.utils import InitProcessGroupKwargs, LoggerType, ProjectConfiguration, broadcast
 from torch import Tensor
 from torch.distributed import DistError
 
@@ -33,9 +33,13 @@ def make_accelerator(arguments: OptimizationArguments) -> Accelerator:
     """Accelerate's view of the processes and devices of this run.
 
     Raises:
-        ValueError: for a tracker that is not installed, fp16 without a GPU, or a way to shard that is not supported.
+        ValueError: for a tracker that is unknown or not installed, fp16 without a GPU, or a way to shard that is not
+            supported.
         CheckpointError: for an `output_dir` that cannot be written to.
     """
+    trackers = list(map(str, LoggerType))
+    if arguments.report_to and arguments.report_to not in trackers:
+        raise UserValueError(f"--report_to={arguments.report_to} is unknown. Allowed: {', '.join(trackers)}.")
     check_writable(Path(arguments.output_dir))
     check_configuration(arguments)
     # Under torchrun without an accelerator, Accelerate runs every process on its own unless told to use the CPU.
