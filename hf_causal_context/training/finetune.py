@@ -160,7 +160,7 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
             call=base.stock_call(prompt=arguments.validation_prompt, class_label=0, resolution=arguments.resolution),
             revision=arguments.revision,
             variant=arguments.variant,
-            grid=newest_grid(folder),
+            grid=newest_grid(folder, self.num_steps),
         )
 
 

@@ -39,10 +39,11 @@ def grid_name(step: int) -> str:
     return f"samples/step-{step:06d}.png"
 
 
-def newest_grid(folder: Path) -> str | None:
-    """Return the last grid in the folder of a run, None where there is none."""
-    names = [path.relative_to(folder).as_posix() for path in folder.glob("samples/step-*.png")]
-    return max(names, default=None)
+def newest_grid(folder: Path, num_steps: int) -> str | None:
+    """Return the last grid of a run in its folder, None where there is none; those of a longer run may lie there."""
+    numbers = (path.stem.removeprefix("step-") for path in folder.glob("samples/step-*.png"))
+    steps = [int(number) for number in numbers if number.isdecimal() and int(number) <= num_steps]
+    return grid_name(max(steps)) if steps else None
 
 
 def write_grid(

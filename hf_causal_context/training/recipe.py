@@ -53,9 +53,11 @@ class FineTuning(ABC, Generic[AnyArguments]):
 
     Attributes:
         model: the base with its adapter, once it is attached.
+        num_steps: optimizer steps of the whole run, once the data is known.
     """
 
     model: PeftModel
+    num_steps: int
 
     def __init__(self, arguments: AnyArguments, data: InterventionalData | None) -> None:
         self.accelerator: Accelerator = make_accelerator(arguments)
@@ -166,8 +168,8 @@ class FineTuning(ABC, Generic[AnyArguments]):
         if arguments.reweighted_contexts:
             with main_process_first(accelerator, output_dir):  # it estimates what the others read
                 self._data = add_reweighted_contexts(self.data, arguments, accelerator, *self.feature_extractor())
-        num_steps = arguments.max_train_steps or arguments.num_train_epochs * arguments.steps_per_epoch(
-            self.num_rows(), accelerator.num_processes
+        self.num_steps = num_steps = arguments.max_train_steps or (
+            arguments.num_train_epochs * arguments.steps_per_epoch(self.num_rows(), accelerator.num_processes)
         )
         self.arguments = arguments = settle_observational_steps(arguments, num_steps)
         with main_process_first(accelerator, output_dir):  # it fills the cache that the others read

@@ -125,6 +125,13 @@ class TestEndToEnd:
         assert all(torch.equal(last[name], tensor) for name, tensor in weights.items())
 
 
+def test_the_card_shows_the_last_grid_of_its_own_run(run):
+    folder = run(max_train_steps=3, validation_steps=2, num_validation_images=1, num_inference_steps=1)
+    shutil.rmtree(folder / "checkpoint-3")  # else another run in the folder is refused
+    run(max_train_steps=2, num_validation_images=1, num_inference_steps=1)
+    assert json.loads((folder / "card.json").read_text())["grid"] == "samples/step-000002.png"
+
+
 @pytest.mark.parametrize("name", PIPELINES)
 def test_every_family_trains_and_finds_its_latents_again(name, pipeline_folder, tmp_path):
     base = load_base(pipeline_folder(name))
