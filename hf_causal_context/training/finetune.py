@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor, nn
 
@@ -28,6 +29,8 @@ from .denoiser.losses import denoising_losses
 from .denoiser.objectives import denoising_objective
 from .grids import newest_grid, write_grid
 from .loop.objective import Objective
+from .loop.processes import make_accelerator
+from .publishing import train_and_publish
 from .recipe import DTYPES, FineTuning
 
 
@@ -46,7 +49,11 @@ def train(
         TrainingDivergedError, TrainingMemoryError, TrainingInterrupted, CheckpointError, FileNotFoundError: see `fit`.
         ValueError, OSError: with `push_to_hub`, see `published`.
     """
-    return DenoiserFineTuning(arguments, base, data).run()
+    accelerator = make_accelerator(arguments)
+    # Made in there, so that it is gone, with its base, when a push loads the base once more.
+    return train_and_publish(
+        accelerator, arguments, lambda: DenoiserFineTuning(accelerator, arguments, base, data).run()
+    )
 
 
 class DenoiserFineTuning(FineTuning[TrainingArguments]):
@@ -55,9 +62,13 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
     batches: DenoiserBatches
 
     def __init__(
-        self, arguments: TrainingArguments, base: DiffusionBase | None, data: InterventionalData | None
+        self,
+        accelerator: Accelerator,
+        arguments: TrainingArguments,
+        base: DiffusionBase | None,
+        data: InterventionalData | None,
     ) -> None:
-        super().__init__(arguments, data)
+        super().__init__(accelerator, arguments, data)
         self._base = base
 
     @property

@@ -30,11 +30,10 @@ from .gap_report import record_gap, report_gap
 from .grids import validation_contexts
 from .loop.memory import memory_for_base
 from .loop.objective import Objective
-from .loop.processes import main_process_first, make_accelerator
+from .loop.processes import main_process_first
 from .loop.sharding import shard_base
 from .loop.trainer import fit
 from .observational import AnyArguments, check_observational_set, observational_samples, settle_observational_steps
-from .publishing import train_and_publish
 from .reweighting import add_reweighted_contexts
 
 DTYPES = {
@@ -48,6 +47,7 @@ class FineTuning(ABC, Generic[AnyArguments]):
     """One run: subclasses say what a kind of base does in its own way.
 
     Args:
+        accelerator: from `make_accelerator`.
         arguments: the settings.
         data: data that is loaded already, instead of what `arguments` name.
 
@@ -59,10 +59,9 @@ class FineTuning(ABC, Generic[AnyArguments]):
     model: PeftModel
     num_steps: int
 
-    def __init__(self, arguments: AnyArguments, data: InterventionalData | None) -> None:
-        self.accelerator: Accelerator = make_accelerator(arguments)
-        self.arguments, self._data = arguments, data
-        self.process = (self.accelerator.process_index, self.accelerator.num_processes)
+    def __init__(self, accelerator: Accelerator, arguments: AnyArguments, data: InterventionalData | None) -> None:
+        self.accelerator, self.arguments, self._data = accelerator, arguments, data
+        self.process = (accelerator.process_index, accelerator.num_processes)
 
     @property
     def data(self) -> InterventionalData:
@@ -141,10 +140,7 @@ class FineTuning(ABC, Generic[AnyArguments]):
         """Return what the card says of the finished adapter in a folder."""
 
     def run(self) -> Path:
-        """Fine-tune, push the result if the arguments say so, and return the folder that holds it."""
-        return train_and_publish(self.accelerator, self.arguments, self._run)
-
-    def _run(self) -> Path:
+        """Fine-tune, and return the folder that holds the result."""
         arguments, accelerator, output_dir = self.arguments, self.accelerator, Path(self.arguments.output_dir)
         check_observational_set(arguments)
         self.check_base()

@@ -1,12 +1,15 @@
 """`--push_to_hub`: a training that ends on the Hub, or says before it starts why it could not."""
 
 import json
+import weakref
 
 import pytest
 from huggingface_hub import HfApi
 
+from hf_causal_context.bases.loading import load_base
 from hf_causal_context.hub import load
 from hf_causal_context.hub.contents import CardContents
+from hf_causal_context.training import finetune, publishing
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.finetune import train
 from hf_causal_context.training.language import train_text
@@ -53,6 +56,21 @@ def test_a_language_model_too(hub, tmp_path):
     contents = CardContents(**json.loads(there["card.json"]))
     assert "apply_chat_template" in contents.inputs  # as in the training data
     assert '"content": "a cat"' in contents.inputs
+
+
+def test_the_base_of_the_training_is_gone_when_the_push_loads_it_once_more(given, monkeypatch):
+    bases, alive = [], []
+
+    def loaded(*args, **kwargs):
+        base = load_base(*args, **kwargs)
+        bases.append(weakref.ref(base.denoiser))
+        return base
+
+    monkeypatch.setattr(finetune, "load_base", loaded)
+    monkeypatch.setattr(publishing, "save", lambda folder, *args, **kwargs: alive.append(bases[0]()) or folder)
+    monkeypatch.setattr(publishing, "push", lambda *args: "there")
+    train(TrainingArguments(**given))
+    assert alive == [None]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ from ...hub.contents import CardContents
 from ..arguments import TextArguments
 from ..context_losses import ContextLosses
 from ..loop.checkpoints import write_files
+from ..loop.processes import make_accelerator
+from ..publishing import train_and_publish
 from ..recipe import DTYPES, FineTuning
 from .batches import TextBatches
 from .features import text_features, tokens_digest
@@ -54,7 +57,11 @@ def train_text(
         TrainingDivergedError, TrainingMemoryError, TrainingInterrupted, CheckpointError, FileNotFoundError: see `fit`.
         ValueError, OSError: with `push_to_hub`, see `published`.
     """
-    return LanguageFineTuning(arguments, model, tokenizer, data).run()
+    accelerator = make_accelerator(arguments)
+    # Made in there, so that it is gone, with its base, when a push loads the base once more.
+    return train_and_publish(
+        accelerator, arguments, lambda: LanguageFineTuning(accelerator, arguments, model, tokenizer, data).run()
+    )
 
 
 class LanguageFineTuning(FineTuning[TextArguments]):
@@ -66,12 +73,13 @@ class LanguageFineTuning(FineTuning[TextArguments]):
 
     def __init__(
         self,
+        accelerator: Accelerator,
         arguments: TextArguments,
         model: PreTrainedModel | None,
         tokenizer: PreTrainedTokenizerBase | None,
         data: InterventionalData | None,
     ) -> None:
-        super().__init__(arguments, data)
+        super().__init__(accelerator, arguments, data)
         self._base, self._tokenizer = model, tokenizer
 
     @property
