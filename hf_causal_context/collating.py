@@ -30,7 +30,11 @@ class ContextCollator:
             joins several features in one row.
 
     Example:
-        >>> collator = ContextCollator(DataCollatorWithPadding(tokenizer), model.peft_config["default"].concepts)
+        >>> from transformers import default_data_collator
+        >>> collator = ContextCollator(default_data_collator, ("thick", "slant"))
+        >>> collator([{"input_ids": [1], "context": "thick"}, {"input_ids": [2], "context": "obs"}])["context"]
+        tensor([[1., 0.],
+                [0., 0.]])
     """
 
     def __init__(

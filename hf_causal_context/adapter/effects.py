@@ -123,8 +123,14 @@ def causal_effects(model: nn.Module, adapter_name: str = "default") -> CausalEff
         ValueError: for an unknown adapter, or a mechanism that is not linear.
 
     Example:
-        >>> causal_effects(model).plot("effects.png")   # doctest: +SKIP
-        >>> causal_effects(model).plot_layers("layers.png")   # doctest: +SKIP
+        >>> from peft import get_peft_model
+        >>> from hf_causal_context import CausalContextConfig
+        >>> config = CausalContextConfig(concepts=("thick", "slant"), target_modules=["0"])
+        >>> effects = causal_effects(get_peft_model(nn.Sequential(nn.Linear(4, 4)), config))
+        >>> effects.interventional.shape  # a layer, and a table of 2 x 2 concepts
+        torch.Size([1, 2, 2])
+        >>> effects.plot("effects.png")   # doctest: +SKIP
+        >>> effects.plot_layers("layers.png")   # doctest: +SKIP
     """
     names, observational, interventional, changes = [], [], [], []
     concepts: tuple[str, ...] = ()

@@ -45,10 +45,16 @@ class intervene:  # noqa: N801 (reads like torch.no_grad)
             a strength of the observational part for adapters that have none.
 
     Example:
-        >>> with intervene(model, [("thick",), (), {"slant": -0.5}]):   # doctest: +SKIP
-        ...     model(x)
-        >>> with intervene(model, "thick", observational=0):   # doctest: +SKIP
-        ...     model(x)
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from hf_causal_context import CausalContextConfig
+        >>> config = CausalContextConfig(concepts=("thick", "slant"), target_modules=["0"])
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 2)), config)
+        >>> x = torch.zeros(3, 4)
+        >>> with intervene(model, [("thick",), (), {"slant": -0.5}]):
+        ...     y = model(x)
+        >>> with intervene(model, "thick", observational=0):
+        ...     y = model(x)
     """
 
     def __init__(
