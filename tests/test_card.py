@@ -189,7 +189,7 @@ def test_code_loads_what_the_card_is_of_and_asks_for_its_image(folder):
     [
         ({"class_label": 3, "call": {"num_inference_steps": 5}}, "seeds=[7], class_label=3, num_inference_steps=5"),
         ({"base": "hf_causal_context/models/digit_base"}, 'pipe = load("strokes")'),
-        ({"dtype": "float16", "variant": "fp16"}, 'variant="fp16", torch_dtype=torch.float16)'),
+        ({"dtype": "float16", "variant": "fp16"}, 'variant="fp16", dtype=torch.float16)'),
         (
             {
                 "library": "transformers",

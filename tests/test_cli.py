@@ -155,7 +155,8 @@ def test_a_base_is_found_from_anywhere_or_asked_for(images, base, tmp_path, monk
 def test_generate_a_grid_that_depends_on_the_context(adapter, tmp_path):
     options = ["--num_inference_steps", "2", "--output_dir", str(tmp_path / "made")]
     assert main(["generate", "--adapter", adapter, "--contexts", "obs", "thick", "--grid", *options]) == 0
-    assert Image.open(tmp_path / "made" / "grid.png").width > 64
+    with Image.open(tmp_path / "made" / "grid.png") as grid:
+        assert grid.width > 64
     assert main(["generate", "--adapter", adapter, "--contexts", "obs", "thick", "--seeds", "0", *options]) == 0
     one, other = (Image.open(tmp_path / "made" / f"{name}-seed0.png").tobytes() for name in ("obs", "thick"))
     assert one != other

@@ -64,6 +64,7 @@ def tiny_editing_model(pipeline_folder, tmp_path_factory):  # noqa: F811
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:Contexts are made by selecting")
 def test_images(pipeline_folder, tiny_editing_model, capsys):  # noqa: F811
     base = Path("hf_causal_context/models/digit_base")
     base.parent.mkdir(parents=True)

@@ -271,7 +271,10 @@ class TestTextEncoders:
 
     def test_both_are_saved_and_unloaded(self, folder, tmp_path):
         pipe = load_context_adapter(build("stable_diffusion"), folder)
-        with pytest.warns(UserWarning, match="CLIPTextModel was saved without"):
+        with (
+            pytest.warns(UserWarning, match="CLIPTextModel was saved without"),
+            pytest.warns(UserWarning, match="UNet2DConditionModel was saved without"),
+        ):
             pipe.save_pretrained(tmp_path / "saved")
         again = DiffusionPipeline.from_pretrained(tmp_path / "saved", requires_safety_checker=False)
         again.set_progress_bar_config(disable=True)

@@ -32,7 +32,7 @@ def load_base(
     name_or_path = unpacked(name_or_path)
     try:
         pipe = DiffusionPipeline.from_pretrained(
-            name_or_path, revision=revision, variant=variant, torch_dtype=torch_dtype, use_safetensors=True
+            name_or_path, revision=revision, variant=variant, dtype=torch_dtype, use_safetensors=True
         )
     except (ValueError, ImportError) as error:  # no files of this variant, a package that a part needs
         raise UserValueError(f"The base {str(name_or_path)!r} cannot be loaded: {error}") from error

@@ -73,6 +73,8 @@ class EvaluationInputs:
         observational = self.real[Context()].attributes
         assert observational is not None
         seen = observational[~observational.isnan().any(1)]
+        if len(seen) < 2:  # no standard deviation
+            return torch.full_like(attributes, torch.nan)
         return (attributes - seen.mean(0)) / seen.std(0).clamp(min=1e-6)
 
 

@@ -64,7 +64,7 @@ def usage_code(contents: CardContents, repo: str, branch: str | None, context: s
         return _LANGUAGE.format(
             **names,
             auto_class=contents.auto_class,
-            dtype="" if contents.dtype == "float32" else f", torch_dtype=torch.{contents.dtype}",
+            dtype="" if contents.dtype == "float32" else f", dtype=torch.{contents.dtype}",
             inputs=contents.inputs,
             seed=contents.seed,
             arguments=_arguments(contents.call),
@@ -80,7 +80,7 @@ def usage_code(contents: CardContents, repo: str, branch: str | None, context: s
         return _PACKAGED.format(**names, arguments=arguments)
     options = {key: value for key in ("revision", "variant") if (value := getattr(contents, key)) is not None}
     base = ", ".join(filter(None, [python_literal(contents.base), _arguments(options)]))
-    base += "" if contents.dtype == "float32" else f", torch_dtype=torch.{contents.dtype}"
+    base += "" if contents.dtype == "float32" else f", dtype=torch.{contents.dtype}"
     return _PIPELINE.format(**names, base=base, arguments=arguments)
 
 

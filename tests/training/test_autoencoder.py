@@ -117,8 +117,9 @@ class TestObjective:
                 weight.fill_(7.0)  # on the diagonal, where nothing acts
                 weight[:2, 2:] = 2.0  # 4 numbers: norm 4, squares 16
                 weight[2:, :2] = 1.0  # norm 2, squares 4
-        assert float(AutoencoderObjective(model, group_penalty=3.0).penalty()) == pytest.approx(3 * 2 * (4 + 2))
-        assert float(AutoencoderObjective(model, l2_penalty=3.0).penalty()) == pytest.approx(3 * 2 * (16 + 4))
+        group, l2 = (AutoencoderObjective(model, **{f"{name}_penalty": 3.0}).penalty() for name in ("group", "l2"))
+        assert group.item() == pytest.approx(3 * 2 * (4 + 2))
+        assert l2.item() == pytest.approx(3 * 2 * (16 + 4))
         without = AutoencoderObjective(model.eval())(model, self.batch())
         with_penalty = AutoencoderObjective(model, group_penalty=1.0, l2_penalty=1.0)(model, batch)
         torch.testing.assert_close(with_penalty - without, torch.full((4,), 52.0))

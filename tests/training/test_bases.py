@@ -82,7 +82,6 @@ def test_latents_with_means_and_deviations():
     torch.testing.assert_close(latents * torch.tensor(std).view(1, 4, 1, 1) + torch.tensor(mean).view(1, 4, 1, 1), mode)
 
 
-@pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated")
 def test_half_precision_encoders_run_in_single_precision(pipeline_folder):
     base = load_base(pipeline_folder("stable_diffusion"), torch_dtype=torch.float16)
     latents = base.encode_images(torch.rand(1, 3, 16, 16))
@@ -170,7 +169,6 @@ def test_gradients_reach_the_adapter_and_rows_keep_their_context(name, pipeline_
 
 
 @ALL
-@pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated")
 def test_bases_in_bfloat16(name, pipeline_folder):
     base = load_base(pipeline_folder(name), torch_dtype=torch.bfloat16)
     model = adapt(base).eval()

@@ -168,7 +168,6 @@ def test_every_family_trains_and_finds_its_latents_again(name, pipeline_folder, 
 
 
 @pytest.mark.parametrize("name", ["ddpm", "stable_diffusion", "stable_diffusion_3"])
-@pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated")
 def test_bfloat16_keeps_the_adapter_in_single_precision(name, run, tmp_path):
     folder = run(
         name, mixed_precision="bf16", resolution=16, num_validation_images=1, num_inference_steps=1, max_train_steps=3
