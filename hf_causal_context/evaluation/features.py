@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..errors import MissingPackageError, UserValueError
@@ -82,14 +83,17 @@ def load_vision_features(name_or_path: str) -> VisionFeatures:
 
     Raises:
         OSError: for something that is not a transformers model.
-        ValueError: for a model without a pooled output of images.
+        ValueError: for a model that transformers does not know, or without a pooled output of images.
     """
     from transformers import AutoModel
     from transformers.image_processing_base import ImageProcessingMixin
 
-    loaded, info = AutoModel.from_pretrained(
-        name_or_path, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-    )
+    try:
+        loaded, info = AutoModel.from_pretrained(
+            name_or_path, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (ValueError, ImportError, SafetensorError) as error:  # no model, a package that it needs, a damaged file
+        raise UserValueError(f"--feature_extractor {name_or_path!r} cannot be loaded: {error}") from error
     if missing := sorted(name for name in info["missing_keys"] if "text" not in name):
         raise UserValueError(
             f"--feature_extractor {name_or_path!r} lacks weights of its model, which would be random: "

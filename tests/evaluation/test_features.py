@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from hf_causal_context.errors import UserValueError
 from hf_causal_context.evaluation.evaluator import evaluate_samples
 from hf_causal_context.evaluation.features import frechet_and_kernel_distance, load_vision_features
 from hf_causal_context.evaluation.markdown import markdown
@@ -112,3 +113,7 @@ def test_other_models_are_refused(tmp_path):
         load_vision_features(str(tmp_path / "unpooled"))
     with pytest.raises(OSError, match="nowhere"):
         load_vision_features(str(tmp_path / "nowhere"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    with pytest.raises(UserValueError, match="--feature_extractor '.*other' cannot be loaded: Unrecognized model"):
+        load_vision_features(str(tmp_path / "other"))
