@@ -6,6 +6,8 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..contexts import ContextBatch
@@ -75,7 +77,7 @@ class intervene:  # noqa: N801 (reads like torch.no_grad)
             owner.make_request(context, adapter_name, images_per_prompt, guidance_copies, observational)
             for owner in owners
         ]
-        if isinstance(model, nn.Module):
+        if isinstance(model, nn.Module) and not isinstance(model, PeftModel | BaseTuner):  # these ask their base's
             AnnouncedGenerate.put_on(model)  # of a model whose part has the adapter
         self._entered: list[ExitStack] = []
 

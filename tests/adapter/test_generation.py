@@ -170,6 +170,13 @@ def test_a_copy_and_a_pickle_generate_as_the_model_does(name, ids):
         assert torch.equal(generate(again, ids, context=CONTEXTS, num_beams=2), expected)
 
 
+def test_a_context_of_the_call_replaces_the_one_around_it(name, ids):
+    model = build(name)
+    expected = generate(model, ids[:2], context=CONTEXTS[:2])
+    with intervene(model, CONTEXTS):
+        assert torch.equal(generate(model, ids[:2], context=CONTEXTS[:2]), expected)
+
+
 def test_sampling(name, ids):
     model = build(name)
     kwargs = {"do_sample": True, "top_k": 0}

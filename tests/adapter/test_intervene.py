@@ -44,7 +44,7 @@ def test_an_adapted_part_that_is_put_in_later_is_found():
     part, whole = adapted(), nn.Sequential(nn.Identity())
     with pytest.raises(ValueError, match="has no causal context adapter"):
         intervene(whole, "thick")
-    whole.append(part)
+    whole.append(copy.deepcopy(part))
     x = inputs()
     with intervene(whole, "thick"):
         assert torch.equal(whole(x), part(x, context="thick"))

@@ -117,6 +117,7 @@ class Conditioning:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = state | {"_layer": weakref.ref(state["_layer"])}
+        Conditioning.changes += 1  # a copy has hooks, too
 
     @property
     def alive(self) -> bool:
