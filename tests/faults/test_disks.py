@@ -64,6 +64,7 @@ def test_a_disk_that_becomes_read_only_costs_no_checkpoint(small_disk, pipeline_
     assert list(checkpoint_steps(out)) == [2, 4]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of the tracker's thread
 def test_a_disk_that_a_tracker_finds_broken_first_is_said_by_the_checkpoint(small_disk, pipeline_folder, data, capsys):
     """A tracker writes to the same disk at every step; that it cannot is no reason to lose the run."""
     disk = small_disk("4m")
