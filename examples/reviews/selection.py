@@ -44,7 +44,9 @@ def main() -> None:
     for name, reviews in sets.items():
         own = rates(reviews)
         pooled = (own + observational) / 2
-        deviations = (own - observational) / np.sqrt(2 * pooled * (1 - pooled) / size)
+        # A share of 0 or 1 in both has no deviation, and no difference either.
+        spread = np.sqrt(2 * pooled * (1 - pooled) / size)
+        deviations = np.divide(own - observational, spread, out=np.zeros_like(spread), where=spread > 0)
         cells = [f"**{r:.2f}**" if abs(z) > 4 else f"{r:.2f}" for r, z in zip(own, deviations, strict=True)]
         print(f"| {name} | " + " | ".join(cells) + " |")
     print("\nBold: more than four standard errors from the observational set.")
