@@ -15,18 +15,29 @@ _FOUND: WeakKeyDictionary[nn.Module, tuple[int, list[Conditioning]]] = WeakKeyDi
 
 def conditionings(model: object) -> list[Conditioning]:
     """Return those of the adapted models inside a module, or among the components of a diffusers pipeline."""
-    for component in _components(model):
-        layers = (module for module in component.modules() if isinstance(module, CausalContextLayer))
-        found = list({id(layer.conditioning): layer.conditioning for layer in layers}.values())
-        _FOUND[component] = Conditioning.changes, found
-    return known_conditionings(model)
+    parts = _components(model)
+    for part in parts:
+        _look_through(part)
+    return _found_in(parts)
 
 
 def known_conditionings(model: object) -> list[Conditioning]:
     """Return the same without a look at all modules, unless hooks came or went since the last look."""
-    if any(_FOUND.get(component, (-1,))[0] != Conditioning.changes for component in _components(model)):
-        return conditionings(model)
-    found = {id(each): each for component in _components(model) for each in _FOUND[component][1]}
+    parts = _components(model)
+    for part in parts:
+        if _FOUND.get(part, (-1,))[0] != Conditioning.changes:
+            _look_through(part)
+    return _found_in(parts)
+
+
+def _look_through(part: nn.Module) -> None:
+    layers = (module for module in part.modules() if isinstance(module, CausalContextLayer))
+    found = list({id(layer.conditioning): layer.conditioning for layer in layers}.values())
+    _FOUND[part] = Conditioning.changes, found
+
+
+def _found_in(parts: list[nn.Module]) -> list[Conditioning]:
+    found = {id(each): each for part in parts for each in _FOUND[part][1]}
     return [each for each in found.values() if each.alive]
 
 
