@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from .errors import UserError
+from .errors import UserError, UserValueError
 
 # Each is a module of `commands` with its settings, `Arguments`, and a function `run`.
 COMMANDS = {
@@ -60,8 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(name: str, arguments: list[str]) -> None:
     command = importlib.import_module(f".commands.{name.replace('-', '_')}", __package__)
     from transformers import HfArgumentParser
-
-    from .errors import UserValueError
 
     usage = f"hf-causal-context {name} [--option value ...]"
     parser = HfArgumentParser(command.Arguments, usage=usage, allow_abbrev=False)

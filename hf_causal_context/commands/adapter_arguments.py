@@ -14,7 +14,7 @@ DTYPES = ["float32", "float16", "bfloat16"]
 
 
 @dataclass(kw_only=True)
-class AdapterArguments:
+class AdapterSource:
     """Which adapter, on which base."""
 
     adapter: str = field(metadata={"help": "Folder or Hub id of the adapter."})
@@ -28,7 +28,7 @@ class AdapterArguments:
 
 
 @dataclass(kw_only=True)
-class RevisionArguments(AdapterArguments):
+class RevisionArguments(AdapterSource):
     """An adapter of a certain revision."""
 
     adapter_revision: str | None = argument(None, "Branch, tag or commit of the adapter on the Hub.")

@@ -9,11 +9,11 @@ from ..data.arguments import argument
 from ..errors import UserValueError
 from ..hub import push, save
 from ..hub.repository import check_pushable
-from .adapter_arguments import AdapterArguments
+from .adapter_arguments import AdapterSource
 
 
 @dataclass(kw_only=True)
-class Arguments(AdapterArguments):
+class Arguments(AdapterSource):
     """Settings of the command."""
 
     variant: str | None = argument(None, "Of the base's files, such as fp16.")

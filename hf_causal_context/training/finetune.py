@@ -47,7 +47,7 @@ def train(
     Raises:
         ValueError: for data that cannot be trained on, or arguments that do not fit the base.
         TrainingDivergedError, TrainingMemoryError, TrainingInterrupted, CheckpointError, FileNotFoundError: see `fit`.
-        ValueError, OSError: with `push_to_hub`, see `published`.
+        ValueError, OSError: with `push_to_hub`, see `train_and_publish`.
     """
     accelerator = make_accelerator(arguments)
     # Made in there, so that it is gone, with its base, when a push loads the base once more.
@@ -107,8 +107,8 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
         return sum(self.data.counts.values())
 
     def make_batches(self, num_batches: int) -> DenoiserBatches:
-        device, (rank, world_size) = self.accelerator.device, self.process
-        self.batches = DenoiserBatches(self.base, self.data, self.arguments, num_batches, device, rank, world_size)
+        device = self.accelerator.device
+        self.batches = DenoiserBatches(self.base, self.data, self.arguments, num_batches, device, *self.process)
         return self.batches
 
     def objective(self) -> Objective:
@@ -130,7 +130,8 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
         self.base.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
 
     def make_room(self) -> None:
-        self._rest_encoders()
+        # Rows of a stream are encoded as they come.
+        self.base.move_encoders(self.accelerator.device if self.data.streaming else "cpu")
 
     @property
     def validates(self) -> bool:
@@ -154,12 +155,8 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
                 resolution=arguments.resolution,
             )
         finally:
-            self._rest_encoders()
+            self.make_room()
         write_grid(self.accelerator, arguments.output_dir, rows, self.shown, arguments.observational_name, step)
-
-    def _rest_encoders(self) -> None:
-        # Rows of a stream are encoded as they come.
-        self.base.move_encoders(self.accelerator.device if self.data.streaming else "cpu")
 
     def card_contents(self, folder: Path) -> CardContents:
         base, arguments = self.base, self.arguments

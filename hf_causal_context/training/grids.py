@@ -63,7 +63,6 @@ def write_grid(
         return
     grid = image_grid(rows, [str(context) or observational_name for context in contexts])
     path = Path(output_dir, grid_name(step))
-    path.parent.mkdir(exist_ok=True)
     write_file(path, Path(output_dir), grid.save)
     for tracker in accelerator.trackers:
         _log_grid(tracker, grid, step)

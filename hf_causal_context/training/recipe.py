@@ -36,11 +36,8 @@ from .loop.trainer import fit
 from .observational import AnyArguments, check_observational_set, observational_samples, settle_observational_steps
 from .reweighting import add_reweighted_contexts
 
-DTYPES = {
-    "no": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}  # of frozen weights; the adapter's: float32
+# Of the frozen weights; the adapter's are float32.
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class FineTuning(ABC, Generic[AnyArguments]):
@@ -118,7 +115,7 @@ class FineTuning(ABC, Generic[AnyArguments]):
         """Let the base compute activations again instead of keeping them."""
 
     def make_room(self) -> None:
-        """Take off the device what only the measurements before the training needed there."""
+        """Take off the device what steps do not need there."""
 
     def make_ready(self) -> None:
         """Do what is left before the first step, when the base is where it will be."""

@@ -55,7 +55,7 @@ def train_text(
     Raises:
         ValueError: for data that cannot be trained on, or arguments that do not fit the base.
         TrainingDivergedError, TrainingMemoryError, TrainingInterrupted, CheckpointError, FileNotFoundError: see `fit`.
-        ValueError, OSError: with `push_to_hub`, see `published`.
+        ValueError, OSError: with `push_to_hub`, see `train_and_publish`.
     """
     accelerator = make_accelerator(arguments)
     # Made in there, so that it is gone, with its base, when a push loads the base once more.

@@ -103,7 +103,6 @@ def write_texts(
         lines.append(f"| {str(context) or observational_name} |{''.join(f' {text_cell(text)} |' for text in row)}")
     table = "\n".join(lines) + "\n"
     path = Path(output_dir, samples_name(step))
-    path.parent.mkdir(exist_ok=True)
     write_file(path, Path(output_dir), lambda unfinished: unfinished.write_text(table, encoding="utf-8"))
     for tracker in accelerator.trackers:
         if tracker.name in _LOGGED_AS_TEXT:
