@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .conditioning.hooks import during_call
+from .conditioning.in_force import during_call
 from .conditioning.rows import Call
 from .lookup import known_conditionings
 from .wrapped_methods import WrappedMethod

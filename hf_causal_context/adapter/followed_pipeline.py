@@ -17,7 +17,8 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from .conditioning.hooks import activate_requests, during_call, take_context
+from .conditioning.hooks import take_context
+from .conditioning.in_force import during_call, in_force
 from .conditioning.rows import Call
 from .lookup import known_conditionings
 
@@ -91,7 +92,7 @@ def _followed_class(cls: type) -> type:
         context, bound.arguments = take_context(bound.arguments)
         running, owners = _call(bound), known_conditionings(self)
         own = [owner.make_request(context) for owner in owners] if context is not None else []
-        with activate_requests(own), during_call(owners, running):
+        with in_force(own), during_call(owners, running):
             return cls.__call__(*bound.args, **bound.kwargs)
 
     # The same name, by which diffusers finds related pipelines and writes model_index.json.

@@ -13,7 +13,8 @@ from torch import nn
 from ..contexts import ContextBatch
 from ..errors import UserTypeError, UserValueError
 from .announced_generate import AnnouncedGenerate
-from .conditioning.hooks import Conditioning, activate_requests
+from .conditioning.hooks import Conditioning
+from .conditioning.in_force import in_force
 from .followed_pipeline import track_calls
 from .lookup import conditionings
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class intervene:  # noqa: N801 (reads like torch.no_grad)
-    """Set the context of a model's adapters, on this thread, for the body of a `with` statement.
+    """Set the context of a model's adapters for the body of a `with` statement.
 
     Args:
         model: a model with a causal context adapter (a PeftModel, or any model an adapter was injected into), or a
@@ -38,8 +39,10 @@ class intervene:  # noqa: N801 (reads like torch.no_grad)
         guidance_copies: for a model inside a pipeline: copies of the batch that it stacks in one call for
             classifier-free guidance; calls without them are served too.
 
-    Nested uses replace each other; one object serves one thread. Rows of `generate` (beams, returned sequences) are
-    matched without being told.
+    Nested uses replace each other. Rows of `generate` (beams, returned sequences) are matched without being told.
+
+    The context belongs to this task or thread, and reaches tasks and threads that are started in the body, which must
+    not outlive it, but not an executor's workers. Open it around each call where steps of a generator run by turns.
 
     Raises:
         TypeError: for values that are not contexts, or for something that is neither a module nor a pipeline.
@@ -83,7 +86,7 @@ class intervene:  # noqa: N801 (reads like torch.no_grad)
 
     def __enter__(self) -> None:
         with ExitStack() as stack:
-            stack.enter_context(activate_requests(self._requests))
+            stack.enter_context(in_force(self._requests))
             if self._pipe is not None:
                 stack.enter_context(track_calls(self._pipe))
             self._entered.append(stack.pop_all())

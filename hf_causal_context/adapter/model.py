@@ -16,6 +16,7 @@ from ..contexts import ContextBatch
 from ..errors import UserError, UserValueError
 from ..layers import StructuralLayer
 from .announced_generate import AnnouncedGenerate
+from .batched_generate import CheckedBatching
 from .config import CausalContextConfig
 from .intervene import intervene
 from .layer import CausalContextLayer, adapted_class
@@ -23,7 +24,7 @@ from .peft_type import PREFIX
 from .saving import SavedWithoutAdapters
 from .targets import default_target_modules, describe_candidates
 
-_METHODS = (SavedWithoutAdapters, AnnouncedGenerate)
+_METHODS = (SavedWithoutAdapters, AnnouncedGenerate, CheckedBatching)
 
 
 class TargetModulesError(UserError, NoMatchingPeftModuleError):

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LongformerConfig, LongformerModel
 
 from hf_causal_context import ConceptSet, Context, intervene
-from hf_causal_context.adapter.conditioning.hooks import _STATE
+from hf_causal_context.adapter.conditioning.in_force import STATE
 
 from ..architectures import ARCHITECTURES, IMAGE_TOKEN
 from .small import CONCEPTS, MIXED, VARIANTS, Mlp, adapted, config, gpt2, inputs
@@ -24,8 +24,8 @@ def model(request):
 @pytest.fixture(autouse=True)
 def _nothing_is_left_behind():
     yield
-    assert _STATE.box.request is None
-    assert _STATE.box.frame is None
+    assert STATE.box.request is None
+    assert STATE.box.frame is None
 
 
 def test_a_mixed_batch_equals_separate_runs(model):
@@ -157,7 +157,7 @@ def test_an_interrupted_forward_does_not_serve_the_next_context():
     handle.remove()
     with intervene(model, "slant"):
         assert torch.equal(first(x), expected)
-    _STATE.box.frame = None  # of the forward that was interrupted outside intervene()
+    STATE.box.frame = None  # of the forward that was interrupted outside intervene()
 
 
 def test_threads_do_not_mix():

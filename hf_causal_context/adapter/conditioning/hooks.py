@@ -1,12 +1,11 @@
 """Delivers contexts to the layers: one pair of hooks on the base model, and what is asked of it.
 
-    intervene(model, ...)  --> a request, on this thread        |  pre-hook: rows of the model's input are matched,
+    intervene(model, ...)  --> a request, see in_force          |  pre-hook: rows of the model's input are matched,
     model(..., context=x)  --> a request, for this call         |  a frame holds strengths   --> layers read the frame
 
 Diffusers pipelines that cannot pass `context=` pass it inside the attention arguments of their denoiser.
 
-State lives in a box on a thread-local: attributes on layers would mix threads, context variables break compiled graphs,
-and attributes set directly on a thread-local give wrong results under torch.compile.
+Frames live on a thread-local: attributes on layers would mix threads.
 
 Strengths (rows, 1 + K) are those of the observational part and of the concepts; a user's mask has the latter alone,
 and the part is then at 1.
@@ -17,11 +16,8 @@ Shapes: S samples that have a context, N rows of the model's input, n rows of a 
 from __future__ import annotations
 
 import inspect
-import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -33,8 +29,10 @@ from ..._messages import quoted
 from ...contexts import ConceptSet, Context, ContextBatch
 from ...errors import UserValueError
 from ...functional import per_feature
+from .frame import Frame
+from .in_force import STATE, innermost_request
 from .request import AdapterContext, Request, check_names, check_one_adapter_per_mask, completed, normalize, restricted
-from .rows import Call, input_rows, match_layer_rows, refuse_sequence_first
+from .rows import input_rows, match_layer_rows, refuse_sequence_first
 
 
 class AdaptedLayer(Protocol):
@@ -53,33 +51,6 @@ class AdaptedLayer(Protocol):
     def check_merged_context(self, strengths: dict[str, Tensor]) -> None: ...
 
 
-@dataclass
-class Frame:
-    """What the layers read during one forward of a base model."""
-
-    owner: Conditioning
-    model: nn.Module
-    outer: Frame | None
-    request: Request | None = None
-    num_rows: int = 0
-    ragged: bool = False  # rows inside the model need not be whole multiples per sample
-    device: torch.device | None = None
-    strengths: dict[str, Tensor] = field(default_factory=dict)
-    repeated: dict[tuple, Tensor] = field(default_factory=dict)  # strengths per feature, for layers alike
-
-
-class _Box:
-    request: Request | None = None
-    frame: Frame | None = None
-
-
-class _ThreadState(threading.local):
-    def __init__(self) -> None:
-        self.box = _Box()
-
-
-_STATE = _ThreadState()
-
 # Arguments of pipelines and denoisers that carry a dictionary to attention processors.
 _ATTENTION_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
@@ -93,6 +64,7 @@ class Conditioning:
         # Any of them: PEFT activates and deactivates adapters on all layers alike. Weak: see `alive`.
         self._layer = weakref.ref(layer)
         self.concepts: dict[str, ConceptSet] = {}
+        self.open_requests = 0  # in all tasks and threads
         self.observational_ranks: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
         self._takes_context = True
@@ -116,7 +88,7 @@ class Conditioning:
         return self.__dict__ | {"_layer": self._layer()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ = state | {"_layer": weakref.ref(state["_layer"])}
+        self.__dict__ = state | {"_layer": weakref.ref(state["_layer"]), "open_requests": 0}
         Conditioning.changes += 1  # a copy has hooks, too
 
     @property
@@ -145,8 +117,8 @@ class Conditioning:
         return {name: self.concepts[name] for name in self.layer.active_adapters if name in self.concepts}
 
     def request(self) -> Request | None:
-        """Return the innermost request for this model on this thread."""
-        return _innermost(self)
+        """Return the innermost request in force here for this model."""
+        return innermost_request(self)
 
     def strengths_for(self, layer: AdaptedLayer, adapter_name: str, x: Tensor, num_rows: int) -> Tensor | None:
         """The strengths (1, 1 + K) or (n, 1 + K) for a layer's input of n rows; None without a context at inference.
@@ -156,7 +128,7 @@ class Conditioning:
             RuntimeError: in a recomputation that does not know its context.
         """
         concepts = layer.concepts[adapter_name]
-        frame = _STATE.box.frame
+        frame = STATE.box.frame
         if frame is not None and frame.owner is self:
             strengths = frame.strengths.get(adapter_name)
             if strengths is None and frame.request is not None:
@@ -175,7 +147,7 @@ class Conditioning:
 
     def repeated(self, strengths: Tensor, adapter_name: str, z_nTS: Tensor) -> Tensor:
         """`strengths_for` a layer, for each feature of an adapter: computed once for all layers that need the same."""
-        frame = _STATE.box.frame
+        frame = STATE.box.frame
         # Tensors that need gradients stay inside the checkpoint that made them; compilers find repetitions themselves.
         shared = frame is not None and strengths is frame.strengths.get(adapter_name) and not strengths.requires_grad
         if frame is None or not shared or torch.compiler.is_compiling():
@@ -218,7 +190,7 @@ class Conditioning:
         if not torch.compiler.is_compiling() and not self.alive:
             self.remove(model)
             return None
-        box = _STATE.box
+        box = STATE.box
         # First of all, so that the other hook finds its frame whatever is raised below.
         box.frame = frame = Frame(self, model, box.frame)
         context, kwargs = take_context(kwargs)
@@ -226,7 +198,7 @@ class Conditioning:
             context = kwargs["context"]
             kwargs = {name: value for name, value in kwargs.items() if name != "context"}
         if context is not None:
-            frame.request = self.make_request(context).within(box.request, None)
+            frame.request = self.make_request(context)
         else:
             frame.request = self.request()
             if frame.request is not None and torch.is_grad_enabled() and _in_backward():
@@ -242,9 +214,9 @@ class Conditioning:
         return args, kwargs  # whether they changed or not: older compilers cannot trace a comparison of the two
 
     def _leave_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        frame = _STATE.box.frame
+        frame = STATE.box.frame
         if frame is not None and frame.owner is self:
-            _STATE.box.frame = frame.outer
+            STATE.box.frame = frame.outer
 
     def _check_still_valid(self, request: Request) -> None:
         # Adapters may have been activated or merged since the context was set.
@@ -315,40 +287,6 @@ class Conditioning:
         return Request(self, adapters, None, encode, contexts, tuple(self.layer.active_adapters))
 
 
-def _innermost(owner: object) -> Request | None:
-    request = _STATE.box.request
-    while request is not None and request.owner is not owner:
-        request = request.outer
-    return request
-
-
-@contextmanager
-def during_call(owners: Iterable[Conditioning], call: Call | None) -> Iterator[None]:
-    """Let the contexts in force for models know, for a while, what runs them; None where that is not known.
-
-    Raises:
-        ValueError: for another number of contexts than of prompts.
-    """
-    active = [request for owner in owners if (request := owner.request()) is not None]
-    with activate_requests([request.during(call) for request in active] if call is not None else []):
-        yield
-
-
-@contextmanager
-def activate_requests(requests: Iterable[Request]) -> Iterator[None]:
-    """Put requests in force on this thread."""
-    box = _STATE.box
-    saved = box.request, box.frame
-    try:
-        for request in requests:
-            box.request = request.within(box.request, _innermost(request.owner))
-        # No frame: one that is left from an interrupted forward must not serve parts of a model that run on their own.
-        box.frame = None
-        yield
-    finally:
-        box.request, box.frame = saved
-
-
 def take_context(arguments: Mapping[str, Any]) -> tuple[ContextBatch | None, dict[str, Any]]:
     """Return a context inside a call's attention arguments, and the arguments without it."""
     for name in _ATTENTION_KWARGS:
@@ -378,11 +316,11 @@ class _CheckpointWithFrame:
         self.checkpoint = checkpoint
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.checkpoint(partial(_run_in_frame, _STATE.box.frame, function), *args, **kwargs)
+        return self.checkpoint(partial(_run_in_frame, STATE.box.frame, function), *args, **kwargs)
 
 
 def _run_in_frame(frame: Frame | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    box = _STATE.box
+    box = STATE.box
     outer, box.frame = box.frame, frame
     try:
         return function(*args, **kwargs)

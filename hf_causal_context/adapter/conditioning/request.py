@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -53,11 +54,17 @@ class AdapterContext:
         return match_samples(self.strengths, num_rows, self.images_per_prompt, self.guidance_copies, call)
 
 
-@dataclass
-class Request:
-    """The contexts in force for one base model on one thread; requests nest."""
+class Owner(Protocol):
+    """The conditioning of one base model."""
 
-    owner: object  # the conditioning of that model
+    open_requests: int  # in all tasks and threads
+
+
+@dataclass(eq=False)
+class Request:
+    """The contexts in force for one base model; requests nest."""
+
+    owner: Owner
     adapters: dict[str, AdapterContext]
     outer: Request | None
     encode: Callable[[ConceptSet], AdapterContext] | None  # for adapters added later; None if one adapter was named
@@ -65,6 +72,7 @@ class Request:
     checked_for: tuple[str, ...] | None = None  # the active adapters whose concepts the names were checked against
     call: Call | None = None  # what runs the model now
     named: bool = False  # it is for one adapter by name: the others keep their contexts
+    ended: bool = False  # tasks that were started inside may still hold it
 
     def within(self, outer: Request | None, same_owner: Request | None) -> Request:
         """Return the same contexts inside another request; of one for a named adapter, the other adapters keep theirs.

@@ -1,0 +1,25 @@
+"""What one forward of a base model knows about its contexts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .request import Owner, Request
+
+
+@dataclass
+class Frame:
+    """What the layers read during one forward of a base model."""
+
+    owner: Owner
+    model: nn.Module
+    outer: Frame | None
+    request: Request | None = None
+    num_rows: int = 0
+    ragged: bool = False  # rows inside the model need not be whole multiples per sample
+    device: torch.device | None = None
+    strengths: dict[str, Tensor] = field(default_factory=dict)
+    repeated: dict[tuple, Tensor] = field(default_factory=dict)  # strengths per feature, for layers alike
