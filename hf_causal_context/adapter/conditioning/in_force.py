@@ -83,7 +83,7 @@ def _innermost() -> Request | None:
     if not torch.compiler.is_compiling():
         return _INNERMOST.get()
     request = STATE.box.request
-    return _ask() if request is _UNKNOWN else request
+    return cast(Any, _ask)() if request is _UNKNOWN else request
 
 
 @torch.compiler.disable
