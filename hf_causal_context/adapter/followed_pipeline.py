@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # What says how many prompts a call has, first match first.
 _PROMPTS = ("prompt", "prompt_embeds", "class_labels", "batch_size", "image")
-_IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
+_COPIES = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 
 _LOCK = Lock()
 _VISITS: WeakKeyDictionary[DiffusionPipeline, int] = WeakKeyDictionary()  # by how many each is followed for a while
@@ -105,8 +105,8 @@ def _call(bound: inspect.BoundArguments) -> Call | None:
     given = {name: None if value is inspect.Parameter.empty else value for name, value in defaults.items()}
     given |= bound.arguments
     prompts = next((n for name in _PROMPTS if (n := _count(given.get(name))) is not None), None)
-    images: Any = next((given[name] for name in _IMAGES_PER_PROMPT if given.get(name) is not None), 1)
-    return None if prompts is None else Call(prompts, images)
+    copies: Any = next((given[name] for name in _COPIES if given.get(name) is not None), 1)
+    return None if prompts is None else Call(prompts, copies)
 
 
 def _count(value: object) -> int | None:
