@@ -16,6 +16,7 @@ Shapes: S samples that have a context, N rows of the model's input, n rows of a 
 from __future__ import annotations
 
 import inspect
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -203,6 +204,12 @@ class Conditioning:
             frame.request = self.request()
             if frame.request is not None and torch.is_grad_enabled() and _in_backward():
                 raise _unknown_recomputation()
+        if frame.request is None and torch.compiler.is_exporting():
+            warnings.warn(
+                "The model is exported without a context, so as the base for good: what is exported keeps the context "
+                "of this moment. Export inside `with intervene(model, context):`, or let a mask be one of the inputs.",
+                stacklevel=2,
+            )
         if frame.request is not None:
             self._check_still_valid(frame.request)
             frame.device, frame.num_rows, frame.ragged = input_rows(model, args, kwargs)
