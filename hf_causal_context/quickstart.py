@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ._files import RESULTS, RESULTS_IMAGE
-from .bases.families import DiffusionBase
+from .bases.diffusion_base import DiffusionBase
 from .bases.images import image_grid
 from .bases.loading import load_base
 from .contexts import Context

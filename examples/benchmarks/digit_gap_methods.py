@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_causal_context import Context
 from hf_causal_context._files import complete_or_absent
-from hf_causal_context.bases.families import DiffusionBase
+from hf_causal_context.bases.diffusion_base import DiffusionBase
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.data import InterventionalData
 from hf_causal_context.data.worlds.digits import CONCEPTS, sample_digits

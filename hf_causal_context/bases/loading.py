@@ -10,7 +10,8 @@ from transformers import AutoConfig
 
 from .._messages import quoted
 from ..errors import UserValueError
-from .families import FAMILIES, DiffusionBase
+from .diffusion_base import DiffusionBase
+from .families import FAMILIES
 from .names import unpacked
 
 

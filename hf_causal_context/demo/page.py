@@ -25,7 +25,7 @@ except ImportError as error:
 from .._messages import quoted
 from ..adapter.effects import causal_effects
 from ..adapter.lookup import conditionings
-from ..bases.families import DiffusionBase
+from ..bases.diffusion_base import DiffusionBase
 from ..bases.images import to_image
 from ..contexts import OBSERVATIONAL, Context
 from ..inference.adapted import StoredAdapter

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..bases.families import DiffusionBase
+from ..bases.diffusion_base import DiffusionBase
 from ..bases.images import to_image
 from ..contexts import OBSERVATIONAL, Context
 

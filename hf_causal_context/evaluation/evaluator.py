@@ -12,7 +12,7 @@ from typing import Unpack
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from ..bases.families import DiffusionBase
+from ..bases.diffusion_base import DiffusionBase
 from ..bases.loading import as_base
 from ..contexts import ConceptSet, Context, ContextLike, as_context
 from ..data import InterventionalData

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..bases.families import DiffusionBase
+from ..bases.diffusion_base import DiffusionBase
 from ..contexts import ConceptSet, Context
 from .readings import NUM_EXAMPLES, Measurements, Reader
 

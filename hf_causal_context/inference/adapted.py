@@ -22,7 +22,7 @@ from ..adapter.config import CausalContextConfig
 from ..adapter.storage.download import download
 from ..adapter.storage.files import read_header, read_weights
 from ..adapter.storage.layout import AdapterError
-from ..bases.families import DiffusionBase
+from ..bases.diffusion_base import DiffusionBase
 from ..bases.language import load_language_model, load_tokenizer
 from ..bases.loading import load_base
 from ..bases.names import is_packaged

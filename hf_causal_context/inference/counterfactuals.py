@@ -18,14 +18,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..adapter.intervene import intervene
-from ..bases.families import Flux
+from ..bases.diffusion_base import DiffusionBase
 from ..bases.images import read_image
-from ..bases.loading import DiffusionBase, as_base
+from ..bases.loading import as_base
 from ..contexts import OBSERVATIONAL, Context, ContextLike, as_context
 from ..errors import UserTypeError, UserValueError
 from .sampling import check_conditions, eval_mode
@@ -171,14 +170,7 @@ class Sampler:
         scheduler: Any = self.base.pipe.scheduler
         if self.base.prediction == "flow":
             flow: Any = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
-            options: dict[str, Any] = {}
-            if isinstance(self.base, Flux):
-                options["sigmas"] = np.linspace(1, 1 / self.steps, self.steps)  # its pipeline's
-            if (config := flow.config).use_dynamic_shifting:
-                lengths = (config.base_image_seq_len, config.max_image_seq_len)
-                tokens = clean[0, 0].numel() // 4  # of 2 x 2 latents
-                options["mu"] = calculate_shift(tokens, *lengths, config.base_shift, config.max_shift)
-            flow.set_timesteps(self.steps, **options)
+            flow.set_timesteps(self.steps, **self.base.flow_schedule(self.steps, clean))
             sigmas, times = flow.sigmas.flip(0).double(), flow.timesteps.flip(0)
             return [
                 _Step(float(t), 1.0, float(b - a), 0, 1) for t, a, b in zip(times, sigmas[:-1], sigmas[1:], strict=True)

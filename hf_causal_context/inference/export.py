@@ -26,7 +26,7 @@ from ..adapter.baking import adapter_config, bake, context_strengths
 from ..adapter.config import CausalContextConfig
 from ..adapter.layer import CausalContextLayer
 from ..adapter.saving import write_adapter
-from ..bases.families import DiffusionBase
+from ..bases.diffusion_base import DiffusionBase
 from ..contexts import ConceptSet, Context, file_name
 from ..errors import UserValueError
 

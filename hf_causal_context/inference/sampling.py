@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..adapter.intervene import intervene
 from ..adapter.lookup import conditionings
-from ..bases.loading import DiffusionBase, as_base
+from ..bases.diffusion_base import DiffusionBase
+from ..bases.loading import as_base
 from ..contexts import Context, ContextLike, as_context
 from ..errors import UserTypeError, UserValueError
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor, nn
 
-from ..bases.families import DiffusionBase
+from ..bases.diffusion_base import DiffusionBase
 from ..bases.gap import BaseGap
 from ..bases.loading import check_base, load_base
 from ..bases.names import resolve_base_name

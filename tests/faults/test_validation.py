@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_causal_context._files import checkpoint_steps
-from hf_causal_context.bases.families import DiffusionBase
+from hf_causal_context.bases.diffusion_base import DiffusionBase
 from hf_causal_context.training import finetune
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.finetune import train

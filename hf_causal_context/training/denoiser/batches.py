@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ...bases.families import DiffusionBase
+from ...bases.diffusion_base import DiffusionBase
 from ...bases.images import read_image
 from ...contexts import Context
 from ...data import ContextSampler, InterventionalData, slots_of, stream_batches

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ...bases.families import DiffusionBase
+from ...bases.diffusion_base import DiffusionBase
 from ...bases.images import read_image
 
 NUM_FEATURES = 128

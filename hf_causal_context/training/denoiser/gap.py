@@ -14,7 +14,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor, nn
 
-from ...bases.families import DiffusionBase
+from ...bases.diffusion_base import DiffusionBase
 from ...bases.gap import BaseGap
 from ...inference.sampling import eval_mode
 from ..bare_model import BareModel

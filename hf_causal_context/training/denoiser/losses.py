@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 
-from ...bases.families import DiffusionBase
+from ...bases.diffusion_base import DiffusionBase
 from ..arguments import TrainingArguments
 from ..context_losses import ContextLosses
 from ..few_rows import part_of

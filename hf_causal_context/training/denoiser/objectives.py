@@ -12,7 +12,7 @@ import torch
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
-from ...bases.loading import DiffusionBase
+from ...bases.diffusion_base import DiffusionBase
 from ...errors import UserValueError
 from ..noise import Draws
 

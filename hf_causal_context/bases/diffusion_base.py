@@ -1,8 +1,8 @@
-"""How the trainer sees a pretrained diffusers pipeline: one class for each family of denoisers.
+"""A pretrained diffusers pipeline as the trainer sees it: what every family of denoisers has in common.
 
-Everything a family does in its own way is here: what its denoiser is trained on, how captions become tensors, how the
-denoiser is called, and what its pipeline is called with. Conditions are dictionaries of row-wise tensors, so that they
-can be cached, indexed and concatenated.
+Everything a family does in its own way is a method here, and is overridden in its file in `families`: what its denoiser
+is trained on, how captions become tensors, how the denoiser is called, and what its pipeline is called with. Conditions
+are dictionaries of row-wise tensors, so that they can be cached, indexed and concatenated.
 
 Shapes: B batch, C channels, H x W pixels or latent pixels, T text tokens, K concepts.
 """
@@ -12,9 +12,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from ..errors import UserValueError
@@ -123,6 +121,21 @@ class DiffusionBase:
         # The declared result is a pair too, for an argument that is not passed.
         return cast(Any, scheduler).from_config(self.pipe.scheduler.config)
 
+    def flow_schedule(self, num_steps: int, latents: Tensor) -> dict[str, Any]:
+        """Arguments with which the family's pipeline sets the time steps of its flow scheduler.
+
+        Args:
+            num_steps: of sampling.
+            latents: (B, C, H, W), whose size shifts the schedule of some bases.
+        """
+        config = self.pipe.scheduler.config
+        if not config.use_dynamic_shifting:
+            return {}
+        # Linear in the number of tokens, of 2 x 2 latents.
+        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+        tokens = latents[0, 0].numel() // 4
+        return {"mu": config.base_shift + slope * (tokens - config.base_image_seq_len)}
+
     def move_encoders(self, device: torch.device | str) -> None:
         """Move all but the denoiser: what nobody needs while cached latents and captions are trained on."""
         for component in self.pipe.components.values():
@@ -207,168 +220,6 @@ class DiffusionBase:
         return {self._input_name: noisy, "timestep": timesteps, **conditions}
 
 
-class PixelUNet(DiffusionBase):
-    """UNet2DModel on pixels, unconditional or with class labels."""
-
-    denoiser_name = "unet"
-    is_latent = False
-    takes_captions = False
-    takes_guidance = False
-    fixed_size = True
-    condition_argument = None
-    _input_name = "sample"
-
-    def __init__(self, pipe: DiffusionPipeline) -> None:
-        super().__init__(pipe)
-        self.num_classes = self._config.num_class_embeds
-
-    @property
-    def size_multiple(self) -> int:
-        return 2 ** (len(self._config.block_out_channels) - 1)
-
-
-class DiT(DiffusionBase):
-    """DiTTransformer2DModel: class labels, a learned variance."""
-
-    takes_captions = False
-    fixed_size = True
-    condition_argument = "class_labels"
-
-    def __init__(self, pipe: DiffusionPipeline) -> None:
-        super().__init__(pipe)
-        self.num_classes = self._config.num_embeds_ada_norm
-        # Dropped labels teach the base guidance. It knows that, and they would come from the random state of a process.
-        for module in self.denoiser.modules():
-            if isinstance(module, LabelEmbedding):
-                module.dropout_prob = 0.0
-
-
-class StableDiffusion(DiffusionBase):
-    """Stable Diffusion 1 and 2: one CLIP encoder."""
-
-    denoiser_name = "unet"
-    _input_name = "sample"
-
-    @property
-    def size_multiple(self) -> int:
-        return max(8, self._vae_scale)  # the pipeline refuses others
-
-    @torch.no_grad()
-    def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
-        pipe = self.pipe
-        return {"encoder_hidden_states": pipe.encode_prompt(captions, pipe.text_encoder.device, 1, False)[0]}
-
-
-class StableDiffusionXL(StableDiffusion):
-    """Stable Diffusion XL: two CLIP encoders, the second one's pooled output, and sizes as further conditions."""
-
-    def _normalize(self, latents: Tensor) -> Tensor:
-        config = self.pipe.vae.config
-        if config.latents_mean is None or config.latents_std is None:
-            return super()._normalize(latents)
-        mean, std = (
-            latents.new_tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std)
-        )
-        return (latents - mean) * config.scaling_factor / std
-
-    @torch.no_grad()
-    def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
-        hidden, _, pooled, _ = self.pipe.encode_prompt(
-            captions, device=self.pipe.text_encoder_2.device, do_classifier_free_guidance=False
-        )
-        return {"encoder_hidden_states": hidden, "text_embeds": pooled}
-
-    def _arguments(self, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]) -> dict[str, Any]:
-        height, width = (n * self._vae_scale for n in noisy.shape[2:])
-        text = conditions["text_embeds"]
-        # Original size, top left corner, target size: the pipeline's defaults, so that training and sampling agree.
-        sizes = text.new_tensor([height, width, 0, 0, height, width]).expand(len(noisy), -1)
-        return {
-            "sample": noisy,
-            "timestep": timesteps,
-            "encoder_hidden_states": conditions["encoder_hidden_states"],
-            "added_cond_kwargs": {"text_embeds": text, "time_ids": sizes},
-        }
-
-
-class StableDiffusion3(DiffusionBase):
-    """Stable Diffusion 3: two CLIP encoders and T5, flow matching."""
-
-    def _normalize(self, latents: Tensor) -> Tensor:
-        config = self.pipe.vae.config
-        return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
-
-    @torch.no_grad()
-    def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
-        hidden, _, pooled, _ = self.pipe.encode_prompt(
-            captions, captions, captions, device=self.pipe.text_encoder.device, do_classifier_free_guidance=False
-        )
-        return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
-
-
-class Flux(StableDiffusion3):
-    """Flux: CLIP and T5, flow matching on latents packed into 2 x 2 patches."""
-
-    def __init__(self, pipe: DiffusionPipeline) -> None:
-        super().__init__(pipe)
-        self.in_channels //= 4
-
-    @property
-    def size_multiple(self) -> int:
-        return 2 * self._vae_scale
-
-    @property
-    def default_resolution(self) -> int:
-        return self.pipe.default_sample_size * self._vae_scale
-
-    @torch.no_grad()
-    def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
-        hidden, pooled, _ = self.pipe.encode_prompt(captions, device=self.pipe.text_encoder.device)
-        return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
-
-    def predict(
-        self, model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor], context: Tensor | None
-    ) -> Tensor:
-        arguments = self._arguments(noisy, timesteps, conditions)
-        packed = model(**arguments, context=context, return_dict=False)[0]
-        return F.pixel_shuffle(packed.mT.unflatten(2, [n // 2 for n in noisy.shape[2:]]), 2)
-
-    def _arguments(self, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]) -> dict[str, Any]:
-        rows, columns = (torch.arange(n // 2, device=noisy.device, dtype=noisy.dtype) for n in noisy.shape[2:])
-        # Data are predicted without amplified guidance; 1 is no amplification.
-        guidance = noisy.new_ones(len(noisy), dtype=torch.float32) if self._config.guidance_embeds else None
-        return {
-            "hidden_states": F.pixel_unshuffle(noisy, 2).flatten(2).mT,
-            "timestep": timesteps / 1000,
-            "guidance": guidance,
-            "img_ids": torch.cartesian_prod(rows.new_zeros(1), rows, columns),
-            "txt_ids": noisy.new_zeros(conditions["encoder_hidden_states"].shape[1], 3),
-            **conditions,
-        }
-
-
-class PixArt(DiffusionBase):
-    """PixArt-alpha and -sigma: T5 with its attention mask, a learned variance."""
-
-    # Cleaning needs packages that may be missing; binning would generate at another resolution than was trained.
-    sampling_options: ClassVar[dict[str, Any]] = {"clean_caption": False, "use_resolution_binning": False}
-
-    @torch.no_grad()
-    def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
-        hidden, attention_mask, _, _ = self.pipe.encode_prompt(
-            captions, False, device=self.pipe.text_encoder.device, clean_caption=False
-        )
-        return {"encoder_hidden_states": hidden, "encoder_attention_mask": attention_mask}
-
-    def _arguments(self, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]) -> dict[str, Any]:
-        added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
-        if self.denoiser.use_additional_conditions:
-            height, width = (n * self._vae_scale for n in noisy.shape[2:])
-            values = noisy.new_tensor([height, width, height / width]).expand(len(noisy), -1)
-            added = {"resolution": values[:, :2], "aspect_ratio": values[:, 2:]}
-        return {**super()._arguments(noisy, timesteps, conditions), "added_cond_kwargs": added}
-
-
 def _prediction(pipe: DiffusionPipeline) -> Prediction:
     scheduler = pipe.scheduler
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
@@ -382,16 +233,3 @@ def _prediction(pipe: DiffusionPipeline) -> Prediction:
             "with one of them."
         )
     return prediction
-
-
-FAMILIES: dict[str, type[DiffusionBase]] = {
-    "DDPMPipeline": PixelUNet,
-    "DDIMPipeline": PixelUNet,
-    "DiTPipeline": DiT,
-    "StableDiffusionPipeline": StableDiffusion,
-    "StableDiffusionXLPipeline": StableDiffusionXL,
-    "StableDiffusion3Pipeline": StableDiffusion3,
-    "FluxPipeline": Flux,
-    "PixArtAlphaPipeline": PixArt,
-    "PixArtSigmaPipeline": PixArt,
-}

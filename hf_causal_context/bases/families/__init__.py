@@ -1,0 +1,24 @@
+"""The families of denoisers that can be trained: the class of a pipeline -> how the trainer sees it."""
+
+from __future__ import annotations
+
+from ..diffusion_base import DiffusionBase
+from .dit import DiT
+from .flux import Flux
+from .pixart import PixArt
+from .pixel_unet import PixelUNet
+from .stable_diffusion import StableDiffusion
+from .stable_diffusion_3 import StableDiffusion3
+from .stable_diffusion_xl import StableDiffusionXL
+
+FAMILIES: dict[str, type[DiffusionBase]] = {
+    "DDPMPipeline": PixelUNet,
+    "DDIMPipeline": PixelUNet,
+    "DiTPipeline": DiT,
+    "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusion3Pipeline": StableDiffusion3,
+    "FluxPipeline": Flux,
+    "PixArtAlphaPipeline": PixArt,
+    "PixArtSigmaPipeline": PixArt,
+}
