@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -148,6 +149,7 @@ def _fit(study: Study, model: Any, rows: Sequence[TokenRow]) -> None:
             warmup_steps=study.warmup,
             weight_decay=0.01,  # as in ours
             bf16=study.mixed_precision == "bf16",
+            use_cpu=not torch.cuda.is_available(),
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
