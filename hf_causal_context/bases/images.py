@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from .._pixels import plain
 from ..errors import UserValueError
 
 _MARGIN = 4
@@ -64,8 +65,12 @@ def to_image(image: Tensor) -> Image.Image:
 
 
 def read_image(image: Image.Image, channels: int, resolution: int) -> np.ndarray:
-    """Return an image as uint8 (C, R, R): upright, in gray or RGB, resized and cut to the middle square."""
-    upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+    """Return an image as uint8 (C, R, R): upright, in gray or RGB, resized and cut to the middle square.
+
+    Raises:
+        ValueError: what `plain` raises.
+    """
+    upright = plain(image).convert("L" if channels == 1 else "RGB")
     if upright.size != (resolution, resolution):
         upright = ImageOps.fit(upright, (resolution, resolution), Image.Resampling.LANCZOS)
     pixels = np.asarray(upright)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from datasets import Image, IterableDataset
 from tqdm.auto import tqdm
 
 from .._messages import quoted
+from .._pixels import remarks
 from ..contexts import Context
 from ..errors import UserError, UserValueError
 from .columns import BATCH_ROWS, Rows, known_features
@@ -83,7 +84,7 @@ def check_data(data: InterventionalData, *, decode: bool = True) -> DataReport:
     for context, rows in data.held_out.items():
         held_out[context] = _read(data, rows, (context,), HELD_OUT, decode, seen).total()
     errors = [*_structure_errors(data, train, seen.noun), *_content_errors(seen)]
-    warnings = [*data.warnings, *_size_warnings(data, train), *_duplicate_warnings(seen)]
+    warnings = [*data.warnings, *_size_warnings(data, train), *_duplicate_warnings(seen), *_image_warnings(seen)]
     leaks = seen.leaks()
     if leaks:
         # Short texts coincide by chance, images do not.
@@ -106,6 +107,7 @@ class _Seen:
         self.texts = texts
         self.noun = "texts" if texts else "images"
         self.unreadable: list[str] = []
+        self.remarks: defaultdict[str, list[str]] = defaultdict(list)  # -> names of images
         # Digest of a row's content -> the first row with it; every later one adds a pair.
         self.first: dict[bytes, tuple[str, str, str]] = {}
         self.pairs: list[tuple[tuple[str, str, str], tuple[str, str, str]]] = []
@@ -135,7 +137,8 @@ def _read(
         try:
             content = _text(dict(zip(seen.texts, values, strict=True))) if seen.texts else _content(values[0])
             if opener is not None:
-                opener.decode_example({"bytes": content, "path": None})
+                for remark in remarks(opener.decode_example({"bytes": content, "path": None})):
+                    seen.remarks[remark].append(name)
         except Exception as error:
             seen.unreadable.append(
                 f"{name} ({error if seen.texts or isinstance(error, UserError) else type(error).__name__})"
@@ -244,6 +247,11 @@ def _duplicate_warnings(seen: _Seen) -> Iterator[str]:
             f"{len(twice)} {seen.noun} are in two contexts: {_examples(_same(twice))}. What was intervened on is then "
             "ambiguous; keep each in one."
         )
+
+
+def _image_warnings(seen: _Seen) -> Iterator[str]:
+    for remark, names in seen.remarks.items():
+        yield f"{len(names)} images ({_examples(names)}) {remark}"
 
 
 def _same(pairs: Sequence[tuple[tuple[str, str, str], tuple[str, str, str]]]) -> list[str]:

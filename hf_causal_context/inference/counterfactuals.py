@@ -21,6 +21,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .._pixels import plain
 from ..adapter.intervene import intervene
 from ..bases.diffusion_base import DiffusionBase
 from ..bases.images import read_image
@@ -284,7 +285,7 @@ def _mask(mask: Image.Image | Tensor, pixels: Tensor) -> Tensor:
     """(1, 1, H, W) in [0, 1]."""
     height, width = pixels.shape[2:]
     if isinstance(mask, Image.Image):
-        gray = ImageOps.fit(ImageOps.exif_transpose(mask).convert("L"), (width, height))
+        gray = ImageOps.fit(plain(mask).convert("L"), (width, height))
         return torch.from_numpy(np.asarray(gray).copy()).float()[None, None] / 255
     if tuple(mask.shape) != (height, width) or not _in_range(mask):
         raise UserValueError(

@@ -36,6 +36,7 @@ from ..weights import batch_weights
 from .objectives import Batch
 
 _ENCODED_AT_ONCE = 16
+_READING = 2  # goes up when `read_image` reads some file in another way, so that no latents of the old way are found
 
 
 class DenoiserBatches:
@@ -187,7 +188,8 @@ class DenoiserBatches:
         features = rows.features.copy()
         del features[image_column]
         # Named by what latents depend on, so that another run with the same base and images finds them.
-        key = Hasher.hash((rows._fingerprint, _file_versions(rows, image_column), _content(base.pipe.vae), shape))
+        versions = (_READING, _file_versions(rows, image_column))
+        key = Hasher.hash((rows._fingerprint, versions, _content(base.pipe.vae), shape))
         folder = Path(datasets.config.HF_DATASETS_CACHE, "hf_causal_context")
         folder.mkdir(parents=True, exist_ok=True)
         encoded = rows.map(

@@ -1,0 +1,60 @@
+"""Images of any kind of file as models see them: upright, with 8 bits per channel and nothing transparent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from .errors import UserValueError
+
+BACKGROUND = "white"
+_WITHOUT_RANGE = {"F": "floating point numbers", "I": "32-bit integers"}  # Pillow would cut them off at 255
+
+
+def plain(image: Image.Image) -> Image.Image:
+    """Return an image upright, with 8 bits per channel and nothing transparent.
+
+    16 bits are scaled, and what is transparent shows the background.
+
+    Raises:
+        ValueError: for numbers of which nobody knows which one is white.
+    """
+    _check_range(image)
+    image = ImageOps.exif_transpose(image)
+    if _has_16_bits(image):
+        return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image
+    background = Image.new("RGBA", image.size, BACKGROUND)
+    background.alpha_composite(image.convert("RGBA"))
+    return background
+
+
+def remarks(image: Image.Image) -> Iterator[str]:
+    """Say in which ways more is in an image than a model sees, to follow "n images".
+
+    Raises:
+        ValueError: as `plain`.
+    """
+    _check_range(image)
+    if _has_16_bits(image):
+        yield "have 16 bits per channel. They are scaled to 8."
+    elif image.has_transparency_data and image.convert("RGBA").getextrema()[3] != (255, 255):
+        yield f"are transparent in places. These are {BACKGROUND}; put the images on another background if it is wrong."
+    if getattr(image, "is_animated", False):
+        yield "have several frames. Only the first is used."
+
+
+def _check_range(image: Image.Image) -> None:
+    if image.mode in _WITHOUT_RANGE:
+        name = getattr(image, "filename", "")
+        raise UserValueError(
+            f"The image{f' {name!r}' if name else ''} holds {_WITHOUT_RANGE[image.mode]}, and nothing says which of "
+            "them is black and which is white. Save it with 8 or 16 bits per channel."
+        )
+
+
+def _has_16_bits(image: Image.Image) -> bool:
+    return image.mode.startswith("I;16")
