@@ -39,7 +39,9 @@ class DataArguments(ContextDataArguments):
     """Where interventional images are and how they are read."""
 
     image_column: str = argument("image", "Column of the images.")
-    caption_column: str | None = argument(None, "Column of the captions, for bases that take text.")
+    caption_column: str | None = argument(
+        None, "Column of the captions, for bases that take text; of folders, in metadata."
+    )
     class_column: str | None = argument(None, "Column of the classes, for class-conditional bases.")
 
 

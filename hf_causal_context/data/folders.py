@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +10,12 @@ from pathlib import Path
 from datasets import Dataset, Features, Image, Value
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-from .._messages import quoted, short_repr
+from .._messages import quoted
 from ..contexts import ConceptSet, ContextLike, context_text
 from ..errors import UserValueError
+from .captions import METADATA, read_captions
 from .interventional import InterventionalData, from_dataset
 
-METADATA = "metadata.jsonl"
 IMAGE_SUFFIXES = frozenset(ImageFolder.EXTENSIONS)
 
 
@@ -28,30 +27,36 @@ def load_folders(
     joint_separator: str = "+",
     held_out_contexts: Iterable[ContextLike] = (),
     training_contexts: Iterable[ContextLike] | None = None,
+    caption_column: str | None = None,
     streaming: bool = False,
 ) -> InterventionalData:
     """Read one folder per context, named as `Context.parse` reads them; `observational_name` is the observational one.
 
     With a `joint_separator` such as "-", "thick-slant" is read as "thick+slant"; no concept's name may contain it.
 
-    Captions are optional: a ``metadata.jsonl`` in each folder, with ``file_name`` and ``text`` on every line. Images
+    Captions are optional, for all images or for none. They stand in a ``metadata.jsonl`` or ``metadata.csv`` with
+    ``file_name`` and ``text`` (or ``caption``, or `caption_column`), in `root` or in a folder of images; or beside each
+    image, in a ``.txt`` or ``.caption`` of the same name. Files that are not read are counted in the warnings. Images
     are opened when they are used. What is trained on and what is held out: see `from_dataset`.
 
     Raises:
         FileNotFoundError: for a missing root, or an image that the metadata names and that does not exist.
-        ValueError: for no folders, folders without images, two folders of one context, bad metadata, captions in some
-            folders only, and what `from_dataset` raises.
+        ValueError: for no folders, folders without images, two folders of one context, bad metadata, captions of some
+            images only, and what `from_dataset` raises.
     """
-    folders = context_folders(Path(root), observational_name, joint_separator, "images")
-    images = {context: _images(folder) for context, folder in folders.items()}
-    captions = {
-        context: _captions(folder, images[context])
-        for context, folder in folders.items()
-        if (folder / METADATA).exists()
-    }
-    if captions and (without := [folder for context, folder in folders.items() if context not in captions]):
+    root = Path(root)
+    folders = context_folders(root, observational_name, joint_separator, "images")
+    files = {context: sorted(visible_files(folder)) for context, folder in folders.items()}
+    images = {context: _images(folders[context], own) for context, own in files.items()}
+    captionable = {image for own in images.values() for image in own}
+    others = [file for own in [files_in(root), *files.values()] for file in own if file not in captionable]
+    captions, caption_files = read_captions(others, captionable, caption_column)
+    if captions:
+        _check_all_captioned(folders, images, captions)
+    elif caption_column is not None:
         raise UserValueError(
-            f"{_listed(without)} has no {METADATA}, while other folders have. Caption every folder, or none."
+            f"caption_column={caption_column!r} was given, but {str(root)!r} has no metadata with captions. Add a "
+            f"{METADATA[0]}, or leave it out."
         )
 
     columns = {
@@ -60,7 +65,7 @@ def load_folders(
     }
     features = {"image": Image(), "context": Value("string")}
     if captions:
-        columns["caption"] = [text for texts in captions.values() for text in texts]
+        columns["caption"] = [captions[Path(image)] for image in columns["image"]]
         features["caption"] = Value("string")
     data = from_dataset(
         Dataset.from_dict(columns, features=Features(features)),
@@ -70,6 +75,8 @@ def load_folders(
         held_out_contexts=held_out_contexts,
         training_contexts=training_contexts,
     )
+    warning = skipped([file for file in others if file not in caption_files], root)
+    data = replace(data, warnings=(*data.warnings, *warning))
     if not streaming:
         return data
     assert isinstance(data.rows, Dataset)
@@ -111,62 +118,63 @@ def context_folders(root: Path, observational_name: str, joint_separator: str, h
     return folders
 
 
-def visible_files(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
-    """Files of these suffixes in a folder and below it, but none that is hidden, in any order."""
+def visible_files(folder: Path, suffixes: Collection[str] | None = None) -> Iterator[Path]:
+    """Files (of these suffixes) in a folder and below it, but none that is hidden, in any order.
+
+    Links that lead nowhere, or to folders, which are not entered, count as files: what is skipped is named.
+    """
     for path in folder.rglob("*"):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in suffixes and not hidden and path.is_file():
+        fits = suffixes is None or path.suffix.lower() in suffixes
+        if fits and not hidden and (path.is_file() or path.is_symlink()):
             yield path
 
 
-def _images(folder: Path) -> list[Path]:
-    images = sorted(visible_files(folder, IMAGE_SUFFIXES))
+def skipped(files: Sequence[Path], root: Path) -> Iterator[str]:
+    """Say which files are not read, if there are any: their number and a first one, for each suffix."""
+    by_suffix: defaultdict[str, list[str]] = defaultdict(list)
+    for file in sorted(files):
+        by_suffix[file.suffix.lower()].append(str(file.relative_to(root)))
+    if files:
+        listed = ", ".join(
+            f"{len(names)} {suffix or 'without a suffix'} ({names[0]}{', ...' if len(names) > 1 else ''})"
+            for suffix, names in by_suffix.items()
+        )
+        yield f"Files that are not read: {listed}."
+
+
+def files_in(root: Path) -> Iterator[Path]:
+    """Files in a folder that are not hidden, and none below it."""
+    return (path for path in sorted(root.iterdir()) if path.is_file() and not path.name.startswith("."))
+
+
+def _images(folder: Path, files: Sequence[Path]) -> list[Path]:
+    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
         raise UserValueError(
-            f"The folder {str(folder)!r} has no images. Allowed are the formats of Pillow, such as .png and .jpg. "
-            "Add images, or remove the folder."
+            " ".join(
+                [
+                    f"The folder {str(folder)!r} has no images.",
+                    *skipped(files, folder),
+                    "Allowed are the formats of Pillow, such as .png and .jpg. Add images, or remove the folder.",
+                ]
+            )
         )
     return images
 
 
-def _captions(folder: Path, images: list[Path]) -> list[str]:
-    captions: dict[Path, str] = {}
-    known = set(images)
-    # Bytes, because text mode would also end lines where Unicode does.
-    for number, raw in enumerate((folder / METADATA).read_bytes().split(b"\n"), start=1):
-        if not raw.strip():
-            continue
-        where = f"Line {number} of {str(folder / METADATA)!r}"
-        try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            entry = json.loads(line)
-        except UnicodeDecodeError as error:
-            raise UserValueError(f"{where} is not UTF-8 ({error.reason}). Save the file as UTF-8.") from None
-        except (ValueError, RecursionError) as error:  # too many digits, too many brackets
-            raise UserValueError(f"{where} is not JSON ({error}). Write one object per line.") from None
-        name, text = (entry.get("file_name"), entry.get("text")) if isinstance(entry, dict) else (None, None)
-        if not isinstance(name, str) or not isinstance(text, str):
-            raise UserValueError(f'{where} must be {{"file_name": "...", "text": "..."}}; received {short_repr(line)}.')
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise UserValueError(f"{where}: the text holds half a character. Correct it.")
-        relative = os.path.normpath(name)
-        # Judged by name, not resolved: images that are links, as in the cache of the Hub, are the user's own.
-        if os.path.isabs(relative) or relative.split(os.sep)[0] == os.pardir:
-            raise UserValueError(
-                f"{where}: file_name {short_repr(name)} leaves the folder. Only images inside it can be named."
-            )
-        path = folder / relative
-        if path not in known:
-            raise FileNotFoundError(f"{where}: there is no image {short_repr(name)} in the folder. Correct file_name.")
-        if path in captions:
-            raise UserValueError(f"{where}: {name!r} has a second caption. Keep one line per image.")
-        captions[path] = text
-    if missing := [path for path in images if path not in captions]:
+def _check_all_captioned(folders: dict[str, Path], images: dict[str, list[Path]], captions: Collection[Path]) -> None:
+    without = {context: [image for image in own if image not in captions] for context, own in images.items()}
+    if none := [folders[context] for context, own in without.items() if own == images[context]]:
         raise UserValueError(
-            f"{str(folder / METADATA)!r} has no caption for {_listed(missing)}. Add a line for each, or remove the "
-            "images."
+            f"{_listed(none)} has no captions, while other folders have. Caption every folder, or none."
         )
-    return [captions[path] for path in images]
+    for context, missing in without.items():
+        if missing:
+            raise UserValueError(
+                f"{str(folders[context])!r} has no caption for {_listed(missing)}. Add one for each, or remove the "
+                "images."
+            )
 
 
 def _listed(paths: Sequence[Path], limit: int = 5) -> str:

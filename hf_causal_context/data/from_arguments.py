@@ -18,8 +18,9 @@ from . import (
     texts_from_dataset,
 )
 from .arguments import AnyDataArguments, ContextDataArguments, DataArguments, TextDataArguments
+from .captions import METADATA
 from .columns import Rows, known_features
-from .folders import IMAGE_SUFFIXES, METADATA, visible_files
+from .folders import IMAGE_SUFFIXES, visible_files
 from .text_rows import TEXT_SUFFIXES, text_columns
 
 
@@ -31,7 +32,8 @@ def load_data(arguments: DataArguments) -> InterventionalData:
     """
     _require_one_source(arguments)
     if arguments.train_data_dir is not None:
-        return load_folders(arguments.train_data_dir, **_folder_options(arguments))
+        options = {"caption_column": arguments.caption_column, **_folder_options(arguments)}
+        return load_folders(arguments.train_data_dir, **options)
     columns: dict[str, Any] = {"content_column": arguments.image_column, "caption_column": arguments.caption_column}
     if arguments.attribute_rules:
         rules = _parse_rules(arguments.attribute_rules)
@@ -127,7 +129,7 @@ def _holds_texts(root: Path) -> bool:
     paths = root.iterdir() if root.is_dir() else ()
     folders = [path for path in paths if path.is_dir() and not path.name.startswith(".")]
 
-    texts = any(file.name != METADATA for folder in folders for file in visible_files(folder, TEXT_SUFFIXES))
+    texts = any(file.name not in METADATA for folder in folders for file in visible_files(folder, TEXT_SUFFIXES))
     return texts and not all(any(True for _ in visible_files(folder, IMAGE_SUFFIXES)) for folder in folders)
 
 

@@ -13,8 +13,9 @@ from datasets import Dataset, Features, IterableDataset, Value, concatenate_data
 
 from ..contexts import ConceptSet, ContextLike
 from ..errors import UserValueError
+from .captions import METADATA
 from .columns import Rows, known_features, require_columns
-from .folders import METADATA, context_folders, visible_files
+from .folders import context_folders, files_in, skipped, visible_files
 from .interventional import InterventionalData, from_dataset
 from .text_rows import TEXT_SUFFIXES, holds_messages, is_text, read_texts, row_features, text_columns
 
@@ -44,8 +45,11 @@ def load_text_folders(
         ValueError: for no folders, folders or files without texts, two folders of one context, a bad line (with file
             and number), rows of different shapes, and what `from_dataset` raises.
     """
-    folders = context_folders(Path(root), observational_name, joint_separator, "texts")
-    places = [(str(file), context) for context, folder in folders.items() for file in _text_files(folder)]
+    root = Path(root)
+    folders = context_folders(root, observational_name, joint_separator, "texts")
+    found = {context: sorted(visible_files(folder)) for context, folder in folders.items()}
+    places = [(str(file), context) for context, files in found.items() for file in _texts_of(folders[context], files)]
+    others = [file for files in (files_in(root), *found.values()) for file in files if not _is_text(file)]
     features = _common_features([file for file, _ in places])
     # Contexts are told apart and checked before the texts are read: file by file instead of row by row.
     files = from_dataset(
@@ -62,6 +66,7 @@ def load_text_folders(
         rows=rows,
         held_out={context: _read(chosen, features, streaming) for context, chosen in files.held_out.items()},
         counts=dict(Counter(rows["context"][:])) if isinstance(rows, Dataset) else None,
+        warnings=(*files.warnings, *skipped(others, root)),
         content_column=next(iter(features)),
     )
 
@@ -109,14 +114,18 @@ def texts_from_dataset(
     )
 
 
-def _text_files(folder: Path) -> list[Path]:
-    files = sorted(path for path in visible_files(folder, TEXT_SUFFIXES) if path.name != METADATA)
-    if not files:
+def _is_text(file: Path) -> bool:
+    return file.suffix.lower() in TEXT_SUFFIXES and file.name not in METADATA
+
+
+def _texts_of(folder: Path, files: Sequence[Path]) -> list[Path]:
+    texts = [file for file in files if _is_text(file)]
+    if not texts:
         raise UserValueError(
             f"The folder {str(folder)!r} has no texts. Allowed are .txt, with one text per line, and .jsonl, with one "
-            f"object per line, but not {METADATA}. Add texts, or remove the folder."
+            f"object per line, but not {METADATA[0]}. Add texts, or remove the folder."
         )
-    return files
+    return texts
 
 
 def _common_features(files: list[str]) -> Features:

@@ -91,7 +91,7 @@ def test_captions(root):
         ([{"file_name": "/etc/x.png", "text": ""}], ValueError, "'/etc/x.png' leaves the folder"),
         ([{"file_name": "x.png", "text": ""}], FileNotFoundError, "there is no image 'x.png'.* Correct file_name"),
         ([{"file_name": "000.png", "text": ""}] * 2, ValueError, "Line 2 .*'000.png' has a second caption"),
-        ([{"file_name": "000.png", "text": ""}, ""], ValueError, "has no caption for '001.png'. Add a line for each"),
+        ([{"file_name": "000.png", "text": ""}, ""], ValueError, "has no caption for '001.png'. Add one for each"),
     ],
 )
 def test_bad_metadata(tmp_path, lines, error, message):
@@ -105,7 +105,7 @@ def test_captions_in_some_folders_only(tmp_path):
     write_folders(tmp_path, {"obs": 1, "thick": 1})
     write_metadata(tmp_path / "obs", [{"file_name": "000.png", "text": "a digit"}])
     with pytest.raises(
-        ValueError, match="'thick' has no metadata.jsonl, while other folders have. Caption every folder"
+        ValueError, match="'thick' has no captions, while other folders have. Caption every folder, or none"
     ):
         load_folders(tmp_path)
 

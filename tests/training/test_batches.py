@@ -190,6 +190,30 @@ def test_images_without_captions_take_the_instance_prompt(make, pipeline_folder)
     torch.testing.assert_close(batch.conditions["encoder_hidden_states"], expected.expand(3, -1, -1))
 
 
+@STREAMING
+def test_without_captions_the_empty_prompt_is_used_and_the_run_says_so(make, pipeline_folder, streaming, capsys):
+    base = load_base(pipeline_folder("stable_diffusion"))
+    (batch,) = taken(make("stable_diffusion", base=base, streaming=streaming), 1)
+    expected = base.encode_captions([""])["encoder_hidden_states"]
+    torch.testing.assert_close(batch.conditions["encoder_hidden_states"], expected.expand(3, -1, -1))
+    message = "The data has no captions: the empty prompt is used. Caption the images (of a dataset: name the"
+    assert capsys.readouterr().out.startswith(message)
+    for name, changes in (
+        ("stable_diffusion", {"captions": True}),
+        ("stable_diffusion", {"instance_prompt": "a digit"}),
+        ("stable_diffusion", {"rank": 1, "world_size": 2}),
+        ("ddpm", {}),
+    ):
+        make(name, streaming=streaming, **changes)
+        assert capsys.readouterr().out == ""
+
+
+def test_captions_and_an_instance_prompt_exclude_each_other(make):
+    message = "--instance_prompt='a digit' captions images that have no captions, but the data has some. Leave one of"
+    with pytest.raises(ValueError, match=message):
+        make("stable_diffusion", captions=True, instance_prompt="a digit")
+
+
 def test_images_are_upright_gray_and_cut_to_the_middle():
     pixels = np.zeros((8, 16, 3), dtype=np.uint8)
     pixels[:, 4:12] = 255

@@ -226,6 +226,18 @@ class DenoiserBatches:
                 raise UserValueError(f"--{argument}={text!r} was given, but {name} takes no captions. Leave it out.")
         if self._data.has_captions and not base.takes_captions:
             raise UserValueError(f"The data has captions, but {name} takes none. Leave --caption_column or them out.")
+        prompt = self._arguments.instance_prompt
+        if self._data.has_captions and prompt:
+            raise UserValueError(
+                f"--instance_prompt={prompt!r} captions images that have no captions, but the data has some. Leave one "
+                "of the two out."
+            )
+        if base.takes_captions and not self._data.has_captions and not prompt and self._rank == 0:
+            print(
+                "The data has no captions: the empty prompt is used. Caption the images (of a dataset: name the "
+                "--caption_column), or caption all alike with --instance_prompt.",
+                flush=True,
+            )
 
 
 class _Rows(torch.utils.data.Dataset):
