@@ -18,6 +18,7 @@ from .._messages import quoted
 from ..contexts import ConceptSet, Context, ContextLike, context_text
 from ..errors import UserTypeError, UserValueError
 from .columns import STREAM_BATCH_ROWS, Rows, known_features, of_contexts, require_columns, with_text_column
+from .found_names import check_found_names
 
 
 @dataclass
@@ -106,7 +107,7 @@ def from_dataset(
             {**plain, **{column: features[column] for column in plain if column not in ("context", "caption")}}
         )
         return _stream_data(rows, restored, known, named_training, named_held_out, content_column)
-    return _table_data(rows, known, named_training, named_held_out, content_column)
+    return _table_data(rows, known, named_training, named_held_out, content_column, observational_name)
 
 
 def open_dataset(
@@ -181,7 +182,7 @@ def _with_captions(rows: Rows, features: Features, caption_column: str | None, c
     return rows if caption_column is None else rows.rename_column(caption_column, "caption")
 
 
-def _single_concepts(contexts: Iterable[str]) -> ConceptSet:
+def _single_concepts(contexts: Sequence[str], observational_name: str) -> ConceptSet:
     targets = {Context.parse(context).targets for context in contexts}
     singles = sorted(names[0] for names in targets if len(names) == 1)
     if not singles:
@@ -189,11 +190,17 @@ def _single_concepts(contexts: Iterable[str]) -> ConceptSet:
             f"No context has exactly one target, so the concepts are unknown. Contexts found: {quoted(contexts)}. "
             "Add a set for every single concept, or name them with concepts=."
         )
+    check_found_names(singles, observational_name, "" in contexts)
     return ConceptSet(tuple(singles))
 
 
 def _table_data(
-    rows: Dataset, known: ConceptSet | None, training: set[str] | None, held_out: set[str], content_column: str
+    rows: Dataset,
+    known: ConceptSet | None,
+    training: set[str] | None,
+    held_out: set[str],
+    content_column: str,
+    observational_name: str,
 ) -> InterventionalData:
     row_contexts = np.array(rows["context"][:], dtype=object)
     counts = Counter(row_contexts.tolist())
@@ -203,7 +210,7 @@ def _table_data(
                 f"{argument}= names {quoted(missing)}, which has no rows. Contexts found: {quoted(sorted(counts))} "
                 "('' is observational). Correct the name, or add the rows."
             )
-    concepts = known or _single_concepts(sorted(counts))
+    concepts = known or _single_concepts(sorted(counts), observational_name)
     trained, kept_out = _partition(set(counts), concepts, training, held_out)
     return InterventionalData(
         rows=rows.select(np.flatnonzero(np.isin(row_contexts, trained))) if kept_out else rows,

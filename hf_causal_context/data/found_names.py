@@ -1,0 +1,50 @@
+"""Concepts that nobody named, but that data seem to have: a folder's name may mean something else."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable
+
+from .._messages import quoted
+from ..errors import UserValueError
+
+_OBSERVATIONAL = ("obs", "observation", "observations")
+_REPEATS = re.compile(r"\d+_(.+)")  # kohya's "10_hat": each image ten times
+
+
+def check_found_names(names: Iterable[str], observational_name: str, has_observational: bool) -> None:
+    """Ask about names that may mean something else; whoever names all concepts is not asked.
+
+    Nothing is guessed: a name is stored in the adapter for good, and "observation" may well be a concept.
+
+    Raises:
+        ValueError: for names that differ in capitals only, that look like the observational set, or like kohya's.
+    """
+    alike: defaultdict[str, list[str]] = defaultdict(list)
+    for name in names:
+        alike[_folded(name)].append(name)
+    plain = _folded(observational_name)
+    for folded, same in alike.items():
+        if len(same) > 1:
+            raise UserValueError(
+                f"{quoted(same)} differ in capitals only. If they are one concept, give them one name; if not, name "
+                "all concepts: concepts= (--concepts)."
+            )
+        if folded == plain or (folded in _OBSERVATIONAL and not has_observational):
+            raise UserValueError(
+                f"{same[0]!r} looks like the observational set, which is called {observational_name!r} here. If it is, "
+                f"rename it, or give observational_name= (--observational_name {same[0]}); if it is a concept, name "
+                "all concepts: concepts= (--concepts)."
+            )
+        if repeats := _REPEATS.fullmatch(same[0]):
+            raise UserValueError(
+                f"{same[0]!r} looks like a folder of kohya's scripts, with a number of repeats. Batches hold all "
+                f"contexts equally often here, without repeats: rename it to {repeats[1]!r}. If the number belongs to "
+                "the concept's name, name all concepts: concepts= (--concepts)."
+            )
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFKC", name).casefold()
