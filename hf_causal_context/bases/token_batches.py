@@ -98,6 +98,22 @@ def tokenized(rows: Iterable[Mapping[str, Any]], tokenize: Tokenization) -> Iter
             raise UserValueError(f"The row of {where} that begins {begin!r}: {error}") from error
 
 
+def cut_rows(rows: Mapping[str, Sequence[TokenRow]], max_length: int) -> str | None:
+    """Say how many rows of each context are cut, if any are."""
+    cut = {context: sum(row.cut for row in own) for context, own in rows.items()}
+    listed = ", ".join(
+        f"{count} of {len(rows[context])} rows of {repr(context) if context else 'the observational context'}"
+        for context, count in cut.items()
+        if count
+    )
+    if not listed:
+        return None
+    return (
+        f"Cut at --max_length={max_length}: {listed}. A text that is cut has no end, so that a model learns not to end "
+        "such texts. Raise --max_length, or shorten them."
+    )
+
+
 def _padded(rows: Sequence[np.ndarray], value: int) -> Tensor:
     """Arrays (T,) of different lengths -> (B, T)."""
     padded = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)

@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, cast
 
 import numpy as np
@@ -37,12 +38,13 @@ class TokenRow:
     """One row for a model.
 
     `ids` (T,): the input, of an encoder-decoder that of the encoder. `labels` (T,), or (L,) for a decoder: the ids to
-    learn, -100 where nothing is learned. `lengths`: those of the texts in the row.
+    learn, -100 where nothing is learned. `lengths`: those of the texts in the row. `cut`: whether tokens were left out.
     """
 
     ids: Ids
     labels: Ids
     lengths: tuple[int, ...]
+    cut: bool = False
 
 
 class Tokenization:
@@ -105,8 +107,9 @@ class Tokenization:
         if self.encoder_decoder:
             if not prompt or not completion:
                 raise UserValueError(f"The {'completion' if prompt else 'prompt'} has no tokens. Remove the row.")
-            labels = completion[: self.max_length]
-            return TokenRow(np.array(prompt, np.int32), np.array(labels, np.int32), (len(prompt),))
+            ids, labels = self._cut(prompt), completion[: self.max_length]
+            cut = len(ids) + len(labels) < len(prompt) + len(completion)
+            return TokenRow(np.array(ids, np.int32), np.array(labels, np.int32), (len(ids),), cut)
         if prompt and len(prompt) >= self.max_length:
             raise UserValueError(
                 f"The prompt has {len(prompt)} tokens of --max_length={self.max_length}, which leaves no room for the "
@@ -122,14 +125,17 @@ class Tokenization:
                 f"There is nothing to learn: {len(prompt)} tokens of prompt, {len(completion)} of text. The first "
                 "token of a row has nothing before it. Remove the row."
             )
-        return TokenRow(ids, labels, (len(ids),))
+        return TokenRow(ids, labels, (len(ids),), cut=len(ids) < len(prompt) + len(completion))
 
     def prompt_ids(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
-        """Return the tokens that a completion follows, as in training."""
+        """Return the tokens that a completion follows, as in training.
+
+        Unless one token holds the end of the prompt and the beginning of the completion: then that one is learned.
+        """
         if isinstance(prompt, str):
             ids = self._tokens(prompt)
             if self.encoder_decoder:
-                return ids if len(ids) <= self.max_length else self._cut(ids)
+                return self._cut(ids)
             if self._ends(ids) and not prompt.endswith(str(self.tokenizer.eos_token)):
                 del ids[-1]  # of tokenizers that end every text
             return ids
@@ -154,7 +160,7 @@ class Tokenization:
         if isinstance(completion, str):
             if self.encoder_decoder:
                 answer = self.tokenizer(text_target=completion)["input_ids"]
-                return self.prompt_ids(prompt), self._ended(list(answer))
+                return self._tokens(prompt), self._ended(list(answer))
             if prompt is None:
                 return [], self._ended(self._tokens(completion))
             return self._split(self.prompt_ids(prompt), prompt, completion, add_special_tokens=True)
@@ -173,12 +179,17 @@ class Tokenization:
         self, prompt_ids: list[int], prompt: str, completion: str, add_special_tokens: bool
     ) -> tuple[list[int], list[int]]:
         """Return a prompt's tokens, and those that continue it; conversations end as their template says."""
-        # Together where the boundary falls between tokens: alone, some tokenizers put a space before any text.
         whole = self._tokens(prompt + completion, add_special_tokens=add_special_tokens)
-        if whole[: len(prompt_ids)] == prompt_ids:
-            answer = whole[len(prompt_ids) :]
-        else:
-            answer = self._tokens(completion, add_special_tokens=False)
+        begin = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt_ids, whole, strict=False)))
+        answer = whole[begin:]
+        if begin < len(prompt_ids):
+            alone = self._tokens(completion, add_special_tokens=False)
+            apart, unknown = prompt_ids + alone, self.tokenizer.unk_token_id
+            # Some tokenizers put a space before any text; of others, words that run together are unknown.
+            if self._text(apart) == self._text(whole) or apart.count(unknown) < whole.count(unknown):
+                answer = alone
+            else:
+                prompt_ids = whole[:begin]
         return prompt_ids, self._ended(answer) if add_special_tokens else answer
 
     def _parts(self, row: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -205,6 +216,9 @@ class Tokenization:
     def _tokens(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(cast(list[int], self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]))
 
+    def _text(self, ids: list[int]) -> str:
+        return cast(str, self.tokenizer.decode(ids, skip_special_tokens=True))
+
     def _chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> str:
         if self.tokenizer.chat_template is None:
             raise UserValueError(
@@ -222,6 +236,8 @@ class Tokenization:
 
     def _cut(self, ids: list[int]) -> list[int]:
         """Return the first tokens of what an encoder reads; if it ends with the end of the sequence, it still does."""
+        if len(ids) <= self.max_length:
+            return ids
         return [*ids[: self.max_length - 1], ids[-1]] if self._ends(ids) else ids[: self.max_length]
 
     def _ended(self, ids: list[int]) -> list[int]:

@@ -9,10 +9,11 @@ import torch
 from ..bases.gap import BaseGap
 from ..bases.language import load_language_model, load_tokenizer
 from ..bases.loading import load_base
-from ..bases.token_batches import Collation
-from ..bases.tokens import Tokenization, row_length
+from ..bases.token_batches import Collation, cut_rows
+from ..bases.tokens import Tokenization, TokenRow, row_length
 from ..data import InterventionalData, check_data
 from ..data.arguments import AnyDataArguments as Arguments
+from ..data.checks import STREAM_ROWS
 from ..data.from_arguments import load_any_data
 from ..data.text_rows import columns_of
 from ..training.arguments import TrainingArguments
@@ -72,5 +73,13 @@ def _gap_of_texts(data: InterventionalData, arguments: Arguments, device: torch.
     )
     decoder_inputs = cast(Any, model).prepare_decoder_input_ids_from_labels if encoder_decoder else None
     collate = Collation(0, device, decoder_inputs=decoder_inputs)
+    if message := cut_rows(_tokens_by_context(data, tokenize), tokenize.max_length):
+        print(message, flush=True)
     rows = few_tokens(data, "", text_gap.NUM_ROWS, tokenize, _SEED)
     return text_gap.text_gap(model, rows, collate, cast("int | None", tokenizer.eos_token_id), _SEED)
+
+
+def _tokens_by_context(data: InterventionalData, tokenize: Tokenization) -> dict[str, list[TokenRow]]:
+    """The tokens of all rows that are trained on, of a stream of the first ones."""
+    numbers = data.counts or dict.fromkeys(data.contexts, STREAM_ROWS)
+    return {context: few_tokens(data, context, number, tokenize, _SEED) for context, number in numbers.items()}

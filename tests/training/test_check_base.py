@@ -6,12 +6,13 @@ from datasets import Image as ImageFeature
 
 from hf_causal_context.bases.gap import BaseGap
 from hf_causal_context.commands.check_data import gap_of
-from hf_causal_context.data import from_dataset
+from hf_causal_context.data import from_dataset, texts_from_dataset
 from hf_causal_context.data.arguments import AnyDataArguments
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.finetune import train
 
 from .small import settings, write_folders
+from .small_language import language_model, text_data, word_tokenizer
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -48,3 +49,26 @@ def test_a_base_that_the_data_does_not_fit_is_refused_as_in_training(data, pipel
         gap_of(data(None), AnyDataArguments(pretrained_model_name_or_path=pipeline_folder("dit")))
     with pytest.raises(ValueError, match="The data has captions, but DDPMPipeline takes none"):
         gap_of(data("text"), AnyDataArguments(pretrained_model_name_or_path=pipeline_folder("ddpm")))
+
+
+def test_it_says_that_a_base_would_get_the_empty_prompt(data, pipeline_folder, capsys):
+    gap_of(data(None), AnyDataArguments(pretrained_model_name_or_path=pipeline_folder("stable_diffusion")))
+    assert "The data has no captions: the empty prompt is used." in capsys.readouterr().out
+    gap_of(data("text"), AnyDataArguments(pretrained_model_name_or_path=pipeline_folder("stable_diffusion")))
+    assert "captions" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_it_counts_rows_that_a_model_cannot_hold(streaming, tmp_path, capsys):
+    language_model("llama").save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    given = AnyDataArguments(pretrained_model_name_or_path=str(tmp_path))
+    gap_of(text_data(streaming=streaming), given)
+    assert "Cut at" not in capsys.readouterr().out
+    rows = [
+        {"text": "a cat sat on the mat " * (3 if n % 3 else 20), "context": c} for c in ("", "loud") for n in range(3)
+    ]
+    texts = texts_from_dataset(Dataset.from_list([*rows, {"text": "a cat", "context": "formal"}]))
+    gap_of(texts, given)
+    expected = "Cut at --max_length=64: 1 of 3 rows of the observational context, 1 of 3 rows of 'loud'. A text that is"
+    assert expected in capsys.readouterr().out

@@ -183,6 +183,30 @@ class TestBatches:
         with pytest.raises(ValueError, match="--context_weights obs=-1 must be finite numbers, none negative"):
             self.make(tmp_path, context_weights=["obs=-1"])
 
+    @pytest.mark.parametrize("packing", [False, True])
+    def test_rows_that_are_cut_are_counted_once_for_each_context(self, tmp_path, packing, capsys):
+        whole = self.make(tmp_path, packing=packing)
+        assert capsys.readouterr().out == ""
+        lengths = {
+            context: [len(whole._tokenize(row).ids) for row in whole._data.rows if row["context"] == context]
+            for context in ("", "formal")
+        }
+        limit = max(lengths["formal"]) - 1
+        cut = {context: sum(length > limit for length in own) for context, own in lengths.items()}
+        assert 0 < cut["formal"] < len(lengths["formal"])
+        self.make(tmp_path, packing=packing, max_length=limit)
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.startswith(f"Cut at --max_length={limit}: ")
+        assert f"{cut['formal']} of {len(lengths['formal'])} rows of 'formal'" in line
+        assert ("of the observational context" in line) is (cut[""] > 0)
+        self.make(tmp_path, packing=packing, max_length=limit, rank=1, world_size=2)
+        assert capsys.readouterr().out == ""
+
+    def test_of_a_stream_the_first_rows_are_looked_at(self, tmp_path, capsys):
+        self.make(tmp_path, streaming=True, max_length=2)
+        expected = "22 of 22 rows of the observational context, 21 of 21 rows of 'formal', 21 of 21 rows of 'loud'"
+        assert f"Cut at --max_length=2: {expected}." in capsys.readouterr().out
+
     @pytest.mark.parametrize("streaming", [False, True])
     def test_a_row_that_cannot_be_learned_is_named(self, tmp_path, streaming):
         message = "The row of .*context.* that begins '.* .*': The prompt has 2 tokens of --max_length=2"

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     LlamaConfig,
@@ -36,6 +36,20 @@ def ending(tokenizer):
     """The tokenizer, which now ends every text, as T5's does."""
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
     return tokenizer
+
+
+def trained_tokenizer(kind):
+    """Byte pairs of words, as Llama 2 and Mistral, or GPT-2, have them."""
+    backend = Tokenizer(models.BPE())
+    if kind == "sentencepiece":
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    else:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(special_tokens=["<pad>", "<s>", "</s>"], vocab_size=120, show_progress=False)
+    backend.train_from_iterator(["Q: the film is fun", "the fi lm is fun and the film", "Q: the fi lm"] * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
 
 
 def read(row, tokenizer):
@@ -93,6 +107,37 @@ class TestCausal:
         row = {"prompt": prompt, "completion": [{"role": "assistant", "content": "sat"}] if chat else " sat"}
         ids = Tokenization(tokenizer, "prompt")(row).ids
         assert tokenizer.decode(ids).strip() == ("a cat:sat:" if chat else "a cat sat</s>")
+
+    @pytest.mark.parametrize(
+        ("prompt", "completion", "learned"),
+        [
+            (
+                "Q: the fi",
+                "lm is fun",
+                "film is fun</s>",
+            ),  # one token for the end of one and the beginning of the other
+            ("Q: ", "the film", "the film</s>"),
+            ("Q: the", " film", "film</s>"),
+            ("Q:", "the film", "the film</s>"),
+        ],
+    )
+    @pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
+    def test_a_row_says_what_was_written(self, kind, prompt, completion, learned):
+        tokenizer = trained_tokenizer(kind)
+        whole, seen = read(Tokenization(tokenizer, "prompt")({"prompt": prompt, "completion": completion}), tokenizer)
+        assert whole == f"{prompt}{completion}</s>"
+        # A token of bytes holds its own space, and none is put before a text: so completions can be apart.
+        assert seen == (learned if kind == "sentencepiece" else f"{completion}</s>")
+
+    def test_rows_know_whether_they_are_cut(self):
+        tokenizer, row = word_tokenizer(), {"prompt": "a cat", "completion": "sat on the mat"}
+        seven = Tokenization(tokenizer, "prompt", max_length=7)(row)
+        assert (read(seven, tokenizer)[1], seven.cut) == ("sat on the mat </s>", False)
+        assert Tokenization(tokenizer, "prompt", max_length=6)(row).cut
+        for max_length, cut in ((5, False), (4, True)):  # of an encoder-decoder on each side
+            tokenize = Tokenization(tokenizer, "prompt", encoder_decoder=True, max_length=max_length)
+            assert tokenize(row).cut is cut
+            assert tokenize({"prompt": "a cat sat on the", "completion": "mat"}).cut is cut
 
     def test_a_completion_is_cut_but_never_away(self):
         tokenizer = word_tokenizer()

@@ -6,13 +6,13 @@ Shapes: B rows, T tokens, L tokens of a decoder, K concepts.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from datasets import Dataset
 
-from ...bases.token_batches import Collation, TextBatch, tokenize_all, tokenized
+from ...bases.token_batches import Collation, TextBatch, cut_rows, tokenize_all, tokenized
 from ...bases.tokens import IGNORED, Tokenization, TokenRow, pack
 from ...contexts import Context
 from ...data import ContextSampler, InterventionalData, stream_batches
@@ -61,13 +61,21 @@ class TextBatches:
         if isinstance(data.rows, Dataset):
             rows = rows if rows is not None else tokenize_all(data.rows, tokenize, quiet=rank > 0)
             by_context = self._by_context(rows)
+            self._tell_cut_rows({context: by_context[context] for context in data.contexts})
+            if arguments.packing:
+                by_context = {context: pack(own, tokenize.max_length) for context, own in by_context.items()}
             self._rows = [row for own in by_context.values() for row in own]
             self._contexts = [context for context, own in by_context.items() for _ in own]
             self.num_rows = sum(len(by_context[context]) for context in data.contexts)
             self.tokens_per_row = self._mean_targets(self._rows)
         else:
             first = next(stream_batches(data, _ROWS_LOOKED_AT, arguments.seed, weights=self._weights))
-            self.tokens_per_row = self._mean_targets(list(tokenized(first, tokenize)))
+            looked_at = list(tokenized(first, tokenize))
+            by_context = {context: [] for context in data.contexts}
+            for row, tokens in zip(first, looked_at, strict=True):
+                by_context[row["context"]].append(tokens)
+            self._tell_cut_rows(by_context)
+            self.tokens_per_row = self._mean_targets(looked_at)
 
     def __call__(self, start: int, num_observational: int = 0) -> Iterator[TextBatch]:
         """Batches from number `start` on; the first rows of the run are observational, as many as are given."""
@@ -85,15 +93,17 @@ class TextBatches:
     def _batch(self, rows: list[TokenRow], contexts: list[str]) -> TextBatch:
         return self._collate(rows, torch.stack([self._masks[context] for context in contexts]))
 
+    def _tell_cut_rows(self, by_context: Mapping[str, Sequence[TokenRow]]) -> None:
+        message = cut_rows(by_context, self._tokenize.max_length)
+        if message and self._rank == 0:
+            print(message, flush=True)
+
     def _mean_targets(self, rows: Sequence[TokenRow]) -> float:
         predicted = 0 if self._tokenize.encoder_decoder else 1  # nothing comes before a causal model's first token
         return float(np.mean([np.count_nonzero(row.labels[predicted:] != IGNORED) for row in rows]))
 
     def _by_context(self, rows: Sequence[TokenRow]) -> dict[str, list[TokenRow]]:
-        """Return the rows of each context, and those that stand for combinations; packed, if they should be."""
+        """Return the rows of each context, and those that stand for combinations."""
         contexts = np.array(self._data.rows["context"])
         numbers = {context: np.flatnonzero(contexts == context) for context in self._data.contexts}
-        by_context = {c: [rows[n] for n in own.tolist()] for c, own in (numbers | self._data.reweighted).items()}
-        if not self._arguments.packing:
-            return by_context
-        return {context: pack(own, self._tokenize.max_length) for context, own in by_context.items()}
+        return {c: [rows[n] for n in own.tolist()] for c, own in (numbers | self._data.reweighted).items()}
