@@ -20,6 +20,7 @@ from .batched_generate import CheckedBatching
 from .config import CausalContextConfig
 from .intervene import intervene
 from .layer import CausalContextLayer, adapted_class
+from .names import check_adapter_name
 from .peft_type import PREFIX
 from .saving import SavedWithoutAdapters
 from .targets import default_target_modules, describe_candidates
@@ -41,7 +42,8 @@ class CausalContextModel(BaseTuner):
         low_cpu_mem_usage: create the weights on the meta device, to be loaded.
 
     Raises:
-        ValueError: when no module matches `target_modules`, or one matches that cannot be adapted.
+        ValueError: when no module matches `target_modules`, or one matches that cannot be adapted; for a name that
+            `check_adapter_name` refuses.
     """
 
     prefix: str = PREFIX
@@ -62,6 +64,11 @@ class CausalContextModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Wrap the target modules and hook the base model; see `BaseTuner.inject_adapter`."""
+        try:
+            check_adapter_name(adapter_name, model)
+        except UserValueError:
+            self.peft_config.pop(adapter_name, None)  # PEFT noted it already, in a dictionary of the model itself
+            raise
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:

@@ -44,8 +44,6 @@ class SavedWithoutAdapters(WrappedMethod):
                 "keep the merged weights for good."
             )
         names = [name for name, config in model.peft_config.items() if _is_ours(config)]
-        for name in names:
-            _check_folder_name(name)
         handle = model.register_state_dict_post_hook(_rename)
         try:
             result = self.original(save_directory, *args, **kwargs)
@@ -82,13 +80,6 @@ def _is_ours(config: object) -> bool:
 def _weights(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     weights = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     return {PEFT_PREFIX + key.removeprefix(PEFT_PREFIX): weight.contiguous() for key, weight in weights.items()}
-
-
-def _check_folder_name(adapter_name: str) -> None:
-    if Path(adapter_name).name != adapter_name:
-        raise UserValueError(
-            f"The adapter's name {adapter_name!r} cannot be the name of a folder to save it in. Rename it."
-        )
 
 
 def _rename(model: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:

@@ -21,6 +21,7 @@ from ..adapter.compatibility import check_fits
 from ..adapter.config import CausalContextConfig
 from ..adapter.followed_pipeline import follow, unfollow
 from ..adapter.lookup import adapted_layers, conditionings
+from ..adapter.names import check_adapter_name
 from ..adapter.storage.download import download
 from ..adapter.storage.files import read_header, read_weights
 from ..adapter.storage.layout import AdapterError, not_whole
@@ -63,8 +64,8 @@ def load_context_adapter(
     Raises:
         OSError: for something that holds no adapter, or cannot be reached.
         AdapterError: for another kind of adapter, one that was trained for another model, or damaged files.
-        ValueError: for a name that is taken, or a pipeline with sequential or group offloading (load the adapter
-            first).
+        ValueError: for a name that is taken or that weights cannot have, or a pipeline with sequential or group
+            offloading (load the adapter first).
 
     Example:
         >>> pipe = load_context_adapter(pipe, "user/digits-context")   # doctest: +SKIP
@@ -72,6 +73,7 @@ def load_context_adapter(
         ...     pipe()
     """
     modules = _modules(pipe)
+    check_adapter_name(adapter_name)
     places = adapter_places(modules, adapter_name)
     folder = download(repo_or_folder, revision=revision, token=token, places=places)
     return attach(pipe, folder, str(repo_or_folder), adapter_name)
@@ -194,6 +196,7 @@ def _check_room(module: nn.Module, component: str, adapter_name: str) -> None:
         raise UserValueError(
             f"pipe.{component} already has an adapter {adapter_name!r}. Unload it first, or give another adapter_name."
         )
+    check_adapter_name(adapter_name, module)
     if any(hasattr(inner, "_hf_hook") or hasattr(inner, "_diffusers_hook") for inner in list(module.modules())[1:]):
         raise UserValueError(
             f"Parts of pipe.{component} are offloaded one by one (sequential or group offloading). Load the adapter "
