@@ -184,7 +184,7 @@ class Tokenization:
         answer = whole[begin:]
         if begin < len(prompt_ids):
             alone = self._tokens(completion, add_special_tokens=False)
-            apart, unknown = prompt_ids + alone, self.tokenizer.unk_token_id
+            apart, unknown = prompt_ids + alone, cast(int, self.tokenizer.unk_token_id)
             # Some tokenizers put a space before any text; of others, words that run together are unknown.
             if self._text(apart) == self._text(whole) or apart.count(unknown) < whole.count(unknown):
                 answer = alone
