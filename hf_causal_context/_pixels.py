@@ -41,7 +41,7 @@ def remarks(image: Image.Image) -> Iterator[str]:
     _check_range(image)
     if _has_16_bits(image):
         yield "have 16 bits per channel. They are scaled to 8."
-    elif image.has_transparency_data and image.convert("RGBA").getextrema()[3] != (255, 255):
+    elif image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
         yield f"are transparent in places. These are {BACKGROUND}; put the images on another background if it is wrong."
     if getattr(image, "is_animated", False):
         yield "have several frames. Only the first is used."

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from numpy.typing import NDArray
 
@@ -85,6 +85,9 @@ def from_dataset(
         raise UserValueError("context_column=, content_column= and caption_column= must be three different columns.")
     if context_column != "context" and "context" in (content_column, caption_column):
         raise UserValueError(f"The contexts of {context_column!r} go into a column 'context'. Rename the one there is.")
+    feature = features[content_column]
+    if isinstance(feature, Image) and feature.mode == "RGB":  # which would make 16 bits white before they are read
+        dataset, features = known_features(dataset.cast_column(content_column, Image()))
     known = None if concepts is None else _concept_set(concepts)
     if known is not None and observational_name in known:
         raise UserValueError(

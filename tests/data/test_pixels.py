@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from datasets import Dataset
+from datasets import Image as ImageFeature
 from PIL import Image
 
 from hf_causal_context.bases.images import read_image
-from hf_causal_context.data import check_data, load_folders
+from hf_causal_context.data import check_data, from_dataset, load_folders
 from tests.data.small import write_folders
 
 LEVELS = [[0, 128, 257 * 3, 257 * 100 + 1], [32768, 40000, 65407, 65535]]
@@ -91,3 +93,15 @@ def test_check_data_says_it_once_with_a_count(tmp_path, streaming):
     (error,) = check_data(load_folders(root, streaming=streaming)).errors
     assert error.startswith("1 images cannot be read: ")
     assert "float.tif (The image holds floating point numbers, and nothing says which" in error
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_column_of_rgb_images_is_read_alike(tmp_path, streaming):
+    paths = []
+    for number in range(2):
+        paths.append(str(tmp_path / f"{number}.png"))
+        Image.fromarray(np.array(LEVELS * 2, np.uint16)).save(paths[-1])
+    rows = Dataset.from_dict({"image": paths, "context": ["obs", "a"]}).cast_column("image", ImageFeature(mode="RGB"))
+    data = from_dataset(rows.to_iterable_dataset() if streaming else rows, concepts=("a",))
+    for row in data.rows:
+        assert read_image(row["image"], 3, 4).tolist() == [IN_8_BITS * 2] * 3
