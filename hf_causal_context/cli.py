@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import sys
 from collections.abc import Sequence
@@ -61,11 +62,22 @@ def _run(name: str, arguments: list[str]) -> None:
     command = importlib.import_module(f".commands.{name.replace('-', '_')}", __package__)
     from transformers import HfArgumentParser
 
+    from .commands.settings_file import nearest, options_in
+
+    options = [field.name for field in dataclasses.fields(command.Arguments) if field.init]
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", metavar="FILE", help="YAML or JSON with these options; others override it.")
     usage = f"hf-causal-context {name} [--option value ...]"
-    parser = HfArgumentParser(command.Arguments, usage=usage, allow_abbrev=False)
-    parsed, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    parser = HfArgumentParser(command.Arguments, usage=usage, allow_abbrev=False, parents=[files])
+    file, given = files.parse_known_args(arguments)
+    if file.config is not None:
+        given = [*options_in(file.config, options), *given]
+    parsed, *_, unknown = parser.parse_args_into_dataclasses(given, return_remaining_strings=True)
     if unknown:
-        raise UserValueError(f"Unknown arguments: {' '.join(unknown)}. hf-causal-context {name} --help lists them.")
+        guess = nearest(unknown[0].lstrip("-").partition("=")[0], options)
+        raise UserValueError(
+            f"Unknown arguments: {' '.join(unknown)}.{guess} hf-causal-context {name} --help lists what there is."
+        )
     command.run(parsed)
 
 

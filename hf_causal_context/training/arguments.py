@@ -87,8 +87,9 @@ class OptimizationArguments:
         return max(1, math.ceil(rows / samples))
 
     def save(self, folder: Path) -> None:
-        """Write training_arguments.json."""
-        (folder / ARGUMENTS).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        """Write training_arguments.json: as `--config` of the command it repeats the run, wherever that was resumed."""
+        settings = dataclasses.asdict(self) | {"resume_from_checkpoint": None}
+        (folder / ARGUMENTS).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 @dataclass
