@@ -17,7 +17,15 @@ from .._files import CONFIG
 from .._messages import short_repr
 from ..contexts import ConceptSet
 from ..errors import UserTypeError, UserValueError
-from ..layers import MECHANISMS, ConceptGraph, Mechanism
+from ..layers import (
+    MECHANISMS,
+    CausalLayer,
+    ConceptGraph,
+    IndependentLayer,
+    Mechanism,
+    ReducedLayer,
+    StructuralLayer,
+)
 from .peft_type import CAUSAL_CONTEXT
 from .storage import fields
 from .storage.files import check_beside, read_fields
@@ -237,6 +245,22 @@ class CausalContextConfig(PeftConfig):
     def graph(self) -> ConceptGraph:
         """Which concepts may act on which."""
         return _graph(self.concepts, self.concept_graph, self.concept_order)
+
+    def causal_layer(self, width: int) -> CausalLayer:
+        """Return a new layer that mixes the concepts, with `width` coordinates for each."""
+        part = cast(int, self.observational_rank)
+        if self.mechanism == "independent":
+            return IndependentLayer(len(self.concepts), width, observational_rank=part)
+        layer_cls = ReducedLayer if self.mechanism == "reduced" else StructuralLayer
+        return layer_cls(
+            len(self.concepts),
+            width,
+            self.graph(),
+            perfect_interventions=self.perfect_interventions,
+            anchored=self.anchored,
+            observational_rank=part,
+            identity=self.init_weights,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain data; sets come sorted, so that the same config always gives the same file."""

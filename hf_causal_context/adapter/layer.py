@@ -19,15 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ..contexts import ConceptSet, Context
 from ..errors import UserValueError
 from ..functional import linear
-from ..layers import (
-    CausalLayer,
-    ExpressiveLayer,
-    IndependentLayer,
-    OutputLayer,
-    ReducedLayer,
-    RepresentationLayer,
-    StructuralLayer,
-)
+from ..layers import CausalLayer, ExpressiveLayer, OutputLayer, RepresentationLayer
 from .conditioning.hooks import Conditioning
 from .conditioning.request import completed
 from .config import CausalContextConfig
@@ -44,6 +36,7 @@ class CausalContextLayer(BaseTunerLayer):
         "causal_context_up",
     )
     other_param_names = ("r", "scaling", "concepts", "merged_strengths")
+    cast_input_dtype_enabled = True  # PEFT and diffusers switch it off around forwards
 
     base_layer: nn.Module
     training: bool  # of nn.Module, which the concrete classes inherit
@@ -83,10 +76,29 @@ class CausalContextLayer(BaseTunerLayer):
             self.causal_context_expressive[adapter_name] = ExpressiveLayer(
                 len(concepts), width, config.expressive_depth, config.init_weights
             )
-        self.causal_context_causal[adapter_name] = _causal_layer(config, len(concepts), width)
+        self.causal_context_causal[adapter_name] = config.causal_layer(width)
         self.causal_context_up[adapter_name] = OutputLayer(rank, self.out_features, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @property
+    def lora_A(self) -> dict[str, nn.ModuleList]:  # noqa: N802
+        """The adapters under the name by which diffusers' `set_lora_device` moves them."""
+        parts = [getattr(self, name) for name in self.adapter_layer_names]
+        return {name: nn.ModuleList(part[name] for part in parts if name in part) for name in self.causal_context_down}
+
+    lora_B = lora_A  # noqa: N815
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off this layer; whoever does so does it on all of them."""
+        super().delete_adapter(adapter_name)
+        for known in (self.conditioning.concepts, self.conditioning.observational_ranks):
+            known.pop(adapter_name, None)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        # Eight bits are how a base is stored, not what it computes in.
+        return device, None if dtype is not None and dtype.itemsize == 1 else dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base module's output, plus what the active adapters add."""
@@ -110,7 +122,8 @@ class CausalContextLayer(BaseTunerLayer):
         causal = self.causal(adapter_name)
         down = cast(RepresentationLayer, self.causal_context_down[adapter_name])
         up = cast(OutputLayer, self.causal_context_up[adapter_name])
-        x = self._cast_input_dtype(x, down.weight.dtype)
+        # Not PEFT's cast, which diffusers switches off where it casts weights itself: never these.
+        x = x.to(down.weight.dtype)
         z = down(x if batched else x[None], self._down)
         if adapter_name in self.causal_context_expressive:
             z = self.causal_context_expressive[adapter_name](z)
@@ -196,12 +209,20 @@ class CausalContextLayer(BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the active context's change to the base weight; the context is kept for `unmerge`.
 
-        The context is that of the enclosing `intervene`; without one it is the observational context.
+        The context is that of the enclosing `intervene`. Without one, adapters that are named are merged for the
+        observational context, and others are not merged: without a context they add nothing.
 
         Raises:
             ValueError: for a mechanism, module or weight that cannot be merged, several contexts, or (with
                 `safe_merge`) a result that is not finite.
         """
+        if adapter_names is None and self.conditioning.request() is None and not self.training:
+            warnings.warn(
+                "Without a context causal context adapters add nothing, so they were not merged (or fused): they act "
+                "on top of what was. Merge inside `with intervene(model_or_pipeline, context):` to merge them, too.",
+                stacklevel=2,
+            )
+            return
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.causal_context_down:
                 continue
@@ -230,7 +251,8 @@ class CausalContextLayer(BaseTunerLayer):
     def _mergeable_weight(self, adapter_name: str) -> nn.Parameter:
         weight = self.get_base_layer().weight
         refusal = self.merge_refusal(adapter_name)
-        if not isinstance(weight, nn.Parameter) or type(weight.data) is not Tensor or not weight.is_floating_point():
+        plain = isinstance(weight, nn.Parameter) and type(weight.data) is Tensor and weight.is_floating_point()
+        if not plain or weight.dtype.itemsize == 1:
             refusal = f"its base weight is quantized or sharded ({type(weight.data).__name__}, {weight.dtype})"
         if refusal:
             raise UserValueError(
@@ -253,7 +275,7 @@ class CausalContextLayer(BaseTunerLayer):
                 context = self.concepts[name].contexts(merged)[0]
                 raise UserValueError(
                     f"Adapter {name!r} is merged for the context {str(context)!r}; another one would change nothing. "
-                    "Call unmerge_adapter() first."
+                    "Call unmerge_adapter() (of a pipeline, unfuse_lora()) first."
                 )
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -363,19 +385,3 @@ def geometry(base: nn.Module) -> tuple[int, int, tuple[int, ...]]:
         return *cast(tuple[int, int], tuple(base.weight.shape)), ()
     assert isinstance(base, nn.Linear)
     return base.in_features, base.out_features, ()
-
-
-def _causal_layer(config: CausalContextConfig, num_concepts: int, width: int) -> CausalLayer:
-    part = cast(int, config.observational_rank)
-    if config.mechanism == "independent":
-        return IndependentLayer(num_concepts, width, observational_rank=part)
-    layer_cls = ReducedLayer if config.mechanism == "reduced" else StructuralLayer
-    return layer_cls(
-        num_concepts,
-        width,
-        config.graph(),
-        perfect_interventions=config.perfect_interventions,
-        anchored=config.anchored,
-        observational_rank=part,
-        identity=config.init_weights,
-    )
