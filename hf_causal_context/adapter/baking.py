@@ -14,6 +14,7 @@ from ..contexts import ConceptSet, Context, ContextLike, as_context
 from ..errors import UserValueError
 from .config import CausalContextConfig
 from .layer import CausalContextLayer, ConvNd
+from .lookup import adapted_layers
 from .peft_type import PEFT_PREFIX, PREFIX
 from .saving import write_adapter
 
@@ -44,8 +45,8 @@ def bake(model: nn.Module, context: ContextLike, adapter_name: str = "default") 
     weights: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     transposed = False
-    for name, layer in base.named_modules():
-        if not isinstance(layer, CausalContextLayer) or adapter_name not in layer.causal_context_down:
+    for name, layer in adapted_layers(base).items():
+        if adapter_name not in layer.causal_context_down:
             continue
         _check_lora_computes_the_same(name, layer)
         a, b = layer.lora_weights(adapter_name, strengths)

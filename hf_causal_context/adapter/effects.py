@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import MissingPackageError, UserValueError
 from ..layers import OutputLayer, RepresentationLayer
 from .layer import CausalContextLayer
+from .lookup import adapted_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -134,8 +135,8 @@ def causal_effects(model: nn.Module, adapter_name: str = "default") -> CausalEff
     """
     names, observational, interventional, changes = [], [], [], []
     concepts: tuple[str, ...] = ()
-    for name, layer in model.named_modules():
-        if not isinstance(layer, CausalContextLayer) or adapter_name not in layer.causal_context_down:
+    for name, layer in adapted_layers(model).items():
+        if adapter_name not in layer.causal_context_down:
             continue
         if adapter_name in layer.causal_context_expressive:
             raise UserValueError(

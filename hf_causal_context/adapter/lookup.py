@@ -46,6 +46,13 @@ def _components(model: object) -> list[nn.Module]:
     return [part for part in parts if isinstance(part, nn.Module)]
 
 
+def place(path: str) -> str:
+    """Return the path of a module without the adapters of others around it, which wrap ours."""
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    return path
+
+
 def adapted_layers(model: nn.Module) -> dict[str, CausalContextLayer]:
-    """Return the adapted layers inside a model by their paths."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, CausalContextLayer)}
+    """Return the adapted layers inside a model by their paths, without other adapters around them."""
+    return {place(path): module for path, module in model.named_modules() if isinstance(module, CausalContextLayer)}

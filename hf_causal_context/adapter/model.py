@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from ..errors import UserError, UserValueError
 from ..layers import StructuralLayer
 from .announced_generate import AnnouncedGenerate
 from .batched_generate import CheckedBatching
+from .conditioning.in_force import in_force
 from .config import CausalContextConfig
 from .intervene import intervene
 from .layer import CausalContextLayer, adapted_class
+from .lookup import place
 from .names import check_adapter_name
 from .peft_type import PREFIX
 from .saving import SavedWithoutAdapters
@@ -107,6 +110,9 @@ class CausalContextModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert isinstance(peft_config, CausalContextConfig)
+        # Next to the base, inside what others have put around it: their tensors keep the names that they know.
+        while isinstance(target, BaseTunerLayer) and not isinstance(target, CausalContextLayer):
+            parent, target, target_name = target, target.base_layer, "base_layer"
         if isinstance(target, CausalContextLayer):
             target.update_layer(adapter_name, peft_config, current_key)
             return
@@ -120,35 +126,47 @@ class CausalContextModel(BaseTuner):
         layer.train(target.training)  # else attaching to a model in eval mode would make it half a model in training
         self._replace_module(parent, target_name, layer, target)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        layer = next(_layers(self.model), None)
-        if layer is not None:  # all layers share it
-            layer.conditioning.concepts.pop(adapter_name, None)
-            layer.conditioning.observational_ranks.pop(adapter_name, None)
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Return the name of a tensor in a file, which knows nothing of other adapters (PEFT inverts it to load)."""
+        path, prefix, rest = super()._remove_adapter_name_from_key(key, adapter_name).rpartition(f".{PREFIX}")
+        return place(path) + prefix + rest
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
         layer = next(_layers(self.model), None)
-        if merge and layer is not None:
-            self._warn_about_empty_merge(layer)
-        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        with self._context_to_merge(layer) if merge else nullcontext():
+            # Those inside a LoRA: PEFT takes the outermost off, and with it all that is inside.
+            for path, inner in list(self.model.named_modules()):
+                if isinstance(inner, CausalContextLayer) and path.endswith(".base_layer"):
+                    if merge:
+                        inner.merge(safe_merge, adapter_names)
+                    self.model.set_submodule(path, inner.base_layer)
+            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if layer is not None:
             layer.conditioning.remove(self.model)
         return model
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        layer = next(_layers(self.model), None)
-        if layer is not None:
-            self._warn_about_empty_merge(layer)
-        super().merge_adapter(adapter_names, safe_merge)
+        with self._context_to_merge(next(_layers(self.model), None)):
+            super().merge_adapter(adapter_names, safe_merge)
 
-    def _warn_about_empty_merge(self, layer: CausalContextLayer) -> None:
-        if layer.conditioning.request() is None and not layer.training:
-            warnings.warn(
-                "Merging without a context merges the observational one: the world of the data, with nothing "
-                "intervened on. Merge inside `with intervene(model, context):` for another.",
-                stacklevel=3,
-            )
+    def _context_to_merge(self, layer: CausalContextLayer | None) -> AbstractContextManager[None]:
+        """Put the observational context in force where none is set."""
+        if layer is None or layer.training or layer.conditioning.request() is not None:
+            return nullcontext()
+        warnings.warn(
+            "Merging without a context merges the observational one: the world of the data, with nothing "
+            "intervened on. Merge inside `with intervene(model, context):` for another.",
+            stacklevel=3,
+        )
+        active = layer.conditioning.active_adapters()
+        return in_force([layer.conditioning.make_request(())] if active else [])
 
 
 def _take_methods_off(model: nn.Module) -> None:
