@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
+from ..errors import UserValueError
 from .conditioning.hooks import take_context
 from .conditioning.in_force import during_call, in_force
 from .conditioning.rows import Call
@@ -91,6 +92,11 @@ def _followed_class(cls: type) -> type:
         bound = signature.bind(self, *args, **kwargs)
         context, bound.arguments = take_context(bound.arguments)
         running, owners = _call(bound), known_conditionings(self)
+        if context is not None and not owners:
+            raise UserValueError(
+                f"A context was passed, and no component of {cls.__name__} has a causal context adapter any more, so "
+                "it would change nothing. Load one with load_context_adapter(pipe, folder_or_repository)."
+            )
         own = [owner.make_request(context) for owner in owners] if context is not None else []
         with in_force(own), during_call(owners, running):
             return cls.__call__(*bound.args, **bound.kwargs)

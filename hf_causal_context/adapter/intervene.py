@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
@@ -15,6 +15,7 @@ from ..errors import UserTypeError, UserValueError
 from .announced_generate import AnnouncedGenerate
 from .conditioning.hooks import Conditioning
 from .conditioning.in_force import in_force
+from .conditioning.presence import check_unasked
 from .followed_pipeline import track_calls
 from .lookup import conditionings
 
@@ -85,6 +86,8 @@ class intervene:  # noqa: N801 (reads like torch.no_grad)
         self._entered: list[ExitStack] = []
 
     def __enter__(self) -> None:
+        for request in self._requests:
+            check_unasked(None if cast(Conditioning, request.owner).alive else request)
         with ExitStack() as stack:
             stack.enter_context(in_force(self._requests))
             if self._pipe is not None:

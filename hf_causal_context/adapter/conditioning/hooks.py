@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..._messages import quoted
 from ...contexts import ConceptSet, Context, ContextBatch
 from ...errors import UserValueError
 from ...functional import per_feature
 from .frame import Frame
 from .in_force import STATE, innermost_request
+from .presence import check_active, check_known, check_observational_part, check_unasked, holds
 from .request import AdapterContext, Request, check_names, check_one_adapter_per_mask, completed, normalize, restricted
 from .rows import input_rows, match_layer_rows, refuse_sequence_first
 
@@ -67,6 +67,7 @@ class Conditioning:
         self.concepts: dict[str, ConceptSet] = {}
         self.open_requests = 0  # in all tasks and threads
         self.observational_ranks: dict[str, int] = {}
+        self._model: weakref.ref[nn.Module] | None = None
         self._handles: list[RemovableHandle] = []
         self._takes_context = True
 
@@ -77,6 +78,7 @@ class Conditioning:
                 if isinstance(previous := getattr(hook, "__self__", None), Conditioning):
                     previous.remove(model)
             self._on_removal = on_removal
+            self._model = weakref.ref(model)
             Conditioning.changes += 1
             # A model with an argument of that name keeps it; there, only intervene() sets contexts.
             self._takes_context = "context" not in inspect.signature(model.forward).parameters
@@ -86,7 +88,7 @@ class Conditioning:
             ]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_layer": self._layer()}
+        return self.__dict__ | {"_layer": self._layer(), "_model": None}  # a copied layer copies no whole model
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = state | {"_layer": weakref.ref(state["_layer"]), "open_requests": 0}
@@ -94,8 +96,10 @@ class Conditioning:
 
     @property
     def alive(self) -> bool:
-        """Whether the adapter is still there: others may have taken it off (diffusers' unload_lora)."""
-        return self._layer() is not None
+        """Whether an adapter is still there: others may have taken it off (diffusers' unload_lora, delete_adapters)."""
+        layer, model = self._layer(), self._model and self._model()
+        # A layer that is off may live on: hooks of others refer to it in a circle.
+        return layer is not None and bool(self.concepts) and (model is None or holds(model, layer.name, layer))
 
     @property
     def layer(self) -> AdaptedLayer:
@@ -188,9 +192,12 @@ class Conditioning:
     def _enter_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not torch.compiler.is_compiling() and not self.alive:
-            self.remove(model)
-            return None
+        if not torch.compiler.is_compiling():
+            self._model = weakref.ref(model)  # a copy has another
+            if not self.alive:
+                check_unasked(self.request())
+                self.remove(model)
+                return None
         box = STATE.box
         # First of all, so that the other hook finds its frame whatever is raised below.
         box.frame = frame = Frame(self, model, box.frame)
@@ -227,7 +234,10 @@ class Conditioning:
 
     def _check_still_valid(self, request: Request) -> None:
         # Adapters may have been activated or merged since the context was set.
-        if request.checked_for is not None and request.checked_for != tuple(self.layer.active_adapters):
+        if request.checked_for is None:
+            check_active(request.adapters, self.layer.active_adapters)
+        elif request.checked_for != tuple(self.layer.active_adapters):
+            check_active(self.concepts, self.layer.active_adapters)
             self._check_names(request.contexts, self.active_adapters())
         if self.layer.merged:
             self.layer.check_merged_context({name: context.strengths for name, context in request.adapters.items()})
@@ -235,14 +245,6 @@ class Conditioning:
     def _check_names(self, contexts: tuple[Context, ...], addressed: dict[str, ConceptSet]) -> None:
         others = {name: concepts for name, concepts in self.concepts.items() if name not in addressed}
         check_names(contexts, addressed, others)
-
-    def _check_observational_part(self, addressed: dict[str, ConceptSet]) -> None:
-        if addressed and not any(self.observational_ranks[name] for name in addressed):
-            raise UserValueError(
-                f"The strength of the observational part was given, but {quoted(addressed)} "
-                f"{'has' if len(addressed) == 1 else 'have'} none (observational_rank=0). Leave it out, or train the "
-                "adapter with such a part."
-            )
 
     def make_request(
         self,
@@ -264,10 +266,11 @@ class Conditioning:
         for name, value in (("images_per_prompt", images_per_prompt), ("guidance_copies", guidance_copies)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UserValueError(f"{name}={value!r} must be a whole number of at least 1.")
-        addressed = self.active_adapters()
-        if adapter_name is not None:
-            if adapter_name not in self.concepts:
-                raise UserValueError(f"Unknown adapter {adapter_name!r}. This model has: {quoted(self.concepts)}.")
+        if adapter_name is None:
+            check_active(self.concepts, self.layer.active_adapters)
+            addressed = self.active_adapters()
+        else:
+            check_known(adapter_name, self.concepts)
             addressed = {adapter_name: self.concepts[adapter_name]}
         contexts, mask = normalize(context, observational)
         if mask is not None:
@@ -275,7 +278,7 @@ class Conditioning:
         else:
             self._check_names(contexts, addressed)
         if observational not in (None, 1) or any(context.observational != 1 for context in contexts):
-            self._check_observational_part(addressed)
+            check_observational_part(addressed, self.observational_ranks)
 
         def encode(concepts: ConceptSet) -> AdapterContext:
             if mask is not None:

@@ -1,0 +1,54 @@
+"""Whether the adapters that a context is for can act: they are on the model, active, and have what is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+from torch import nn
+
+from ..._messages import quoted
+from ...errors import UserValueError
+
+
+def holds(model: nn.Module, path: str, layer: object) -> bool:
+    """Whether a layer is still at its path in a model, or what others have put around it there."""
+    try:
+        place = model.get_submodule(path)
+    except AttributeError:  # a wrapper hides the path
+        return True
+    return any(module is layer for module in place.modules())
+
+
+def check_known(adapter_name: str, adapters: Iterable[str]) -> None:
+    """Refuse (ValueError) a name that no adapter has."""
+    if adapter_name not in adapters:
+        raise UserValueError(f"Unknown adapter {adapter_name!r}. This model has: {quoted(adapters)}.")
+
+
+def check_unasked(request: object | None) -> None:
+    """Refuse (ValueError) a context that is in force for adapters that are off the model."""
+    if request is not None:
+        raise UserValueError(
+            "A context is set for causal context adapters that were taken off the model since, so it would change "
+            "nothing. Load them again, or leave the context out."
+        )
+
+
+def check_active(addressed: Iterable[str], active: Iterable[str]) -> None:
+    """Refuse (ValueError) a context for adapters that are all switched off."""
+    if not set(addressed) & set(active):
+        raise UserValueError(
+            f"A context would change nothing: the adapters it is for, {quoted(addressed)}, are not active. Active: "
+            f"{quoted(active) or 'none'}. Activate them beside those: set_adapters([...]) of a pipeline or a model of "
+            "diffusers, set_adapter(...) of others."
+        )
+
+
+def check_observational_part(addressed: Collection[str], ranks: Mapping[str, int]) -> None:
+    """Refuse (ValueError) a strength of the observational part for adapters that have none."""
+    if not any(ranks[name] for name in addressed):
+        raise UserValueError(
+            f"The strength of the observational part was given, but {quoted(addressed)} "
+            f"{'has' if len(addressed) == 1 else 'have'} none (observational_rank=0). Leave it out, or train the "
+            "adapter with such a part."
+        )
