@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .._files import complete_or_absent
+from .._messages import quoted
 from ..errors import UserValueError
 from .config import CausalContextConfig
-from .layer import CausalContextLayer
 from .lookup import adapted_layers
 from .peft_type import PEFT_PREFIX
 from .wrapped_methods import WrappedMethod
@@ -33,22 +34,29 @@ class SavedWithoutAdapters(WrappedMethod):
     def __call__(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
         model = self.model
         layers = adapted_layers(model)
-        # transformers' own integration of PEFT saves the adapter only, as its users expect.
-        if not layers or (getattr(model, "_hf_peft_config_loaded", False) and hasattr(model, "get_adapter_state_dict")):
+        configs = getattr(model, "peft_config", {})
+        names = [name for name, config in configs.items() if _is_ours(config)]
+        others = configs.keys() - names
+        # transformers' own integration of PEFT saves the adapter only, as its users expect; of two kinds, neither.
+        integrated = getattr(model, "_hf_peft_config_loaded", False) and hasattr(model, "get_adapter_state_dict")
+        if not layers or (integrated and not others):
             return self.original(save_directory, *args, **kwargs)
         merged = next((layer for layer in layers.values() if layer.merged), None)
         if merged is not None:
             raise UserValueError(
                 f"Adapters {merged.merged_adapters} are merged into the weights of {type(model).__name__}, so the base "
-                "cannot be saved as it was. Call unmerge_adapter() (or unfuse_lora()) first, or merge_and_unload() to "
-                "keep the merged weights for good."
+                "cannot be saved as it was. Call unmerge_adapter() (of a pipeline, unfuse_lora()) first, or "
+                "merge_and_unload() to keep the merged weights for good."
             )
-        names = [name for name, config in model.peft_config.items() if _is_ours(config)]
         handle = model.register_state_dict_post_hook(_rename)
+        if integrated:
+            model._hf_peft_config_loaded = False
         try:
             result = self.original(save_directory, *args, **kwargs)
         finally:
             handle.remove()
+            if integrated:
+                model._hf_peft_config_loaded = True
         for name in names:
             folder = Path(save_directory) / name
             config = copy.copy(model.peft_config[name])
@@ -61,6 +69,12 @@ class SavedWithoutAdapters(WrappedMethod):
                 f"{type(model).__name__} was saved without its causal context adapter {name!r}, which lies beside it "
                 f"in {folder}. After loading the pipeline: load_context_adapter(pipe, folder_of_the_pipeline"
                 + (f", adapter_name={name!r})." if name != "default" else ")."),
+                stacklevel=2,
+            )
+        if others:
+            warnings.warn(
+                f"{type(model).__name__} was saved without the adapters of other methods, {quoted(sorted(others))}, "
+                "but for those fused into its weights. Keep their files, and load them again (load_lora_weights).",
                 stacklevel=2,
             )
         return result
@@ -84,9 +98,9 @@ def _weights(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 
 def _rename(model: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
     """The weights of a model (a state dict, changed in place) under the names that they have without adapters."""
-    for name, module in model.named_modules():
+    for name, module in reversed(list(model.named_modules())):  # adapters of others may lie around ours
         inside = f"{prefix}{name}."
-        if isinstance(module, CausalContextLayer):
+        if isinstance(module, BaseTunerLayer):
             kept = f"{inside}base_layer."
         elif isinstance(module, AuxiliaryTrainingWrapper):
             kept = f"{inside}original_module."
