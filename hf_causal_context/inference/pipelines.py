@@ -20,6 +20,7 @@ from .._messages import quoted
 from ..adapter.compatibility import check_fits
 from ..adapter.config import CausalContextConfig
 from ..adapter.followed_pipeline import follow, unfollow
+from ..adapter.layer import CausalContextLayer
 from ..adapter.lookup import adapted_layers, conditionings
 from ..adapter.names import check_adapter_name
 from ..adapter.storage.download import download
@@ -134,9 +135,12 @@ def unload_context_adapter(pipe: DiffusionPipeline, adapter_name: str | None = N
     for component, module in owners.items():
         for layer in adapted_layers(module).values():
             if names & set(layer.merged_adapters):
+                owner, parts = (
+                    ("pipe", f"[{component!r}]") if hasattr(pipe, "unfuse_lora") else (f"pipe.{component}", "")
+                )
                 raise UserValueError(
                     f"Adapters {layer.merged_adapters} are merged into the weights of pipe.{component}. Call "
-                    f"pipe.{component}.unfuse_lora() (or unmerge_adapter()) first."
+                    f"{owner}.unfuse_lora({parts}) first."
                 )
     for module in owners.values():
         for name in names:
@@ -197,11 +201,18 @@ def _check_room(module: nn.Module, component: str, adapter_name: str) -> None:
             f"pipe.{component} already has an adapter {adapter_name!r}. Unload it first, or give another adapter_name."
         )
     check_adapter_name(adapter_name, module)
-    if any(hasattr(inner, "_hf_hook") or hasattr(inner, "_diffusers_hook") for inner in list(module.modules())[1:]):
+    if any(_is_offloaded(inner) for inner in list(module.modules())[1:]):
         raise UserValueError(
             f"Parts of pipe.{component} are offloaded one by one (sequential or group offloading). Load the adapter "
             "first, then enable offloading."
         )
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """Whether a hook of accelerate or diffusers moves the weights; others cast or cache, or move inputs only."""
+    accelerate, diffusers = getattr(module, "_hf_hook", None), getattr(module, "_diffusers_hook", None)
+    moving = any(getattr(hook, "offload", False) for hook in getattr(accelerate, "hooks", [accelerate]))
+    return moving or (diffusers is not None and diffusers.get_hook("group_offloading") is not None)
 
 
 def _attach(
@@ -228,20 +239,20 @@ def _attach(
 
 
 def _detach(module: nn.Module, adapter_name: str) -> None:
-    layers = adapted_layers(module)
-    for layer in layers.values():
+    owners = conditionings(module)
+    layers = adapted_layers(module).values()
+    for layer in layers:
         if adapter_name in layer.causal_context_down:
             layer.delete_adapter(adapter_name)
     configs: dict[str, PeftConfig] = getattr(module, "peft_config", {})
     configs.pop(adapter_name, None)
-    for owner in conditionings(module):
-        owner.concepts.pop(adapter_name, None)
-        if not owner.concepts:
-            owner.remove(module)
-    if any(layer.causal_context_down for layer in layers.values()):
+    if any(layer.causal_context_down for layer in layers):
         return
-    for path, layer in layers.items():
-        module.set_submodule(path, layer.get_base_layer())
+    for owner in owners:
+        owner.remove(module)
+    for path, inner in list(module.named_modules()):
+        if isinstance(inner, CausalContextLayer):
+            module.set_submodule(path, inner.base_layer)
     if not configs:
         for path, inner in list(module.named_modules()):
             if isinstance(inner, AuxiliaryTrainingWrapper):
