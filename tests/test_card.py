@@ -176,7 +176,7 @@ def test_a_report_on_texts_has_perplexities_in_place_of_distances(folder):
 def test_code_loads_what_the_card_is_of_and_asks_for_its_image(folder):
     block = code(render_card(folder, "user/strokes"))
     compile(block, "card", "exec")
-    assert 'DiffusionPipeline.from_pretrained("user/base", revision="v1")' in block
+    assert 'DiffusionPipeline.from_pretrained("user/base", revision="v1", dtype=torch.float32)' in block
     assert 'load_context_adapter(pipe, "user/strokes")' in block
     assert 'with intervene(pipe, "slant+thick"):' in block
     call = 'pipe(num_inference_steps=25, prompt="say \\"word\\"", generator=torch.Generator().manual_seed(7))'

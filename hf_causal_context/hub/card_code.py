@@ -80,7 +80,7 @@ def usage_code(contents: CardContents, repo: str, branch: str | None, context: s
         return _PACKAGED.format(**names, arguments=arguments)
     options = {key: value for key in ("revision", "variant") if (value := getattr(contents, key)) is not None}
     base = ", ".join(filter(None, [python_literal(contents.base), _arguments(options)]))
-    base += "" if contents.dtype == "float32" else f", dtype=torch.{contents.dtype}"
+    base += f", dtype=torch.{contents.dtype}"  # unasked, parts of a base that was saved in half would stay so
     return _PIPELINE.format(**names, base=base, arguments=arguments)
 
 
