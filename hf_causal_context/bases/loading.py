@@ -20,9 +20,12 @@ def load_base(
     *,
     revision: str | None = None,
     variant: str | None = None,
-    torch_dtype: torch.dtype | None = None,
+    torch_dtype: torch.dtype = torch.float32,
 ) -> DiffusionBase:
     """Load a pipeline from a folder or the Hub; only safetensors, and no code from the repository.
+
+    All components have the same dtype. Unasked, those of diffusers would be float32 and those of transformers what they
+    were saved in, and half of one kind does not multiply with the other.
 
     `hf_causal_context/models/digit_base` is the one that comes with this package, wherever that is installed.
 

@@ -144,8 +144,7 @@ class StoredAdapter:
             )
         name, revision = self.base
         context_strengths(self.config, contexts)
-        torch_dtype = None if dtype == "float32" else getattr(torch, dtype)
-        base = load_base(name, revision=revision, variant=variant, torch_dtype=torch_dtype)
+        base = load_base(name, revision=revision, variant=variant, torch_dtype=getattr(torch, dtype))
         base.pipe.to(_device())
         attach(base.pipe, self.folder, self.source)
         return base

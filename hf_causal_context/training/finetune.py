@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor, nn
@@ -85,12 +84,12 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
         return load_data(self.arguments)
 
     def load_base(self) -> nn.Module:
-        arguments, dtype = self.arguments, DTYPES[self.accelerator.mixed_precision]
+        arguments = self.arguments
         self._base = self._base or load_base(
             arguments.pretrained_model_name_or_path,
             revision=arguments.revision,
             variant=arguments.variant,
-            torch_dtype=None if dtype == torch.float32 else dtype,
+            torch_dtype=DTYPES[self.accelerator.mixed_precision],
         )
         check_conditions(self.base, None, 0 if self.base.takes_classes else None, None, arguments.resolution)
         return self.base.denoiser
