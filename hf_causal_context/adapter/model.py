@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.config import PeftConfig
@@ -112,7 +112,7 @@ class CausalContextModel(BaseTuner):
         assert isinstance(peft_config, CausalContextConfig)
         # Next to the base, inside what others have put around it: their tensors keep the names that they know.
         while isinstance(target, BaseTunerLayer) and not isinstance(target, CausalContextLayer):
-            parent, target, target_name = target, target.base_layer, "base_layer"
+            parent, target, target_name = target, cast(nn.Module, target.base_layer), "base_layer"
         if isinstance(target, CausalContextLayer):
             target.update_layer(adapter_name, peft_config, current_key)
             return
