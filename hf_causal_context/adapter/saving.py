@@ -39,7 +39,7 @@ class SavedWithoutAdapters(WrappedMethod):
         others = configs.keys() - names
         # transformers' own integration of PEFT saves the adapter only, as its users expect; of two kinds, neither.
         integrated = getattr(model, "_hf_peft_config_loaded", False) and hasattr(model, "get_adapter_state_dict")
-        if not layers or (integrated and not others):
+        if not layers or (integrated and not (names and others)):
             return self.original(save_directory, *args, **kwargs)
         merged = next((layer for layer in layers.values() if layer.merged), None)
         if merged is not None:
