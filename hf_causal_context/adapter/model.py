@@ -14,25 +14,22 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
 from ..contexts import ContextBatch
-from ..errors import UserError, UserValueError
+from ..errors import UserValueError
 from ..layers import StructuralLayer
 from .announced_generate import AnnouncedGenerate
 from .batched_generate import CheckedBatching
 from .conditioning.in_force import in_force
 from .config import CausalContextConfig
+from .fusion import KeepsProjections
 from .intervene import intervene
 from .layer import CausalContextLayer, adapted_class
 from .lookup import place
 from .names import check_adapter_name
 from .peft_type import PREFIX
 from .saving import SavedWithoutAdapters
-from .targets import default_target_modules, describe_candidates
+from .targets import TargetModulesError, all_linear, check_targets, default_target_modules, describe_candidates
 
-_METHODS = (SavedWithoutAdapters, AnnouncedGenerate, CheckedBatching)
-
-
-class TargetModulesError(UserError, NoMatchingPeftModuleError):
-    """No module of the base matches `target_modules`."""
+_METHODS = (SavedWithoutAdapters, AnnouncedGenerate, CheckedBatching, KeepsProjections)
 
 
 class CausalContextModel(BaseTuner):
@@ -45,7 +42,7 @@ class CausalContextModel(BaseTuner):
         low_cpu_mem_usage: create the weights on the meta device, to be loaded.
 
     Raises:
-        ValueError: when no module matches `target_modules`, or one matches that cannot be adapted; for a name that
+        ValueError: when a part of `target_modules` matches no module, or one that cannot be adapted; for a name that
             `check_adapter_name` refuses.
     """
 
@@ -74,6 +71,8 @@ class CausalContextModel(BaseTuner):
             raise
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except TargetModulesError:
+            raise
         except NoMatchingPeftModuleError as error:
             raise TargetModulesError(f"{error} {describe_candidates(model)}") from None
         layer = next(_layers(model), None)
@@ -85,8 +84,9 @@ class CausalContextModel(BaseTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         assert isinstance(peft_config, CausalContextConfig)
         # Before anything is wrapped: a module that matches but cannot be adapted must not leave a half-wrapped model.
-        if peft_config.target_modules == "all-linear":
-            return
+        if str(peft_config.target_modules).lower() == "all-linear":
+            peft_config.target_modules = all_linear(model, peft_config)
+        adapted = []
         wrapped = {key for key, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
         for key, module in model.named_modules():
             inside = any(parent in wrapped for parent in _parents(key))
@@ -98,6 +98,8 @@ class CausalContextModel(BaseTuner):
                     "inside nn.MultiheadAttention), Conv1D of GPT-2, Conv1d, Conv2d and Conv3d. Exclude it with "
                     f"exclude_modules. {describe_candidates(model)}"
                 )
+            adapted.append(key)
+        check_targets(model, peft_config, adapted)
 
     def _create_and_replace(
         self,

@@ -1,13 +1,23 @@
-"""Which modules to adapt when the user names none, and what to say when nothing fits."""
+"""Which modules to adapt when the user names none, and which of those that are named cannot be adapted."""
 
 from __future__ import annotations
 
+import copy
+import inspect
+import re
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
-from ..errors import UserValueError
+from .._messages import quoted
+from ..errors import UserError, UserValueError
+from .config import CausalContextConfig
+from .fusion import is_fused
 from .layer import adapted_class
 
 # diffusers names the projections of attention alike in all its denoisers and autoencoders; the second row are the
@@ -18,6 +28,12 @@ _DIFFUSERS_ATTENTION = (
 )
 _DIFFUSERS_CONVOLUTIONS = ("conv1", "conv2")  # of residual blocks, for networks without attention
 _TRANSFORMERS_ATTENTION = ("q_proj", "v_proj")  # what PEFT's table holds for most architectures
+# What fused experts were before, where their names differ.
+_FUSED_EXPERTS = {"gate_up_proj": ("gate_up_proj", "gate_proj", "up_proj")}
+
+
+class TargetModulesError(UserError, NoMatchingPeftModuleError):
+    """No module of the base matches `target_modules`, or only some of what it names does."""
 
 
 def default_target_modules(model: nn.Module, model_config: dict) -> set[str] | str:
@@ -28,7 +44,7 @@ def default_target_modules(model: nn.Module, model_config: dict) -> set[str] | s
     """
     known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_config.get("model_type", ""))
     if known is not None:
-        return known if isinstance(known, str) else set(known)
+        return known if isinstance(known, str) else {name for name in known if _ends_with(model, name)} or set(known)
     libraries = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
     families = {
         "diffusers": (_DIFFUSERS_ATTENTION, _DIFFUSERS_CONVOLUTIONS),
@@ -43,6 +59,103 @@ def default_target_modules(model: nn.Module, model_config: dict) -> set[str] | s
         f"Please specify `target_modules` in the config: there are no defaults for {type(model).__name__}. "
         + describe_candidates(model)
     )
+
+
+def all_linear(model: nn.Module, config: CausalContextConfig) -> set[str]:
+    """Return what "all-linear" stands for: PEFT's choice, without modules that are excluded or never called."""
+    named = copy.copy(config)
+    _maybe_include_all_linear_layers(named, model)
+    modules = dict(model.named_modules())
+    return {
+        path
+        for path in named.target_modules or ()
+        if check_target_module_exists(named, path)
+        and adapted_class(modules[path]) is not None
+        and not _is_only_read(model, path)
+    }
+
+
+def check_targets(model: nn.Module, config: CausalContextConfig, adapted: Sequence[str]) -> None:
+    """Refuse what would be adapted in part only, without a word: modules that the model does not call, and no modules.
+
+    Args:
+        model: the base, which may carry other adapters.
+        config: the adapter's.
+        adapted: paths of the modules that it asks for; none at all is PEFT's error.
+
+    Raises:
+        ValueError: for projections that are fused, or modules of which the model only reads the weight.
+        TargetModulesError: for experts that are parameters, and names and layers that no module belongs to.
+    """
+    name = type(model).__name__
+    fused = [path for path in adapted if is_fused(model, path)]
+    if fused:
+        raise UserValueError(
+            f"{len(fused)} of the target modules, such as {fused[0]!r}, are fused with others, so {name} no longer "
+            "calls them and the adapter would act in part only. Call unfuse_qkv_projections() of the model or the "
+            "pipeline first, and leave them apart."
+        )
+    if config.inference_mode:  # a stored adapter acts as it did in its training: its weights name its modules
+        return
+    read = [path for path in adapted if _is_only_read(model, path)]
+    if read:
+        leaves = sorted({path.rpartition(".")[2] for path in read})
+        raise UserValueError(
+            f"{name} computes with the weight of {read[0]!r} and does not call the module, so an adapter on it would "
+            f"have no effect. Leave out {quoted(leaves)}."
+        )
+    experts = [path for path in _experts(model) if check_target_module_exists(config, path)]
+    if experts:
+        leaves = sorted({".".join(path.split(".")[-2:]) for path in experts})
+        raise TargetModulesError(
+            f"target_modules names experts that {name} holds as parameters, such as {experts[0]!r}, and the adapter "
+            f"acts on modules only. Leave them out with exclude_modules={leaves}, which keeps other modules of these "
+            "names."
+        )
+    unmatched = [*_unmatched(config, adapted)] if adapted else []
+    if unmatched:
+        held = f" {name} holds its experts as parameters, which it does not act on." if any(_experts(model)) else ""
+        raise TargetModulesError(
+            f"Nothing that is adapted matches {', '.join(unmatched)}.{held} Correct it, or leave it out. "
+            f"{describe_candidates(model)}"
+        )
+
+
+def _unmatched(config: CausalContextConfig, adapted: Sequence[str]) -> Iterator[str]:
+    """What of a config no adapted module belongs to, as messages call it."""
+    if not isinstance(config.target_modules, str):
+        for name in sorted(config.target_modules or ()):
+            if not any(path == name or path.endswith(f".{name}") for path in adapted):
+                yield f"{name!r} of target_modules"
+    layers = config.layers_to_transform
+    for index in [layers] if isinstance(layers, int) else layers or ():
+        alone = copy.copy(config)
+        alone.layers_to_transform = [index]
+        if not any(check_target_module_exists(alone, path) for path in adapted):
+            yield f"{index} of layers_to_transform"
+
+
+def _is_only_read(model: nn.Module, path: str) -> bool:
+    parent, _, name = path.rpartition(".")
+    return name in _read_weights(type(model.get_submodule(parent)))
+
+
+@lru_cache
+def _read_weights(parent: type[nn.Module]) -> frozenset[str]:
+    """Names of children whose weight a class computes with, as Mamba and its kin hand it to their kernels."""
+    try:
+        source = inspect.getsource(parent)
+    except (OSError, TypeError):  # of classes without a file
+        return frozenset()
+    return frozenset(re.findall(r"self\.(\w+)\.weight(?:\.squeeze\(| @|\[:, 0)", source))
+
+
+def _experts(model: nn.Module) -> Iterator[str]:
+    """Paths of the experts that are parameters of three dimensions, under the names they have as modules, too."""
+    for path, parameter in model.named_parameters():
+        parent, _, name = path.rpartition(".")
+        if parameter.ndim == 3 and parent.endswith("experts"):
+            yield from (f"{parent}.{each}" for each in _FUSED_EXPERTS.get(name, (name,)))
 
 
 def describe_candidates(model: nn.Module, limit: int = 20) -> str:

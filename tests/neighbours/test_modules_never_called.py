@@ -1,0 +1,181 @@
+"""Modules that a model never calls: an adapter on them would act in part only, so it is refused by name."""
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from hf_causal_context import CausalContextConfig, intervene, load_context_adapter, unload_context_adapter
+
+from ..architectures import ARCHITECTURES, LLAMA
+from ..training.tiny_pipelines import PIPELINES
+
+PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
+MOE = {**LLAMA, "num_experts_per_tok": 2}
+QWEN3_MOE = {**MOE, "num_experts": 4, "moe_intermediate_size": 16, "decoder_sparse_step": 1, "mlp_only_layers": [0]}
+HYBRID = {**LLAMA, "num_hidden_layers": 1}
+MAMBA = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+
+
+def config(targets, **settings):
+    settings = {"concepts": ("thick", "slant"), "init_weights": False, **settings}
+    return CausalContextConfig(target_modules=targets, **settings)
+
+
+def attach(model, targets, **settings):
+    torch.manual_seed(1)
+    return get_peft_model(model, config(targets, **settings)).eval()
+
+
+def adapted_paths(model):
+    return {name.removesuffix(".base_layer") for name, _ in model.named_modules() if name.endswith(".base_layer")}
+
+
+class TestFusedProjections:
+    @pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_3", "flux", "wan"])
+    def test_fused_before_the_adapter(self, name):
+        model = ARCHITECTURES[name].build() if name in ARCHITECTURES else _denoiser(PIPELINES[name]())
+        model.fuse_qkv_projections()
+        with pytest.raises(ValueError, match=r"'.*to_[kqv]', are fused with others.* unfuse_qkv_projections\(\) of"):
+            attach(model, PROJECTIONS)
+        assert not adapted_paths(model)
+
+    @pytest.mark.parametrize("name", ["unet2d_condition", "sd3", "flux", "wan"])
+    def test_fused_after_the_adapter(self, name):
+        architecture = ARCHITECTURES[name]
+        model, inputs = architecture.build(), architecture.inputs(2)
+        attach(model, PROJECTIONS)
+        with intervene(model, "thick"):
+            before = architecture.output(model(**inputs))
+        with pytest.raises(
+            ValueError, match=r"of the projections carry an adapter, such as '.*to_q'.*Leave them apart"
+        ):
+            model.fuse_qkv_projections()
+        with intervene(model, "thick"):
+            assert torch.equal(architecture.output(model(**inputs)), before)
+
+    def test_a_pipeline_refuses_as_well_until_the_adapter_is_off(self, tmp_path):
+        attach(PIPELINES["stable_diffusion"]().unet, PROJECTIONS).save_pretrained(tmp_path)
+        pipe = PIPELINES["stable_diffusion"]()
+        load_context_adapter(pipe, tmp_path)
+        with pytest.raises(ValueError, match="projections carry an adapter"):
+            pipe.fuse_qkv_projections()
+        unload_context_adapter(pipe)
+        pipe.fuse_qkv_projections()
+        with pytest.raises(ValueError, match="are fused with others"):
+            load_context_adapter(pipe, tmp_path)
+        pipe.unfuse_qkv_projections()
+        load_context_adapter(pipe, tmp_path)
+
+    def test_the_query_of_a_fused_cross_attention_is_still_called(self):
+        architecture = ARCHITECTURES["unet2d_condition"]
+        model, inputs = architecture.build(), architecture.inputs(2)
+        model.fuse_qkv_projections()
+        base = architecture.output(model(**inputs))
+        attach(model, ["attn2.to_q"])
+        with intervene(model, "thick"):
+            assert (architecture.output(model(**inputs)) - base).abs().max() > 1e-3
+        assert {path.rpartition(".")[2] for path in adapted_paths(model)} == {"to_q"}
+
+    def test_a_context_that_is_merged_for_good_can_be_fused(self):
+        architecture = ARCHITECTURES["unet2d_condition"]
+        inputs, peft_model = architecture.inputs(2), attach(architecture.build(), PROJECTIONS)
+        expected = architecture.output(peft_model(**inputs, context="thick"))
+        with intervene(peft_model, "thick"):
+            model = peft_model.merge_and_unload()
+        model.fuse_qkv_projections()
+        torch.testing.assert_close(architecture.output(model(**inputs)), expected, rtol=1e-4, atol=1e-5)
+
+
+def _denoiser(pipe):
+    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+
+
+class TestWeightsThatAreOnlyRead:
+    @pytest.mark.parametrize(
+        ("build", "name"),
+        [
+            (lambda: transformers.MambaForCausalLM(transformers.MambaConfig(**MAMBA)), "conv1d"),
+            (lambda: transformers.MambaForCausalLM(transformers.MambaConfig(**MAMBA)), "dt_proj"),
+            (lambda: transformers.FalconMambaForCausalLM(transformers.FalconMambaConfig(**MAMBA)), "dt_proj"),
+            (lambda: transformers.Mamba2ForCausalLM(_mamba2()), "conv1d"),
+            (lambda: transformers.Lfm2ForCausalLM(transformers.Lfm2Config(**HYBRID, full_attn_idxs=[])), "conv.conv"),
+        ],
+    )
+    def test_they_are_refused_by_name(self, build, name):
+        model, leaf = build(), name.rpartition(".")[2]
+        with pytest.raises(
+            ValueError, match=rf"computes with the weight of '.*\.{name}' and does.* Leave out '{leaf}'"
+        ):
+            attach(model, ["in_proj", name])
+        assert not adapted_paths(model)
+
+    @pytest.mark.parametrize("name", ["in_proj", "x_proj", "out_proj"])
+    def test_what_mamba_calls_acts(self, name):
+        torch.manual_seed(0)
+        model = attach(transformers.MambaForCausalLM(transformers.MambaConfig(**MAMBA)), [name])
+        tokens = torch.arange(3, 13).view(2, 5)
+        assert (model(tokens, context="thick").logits - model(tokens).logits).abs().max() > 1e-4
+
+    def test_all_linear_leaves_them_out(self):
+        model = attach(transformers.MambaForCausalLM(transformers.MambaConfig(**MAMBA)), "all-linear")
+        assert {path.rpartition(".")[2] for path in adapted_paths(model)} == {"in_proj", "x_proj", "out_proj"}
+
+    def test_all_linear_leaves_out_the_output_of_torchs_attention(self):
+        model = attach(nn.TransformerEncoderLayer(8, 2, 16), "all-linear")
+        assert adapted_paths(model) == {"base_model.model.linear1", "base_model.model.linear2"}
+
+    def test_an_adapter_that_was_stored_with_them_loads(self, tmp_path, monkeypatch):
+        """It acts as it did in its training, in which they had no effect."""
+        build = lambda: transformers.MambaForCausalLM(transformers.MambaConfig(**MAMBA))  # noqa: E731
+        monkeypatch.setattr("hf_causal_context.adapter.model.check_targets", lambda *_: None)
+        attach(build(), ["in_proj", "dt_proj", "gone"]).save_pretrained(tmp_path)
+        monkeypatch.undo()
+        model = PeftModel.from_pretrained(build(), tmp_path)
+        assert {path.rpartition(".")[2] for path in adapted_paths(model)} == {"in_proj", "dt_proj"}
+
+
+def _mamba2():
+    return transformers.Mamba2Config(**MAMBA, num_heads=4, head_dim=16, n_groups=1, expand=2)
+
+
+class TestTargetsThatMatchNothing:
+    def test_names_of_experts_beside_names_that_match(self):
+        model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**MOE, num_local_experts=4))
+        with pytest.raises(
+            ValueError,
+            match=r"matches 'w1' of target_modules, 'w3' of target_modules\. MixtralForCausalLM holds its experts as "
+            r"parameters.*Candidates: .*'q_proj'",
+        ):
+            attach(model, ["q_proj", "w1", "w3"])
+        assert not adapted_paths(model)
+
+    @pytest.mark.parametrize("targets", [["q_proj", "down_proj"], r".*\.(q_proj|down_proj)", ["gate_proj"]])
+    def test_names_that_dense_layers_share_with_experts(self, targets):
+        model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**QWEN3_MOE))
+        with pytest.raises(
+            ValueError, match=r"names experts.* such as 'model.layers.1.mlp.experts.\w+'.* exclude_modules=\['experts"
+        ):
+            attach(model, targets)
+        assert not adapted_paths(model)
+
+    def test_the_way_that_the_message_names(self):
+        model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**QWEN3_MOE))
+        attach(model, ["down_proj"], exclude_modules=["experts.down_proj"])
+        assert adapted_paths(model) == {"model.layers.0.mlp.down_proj"}
+
+    def test_names_and_layers(self):
+        model = ARCHITECTURES["llama"].build()
+        with pytest.raises(
+            ValueError, match="matches 'v_pro' of target_modules. Correct it, or leave it out. Candidat"
+        ):
+            attach(model, ["q_proj", "v_pro"])
+        with pytest.raises(ValueError, match="matches 7 of layers_to_transform. Correct it"):
+            attach(model, ["q_proj"], layers_to_transform=[1, 7])
+        attach(model, ["q_proj"], layers_to_transform=1)
+        assert adapted_paths(model) == {"model.layers.1.self_attn.q_proj"}
+
+    @pytest.mark.parametrize("name", ARCHITECTURES)
+    def test_defaults_match_everywhere(self, name):
+        assert adapted_paths(attach(ARCHITECTURES[name].build(), None))
