@@ -1,5 +1,8 @@
 """Modules that a model never calls: an adapter on them would act in part only, so it is refused by name."""
 
+import itertools
+
+import diffusers
 import pytest
 import torch
 import transformers
@@ -7,7 +10,12 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from hf_causal_context import CausalContextConfig, intervene, load_context_adapter, unload_context_adapter
+from hf_causal_context.training.arguments import OptimizationArguments
+from hf_causal_context.training.loop.processes import make_accelerator
+from hf_causal_context.training.loop.trainer import fit
+from hf_causal_context.training.loop.untrained import Untrained
 
+from ..adapter.small import CONCEPTS, VARIANTS
 from ..architectures import ARCHITECTURES, LLAMA
 from ..training.tiny_pipelines import PIPELINES
 
@@ -179,3 +187,89 @@ class TestTargetsThatMatchNothing:
     @pytest.mark.parametrize("name", ARCHITECTURES)
     def test_defaults_match_everywhere(self, name):
         assert adapted_paths(attach(ARCHITECTURES[name].build(), None))
+
+
+class TestTraining:
+    @pytest.fixture
+    def run(self, tmp_path, monkeypatch):
+        """A function: train an adapted model for some steps on batches that `draw` makes -> the printed lines."""
+        monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+
+        def call(model, draw, steps=2, accumulation=1):
+            arguments = OptimizationArguments(
+                output_dir=str(tmp_path / "out"), max_train_steps=steps, gradient_accumulation_steps=accumulation
+            )
+            batches = lambda first: (draw(number) for number in itertools.count(first))  # noqa: E731
+
+            def objective(model, batch):
+                output = model(**batch, context=["thick", ()])
+                return output[0].flatten(1).float().square().mean(1)
+
+            return fit(make_accelerator(arguments), model, objective, batches, arguments, steps)
+
+        return call
+
+    def test_modules_that_are_never_called_are_named_at_the_first_step(self, run):
+        architecture = ARCHITECTURES["unet2d_condition"]
+        model = architecture.build()
+        peft_model = attach(model, PROJECTIONS)
+        for attention in [m for m in model.modules() if isinstance(m, diffusers.models.attention_processor.Attention)]:
+            attention.fuse_projections()
+        model.set_attn_processor(diffusers.models.attention_processor.FusedAttnProcessor2_0())
+        message = r"^Step 1: 20 adapted modules, such as 'down.*attn1.to_q', got no gradient, nor did any other.* Leave"
+        with pytest.raises(ValueError, match=message):
+            run(peft_model, lambda number: architecture.inputs(2))
+
+    def test_a_vision_tower_without_images(self, run):
+        tokens = ARCHITECTURES["llama"].inputs
+        peft_model = attach(ARCHITECTURES["llava"].build(), ["q_proj"])
+        with pytest.raises(
+            ValueError, match=r"2 adapted modules, such as 'model.vision_tower.*layers.0.*q_proj', got no"
+        ):
+            run(peft_model, lambda number: tokens(2))
+
+    def test_experts_without_tokens_are_no_fault_until_the_end(self, run, capsys):
+        torch.manual_seed(0)
+        peft_model = attach(_Experts(), ["gate", "up"])
+        run(peft_model, lambda number: {"x": torch.randn(2, 4), "chosen": [number % 2, 2]}, steps=2)
+        assert "1 adapted modules, such as 'experts.3.up', got no gradient in any of 2 steps" in capsys.readouterr().out
+
+    def test_gradients_are_looked_at_when_all_of_a_step_are_there(self, run, capsys):
+        peft_model = attach(_Experts(), ["gate", "experts.1.up", "experts.0.up"])
+        run(peft_model, lambda number: {"x": torch.randn(2, 4), "chosen": [number % 2]}, steps=1, accumulation=2)
+        assert "got no gradient" not in capsys.readouterr().out
+
+    @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+    @pytest.mark.parametrize("concepts", [("thick",), CONCEPTS])
+    def test_every_tensor_of_a_module_that_is_called_has_a_gradient(self, run, capsys, settings, concepts):
+        settings = {key: concepts if key == "concept_order" else value for key, value in settings.items()}
+        peft_model = attach(_Experts(), ["gate"], concepts=concepts, **settings)
+        run(peft_model, lambda number: {"x": torch.randn(2, 4), "chosen": [0]}, steps=1)
+        assert "got no gradient" not in capsys.readouterr().out
+
+    def test_among_several_processes_every_module_must_take_part_in_every_step(self):
+        peft_model = attach(_Experts(), ["gate", "up"])
+        untrained = Untrained(peft_model, num_processes=2)
+        for chosen, message in (([0, 1, 2, 3], None), ([0, 1, 2], "Step 2: 1 adapted modules, such as 'experts.3.up'")):
+            peft_model.zero_grad()
+            peft_model(torch.randn(2, 4), chosen, context="thick")[0].sum().backward()
+            if message is None:
+                untrained.look(1)
+            else:
+                with pytest.raises(
+                    ValueError, match=f"{message}, got no.* in this process. Among several processes all"
+                ):
+                    untrained.look(2)
+
+
+class _Experts(nn.Module):
+    """Experts that are modules, as of older models and of custom code: those that are not chosen are not called."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(4, 4)
+        self.experts = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 4)}) for _ in range(4))
+
+    def forward(self, x, chosen):
+        x = self.gate(x)
+        return (sum(self.experts[number]["up"](x) for number in chosen),)

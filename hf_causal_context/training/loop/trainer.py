@@ -37,6 +37,7 @@ from .optimization import averaged, make_optimizer, make_schedule, set_learning_
 from .processes import watched_processes
 from .sharding import is_sharded
 from .trackers import start_trackers
+from .untrained import Untrained
 
 # The host waits for the device, and the processes for each other, once in so many steps: the wait is then next to
 # nothing. Where steps are slow it is once in about a second, so that whoever watches or stops a run does not wait long.
@@ -103,6 +104,7 @@ def fit(
         TrainingDivergedError: when a loss or gradient becomes NaN or infinite.
         TrainingMemoryError: when a step does not fit into memory, or a validation of a sharded model.
         TrainingInterrupted: on Ctrl-C or SIGTERM, after saving a checkpoint.
+        UntrainedModulesError: when modules of the adapter take no part in the training.
         UnreadableDataError: when batches can no longer be made.
         ProcessLostError: when another process of the run is gone.
         CheckpointError: when a checkpoint cannot be written, or is damaged.
@@ -142,6 +144,7 @@ class Run:
         self.validation, self.early_stopping, self.hooks = validation, early_stopping, hooks
         self.output_dir, self.sharded = Path(arguments.output_dir), is_sharded(model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.untrained = Untrained(model, accelerator.num_processes)
         optimizer = make_optimizer(self.parameters, arguments, accelerator)
         self.schedule = make_schedule(optimizer, arguments, num_steps)
         register_model_hooks(accelerator)
@@ -197,6 +200,8 @@ class Run:
         if stopping:
             text = f"Validation no longer improves: stopped after step {self.done} of {self.num_steps}."
             self.accelerator.print(text)
+        if report := self.untrained.report():
+            self.accelerator.print(report)
 
     def train_until_sync(self) -> None:
         """Take steps until the next synchronization, which is not later than a checkpoint or a validation."""
@@ -229,6 +234,7 @@ class Run:
                 accelerator.backward(loss)
                 total += loss.detach() / accumulation
         self.hooks.end_backward()
+        self.untrained.look(self.done + 1)
         self.norms[place] = cast(Tensor, accelerator.clip_grad_norm_(self.parameters, self.arguments.max_grad_norm))
         before = cast(float, self.schedule.get_last_lr()[0])
         self.optimizer.step()
