@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -14,9 +15,9 @@ from ..contexts import ConceptSet, Context, ContextLike, as_context
 from ..errors import UserValueError
 from .config import CausalContextConfig
 from .layer import CausalContextLayer, ConvNd
-from .lookup import adapted_layers
+from .lookup import adapted_layers, place
 from .peft_type import PEFT_PREFIX, PREFIX
-from .saving import write_adapter
+from .read_back import is_resized, write_lora
 
 
 def bake(model: nn.Module, context: ContextLike, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
@@ -24,7 +25,8 @@ def bake(model: nn.Module, context: ContextLike, adapter_name: str = "default") 
 
     The observational part comes along at its strength in the context, 1 by default.
 
-    Exact in float32; weights of adapters in bf16 or fp16 are rounded once. Modules in `modules_to_save` come along.
+    Exact in float32; weights of adapters in bf16 or fp16 are rounded once. Modules in `modules_to_save` come along, and
+    embeddings that were resized.
 
     Args:
         model: a PeftModel, or a model the adapter was injected into.
@@ -43,7 +45,7 @@ def bake(model: nn.Module, context: ContextLike, adapter_name: str = "default") 
     config = adapter_config(model, adapter_name)
     strengths = context_strengths(config, [as_context(context)])
     weights: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
+    paths: list[str] = []
     transposed = False
     for name, layer in adapted_layers(base).items():
         if adapter_name not in layer.causal_context_down:
@@ -55,22 +57,24 @@ def bake(model: nn.Module, context: ContextLike, adapter_name: str = "default") 
         kernel = (1,) * (a.ndim - 2)
         weights[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a.to(dtype, copy=True).contiguous()
         weights[f"{PEFT_PREFIX}{name}.lora_B.weight"] = b.view(*b.shape, *kernel).to(dtype, copy=True).contiguous()
-        ranks[name] = a.shape[0]
+        paths.append(name)
         transposed |= isinstance(layer.get_base_layer(), Conv1D)
+    # Of equal ranks: some tools divide one alpha by the rank that they see in a tensor.
+    rank = max(weight.shape[0] for key, weight in weights.items() if key.endswith(".lora_A.weight"))
+    weights = {key: _padded(weight, 0 if ".lora_A." in key else 1, rank) for key, weight in weights.items()}
     for key, weight in get_peft_model_state_dict(
-        model, adapter_name=adapter_name, save_embedding_layers=False
-    ).items():  # else PEFT asks the Hub about the vocabulary
-        if PREFIX not in key:  # of modules_to_save
+        model, adapter_name=adapter_name, save_embedding_layers=is_resized(base, config)
+    ).items():
+        if PREFIX not in key:  # of modules_to_save, and the embeddings
             weights[key if key.startswith(PEFT_PREFIX) else PEFT_PREFIX + key] = weight.detach().clone()
-    rank = max(ranks.values())
-    # "^": PEFT would take the rank of "proj_out" for "blocks.0.proj_out" too.
-    differing = {f"^{name}": r for name, r in ranks.items() if r != rank}
+    modules = {place(name) for name, _ in base.named_modules()}
+    ends = tuple(f".{path}" for path in paths)
     lora_config = LoraConfig(
         r=rank,
         lora_alpha=rank,  # factor 1: the scale is in lora_B
-        rank_pattern=differing,
-        alpha_pattern=dict(differing),
-        target_modules=sorted(ranks),
+        target_modules=sorted(paths),
+        # PEFT takes "proj_out" for "blocks.0.proj_out" too.
+        exclude_modules=sorted(n for n in modules - set(paths) if n.endswith(ends)) or None,
         modules_to_save=config.modules_to_save,
         fan_in_fan_out=transposed,
         base_model_name_or_path=config.base_model_name_or_path,
@@ -113,17 +117,17 @@ def adapter_config(model: nn.Module, adapter_name: str = "default") -> CausalCon
 def save_baked(model: nn.Module, context: ContextLike, folder: str | Path, adapter_name: str = "default") -> Path:
     """Bake a context and write it as a folder that `PeftModel.from_pretrained` loads without this package.
 
-    The folder appears complete or not at all.
+    A denoiser of diffusers' LoRA pipelines gets a second file in it, which `load_lora_weights(folder)` of these reads.
+    The folder appears complete or not at all, and only if PEFT loads from it what was baked.
 
     Raises:
         FileExistsError: if the folder exists and is not empty.
-        ValueError: as `bake`.
+        ValueError: as `bake`, and for a base on which PEFT does not find all of the LoRA again.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} exists and is not empty. Choose another folder, or remove it.")
-    config, weights = bake(model, context, adapter_name)
-    write_adapter(folder, config, weights)
+    write_lora(folder, model, *bake(model, context, adapter_name))
     return folder
 
 
@@ -147,6 +151,13 @@ def _check_lora_computes_the_same(name: str, layer: CausalContextLayer) -> None:
             "give another output. Keep the adapter"
             + ("." if base.groups > 1 else ", or merge the context into the weights with merge_adapter().")
         )
+
+
+def _padded(weight: Tensor, dim: int, rank: int) -> Tensor:
+    """Return a weight with as many zeros behind it as make it of a rank."""
+    shape = list(weight.shape)
+    shape[dim] = rank - shape[dim]
+    return torch.cat([weight, weight.new_zeros(shape)], dim)
 
 
 def _without_idle_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from .config import CausalContextConfig
 from .fusion import KeepsProjections
 from .intervene import intervene
 from .layer import CausalContextLayer, adapted_class
-from .lookup import place
+from .lookup import adapted_layers, place
 from .names import check_adapter_name
 from .peft_type import PREFIX
 from .saving import SavedWithoutAdapters
@@ -142,6 +142,8 @@ class CausalContextModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         layer = next(_layers(self.model), None)
+        if merge:
+            self._check_tied_weights()
         with self._context_to_merge(layer) if merge else nullcontext():
             # Those inside a LoRA: PEFT takes the outermost off, and with it all that is inside.
             for path, inner in list(self.model.named_modules()):
@@ -155,6 +157,7 @@ class CausalContextModel(BaseTuner):
         return model
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_tied_weights()
         with self._context_to_merge(next(_layers(self.model), None)):
             super().merge_adapter(adapter_names, safe_merge)
 
@@ -169,6 +172,18 @@ class CausalContextModel(BaseTuner):
         )
         active = layer.conditioning.active_adapters()
         return in_force([layer.conditioning.make_request(())] if active else [])
+
+    def _check_tied_weights(self) -> None:
+        owners = {id(inner.get_base_layer().weight): name for name, inner in adapted_layers(self.model).items()}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            adapted = owners.get(id(parameter))
+            if adapted is not None and not name.startswith(f"{adapted}."):
+                raise UserValueError(
+                    f"The weight of {adapted!r} is tied: it is {name!r} as well, which a merge would change, too. Keep "
+                    "the adapter, or a baked LoRA; or untie the base before the adapter is attached, by a copy: "
+                    f"model.{adapted}.weight = nn.Parameter(model.{adapted}.weight.detach().clone()), and "
+                    "model.config.tie_word_embeddings = False."
+                )
 
 
 def _take_methods_off(model: nn.Module) -> None:

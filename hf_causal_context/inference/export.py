@@ -17,7 +17,7 @@ from diffusers.utils import (
     convert_unet_state_dict_to_peft,
 )
 from peft import LoraConfig
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .._files import complete_or_absent
@@ -25,7 +25,7 @@ from .._messages import quoted
 from ..adapter.baking import adapter_config, bake, context_strengths
 from ..adapter.config import CausalContextConfig
 from ..adapter.layer import CausalContextLayer
-from ..adapter.saving import write_adapter
+from ..adapter.read_back import write_lora
 from ..bases.diffusion_base import DiffusionBase
 from ..contexts import ConceptSet, Context, file_name
 from ..errors import UserValueError
@@ -72,7 +72,7 @@ def export_contexts(
             baked = {name: bake(model, context) for name, model in models.items()}  # refuses before anything is written
             with complete_or_absent(path) as unfinished:
                 for name, lora in baked.items():
-                    write_adapter(unfinished if name == base.denoiser_name else unfinished / name, *lora)
+                    write_lora(unfinished if name == base.denoiser_name else unfinished / name, models[name], *lora)
             continue
         loras = {name: _lora(name, model, context) for name, model in models.items()}
         state = _kohya_state(base, loras) if file_format == "kohya" else {}
@@ -81,6 +81,7 @@ def export_contexts(
                 save_file(state, unfinished, metadata=_kohya_metadata(base, loras, path.stem))
             else:
                 _write_diffusers(base, loras, unfinished)
+                _check_readable(base, load_file(unfinished), loras, file_format)
     return list(files)
 
 
@@ -163,22 +164,16 @@ def _lora(component: str, model: nn.Module, context: Context) -> _Lora:
 def _write_diffusers(base: DiffusionBase, loras: dict[str, _Lora], path: Path) -> None:
     arguments: dict[str, Any] = {}
     for component, (config, weights) in loras.items():
-        patterns = [config.rank_pattern or {}, config.alpha_pattern or {}]
         if component.startswith("text_encoder"):
             # Without attention projections, diffusers knows the names of a text encoder in this form only.
             forms = {".lora_A.": ".lora_linear_layer.down.", ".lora_B.": ".lora_linear_layer.up."}
             for ours, theirs in forms.items():
                 weights = {key.replace(ours, theirs): weight for key, weight in weights.items()}
-            # Names that fit however deep the encoder is nested.
-            patterns = [{k.removeprefix("^").removeprefix("text_model."): r for k, r in p.items()} for p in patterns]
         arguments[f"{component}_lora_layers"] = weights
-        # Without it, older versions of diffusers take one alpha for all ranks. Not the whole config: another version of
-        # PEFT may not know its fields.
+        # Not the whole config: another version of PEFT may not know its fields.
         arguments[f"{component}_lora_adapter_metadata"] = {
             "r": config.r,
             "lora_alpha": config.lora_alpha,
-            "rank_pattern": patterns[0],
-            "alpha_pattern": patterns[1],
             "target_modules": sorted({key.split(".lora_")[0].removeprefix("text_model.") for key in weights}),
         }
     cast(Any, base.pipe).save_lora_weights(path.parent, weight_name=path.name, **arguments)
@@ -196,15 +191,19 @@ def _kohya_state(base: DiffusionBase, loras: dict[str, _Lora]) -> dict[str, Tens
     kohya |= {key: torch.tensor(float(alpha)) for key in kohya if key.endswith(".alpha")}
     if "text_encoder_2" not in base.pipe.components:  # with a single encoder, it has no number
         kohya = {key.replace("lora_te1_", "lora_te_", 1): weight for key, weight in kohya.items()}
-    _check_readable(base, kohya, state)
+    _check_readable(base, dict(kohya), loras, "kohya")
     return kohya
 
 
-def _check_readable(base: DiffusionBase, kohya: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+def _check_readable(
+    base: DiffusionBase, written: dict[str, Tensor], loras: dict[str, _Lora], file_format: FileFormat
+) -> None:
     """Refuse modules that diffusers does not find again: underscores for dots lose what a name was."""
-    read, _ = cast(Any, base.pipe).lora_state_dict(dict(kohya))
+    state = cast(Any, base.pipe).lora_state_dict(written)
+    read = state[0] if isinstance(state, tuple) else state
+    wanted = [f"{component}.{key}" for component, (_, weights) in loras.items() for key in weights]
     found = set()
-    for component in {key.split(".")[0] for key in state}:
+    for component in loras:
         part = {k.removeprefix(f"{component}."): w for k, w in read.items() if k.startswith(f"{component}.")}
         if component == "unet":
             part = convert_unet_state_dict_to_peft(part)
@@ -212,10 +211,10 @@ def _check_readable(base: DiffusionBase, kohya: dict[str, Tensor], state: dict[s
             with suppress(ValueError):  # of names that it cannot tell the form of
                 part = convert_state_dict_to_peft(convert_state_dict_to_diffusers(part))
         found |= {f"{component}.{key}" for key in part}
-    if lost := sorted({key.split(".lora_")[0] for key in state if key not in found}):
+    if lost := sorted({key.split(".lora_")[0] for key in wanted if key not in found}):
         raise UserValueError(
-            f"Diffusers cannot read the modules {quoted(lost)} from the format 'kohya'. Use --format diffusers, or "
-            "train without them."
+            f"Diffusers cannot read the modules {quoted(lost)} from the format {file_format!r}. Use --format "
+            f"{'diffusers' if file_format == 'kohya' else 'peft'}, or train without them."
         )
 
 
