@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -55,6 +55,19 @@ class CausalContextModel(BaseTuner):
             return self.model.generate(*args, **kwargs)
         with intervene(self.model, context):
             return self.model.generate(*args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(
+        self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> Iterator[None]:
+        # PEFT drops the argument after this.
+        if adapter_names is not None:
+            raise UserValueError(
+                f"adapter_names={adapter_names} would choose an adapter for each row, which this method does not do. "
+                "Give each row a context instead, context=[...] or intervene(model, [...]): rows may have concepts of "
+                "several active adapters."
+            )
+        yield
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         assert isinstance(peft_config, CausalContextConfig)
