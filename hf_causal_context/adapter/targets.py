@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
@@ -84,7 +84,8 @@ def check_targets(model: nn.Module, config: CausalContextConfig, adapted: Sequen
         adapted: paths of the modules that it asks for; none at all is PEFT's error.
 
     Raises:
-        ValueError: for projections that are fused, or modules of which the model only reads the weight.
+        ValueError: for projections that are fused, modules of which the model only reads the weight, and modules in two
+            places.
         TargetModulesError: for experts that are parameters, and names and layers that no module belongs to.
     """
     name = type(model).__name__
@@ -103,6 +104,11 @@ def check_targets(model: nn.Module, config: CausalContextConfig, adapted: Sequen
         raise UserValueError(
             f"{name} computes with the weight of {read[0]!r} and does not call the module, so an adapter on it would "
             f"have no effect. Leave out {quoted(leaves)}."
+        )
+    if places := _in_two_places(model, adapted):
+        raise UserValueError(
+            f"{name} has one module in two places, {quoted(places)}, and an adapter would act in the first only. Leave "
+            "it out with exclude_modules, or give each place a module of its own."
         )
     experts = [path for path in _experts(model) if check_target_module_exists(config, path)]
     if experts:
@@ -133,6 +139,21 @@ def _unmatched(config: CausalContextConfig, adapted: Sequence[str]) -> Iterator[
         alone.layers_to_transform = [index]
         if not any(check_target_module_exists(alone, path) for path in adapted):
             yield f"{index} of layers_to_transform"
+
+
+def _in_two_places(model: nn.Module, adapted: Sequence[str]) -> list[str]:
+    """Return two paths of an adapted module, other than through a parent that is itself in two places."""
+    paths: defaultdict[nn.Module, list[str]] = defaultdict(list)
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths[module].append(path)
+    for path in adapted:
+        places = {}
+        for each in paths[model.get_submodule(path)]:
+            parent, _, name = each.rpartition(".")
+            places[model.get_submodule(parent), name] = each
+        if len(places) > 1:
+            return list(places.values())[:2]
+    return []
 
 
 def _is_only_read(model: nn.Module, path: str) -> bool:

@@ -273,3 +273,28 @@ class _Experts(nn.Module):
     def forward(self, x, chosen):
         x = self.gate(x)
         return (sum(self.experts[number]["up"](x) for number in chosen),)
+
+
+class _TwoPlaces(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(10, 10)
+        self.second = self.first
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+def test_a_module_in_two_places_is_refused():
+    with pytest.raises(ValueError, match="one module in two places, 'first', 'second'"):
+        attach(_TwoPlaces(), ["first"])
+
+
+@torch.no_grad()
+def test_a_layer_that_runs_several_times_is_adapted_in_all_of_them():
+    layer = nn.Sequential(nn.Linear(10, 10))
+    model = attach(nn.Sequential(layer, layer), ["0.0"])
+    x = torch.randn(3, 10)
+    with intervene(model, "thick"):
+        assert torch.equal(model(x), layer(layer(x)))
+        assert not torch.equal(layer(x), layer[0].base_layer(x))
