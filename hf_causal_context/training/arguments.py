@@ -18,6 +18,8 @@ LR_SCHEDULERS = (
     *("cosine", "cosine_with_min_lr", "cosine_with_restarts"),
 )
 
+OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "lion", "prodigy", "schedulefree")
+
 # What a run did that is older than an argument, where that is not the argument's default.
 OLDER_RUNS = {"observational_rank": 0, "observational_steps": 0}
 
@@ -39,10 +41,14 @@ class OptimizationArguments:
     learning_rate: float = argument(1e-4, "Peak learning rate.")
     lr_scheduler: str = argument("constant", "One of: " + ", ".join(LR_SCHEDULERS) + ".")
     lr_warmup_steps: int = argument(0, "Optimizer steps of warm-up.")
-    adam_beta1: float = argument(0.9, "AdamW.")
-    adam_beta2: float = argument(0.999, "AdamW.")
-    adam_weight_decay: float = argument(1e-2, "AdamW.")
-    adam_epsilon: float = argument(1e-8, "AdamW.")
+    optimizer: str = argument("adamw", "One of: " + ", ".join(OPTIMIZERS) + ".")
+    optimizer_args: list[str] = argument(
+        [], "Further settings of another optimizer than adamw, such as weight_decay=0.01 'betas=(0.9, 0.99)'."
+    )
+    adam_beta1: float = argument(0.9, "adamw and adamw8bit.")
+    adam_beta2: float = argument(0.999, "adamw and adamw8bit.")
+    adam_weight_decay: float = argument(1e-2, "adamw and adamw8bit.")
+    adam_epsilon: float = argument(1e-8, "adamw and adamw8bit.")
     max_grad_norm: float = argument(1.0, "Gradients are clipped to this norm.")
     use_ema: bool = argument(False, "Average the trained weights over steps; the average is what is saved.")
     ema_decay: float = argument(0.999, "Largest decay of that average.")
@@ -78,8 +84,24 @@ class OptimizationArguments:
                 listed = ", ".join(str(choice) for choice in allowed if choice is not None)
                 raise UserValueError(f"--{name}={getattr(self, name)} is unknown. Allowed: {listed}.")
 
+        if self.optimizer == "adamw" and self.optimizer_args:
+            raise UserValueError(
+                f"--optimizer_args={self.optimizer_args} with --optimizer=adamw: its settings are --adam_beta1, "
+                "--adam_beta2, --adam_weight_decay and --adam_epsilon."
+            )
+        if self.optimizer == "prodigy" and self.learning_rate < 0.01:
+            raise UserValueError(
+                f"--optimizer=prodigy finds the learning rate, and multiplies it by --learning_rate="
+                f"{self.learning_rate}: nothing would be learned. Give --learning_rate 1."
+            )
+        if self.optimizer == "schedulefree" and (self.use_ema or not self.lr_scheduler.startswith("constant")):
+            raise UserValueError(
+                "--optimizer=schedulefree averages the weights itself, in place of a schedule. Leave --use_ema out, "
+                f"and --lr_scheduler={self.lr_scheduler} too."
+            )
+
     def _choices(self) -> dict[str, tuple[str | None, ...]]:
-        return {"lr_scheduler": LR_SCHEDULERS, "mixed_precision": (None, "no", "fp16", "bf16")}
+        return {"lr_scheduler": LR_SCHEDULERS, "optimizer": OPTIMIZERS, "mixed_precision": (None, "no", "fp16", "bf16")}
 
     def steps_per_epoch(self, rows: int, num_processes: int = 1) -> int:
         """Optimizer steps in which as many samples are drawn as there are rows."""

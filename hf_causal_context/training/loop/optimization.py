@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -13,22 +16,70 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..._messages import quoted
+from ...errors import MissingPackageError, UserValueError
 from ..arguments import OptimizationArguments
+
+# Name of an optimizer -> its module and class, and the package to install.
+_CLASSES = {
+    "adamw": ("torch.optim", "AdamW", "torch"),
+    "adamw8bit": ("bitsandbytes.optim", "AdamW8bit", "bitsandbytes"),
+    "adafactor": ("torch.optim", "Adafactor", "torch"),
+    "lion": ("lion_pytorch", "Lion", "lion-pytorch"),
+    "prodigy": ("prodigyopt", "Prodigy", "prodigyopt"),
+    "schedulefree": ("schedulefree", "AdamWScheduleFree", "schedulefree"),
+}
 
 
 def make_optimizer(
     parameters: list[nn.Parameter], arguments: OptimizationArguments, accelerator: Accelerator
 ) -> torch.optim.Optimizer:
-    """Make the AdamW of a run."""
-    return torch.optim.AdamW(
-        parameters,
-        lr=arguments.learning_rate,
-        betas=(arguments.adam_beta1, arguments.adam_beta2),
-        weight_decay=arguments.adam_weight_decay,
-        eps=arguments.adam_epsilon,
+    """Make the optimizer of a run.
+
+    Raises:
+        MissingPackageError: for one whose package is not installed.
+        ValueError: for settings that it does not have.
+    """
+    module, name, package = _CLASSES[arguments.optimizer]
+    try:
+        optimizer = getattr(import_module(module), name)
+    except ImportError as error:
+        raise MissingPackageError(
+            f"--optimizer={arguments.optimizer} needs {package}: pip install {package}, or all of them by pip install "
+            "'hf-causal-context[optimizers]'."
+        ) from error
+    settings: dict[str, Any] = {"lr": arguments.learning_rate}
+    if arguments.optimizer.startswith("adamw"):
+        settings |= {
+            "betas": (arguments.adam_beta1, arguments.adam_beta2),
+            "weight_decay": arguments.adam_weight_decay,
+            "eps": arguments.adam_epsilon,
+        }
+    if arguments.optimizer == "adamw":
         # One kernel for all parameters. With fp16's scaler it would skip steps without Accelerate seeing it.
-        fused=True if accelerator.device.type == "cuda" and accelerator.mixed_precision != "fp16" else None,
-    )
+        fused = accelerator.device.type == "cuda" and accelerator.mixed_precision != "fp16"
+        settings["fused"] = True if fused else None
+    settings |= dict(_setting(given) for given in arguments.optimizer_args)
+    known = list(inspect.signature(optimizer).parameters)[1:]
+    if unknown := settings.keys() - set(known):
+        raise UserValueError(
+            f"--optimizer_args: {arguments.optimizer} has no setting {quoted(sorted(unknown))}. It has: "
+            f"{quoted(known)}."
+        )
+    try:
+        return optimizer(parameters, **settings)
+    except (TypeError, ValueError) as error:
+        raise UserValueError(f"--optimizer_args={arguments.optimizer_args} does not fit {name}: {error}") from error
+
+
+def _setting(given: str) -> tuple[str, Any]:
+    name, equals, value = given.partition("=")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        form = "weight_decay=0.01 or 'betas=(0.9, 0.99)'"
+        problem = f"the value {value!r} is no number, True, False, None or tuple of these" if equals else "no value"
+        raise UserValueError(f"--optimizer_args: {given!r} has {problem}. Write {form}.") from None
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, arguments: OptimizationArguments, num_steps: int) -> LambdaLR:
@@ -45,17 +96,31 @@ def make_schedule(optimizer: torch.optim.Optimizer, arguments: OptimizationArgum
 
 
 @contextmanager
-def averaged(ema: EMAModel | None, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Within the body, the parameters are their moving average, if there is one."""
-    if ema is None:
-        yield
-        return
-    ema.store(parameters)
-    ema.copy_to(parameters)
+def averaged(optimizer: Any, ema: EMAModel | None, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Within the body, the parameters are their average over steps, if the optimizer or `ema` keeps one."""
+    with averaged_by(optimizer):
+        if ema is None:
+            yield
+            return
+        ema.store(parameters)
+        ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            ema.restore(parameters)
+
+
+@contextmanager
+def averaged_by(optimizer: Any) -> Iterator[None]:
+    """Within the body, the parameters are the average that a schedule-free optimizer keeps (Defazio et al., 2024)."""
+    averages = any(group.get("train_mode") for group in optimizer.param_groups)
+    if averages:
+        optimizer.eval()
     try:
         yield
     finally:
-        ema.restore(parameters)
+        if averages:
+            optimizer.train()
 
 
 def set_learning_rate(schedule: Any, peak: float) -> None:

@@ -33,7 +33,7 @@ from .early_stopping import EarlyStopping
 from .interruption import noted_interruptions
 from .memory import TrainingMemoryError, explain_oom, is_out_of_memory, less_memory, validation_without_memory
 from .objective import Objective
-from .optimization import averaged, make_optimizer, make_schedule, set_learning_rate
+from .optimization import averaged, averaged_by, make_optimizer, make_schedule, set_learning_rate
 from .processes import watched_processes
 from .sharding import is_sharded
 from .trackers import start_trackers
@@ -178,6 +178,7 @@ class Run:
     def train(self, batches: Callable[[int], Iterator[Any]]) -> None:
         """Take the steps that are left, with their checkpoints and validations."""
         self.wrapped.train()
+        self.optimizer.train()
         self.stream = batches(self.done * self.arguments.gradient_accumulation_steps)
         hidden = not self.accelerator.is_local_main_process
         self.bar = tqdm(total=self.num_steps, initial=self.done, desc="train", unit="step", disable=hidden)
@@ -188,7 +189,8 @@ class Run:
                 self.train_until_sync()
                 interrupted = self.synchronize()
                 if interrupted or self.checkpoint_is_due():
-                    save_checkpoint(self.accelerator, self.arguments, self.done)
+                    with averaged_by(self.optimizer):
+                        save_checkpoint(self.accelerator, self.arguments, self.done)
                 if interrupted and self.done < self.num_steps:
                     self.accelerator.end_training()
                     again = self.arguments.resume_from_checkpoint == "latest"
@@ -342,7 +344,7 @@ class Run:
         try:
             # Samples come in other shapes than batches, so code would be compiled anew for them.
             eager = torch.compiler.set_stance("force_eager") if self.arguments.compile else nullcontext()
-            with eager, averaged(self.ema, self.parameters):
+            with eager, averaged(self.optimizer, self.ema, self.parameters):
                 return validation(self.done)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -359,8 +361,10 @@ class Run:
 
     def save(self, finish: Callable[[Path], object] | None) -> Path:
         """Save the result and what belongs beside it, validate it, and return its folder."""
+        # What is saved is what the model goes on with.
+        self.optimizer.eval()
         if self.ema is not None:
-            self.ema.copy_to(self.parameters)  # what is saved is what the model goes on with
+            self.ema.copy_to(self.parameters)
         if self.accelerator.is_main_process:
             save_model(self.accelerator.unwrap_model(self.wrapped), self.output_dir)
             if finish is not None:
