@@ -19,9 +19,12 @@ from transformers import (
 )
 
 from ..errors import UserValueError
+from .quantization import quantization_config
 
 
-def load_language_model(name_or_path: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
+def load_language_model(
+    name_or_path: str, revision: str | None, dtype: torch.dtype, quantization: str | None = None
+) -> PreTrainedModel:
     """Load a base from a folder or the Hub; only safetensors, and no code from the repository.
 
     Raises:
@@ -29,8 +32,11 @@ def load_language_model(name_or_path: str, revision: str | None, dtype: torch.dt
     """
     config = check_language_model(name_or_path, revision)
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    options: dict[str, Any] = {"revision": revision, "dtype": dtype, "use_safetensors": True}
+    if quantization is not None:
+        options["quantization_config"] = quantization_config(quantization, "transformers", dtype)
     try:
-        return auto_class.from_pretrained(name_or_path, revision=revision, dtype=dtype, use_safetensors=True)
+        return auto_class.from_pretrained(name_or_path, **options)
     except (ValueError, ImportError, SafetensorError) as error:  # a package that it needs, a damaged file
         raise UserValueError(f"The base {name_or_path!r} cannot be loaded: {error}") from error
 

@@ -13,6 +13,7 @@ from ..errors import UserValueError
 from .diffusion_base import DiffusionBase
 from .families import FAMILIES
 from .names import unpacked
+from .quantization import pipeline_quantization
 
 
 def load_base(
@@ -21,6 +22,7 @@ def load_base(
     revision: str | None = None,
     variant: str | None = None,
     torch_dtype: torch.dtype = torch.float32,
+    quantization: str | None = None,
 ) -> DiffusionBase:
     """Load a pipeline from a folder or the Hub; only safetensors, and no code from the repository.
 
@@ -32,19 +34,20 @@ def load_base(
     Raises:
         OSError, ValueError: what `check_base` raises.
     """
-    check_base(name_or_path, revision)  # before the weights, which may be many gigabytes
+    components = check_base(name_or_path, revision)  # before the weights, which may be many gigabytes
     name_or_path = unpacked(name_or_path)
+    options: dict[str, Any] = {"revision": revision, "variant": variant, "dtype": torch_dtype}
+    if quantization is not None:
+        options["quantization_config"] = pipeline_quantization(quantization, components, torch_dtype)
     try:
-        pipe = DiffusionPipeline.from_pretrained(
-            name_or_path, revision=revision, variant=variant, dtype=torch_dtype, use_safetensors=True
-        )
+        pipe = DiffusionPipeline.from_pretrained(name_or_path, use_safetensors=True, **options)
     except (ValueError, ImportError) as error:  # no files of this variant, a package that a part needs
         raise UserValueError(f"The base {str(name_or_path)!r} cannot be loaded: {error}") from error
     return as_base(pipe)
 
 
-def check_base(name_or_path: str, revision: str | None = None) -> None:
-    """Refuse what is no base, without loading it.
+def check_base(name_or_path: str, revision: str | None = None) -> dict[str, Any]:
+    """Refuse what is no base, without loading it; return its model_index.json.
 
     Raises:
         OSError: for something that is not a saved pipeline, such as a bare denoiser.
@@ -65,6 +68,7 @@ def check_base(name_or_path: str, revision: str | None = None) -> None:
             "example DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)."
         ) from error
     _family(index.get("_class_name"))
+    return index
 
 
 def _is_transformers_model(name_or_path: str, revision: str | None = None) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..bases.quantization import QUANTIZATIONS
 from ..contexts import Context
 from ..data.arguments import AnyDataArguments, argument
 from ..data.from_arguments import load_data, load_text_data
@@ -50,6 +51,9 @@ class Arguments(AnyDataArguments):
     revision: str | None = argument(None, "Revision of the base on the Hub.")
     variant: str | None = argument(None, "Variant of the base's files, such as fp16.")
     dtype: str = argument("float32", "Of the base: float32, float16 or bfloat16.", choices=DTYPES)
+    quantization: str | None = argument(
+        None, "Of the base's weights: " + ", ".join(QUANTIZATIONS) + ".", choices=[*QUANTIZATIONS]
+    )
 
     contexts: list[str] | None = argument(
         None, "Combinations to evaluate; by default all that the data holds. obs and single concepts always are."
@@ -75,6 +79,11 @@ class Arguments(AnyDataArguments):
             value = getattr(self, name)
             if value is not None and not value >= minimum:
                 raise UserValueError(f"--{name}={value} must be at least {minimum}.")
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """How the base's weights are held."""
+        return {"dtype": self.dtype, "quantization": self.quantization}
 
     def refuse_useless(self, language: bool) -> None:
         """Refuse settings that an adapter of this kind does not have.
@@ -132,7 +141,7 @@ def _evaluate_images(
     if arguments.feature_extractor is not None:
         require_torchmetrics()
     data = load_data(arguments)
-    base = adapter.pipeline(contexts or (), variant=arguments.variant, dtype=arguments.dtype)
+    base = adapter.pipeline(contexts or (), variant=arguments.variant, **arguments.weights)
     extractor = None
     if arguments.feature_extractor is not None:
         extractor = load_vision_features(arguments.feature_extractor).to(next(base.denoiser.parameters()).device)
@@ -154,7 +163,7 @@ def _evaluate_texts(
     adapter: StoredAdapter, arguments: Arguments, contexts: Sequence[Context] | None, **options: Any
 ) -> EvaluationReport:
     data = load_text_data(replace(arguments, text_column=arguments.text_column or "text"))
-    model, tokenizer = adapter.language_model(contexts or (), dtype=arguments.dtype)
+    model, tokenizer = adapter.language_model(contexts or (), **arguments.weights)
     return evaluate_texts(
         model,
         tokenizer,

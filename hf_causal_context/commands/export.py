@@ -37,6 +37,6 @@ def run(arguments: Arguments) -> None:
     stored, file_format = arguments.open(), cast(FileFormat, arguments.format)
     # Refuses before the base is loaded.
     contexts = list(lora_paths(stored.config, arguments.context, arguments.output_dir, file_format).values())
-    base = stored.pipeline(contexts, variant=arguments.variant, dtype=arguments.dtype)
+    base = stored.pipeline(contexts, variant=arguments.variant, **arguments.weights)
     for path in export_contexts(base, arguments.context, arguments.output_dir, file_format=file_format):
         print(path)

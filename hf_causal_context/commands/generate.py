@@ -36,7 +36,7 @@ def generate_files(arguments: Arguments) -> list[Path]:
         OSError: for an adapter or base that cannot be read, or images that cannot be written.
     """
     contexts, output_dir, seeds = arguments.parsed(), arguments.output_dir, arguments.seeds
-    base = arguments.open().pipeline(contexts, variant=arguments.variant, dtype=arguments.dtype)
+    base = arguments.open().pipeline(contexts, variant=arguments.variant, **arguments.weights)
     rows = generate(base, contexts, seeds=seeds, **arguments.options())
     output_dir.mkdir(parents=True, exist_ok=True)
     labels = [str(context) or arguments.observational_name for context in contexts]

@@ -53,7 +53,7 @@ def generate_text_file(arguments: Arguments) -> list[dict[str, Any]]:
     if output_file.is_dir():
         raise IsADirectoryError(f"--output_file {output_file} is a folder. Give a file in it, such as texts.jsonl.")
     contexts = arguments.parsed()
-    model, tokenizer = arguments.open().language_model(contexts, dtype=arguments.dtype)
+    model, tokenizer = arguments.open().language_model(contexts, **arguments.weights)
     prompts: list[Prompt] = [[{"role": "user", "content": prompt}] if arguments.chat else prompt]
     rows = []
     for seed in (None,) if arguments.greedy else arguments.seeds:

@@ -19,6 +19,8 @@ _SETTINGS = {
     "lr_scheduler": "schedule",
     "use_ema": "moving average of the weights",
     "mixed_precision": "precision",
+    "quantization": "quantization of the base",
+    "optimizer": "optimizer",
     "resolution": "resolution",
     "context_weights": "weights of contexts",
     "seed": "seed",

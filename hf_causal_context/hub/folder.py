@@ -52,6 +52,7 @@ def save(
     revision: str | None = None,
     variant: str | None = None,
     dtype: str = "float32",
+    quantization: str | None = None,
     seed: int = 0,
     prompt: str | None = None,
     class_label: int | None = None,
@@ -76,6 +77,7 @@ def save(
         revision: of the base.
         variant: of its files, such as "fp16".
         dtype: of the base: "float32", "float16" or "bfloat16".
+        quantization: of the base's weights while samples are made: "int8", "fp8" or "nf4".
         seed: of the samples.
         prompt: of the samples, for bases that take text; by default that of the training's own samples.
         class_label: for class-conditional bases, by default 0.
@@ -116,7 +118,7 @@ def save(
     with complete_or_absent(output_dir) as folder:
         folder.mkdir()
         if language:
-            model, tokenizer = stored.language_model(dtype=dtype)
+            model, tokenizer = stored.language_model(dtype=dtype, quantization=quantization)
             tokenizer.save_pretrained(folder)
             made = show_texts(
                 model,
@@ -129,7 +131,7 @@ def save(
                 max_new_tokens=max_new_tokens or 40,
             )
         else:
-            base = stored.pipeline(variant=variant, dtype=dtype)
+            base = stored.pipeline(variant=variant, dtype=dtype, quantization=quantization)
             call: dict[str, Any] = {"prompt": default_prompt if prompt is None and base.takes_captions else prompt}
             call |= {"num_inference_steps": num_inference_steps or 25}
             call |= {"guidance_scale": guidance_scale, "resolution": resolution}

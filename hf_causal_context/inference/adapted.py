@@ -124,7 +124,12 @@ class StoredAdapter:
             ) from None
 
     def pipeline(
-        self, contexts: Sequence[Context] = (), *, variant: str | None = None, dtype: str = "float32"
+        self,
+        contexts: Sequence[Context] = (),
+        *,
+        variant: str | None = None,
+        dtype: str = "float32",
+        quantization: str | None = None,
     ) -> DiffusionBase:
         """Load the base, a diffusers pipeline, with the adapter attached, onto the GPU if there is one.
 
@@ -132,6 +137,7 @@ class StoredAdapter:
             contexts: what it will be used in, to be checked before anything is loaded.
             variant: of the base's files, such as "fp16".
             dtype: of the base: "float32", "float16" or "bfloat16".
+            quantization: of the base's weights: "int8", "fp8" or "nf4".
 
         Raises:
             ValueError: for another kind of adapter or base, or contexts with concepts that the adapter lacks.
@@ -144,13 +150,14 @@ class StoredAdapter:
             )
         name, revision = self.base
         context_strengths(self.config, contexts)
-        base = load_base(name, revision=revision, variant=variant, torch_dtype=getattr(torch, dtype))
+        weights: dict[str, Any] = {"torch_dtype": getattr(torch, dtype), "quantization": quantization}
+        base = load_base(name, revision=revision, variant=variant, **weights)
         base.pipe.to(_device())
         attach(base.pipe, self.folder, self.source)
         return base
 
     def language_model(
-        self, contexts: Sequence[Context] = (), *, dtype: str = "float32"
+        self, contexts: Sequence[Context] = (), *, dtype: str = "float32", quantization: str | None = None
     ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
         """Load the base, a language model, with the adapter attached, onto the GPU if there is one.
 
@@ -159,6 +166,7 @@ class StoredAdapter:
         Args:
             contexts: what it will be used in, to be checked before anything is loaded.
             dtype: of the base: "float32", "float16" or "bfloat16".
+            quantization: of the base's weights: "int8", "fp8" or "nf4".
 
         Raises:
             ValueError: for another kind of adapter or base, or contexts with concepts that the adapter lacks.
@@ -174,7 +182,7 @@ class StoredAdapter:
         name, revision = self.base
         context_strengths(self.config, contexts)
         tensors = read_header(self.folder, self.config.layout(), self.source)
-        model = load_language_model(name, revision, getattr(torch, dtype))
+        model = load_language_model(name, revision, getattr(torch, dtype), quantization)
         tokenizer = self._tokenizer(name, revision)
         check_fits(model, self.config, tensors, self.source)
         read_weights(self.folder, self.source)  # refuses values that PEFT would load

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .._files import ARGUMENTS
+from ..bases.quantization import QUANTIZATIONS, check_quantization
 from ..data.arguments import ContextDataArguments, DataArguments, TextDataArguments, argument
 from ..errors import UserValueError
 from ..layers import MECHANISMS
@@ -139,6 +140,9 @@ class AdapterArguments(OptimizationArguments, ContextDataArguments):
     target_modules: list[str] | None = argument(None, "Modules to adapt; by default the base's attention.")
     anchored: bool = argument(False, "Let concepts add nothing in the empty context (always so for 'independent').")
     gradient_checkpointing: bool = argument(False, "Save memory by computing activations again.")
+    quantization: str | None = argument(
+        None, "Bits of the frozen base's weights: " + ", ".join(QUANTIZATIONS) + "; the adapter keeps all of its own."
+    )
     shard_base: bool = argument(False, "Cut the frozen base into one piece per process (FSDP2): for large bases.")
     reweighted_contexts: list[str] = argument(
         [], "Combinations also trained on rows drawn from the single interventions: pairs, all, or a list of them."
@@ -165,6 +169,12 @@ class AdapterArguments(OptimizationArguments, ContextDataArguments):
                 f"--observational_steps={self.observational_steps} would train nothing, since there is no "
                 "observational part (--observational_rank=0). Leave one of them out."
             )
+        if self.quantization and self.shard_base:
+            raise UserValueError(
+                "--quantization and --shard_base are two ways to fit a large base, not made to work together. "
+                "Leave one of them out."
+            )
+        check_quantization(self.quantization)
         if self.push_to_hub and self.shard_base:
             raise UserValueError(
                 "--push_to_hub makes samples with a whole base on one device. Leave it out, and push the adapter "
@@ -174,7 +184,7 @@ class AdapterArguments(OptimizationArguments, ContextDataArguments):
             raise UserValueError("--compile was not made to work with --shard_base. Leave one of them out.")
 
     def _choices(self) -> dict[str, tuple[str | None, ...]]:
-        return {"mechanism": MECHANISMS, **super()._choices()}
+        return {"mechanism": MECHANISMS, "quantization": (None, *QUANTIZATIONS), **super()._choices()}
 
 
 @dataclass

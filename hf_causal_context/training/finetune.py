@@ -90,6 +90,7 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
             revision=arguments.revision,
             variant=arguments.variant,
             torch_dtype=DTYPES[self.accelerator.mixed_precision],
+            quantization=arguments.quantization,
         )
         check_conditions(self.base, None, 0 if self.base.takes_classes else None, None, arguments.resolution)
         return self.base.denoiser

@@ -41,6 +41,7 @@ def _publish(arguments: AdapterArguments, folder: Path, repo_id: str) -> None:
             pretrained_model_name_or_path=arguments.pretrained_model_name_or_path,
             revision=arguments.revision,
             dtype=_DTYPES.get(arguments.mixed_precision or "", "float32"),
+            quantization=arguments.quantization,
             **image_options,
         )
         print(f"Pushed: {push(made, repo_id)}", flush=True)

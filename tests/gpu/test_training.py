@@ -51,6 +51,16 @@ def train_digits(digits, tmp_path):
     return call
 
 
+@needs_gpu
+def test_a_base_of_four_bits_trains_and_resumes_bit_for_bit(train_digits):
+    pytest.importorskip("bitsandbytes")
+    options = {"mixed_precision": "bf16", "quantization": "nf4"}
+    whole = adapter_weights(train_digits("whole", **options))
+    train_digits("cut", steps=3, **options)
+    resumed = adapter_weights(train_digits("cut", resume_from_checkpoint="latest", **options))
+    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16", pytest.param("fp16", marks=needs_gpu)])
 def test_a_resumed_run_is_the_same_bit_for_bit(train_digits, logged, precision):
     options = {"mixed_precision": precision, "use_ema": True}

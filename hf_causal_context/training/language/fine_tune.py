@@ -104,7 +104,8 @@ class LanguageFineTuning(FineTuning[TextArguments]):
     def load_base(self) -> nn.Module:
         arguments, data = self.arguments, self.data
         name, revision = arguments.pretrained_model_name_or_path, arguments.revision
-        self._base = self._base or load_language_model(name, revision, DTYPES[self.accelerator.mixed_precision])
+        dtype = DTYPES[self.accelerator.mixed_precision]
+        self._base = self._base or load_language_model(name, revision, dtype, arguments.quantization)
         self._tokenizer = self._tokenizer or load_tokenizer(name, revision)
         prepare_tokenizer(self.tokenizer, self.base, arguments.pad_token)
         self.tokenize = Tokenization(

@@ -1,0 +1,115 @@
+"""Bases with weights of fewer bits: train, resume, sample and export as the same weights in full precision."""
+
+import sys
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from hf_causal_context import save_baked
+from hf_causal_context.bases.language import load_language_model
+from hf_causal_context.bases.loading import load_base
+from hf_causal_context.cli import main
+from hf_causal_context.inference.adapted import StoredAdapter
+from hf_causal_context.training.arguments import TrainingArguments
+from hf_causal_context.training.finetune import train
+from hf_causal_context.training.language import train_text
+
+from .small import adapter_weights, assert_close_to_largest, settings, write_folders
+from .small_language import arguments, language_model, text_data, word_tokenizer
+
+pytestmark = [pytest.mark.usefixtures("on_cpu"), pytest.mark.filterwarnings("ignore:.*prepare_for_inference")]
+
+
+@pytest.fixture(params=["int8", "fp8"])
+def quantization(request):
+    return request.param
+
+
+def dequantized(base, quantization, folder):
+    """The base in full precision, with the values that quantization leaves."""
+    pipe, small = load_base(str(base)).pipe, load_base(str(base), quantization=quantization).pipe
+    for name in ("transformer", "text_encoder_3"):
+        for module, same in zip(getattr(pipe, name).modules(), getattr(small, name).modules(), strict=True):
+            if isinstance(module, torch.nn.Linear):
+                module.weight.data = same.weight.dequantize() if hasattr(same.weight, "dequantize") else same.weight
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def test_the_denoiser_and_large_encoders_are_quantized(pipeline_folder, quantization):
+    pipe = load_base(str(pipeline_folder("stable_diffusion_3")), quantization=quantization).pipe
+    for name, smaller in {"transformer": True, "text_encoder_3": True, "text_encoder": False, "vae": False}.items():
+        linear = next(module for module in getattr(pipe, name).modules() if isinstance(module, torch.nn.Linear))
+        assert (type(linear.weight.data) is not torch.Tensor) is smaller, name
+
+
+def test_training_is_that_on_the_rounded_weights_and_resumes_exactly(pipeline_folder, tmp_path, quantization):
+    data, base = write_folders(tmp_path / "data", captions=True), pipeline_folder("stable_diffusion_3")
+    changes = {"quantization": quantization, "checkpointing_steps": 2, "max_train_steps": 4}
+    whole = adapter_weights(train(TrainingArguments(**settings(base, data, tmp_path / "whole", **changes))))
+    cut = settings(base, data, tmp_path / "cut", **changes)
+    train(TrainingArguments(**cut | {"max_train_steps": 2}))
+    resumed = adapter_weights(train(TrainingArguments(**cut | {"resume_from_checkpoint": "latest"})))
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    rounded = dequantized(base, quantization, tmp_path / "rounded")
+    changes["quantization"] = None
+    expected = adapter_weights(train(TrainingArguments(**settings(rounded, data, tmp_path / "expected", **changes))))
+    assert_close_to_largest(whole, expected, 1e-3)
+    with pytest.raises(ValueError, match="--quantization"):
+        train(TrainingArguments(**cut | {"quantization": None, "resume_from_checkpoint": "latest"}))
+    card = (tmp_path / "whole" / "README.md").read_text()
+    assert f"| quantization of the base | {quantization} |" in card
+
+
+def test_commands_take_it(pipeline_folder, tmp_path, quantization):
+    data, base = write_folders(tmp_path / "data", captions=True), pipeline_folder("stable_diffusion_3")
+    adapter = train(TrainingArguments(**settings(base, data, tmp_path / "out", quantization=quantization)))
+    options = ["--adapter", str(adapter), "--quantization", quantization]
+    sampling = ["--num_inference_steps", "1", "--prompt", "a"]
+    made = ["--seeds", "0", "--output_dir", str(tmp_path / "made")]
+    assert main(["generate", *options, "--contexts", "obs", "thick", *sampling, *made]) == 0
+    assert len(list((tmp_path / "made").iterdir())) == 2
+    for file_format in ("peft", "diffusers"):
+        folder = ["--output_dir", str(tmp_path / file_format)]
+        assert main(["export", *options, "--context", "singles", "--format", file_format, *folder]) == 0
+    pipe = DiffusionPipeline.from_pretrained(base)
+    pipe.load_lora_weights(str(next((tmp_path / "diffusers").rglob("*thick*.safetensors"))))
+
+
+def test_language_models_take_it(tmp_path, quantization):
+    language_model("llama").save_pretrained(tmp_path / "base")
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    given = arguments(
+        tmp_path, pretrained_model_name_or_path=str(tmp_path / "base"), quantization=quantization, max_train_steps=2
+    )
+    folder = train_text(given, data=text_data())
+    model, _ = StoredAdapter.open(folder).language_model(quantization=quantization)
+    save_baked(model, "formal", tmp_path / "baked")
+    plain = load_language_model(str(tmp_path / "base"), None, torch.float32)
+    assert type(plain.model.layers[0].self_attn.q_proj.weight.data) is torch.Tensor
+
+
+def test_a_missing_package_is_named_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match="--quantization=nf4 needs bitsandbytes: pip install bitsandbytes"):
+        TrainingArguments(pretrained_model_name_or_path="x", output_dir=str(tmp_path), quantization="nf4")
+
+
+def test_what_needs_a_gpu_is_refused_without_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_causal_context.bases.quantization.find_spec", lambda package: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--quantization=nf4 needs a GPU. Allowed without one: int8, fp8"):
+        TrainingArguments(pretrained_model_name_or_path="x", output_dir=str(tmp_path), quantization="nf4")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"quantization": "int3"}, "--quantization=int3 is unknown. Allowed: int8, fp8, nf4"),
+        ({"quantization": "int8", "shard_base": True}, "Leave one of them out"),
+    ],
+)
+def test_wrong_settings_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingArguments(pretrained_model_name_or_path="x", output_dir=str(tmp_path), **changes)
