@@ -8,5 +8,7 @@ from .finished import say_where
 
 
 def run(arguments: Arguments) -> None:
-    """Train, and say where the adapter is; see `train` for what it raises."""
-    say_where("adapter", train(arguments))
+    """Train, and say where the adapter is, if there is one; see `train` for what it raises."""
+    folder = train(arguments)
+    if not arguments.dry_run:
+        say_where("adapter", folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,10 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
         return sum(self.data.counts.values())
 
     def make_batches(self, num_batches: int) -> DenoiserBatches:
-        device = self.accelerator.device
-        self.batches = DenoiserBatches(self.base, self.data, self.arguments, num_batches, device, *self.process)
+        device, data = self.accelerator.device, self.data
+        if self.arguments.dry_run and isinstance(data.rows, Dataset):
+            data = replace(data, rows=data.rows.to_iterable_dataset())  # so that nothing is computed ahead and kept
+        self.batches = DenoiserBatches(self.base, data, self.arguments, num_batches, device, *self.process)
         return self.batches
 
     def objective(self) -> Objective:
@@ -128,6 +131,14 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
 
     def enable_gradient_checkpointing(self) -> None:
         self.base.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+
+    def parts(self) -> dict[str, nn.Module]:
+        parts = {name: part for name, part in self.base.pipe.components.items() if isinstance(part, nn.Module)}
+        return {**parts, self.base.denoiser_name: self.model}
+
+    @property
+    def idle_parts(self) -> tuple[str, ...]:
+        return () if self.data.streaming else tuple(self.parts().keys() - {self.base.denoiser_name})
 
     def make_room(self) -> None:
         # Rows of a stream are encoded as they come.

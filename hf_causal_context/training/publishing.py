@@ -21,7 +21,7 @@ def train_and_publish(accelerator: Accelerator, arguments: AdapterArguments, fin
         ValueError, OSError: what `check_pushable` raises, before the training; an OSError when the result cannot be
             pushed.
     """
-    pushing = arguments.push_to_hub and accelerator.is_main_process
+    pushing = arguments.push_to_hub and not arguments.dry_run and accelerator.is_main_process
     repo_id = arguments.hub_model_id or Path(arguments.output_dir).resolve().name
     if pushing:
         check_pushable(repo_id, resolve_base_name(arguments.pretrained_model_name_or_path))

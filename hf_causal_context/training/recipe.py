@@ -26,13 +26,14 @@ from ..layers import Mechanism
 from .arguments import AdapterArguments
 from .context_losses import ContextLosses
 from .data_record import record_data
+from .dry_run import dry_run
 from .gap_report import record_gap, report_gap
 from .grids import validation_contexts
 from .loop.memory import memory_for_base
 from .loop.objective import Objective
 from .loop.processes import main_process_first
 from .loop.sharding import shard_base
-from .loop.trainer import fit
+from .loop.trainer import Run, fit
 from .observational import AnyArguments, check_observational_set, observational_samples, settle_observational_steps
 from .reweighting import add_reweighted_contexts
 
@@ -114,6 +115,15 @@ class FineTuning(ABC, Generic[AnyArguments]):
     def enable_gradient_checkpointing(self) -> None:
         """Let the base compute activations again instead of keeping them."""
 
+    def parts(self) -> dict[str, nn.Module]:
+        """Return the modules of the base, by names for the user."""
+        return {"base": self.model}
+
+    @property
+    def idle_parts(self) -> tuple[str, ...]:
+        """Which of them `make_room` takes off the device."""
+        return ()
+
     def make_room(self) -> None:
         """Take off the device what steps do not need there."""
 
@@ -137,7 +147,7 @@ class FineTuning(ABC, Generic[AnyArguments]):
         """Return what the card says of the finished adapter in a folder."""
 
     def run(self) -> Path:
-        """Fine-tune, and return the folder that holds the result."""
+        """Fine-tune, and return the folder that holds the result; of a dry run, say what that would take."""
         arguments, accelerator, output_dir = self.arguments, self.accelerator, Path(self.arguments.output_dir)
         check_observational_set(arguments)
         self.check_base()
@@ -158,7 +168,7 @@ class FineTuning(ABC, Generic[AnyArguments]):
         )
         set_seed(arguments.seed)  # the adapter's initial weights
         self.model = attach_adapter(base, self.data, arguments, self.task_type)
-        if arguments.reweighted_contexts:
+        if arguments.reweighted_contexts and not arguments.dry_run:  # their rows are as large as others
             with main_process_first(accelerator, output_dir):  # it estimates what the others read
                 self._data = add_reweighted_contexts(self.data, arguments, accelerator, *self.feature_extractor())
         self.num_steps = num_steps = arguments.max_train_steps or (
@@ -167,18 +177,15 @@ class FineTuning(ABC, Generic[AnyArguments]):
         self.arguments = arguments = settle_observational_steps(arguments, num_steps)
         with main_process_first(accelerator, output_dir):  # it fills the cache that the others read
             batches = self.make_batches(num_steps * arguments.gradient_accumulation_steps)
+        if arguments.dry_run:
+            self.prepare_steps(base)
+            run = Run(accelerator, self.model, self.objective(), arguments, num_steps)
+            print(f"\n{dry_run(run, batches(0), self.parts(), self.idle_parts)}", flush=True)
+            return output_dir
         with main_process_first(accelerator, output_dir):  # it measures, and the others wait
             gap = report_gap(accelerator, arguments, self.measure_gap)
         losses = self.losses()
-        self.make_room()  # first: `shard_base` is for bases that hardly fit
-        if arguments.gradient_checkpointing:
-            self.enable_gradient_checkpointing()
-        if arguments.shard_base:
-            with memory_for_base(accelerator.device, arguments):
-                shard_base(self.model, accelerator.device)
-        self.make_ready()
-        if arguments.compile:
-            base.compile()
+        self.prepare_steps(base)
 
         def begin(first: int) -> dict[str, float]:
             losses.begin(first)
@@ -208,6 +215,18 @@ class FineTuning(ABC, Generic[AnyArguments]):
         if accelerator.is_main_process:
             self._write_card(folder)  # again: now there are the last samples, too
         return folder
+
+    def prepare_steps(self, base: nn.Module) -> None:
+        """Bring the base with its adapter into the form in which steps are taken."""
+        self.make_room()  # first: `shard_base` is for bases that hardly fit
+        if self.arguments.gradient_checkpointing:
+            self.enable_gradient_checkpointing()
+        if self.arguments.shard_base:
+            with memory_for_base(self.accelerator.device, self.arguments):
+                shard_base(self.model, self.accelerator.device)
+        self.make_ready()
+        if self.arguments.compile:
+            base.compile()
 
     @property
     def validates(self) -> bool:

@@ -116,7 +116,7 @@ def fit(
         found = open_output_dir(accelerator, model, arguments)
         first = found[0] if found is not None else 0
         known = begin(first) if begin is not None and accelerator.is_main_process else {}
-        run = Run(accelerator, model, objective, arguments, num_steps, validate, early_stopping, hooks or StepHooks())
+        run = Run(accelerator, model, objective, arguments, num_steps, validate, early_stopping, hooks)
         if found is not None:
             run.resume(*found)
         start_trackers(accelerator, arguments)
@@ -136,12 +136,12 @@ class Run:
         objective: Objective,
         arguments: OptimizationArguments,
         num_steps: int,
-        validation: Callable[[int], float | None] | None,
-        early_stopping: EarlyStopping | None,
-        hooks: StepHooks,
+        validation: Callable[[int], float | None] | None = None,
+        early_stopping: EarlyStopping | None = None,
+        hooks: StepHooks | None = None,
     ) -> None:
         self.accelerator, self.objective, self.arguments, self.num_steps = accelerator, objective, arguments, num_steps
-        self.validation, self.early_stopping, self.hooks = validation, early_stopping, hooks
+        self.validation, self.early_stopping, self.hooks = validation, early_stopping, hooks or StepHooks()
         self.output_dir, self.sharded = Path(arguments.output_dir), is_sharded(model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.untrained = Untrained(model, accelerator.num_processes)

@@ -1,0 +1,140 @@
+"""What a run will take, before it begins: shapes, rows, memory by part, and time from a few measured steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from datetime import timedelta
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .loop.trainer import Run, StepHooks
+
+MEASURED_STEPS = 3  # after one that warms up
+
+
+def dry_run(run: Run, stream: Iterator[Any], parts: Mapping[str, nn.Module], idle: tuple[str, ...]) -> str:
+    """Take a few steps and return what to tell the user; nothing is written, and the adapter is of no further use.
+
+    Args:
+        run: the run whose steps are taken.
+        stream: its batches.
+        parts: modules of the base, the adapter among them.
+        idle: which of the parts leave the device before the first step.
+    """
+    watch = _Watch()
+    count = run.arguments.gradient_accumulation_steps * (1 + MEASURED_STEPS)
+    run.hooks, batches = watch, [next(stream) for _ in range(count)]
+    run.wrapped.train()
+    run.optimizer.train()
+    run.stream = iter(batches)
+    run.train_step()
+    with _kept_for_backward(run) as kept:
+        run.train_step()
+    for _ in range(MEASURED_STEPS - 1):
+        run.train_step()
+    run.norms.tolist()  # waits for the device
+    memory = {name: _bytes(_others(module, run.parameters)) for name, module in parts.items()}
+    memory |= {
+        "adapter": _bytes(run.parameters),
+        "its gradients": _bytes(run.parameters),
+        f"optimizer ({run.arguments.optimizer})": _bytes(_optimizer_state(run.optimizer)),
+        "moving average": _bytes(run.ema.shadow_params) if run.ema is not None else 0,
+        "kept for the backward pass": sum(kept.values()),
+    }
+    rows = [(name, size, "  (before the first step only)" if name in idle else "") for name, size in memory.items()]
+    rows.append(("a step, at least", sum(size for name, size in memory.items() if name not in idle), ""))
+    if run.accelerator.device.type == "cuda":
+        rows.append(("a step, measured", torch.cuda.max_memory_allocated(), ""))
+    seconds = median(watch.seconds[1:])
+    total = timedelta(seconds=round(seconds * run.num_steps))
+    return "\n".join(
+        [
+            "Dry run: nothing is written.",
+            f"The adapter has {sum(parameter.numel() for parameter in run.parameters):,} parameters.",
+            "\nA batch:",
+            *(f"  {line}" for line in _shapes(batches[0])),
+            "\nMemory:",
+            *(f"  {name:<28} {_readable(size):>10}{note}" for name, size, note in rows if size),
+            f"\nTime: {seconds:.3g} s a step, {total} for {run.num_steps:,} steps. Validations come on top, and what",
+            "is computed once (latents, embeddings).",
+        ]
+    )
+
+
+class _Watch(StepHooks):
+    """Takes the time of steps without the reading of their batches, which are there already."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def start_step(self, step: int) -> None:
+        self.began = perf_counter()
+
+    def end_step(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(perf_counter() - self.began)
+
+
+@contextmanager
+def _kept_for_backward(run: Run) -> Iterator[dict[int, int]]:
+    """Within the body, note the storages that autograd keeps: address -> bytes, those of parameters excepted."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in run.wrapped.parameters() if _is_plain(parameter)}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if _is_plain(tensor) and (storage := tensor.untyped_storage()).data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield kept
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has a storage of its own; those of quantized weights hold several."""
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+def _others(module: nn.Module, trained: Sequence[Tensor]) -> list[Tensor]:
+    known = {id(parameter) for parameter in trained}
+    return [tensor for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in known]
+
+
+def _optimizer_state(optimizer: Any) -> list[Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(_size(tensor) for tensor in {id(tensor): tensor for tensor in tensors}.values())
+
+
+def _size(tensor: Tensor) -> int:
+    flatten = getattr(tensor, "__tensor_flatten__", None)  # of quantized weights
+    return tensor.nbytes if flatten is None else sum(_size(getattr(tensor, name)) for name in flatten()[0])
+
+
+def _shapes(value: Any, name: str = "") -> Iterator[str]:
+    """Name, shape and dtype of each tensor in a batch."""
+    if isinstance(value, Tensor):
+        yield f"{name:<28} {tuple(value.shape)}  {str(value.dtype).removeprefix('torch.')}"
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _shapes(inner, key)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _shapes(getattr(value, field.name), field.name)
+
+
+def _readable(size: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
