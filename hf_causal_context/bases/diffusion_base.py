@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import UserValueError
 
@@ -200,6 +201,14 @@ class DiffusionBase:
             f"{type(self.pipe).__name__} takes no captions. Leave them out, or use a text-to-image base."
         )
 
+    def join_conditions(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Conditions of single rows -> those of a batch: where lengths differ, zeros follow, in masks as well.
+
+        Args:
+            rows: each what `encode_captions` returned for one caption, without the row axis; of one call or of several.
+        """
+        return {name: _stacked([row[name] for row in rows]) for name in rows[0]}
+
     def predict(
         self, model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor], context: Tensor | None
     ) -> Tensor:
@@ -218,6 +227,11 @@ class DiffusionBase:
 
     def _arguments(self, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]) -> dict[str, Any]:
         return {self._input_name: noisy, "timestep": timesteps, **conditions}
+
+
+def _stacked(rows: list[Tensor]) -> Tensor:
+    same = len({row.shape for row in rows}) == 1
+    return torch.stack(rows) if same else pad_sequence(rows, batch_first=True)
 
 
 def _prediction(pipe: DiffusionPipeline) -> Prediction:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from ..bases.diffusion_base import DiffusionBase
 from ..data import InterventionalData
 from ..data.columns import Rows, of_contexts
 from .denoiser.objectives import Batch
@@ -42,14 +43,16 @@ def only_few(data: InterventionalData, context: str, num: int, seed: int) -> Int
     return replace(data, rows=stream, contexts=(context,), held_out={}, counts=None, reweighted={})
 
 
-def joined(batches: Sequence[Batch]) -> Batch:
+def joined(batches: Sequence[Batch], base: DiffusionBase) -> Batch:
     """Return the rows of several batches in one, on the CPU, with the draws of the first slots of seed 0."""
-    conditions = {
-        name: torch.cat([batch.conditions[name].cpu() for batch in batches]) for name in batches[0].conditions
-    }
+    rows = [
+        {name: tensor[i].cpu() for name, tensor in batch.conditions.items()}
+        for batch in batches
+        for i in range(len(batch.clean))
+    ]
     clean = torch.cat([batch.clean.cpu() for batch in batches])
     context = torch.cat([batch.context.cpu() for batch in batches])
-    return Batch(clean, context, conditions, Draws(0, range(len(clean))))
+    return Batch(clean, context, base.join_conditions(rows), Draws(0, range(len(clean))))
 
 
 def part_of(batch: Batch, rows: range, draws: Draws, device: torch.device) -> Batch:

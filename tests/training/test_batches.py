@@ -11,6 +11,7 @@ from hf_causal_context.bases.images import read_image
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.data import load_folders
 from hf_causal_context.training.arguments import TrainingArguments
+from hf_causal_context.training.denoiser import batches as batches_module
 from hf_causal_context.training.denoiser.batches import DenoiserBatches
 from hf_causal_context.training.weights import parse_weights
 
@@ -181,6 +182,33 @@ def test_captions_of_a_stream_are_not_kept(make, pipeline_folder):
     batches = make("stable_diffusion", captions=True, streaming=True, train_batch_size=2)
     taken(batches, 8)
     assert len(batches._captions) <= 2
+
+
+@STREAMING
+def test_captions_of_different_lengths_join_with_zeros_after_them(streaming, make, pipeline_folder, monkeypatch):
+    monkeypatch.setattr(batches_module, "_ENCODED_AT_ONCE", 1)  # each caption in a call of its own, with its own length
+    base = load_base(pipeline_folder("stable_diffusion"))
+    lengths = {f"a {context} {i}": 2 * len(context) + i for context in CONTEXTS for i in range(2)}
+
+    def encode(captions):
+        (text,) = captions
+        row = torch.full((1, lengths[text]), float(lengths[text]))
+        return {"hidden": row[..., None].repeat(1, 1, 2), "mask": row > 0, "pooled": row[:, 0]}
+
+    base.encode_captions = encode
+    batches = make("stable_diffusion", captions=True, streaming=streaming, base=base)
+    for batch in (*taken(batches, 2), batches.few("thick", 4)):
+        hidden, mask, pooled = (batch.conditions[name] for name in ("hidden", "mask", "pooled"))
+        expected = pooled.int().tolist()
+        assert len(set(expected)) > 1
+        assert [n // 2 for n in expected] == [len(MASKS[tuple(row)]) for row in batch.context.tolist()]
+        assert mask.sum(1).tolist() == expected
+        assert hidden.shape == (len(expected), max(expected), 2)
+        assert mask.dtype == torch.bool
+        for row, kept, length in zip(hidden, mask, expected, strict=True):
+            assert kept[:length].all()
+            assert (row[:length] == length).all()
+            assert (row[length:] == 0).all()
 
 
 def test_images_without_captions_take_the_instance_prompt(make, pipeline_folder):

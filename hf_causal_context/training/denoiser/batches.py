@@ -127,7 +127,7 @@ class DenoiserBatches:
                 f"The stream has no rows of the context {context or self._arguments.observational_name!r}. Add them, "
                 "or leave the context out."
             )
-        return joined(encoded)
+        return joined(encoded, self._base)
 
     def _to_batch(self, columns: dict[str, Any], draws: Draws, encode: bool = False) -> Batch:
         clean = columns["clean"].to(self._device, non_blocking=True)
@@ -153,11 +153,8 @@ class DenoiserBatches:
         if self._rows is None and self._data.has_captions:
             self._captions = {}  # a stream has more than memory holds, and a resumed run would have kept others
         self._encode_captions(set(captions).difference(self._captions))
-        encoded = [self._captions[caption] for caption in captions]
-        return {
-            name: torch.stack([tensors[name] for tensors in encoded]).to(self._device, non_blocking=True)
-            for name in encoded[0]
-        }
+        conditions = self._base.join_conditions([self._captions[caption] for caption in captions])
+        return {name: tensor.to(self._device, non_blocking=True) for name, tensor in conditions.items()}
 
     def _encode_captions(self, captions: Iterable[str]) -> None:
         pending = sorted(captions)
