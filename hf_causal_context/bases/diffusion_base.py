@@ -36,7 +36,6 @@ class DiffusionBase:
         sampling_options: further arguments of the pipeline's call, so that it does what training does.
         num_classes: how many class labels the denoiser is conditioned on, None without.
         in_channels: channels of what it is trained on.
-        image_channels: channels of the images, 1 or 3.
         prediction: what it predicts; "flow" is noise - data.
         num_train_timesteps: the scheduler's number of time steps.
 
@@ -60,10 +59,18 @@ class DiffusionBase:
         self._config: Any = self.denoiser.config
         self.num_classes: int | None = None
         self.in_channels: int = self._config.in_channels
-        self.image_channels: int = pipe.vae.config.in_channels if self.is_latent else self.in_channels
-        self._vae_scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1) if self.is_latent else 1
         self.prediction: Prediction = _prediction(pipe)
         self.num_train_timesteps: int = pipe.scheduler.config.num_train_timesteps
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the images, 1 or 3."""
+        return self.pipe.vae.config.in_channels if self.is_latent else self.in_channels
+
+    @property
+    def _vae_scale(self) -> int:
+        """Pixels per latent pixel, along each side."""
+        return self.pipe.vae_scale_factor if self.is_latent else 1
 
     @property
     def takes_classes(self) -> bool:
@@ -167,7 +174,7 @@ class DiffusionBase:
         dtype = vae.dtype
         # Encoders of this kind overflow in half precision.
         vae.to(torch.float32 if dtype == torch.float16 else dtype)
-        latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+        latents = self._encode(pixels.to(vae.device, vae.dtype))
         vae.to(dtype)
         return self._normalize(latents).to(pixels.dtype)
 
@@ -179,9 +186,15 @@ class DiffusionBase:
             dtype = vae.dtype
             vae.to(torch.float32 if dtype == torch.float16 else dtype)  # as in `encode_images`
             latents = self._denormalize(data).to(vae.device, vae.dtype)
-            data = vae.decode(latents, return_dict=False)[0].to(data.dtype)
+            data = self._decode(latents).to(data.dtype)
             vae.to(dtype)
         return (data / 2 + 0.5).clamp(0, 1)
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        return self.pipe.vae.encode(pixels).latent_dist.mode()
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self.pipe.vae.decode(latents, return_dict=False)[0]
 
     def _normalize(self, latents: Tensor) -> Tensor:
         return latents * self.pipe.vae.config.scaling_factor

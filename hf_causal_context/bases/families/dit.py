@@ -22,3 +22,7 @@ class DiT(DiffusionBase):
         for module in self.denoiser.modules():
             if isinstance(module, LabelEmbedding):
                 module.dropout_prob = 0.0
+
+    @property
+    def _vae_scale(self) -> int:
+        return 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
