@@ -7,7 +7,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from peft import get_peft_model
 from PIL import Image
 
@@ -15,7 +14,8 @@ from hf_causal_context import CausalContextConfig, counterfactual, intervene
 from hf_causal_context.bases.loading import as_base
 from hf_causal_context.inference.counterfactuals import Sampler, _Step
 
-from .training.tiny_pipelines import PIPELINES
+from .training.packing import NO_GUIDANCE, noise_argument, unpacked
+from .training.tiny_pipelines import EVERY, PIPELINES, SLOWLY
 
 CONCEPTS = ("thick", "slant")
 STEPS = 4
@@ -59,7 +59,7 @@ def edit(base, image, *args, **kwargs):
     return counterfactual(base, image, *args, num_inference_steps=STEPS, **conditions(base), **kwargs)
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", EVERY)
 def test_the_inversion_holds(name):
     base = build(name)
     image = images(base)
@@ -140,19 +140,19 @@ def test_prediction_is_the_pipelines_own_sampler():
     torch.testing.assert_close(result.images[0], (x / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["stable_diffusion_3", "flux"])
+@pytest.mark.parametrize("name", ["stable_diffusion_3", "flux", *SLOWLY])
 def test_flow_prediction_is_the_pipelines_own_sampler(name):
     base = build(name)
-    if name == "flux":
+    if name != "stable_diffusion_3":
         shift = {"use_dynamic_shifting": True, "base_shift": 0.7, "max_shift": 1.5}
         base.pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**shift)
     result = edit(base, images(base, 1), "thick")
-    patches = result.noise if name != "flux" else F.pixel_unshuffle(result.noise, 2).flatten(2).mT
-    options = {"guidance_scale": 1.0, "height": 16, "width": 16, "output_type": "latent"}
+    ended = {}
+    options = {"guidance_scale": NO_GUIDANCE.get(name, 1.0), "height": 16, "width": 16, "num_inference_steps": STEPS}
+    options |= {"latents": noise_argument(name, result.noise), "output_type": "latent"}
     with intervene(base.pipe, "thick"):
-        latents = cast(Any, base.pipe)("a cat", latents=patches, num_inference_steps=STEPS, **options).images
-    if name == "flux":
-        latents = F.pixel_shuffle(latents.mT.unflatten(2, [n // 2 for n in result.noise.shape[2:]]), 2)
+        cast(Any, base.pipe)(prompt="a cat", callback_on_step_end=lambda *args: ended.update(args[-1]) or {}, **options)
+    latents = unpacked(name, ended["latents"])
     torch.testing.assert_close(result.images[0], base.decode_images(latents), rtol=1e-3, atol=1e-3)
 
 

@@ -21,7 +21,7 @@ from hf_causal_context.inference.adapted import StoredAdapter
 from hf_causal_context.inference.export import export_contexts
 
 from .training.conftest import pipeline_folder  # noqa: F401 (a fixture)
-from .training.tiny_pipelines import PIPELINES, _random, stable_diffusion, stable_diffusion_xl
+from .training.tiny_pipelines import NEWER, PIPELINES, _random, stable_diffusion, stable_diffusion_xl
 
 CONTEXT = "slant=-0.5+thick=1.5"
 INDEPENDENT = {"mechanism": "independent", "observational_rank": 0}
@@ -83,7 +83,7 @@ def attach(model, **settings):
 
 def image(pipe):
     output = pipe(
-        "a cat",
+        prompt="a cat",
         height=16,
         width=16,
         num_inference_steps=2,
@@ -127,6 +127,11 @@ def test_the_stock_pipeline_gives_the_same_image(name, file_format, mechanism, t
     patterns = {"flux": {"^proj_out": 2, "to_k": 3}}.get(name, {"to_k": 3, "attn2.to_q": 6, "to_out.0": 1})
     targets = [*ATTENTION, "proj_out"] if name == "flux" else ATTENTION
     compare(name, file_format, tmp_path, rank_pattern=patterns, target_modules=targets, alpha=6.0, **mechanism)
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_the_stock_pipeline_of_a_newer_family_gives_the_same_image(name, tmp_path):
+    compare(name, "diffusers", tmp_path, target_modules="all-linear", alpha=3.0, **REDUCED)
 
 
 @pytest.mark.parametrize("mechanism", [INDEPENDENT, REDUCED])

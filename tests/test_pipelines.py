@@ -32,9 +32,11 @@ ATTENTION_KWARGS = {
     "stable_diffusion_xl": "cross_attention_kwargs",
     "stable_diffusion_3": "joint_attention_kwargs",
     "flux": "joint_attention_kwargs",
+    "flux2_klein": "attention_kwargs",
     "wan": "attention_kwargs",
 }
-PER_PROMPT = [name for name in BUILDERS if name not in ("ddpm", "ddpm_classes", "ddim", "dit")]
+EVERY = [*tiny_pipelines.EVERY, "wan"]
+PER_PROMPT = [name for name in EVERY if name not in ("ddpm", "ddpm_classes", "ddim", "dit")]
 
 
 def build(name):
@@ -77,11 +79,11 @@ def run(name, pipe, rows=(0, 1), images=1, guidance=3.0, **kwargs):
     else:
         count = "num_videos_per_prompt" if name == "wan" else "num_images_per_prompt"
         arguments |= {"prompt": prompts, "guidance_scale": guidance, count: images}
-        if name != "flux":
+        if name != "flux" and not name.startswith("flux2"):
             arguments["negative_prompt"] = ["blurred"] * len(rows)
         if name.startswith("pixart"):
             arguments |= {"use_resolution_binning": False, "clean_caption": False}
-        if name in ("wan", "flux", "pixart_alpha"):
+        if name in ("wan", "flux", "pixart_alpha", *tiny_pipelines.NEWER):
             arguments |= {"height": 16, "width": 16}
         if name == "wan":
             arguments["num_frames"] = 5
@@ -89,7 +91,7 @@ def run(name, pipe, rows=(0, 1), images=1, guidance=3.0, **kwargs):
     return torch.from_numpy(output.frames if name == "wan" else output.images)
 
 
-@pytest.fixture(scope="module", params=BUILDERS)
+@pytest.fixture(scope="module", params=EVERY)
 def loaded(request, tmp_path_factory):
     """Name, the pipeline with an adapter, and one that never had any."""
     name = request.param

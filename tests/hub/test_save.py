@@ -26,6 +26,7 @@ from hf_causal_context.hub.contents import CardContents
 from ..test_pipelines import write_adapter
 from ..training.conftest import pipeline_folder  # noqa: F401 (a fixture)
 from ..training.small_language import language_model, word_tokenizer
+from ..training.tiny_pipelines import NEWER, SLOWLY
 
 CONCEPTS = ("thick", "slant")
 SHOWN = ["", "thick", "slant", "slant+thick"]
@@ -76,7 +77,7 @@ def pixels(path):
 
 
 # Unconditional, classes that the pipeline takes no argument for, classes, text.
-@pytest.mark.parametrize("name", ["ddpm", "ddpm_classes", "dit", "stable_diffusion"])
+@pytest.mark.parametrize("name", ["ddpm", "ddpm_classes", "dit", "stable_diffusion", *SLOWLY])
 def test_code_of_the_card_makes_its_images(hub, name, tmp_path, pipeline_folder):  # noqa: F811
     base = pipeline_folder(name)
     HfApi().create_repo("user/base")
@@ -87,6 +88,7 @@ def test_code_of_the_card_makes_its_images(hub, name, tmp_path, pipeline_folder)
         pretrained_model_name_or_path="user/base",
         num_inference_steps=2,
         seed=3,
+        resolution=16 if name in NEWER else None,  # else theirs is large
     )
     push(folder, "user/strokes")
     shutil.rmtree(folder / "pictures")

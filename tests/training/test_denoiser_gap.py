@@ -17,7 +17,7 @@ from hf_causal_context.training.denoiser.gap import LEVELS, NUM_INFERENCE_STEPS,
 from hf_causal_context.training.denoiser.objectives import Batch
 from hf_causal_context.training.noise import Draws
 
-from .tiny_pipelines import PIPELINES, ddpm, stable_diffusion_3
+from .tiny_pipelines import EVERY, ddpm, stable_diffusion_3
 
 
 def rows(clean, conditions=None):
@@ -85,7 +85,7 @@ class TestWithAKnownAnswer:
         assert max(times) < 1.1 * min(times)
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", EVERY)
 def test_the_bare_base_of_every_family_is_measured_and_nothing_is_disturbed(name, pipeline_folder):
     base = load_base(pipeline_folder(name))
     base.denoiser.train()

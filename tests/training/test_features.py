@@ -10,7 +10,7 @@ from hf_causal_context import CausalContextConfig
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.training.denoiser.features import denoiser_features, principal_components
 
-from .tiny_pipelines import PIPELINES
+from .tiny_pipelines import EVERY
 
 
 def images(count, base, size):
@@ -20,7 +20,7 @@ def images(count, base, size):
     return [Image.fromarray(pixels) for pixels in squeezed]
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", EVERY)
 def test_every_family_gives_features_that_tell_images_apart(name, pipeline_folder):
     base = load_base(pipeline_folder(name))
     size = base.default_resolution

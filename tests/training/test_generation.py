@@ -10,12 +10,12 @@ from hf_causal_context.bases.images import image_grid
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.inference.sampling import generate
 
-from .tiny_pipelines import PIPELINES
+from .tiny_pipelines import EVERY
 
 CONTEXTS = [(), ("thick",), {"thick": 1.0, "slant": -0.5}]
 SEEDS = [3, 1, 2]
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}
-ALL = pytest.mark.parametrize("name", PIPELINES)
+ALL = pytest.mark.parametrize("name", EVERY)
 
 
 @pytest.fixture

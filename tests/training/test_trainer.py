@@ -20,7 +20,7 @@ from hf_causal_context.training.loop import trainer
 
 from .run_tiny import Place
 from .small import adapter_weights, assert_close_to_largest, settings, write_folders
-from .tiny_pipelines import PIPELINES
+from .tiny_pipelines import EVERY
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -132,7 +132,7 @@ def test_the_card_shows_the_last_grid_of_its_own_run(run):
     assert json.loads((folder / "card.json").read_text())["grid"] == "samples/step-000002.png"
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", EVERY)
 def test_every_family_trains_and_finds_its_latents_again(name, pipeline_folder, tmp_path):
     base = load_base(pipeline_folder(name))
     root = write_folders(tmp_path / "data", captions=base.takes_captions)

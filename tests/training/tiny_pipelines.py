@@ -6,6 +6,7 @@ import string
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 import transformers
 from torch import nn
@@ -40,10 +41,17 @@ def _random(module: nn.Module) -> Any:
     return module.eval()
 
 
-def _vae(**kwargs):
+def _vae(kind=diffusers.AutoencoderKL, **kwargs):
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4}
-    return _random(diffusers.AutoencoderKL(**blocks, **sizes, **kwargs))
+    return _random(kind(**blocks, **sizes, **kwargs))
+
+
+def _flux2_vae():
+    vae = _vae(diffusers.AutoencoderKLFlux2)
+    torch.nn.init.normal_(vae.bn.running_mean)
+    torch.nn.init.uniform_(vae.bn.running_var, 0.5, 2.0)
+    return vae
 
 
 def _clip_tokenizer():
@@ -76,6 +84,24 @@ def _t5_tokenizer():
 def _t5():
     sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
     return _random(transformers.T5EncoderModel(transformers.T5Config(**sizes)))
+
+
+def _qwen_tokenizer():
+    """Bytes are its tokens; a conversation is its messages."""
+    tokenizer = transformers.Qwen2Tokenizer(vocab={word: i for i, word in enumerate([*LETTERS, "Ġ", "Ċ"])}, merges=[])
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return tokenizer
+
+
+# Of the language models that newer pipelines take for text encoders.
+LANGUAGE: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+}
 
 
 def ddpm(**kwargs):
@@ -165,6 +191,29 @@ def flux():
     )
 
 
+def flux2_klein():
+    transformer = diffusers.Flux2Transformer2DModel(
+        num_attention_heads=2,
+        num_layers=1,
+        num_single_layers=1,
+        in_channels=16,
+        attention_head_dim=8,
+        joint_attention_dim=24,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(2, 2, 2, 2),
+        guidance_embeds=False,
+    )
+    # Layers 9, 18 and 27 are what the transformer is conditioned on.
+    text_encoder = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**LANGUAGE, num_hidden_layers=28))
+    return diffusers.Flux2KleinPipeline(
+        diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        _flux2_vae(),
+        _random(text_encoder),
+        _qwen_tokenizer(),
+        _random(transformer),
+    )
+
+
 def pixart_sigma(**kwargs):
     transformer = diffusers.PixArtTransformer2DModel(
         **{**TRANSFORMER, "sample_size": 8, "use_additional_conditions": False, **kwargs},
@@ -215,8 +264,14 @@ PIPELINES = {
         stable_diffusion_xl,
         stable_diffusion_3,
         flux,
+        flux2_klein,
         pixart_alpha,
         pixart_sigma,
         dit,
     )
 }
+
+# Families whose text is long even where all else is tiny: of what goes over all of them, the cheapest runs always.
+NEWER = ("flux2_klein",)
+SLOWLY = [pytest.param(name, marks=pytest.mark.slow) for name in NEWER]
+EVERY = [*(name for name in PIPELINES if name not in NEWER), *SLOWLY]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..diffusion_base import DiffusionBase
 from .dit import DiT
 from .flux import Flux
+from .flux2 import Flux2
 from .pixart import PixArt
 from .pixel_unet import PixelUNet
 from .stable_diffusion import StableDiffusion
@@ -19,6 +20,7 @@ FAMILIES: dict[str, type[DiffusionBase]] = {
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,
     "FluxPipeline": Flux,
+    "Flux2KleinPipeline": Flux2,
     "PixArtAlphaPipeline": PixArt,
     "PixArtSigmaPipeline": PixArt,
 }

@@ -1,0 +1,97 @@
+"""Families of flow transformers, against the loss of diffusers' training scripts, written out, and their pipelines."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from hf_causal_context.bases.loading import load_base
+from hf_causal_context.cli import main
+from hf_causal_context.training.denoiser.objectives import Batch, denoising_objective
+from hf_causal_context.training.noise import Draws
+
+from .packing import unpacked
+from .small import settings, write_folders
+from .test_bases import CAPTIONS, adapt
+from .tiny_pipelines import NEWER, SLOWLY
+
+FRAMES: tuple[str, ...] = ()  # whose autoencoders take them
+
+
+# What diffusers' training scripts compute: pixels (B, C, H, W) -> the error of the prediction. `noised` gives the noise
+# for latents, what it makes of them, and the times in the scheduler's units.
+
+
+def flux2(pipe, pixels, noised, transformer):
+    latents = pipe._patchify_latents(pipe.vae.encode(pixels).latent_dist.mode())
+    mean, variance = (values.view(1, -1, 1, 1) for values in (pipe.vae.bn.running_mean, pipe.vae.bn.running_var))
+    clean = (latents - mean) / torch.sqrt(variance + pipe.vae.config.batch_norm_eps)
+    noise, noisy, times = noised(clean)
+    text, text_ids = pipe.encode_prompt(CAPTIONS)
+    ids = pipe._prepare_latent_ids(clean)
+    tokens = transformer(
+        hidden_states=pipe._pack_latents(noisy),
+        timestep=times / 1000,
+        guidance=torch.ones(2) if pipe.transformer.config.guidance_embeds else None,
+        encoder_hidden_states=text,
+        txt_ids=text_ids,
+        img_ids=ids,
+        return_dict=False,
+    )[0]
+    return pipe._unpack_latents_with_ids(tokens, ids) - (noise - clean)
+
+
+SCRIPTS = {"flux2_klein": flux2}
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_a_loss_is_that_of_diffusers_script(name, pipeline_folder):
+    base = load_base(pipeline_folder(name))
+    model, scheduler = adapt(base), base.noise_scheduler()
+    pixels, context = torch.rand(2, 3, 16, 16) * 2 - 1, torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    clean = base.encode_images(pixels)
+    draws = Draws(0, range(2))
+    index = (draws.normal().sigmoid() * 1000).long()  # logit-normal
+    noise = draws.normal(*clean.shape[1:])
+
+    def noised(latents):
+        own = noise.view_as(latents)  # a frame more or less
+        sigma = scheduler.sigmas[index].view(-1, *(1,) * (latents.ndim - 1))
+        return own, (1 - sigma) * latents + sigma * own, scheduler.timesteps[index]
+
+    batch = Batch(clean, context, base.encode_captions(CAPTIONS), Draws(0, range(2)))
+    with torch.no_grad():
+        losses = denoising_objective(base)(model, batch)
+        errors = SCRIPTS[name](base.pipe, pixels, noised, partial(model, context=context))
+    torch.testing.assert_close(losses, errors.square().flatten(1).mean(1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_images_are_decoded_as_the_pipeline_does_and_encoding_is_the_inverse(name, pipeline_folder):
+    base = load_base(pipeline_folder(name))
+    pipe, ended = base.pipe, {}
+    pipe.set_progress_bar_config(disable=True)
+    options = {"height": 16, "width": 16, "num_inference_steps": 1, "output_type": "pt"}
+    images = pipe(prompt=CAPTIONS, callback_on_step_end=lambda *args: ended.update(args[-1]) or {}, **options).images
+    latents = unpacked(name, ended["latents"])
+    torch.testing.assert_close(base.decode_images(latents), images)
+
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    latents = base.encode_images(pixels)
+    assert latents.shape[:2] == (2, base.in_channels)
+    frames = pixels[:, :, None] if name in FRAMES else pixels
+    shown = pipe.vae(frames).sample
+    shown = shown[:, :, 0] if name in FRAMES else shown
+    torch.testing.assert_close(base.decode_images(latents), (shown / 2 + 0.5).clamp(0, 1))
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("name", SLOWLY)
+def test_the_command_line_trains_and_generates(name, pipeline_folder, tmp_path):
+    data = write_folders(tmp_path / "data", captions=True)
+    given = settings(pipeline_folder(name), data, tmp_path / "adapter", resolution=16, max_train_steps=1)
+    assert main(["train", *(word for key, value in given.items() for word in (f"--{key}", str(value)))]) == 0
+    command = ["generate", "--adapter", given["output_dir"], "--output_dir", str(tmp_path / "images"), "--prompt", "a"]
+    command += ["--context", "slant+thick", "--resolution", "16", "--num_inference_steps", "2", "--seeds", "0"]
+    assert main([*command, "--guidance_scale", "2"]) == 0
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["slant+thick-seed0.png"]
