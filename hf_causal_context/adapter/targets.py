@@ -21,10 +21,11 @@ from .fusion import is_fused
 from .layer import adapted_class
 
 # diffusers names the projections of attention alike in all its denoisers and autoencoders; the second row are the
-# projections of the text stream in joint attention (SD3, Flux).
+# projections of the text stream in joint attention (SD3, Flux), the last is of attention beside an MLP (FLUX.2).
 _DIFFUSERS_ATTENTION = (
     *("to_q", "to_k", "to_v", "to_out.0"),
     *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    "to_qkv_mlp_proj",
 )
 _DIFFUSERS_CONVOLUTIONS = ("conv1", "conv2")  # of residual blocks, for networks without attention
 _TRANSFORMERS_ATTENTION = ("q_proj", "v_proj")  # what PEFT's table holds for most architectures
@@ -54,7 +55,10 @@ def default_target_modules(model: nn.Module, model_config: dict) -> set[str] | s
         for names in families[library]:
             present = {name for name in names if _ends_with(model, name)}
             if present:
-                return present
+                # Its output is named as the list is that holds other attention's, so that each needs its path.
+                return present | {
+                    f"{path}.to_out" for path, m in model.named_modules() if hasattr(m, "to_qkv_mlp_proj")
+                }
     raise UserValueError(
         f"Please specify `target_modules` in the config: there are no defaults for {type(model).__name__}. "
         + describe_candidates(model)

@@ -4,7 +4,9 @@ from functools import partial
 
 import pytest
 import torch
+from peft import get_peft_model
 
+from hf_causal_context import CausalContextConfig
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.cli import main
 from hf_causal_context.training.denoiser.objectives import Batch, denoising_objective
@@ -95,3 +97,13 @@ def test_the_command_line_trains_and_generates(name, pipeline_folder, tmp_path):
     command += ["--context", "slant+thick", "--resolution", "16", "--num_inference_steps", "2", "--seeds", "0"]
     assert main([*command, "--guidance_scale", "2"]) == 0
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["slant+thick-seed0.png"]
+
+
+def test_all_attention_is_adapted_by_default_also_beside_an_mlp(pipeline_folder):
+    model = get_peft_model(load_base(pipeline_folder("flux2_klein")).denoiser, CausalContextConfig(concepts=("a",)))
+    double = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    single = ["to_qkv_mlp_proj", "to_out"]
+    assert set(model.targeted_module_names) == {
+        *(f"transformer_blocks.0.attn.{name}" for name in double),
+        *(f"single_transformer_blocks.0.attn.{name}" for name in single),
+    }
