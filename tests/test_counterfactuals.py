@@ -15,7 +15,7 @@ from hf_causal_context.bases.loading import as_base
 from hf_causal_context.inference.counterfactuals import Sampler, _Step
 
 from .training.packing import NO_GUIDANCE, noise_argument, unpacked
-from .training.tiny_pipelines import EVERY, PIPELINES, SLOWLY
+from .training.tiny_pipelines import EVERY, JOINED, PIPELINES, SLOWLY
 
 CONCEPTS = ("thick", "slant")
 STEPS = 4
@@ -31,13 +31,14 @@ def build(name, **kwargs):
         pipe.scheduler = diffusers.DDIMScheduler(clip_sample=False)
     base = as_base(pipe)
     with torch.no_grad():
-        last = {"unet": "conv_out", "transformer": "proj_out"}[base.denoiser_name]
-        if name == "dit":
-            last = "proj_out_2"
-        for parameter in getattr(base.denoiser, last).parameters():
+        last = {"dit": "proj_out_2", "z_image": "all_final_layer.2-1.linear"}.get(name, "proj_out")
+        last = "conv_out" if base.denoiser_name == "unet" else last
+        for parameter in base.denoiser.get_submodule(last).parameters():
             parameter *= 0.05 if base.denoiser_name == "unet" else 0.2
     options = {"concepts": CONCEPTS, "target_modules": "all-linear", "init_weights": False, "alpha": 0.3}
     options["observational_rank"] = 0  # a random one draws what cannot be inverted
+    if name == "z_image":
+        options["exclude_modules"] = JOINED
     get_peft_model(base.denoiser, CausalContextConfig(**options))
     base.denoiser.eval()
     base.pipe.set_progress_bar_config(disable=True)

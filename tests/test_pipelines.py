@@ -33,6 +33,7 @@ ATTENTION_KWARGS = {
     "stable_diffusion_3": "joint_attention_kwargs",
     "flux": "joint_attention_kwargs",
     "flux2_klein": "attention_kwargs",
+    "z_image": "joint_attention_kwargs",
     "wan": "attention_kwargs",
 }
 EVERY = [*tiny_pipelines.EVERY, "wan"]
@@ -62,6 +63,8 @@ def write_adapter(model, folder, **kwargs):
     """An adapter with random weights for a model, in a folder; the model stays as it is."""
     torch.manual_seed(1)
     options = {"concepts": CONCEPTS, "target_modules": "all-linear", "init_weights": False, "alpha": 1.0}
+    if isinstance(model, diffusers.ZImageTransformer2DModel):
+        options["exclude_modules"] = tiny_pipelines.JOINED
     config = CausalContextConfig(**options | kwargs)
     get_peft_model(copy.deepcopy(model), config).save_pretrained(folder, save_embedding_layers=False)
     return folder

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 # Where the pipeline's guidance scale amplifies nothing, if that is not 1.
-NO_GUIDANCE: dict[str, float] = {}
+NO_GUIDANCE = {"z_image": 0.0}
 
 
 def unpacked(name: str, data: Any) -> Tensor:
@@ -17,16 +17,18 @@ def unpacked(name: str, data: Any) -> Tensor:
     if name.startswith("flux2"):
         ids = diffusers.Flux2Pipeline._prepare_latent_ids(torch.zeros(len(data), 1, 4, 4))
         return diffusers.Flux2Pipeline._unpack_latents_with_ids(data, ids)
-    return data
+    return torch.stack(data).squeeze(2) if isinstance(data, list) else data
 
 
 def velocity(name: str, output: Any) -> Tensor:
     """A transformer's output -> noise - data (B, C, H, W)."""
-    return unpacked(name, output)
+    return -unpacked(name, output) if name == "z_image" else unpacked(name, output)
 
 
 def scheduler_time(name: str, time: Tensor) -> Tensor:
     """The time that a transformer was given -> in the scheduler's units."""
+    if name == "z_image":
+        return 1000 - 1000 * time
     return 1000 * time if name.startswith("flux") else time
 
 

@@ -26,6 +26,7 @@ EXPECTED = {
     "stable_diffusion_3": ("transformer", 3, 4, True, None, "flow", 16),
     "flux": ("transformer", 3, 4, True, None, "flow", 256),
     "flux2_klein": ("transformer", 3, 16, True, None, "flow", 256),
+    "z_image": ("transformer", 3, 4, True, None, "flow", 1024),
     "pixart_alpha": ("transformer", 3, 4, True, None, "epsilon", 256),
     "pixart_sigma": ("transformer", 3, 4, True, None, "epsilon", 16),
     "dit": ("transformer", 3, 4, False, 1000, "epsilon", 16),
@@ -130,14 +131,15 @@ def test_predict_calls_the_denoiser_as_the_pipeline_does(name, pipeline_folder):
     if name == "ddpm_classes":
         handle.remove()
     theirs, their_output = calls[0], outputs[0]
-    noisy = unpacked(name, theirs.get("sample", theirs.get("hidden_states")))
-    timesteps = scheduler_time(name, theirs["timestep"]).expand(2)
+    noisy = unpacked(name, next(theirs[key] for key in ("sample", "hidden_states", "x") if key in theirs))
+    time = "t" if name == "z_image" else "timestep"
+    timesteps = scheduler_time(name, theirs[time]).expand(2)
 
     with torch.no_grad():
         prediction = base.predict(model, noisy, timesteps, conditions, torch.zeros(2, 2))
     ours = calls[-1]
     assert len(calls) > 2
-    ours["timestep"], theirs["timestep"] = ours["timestep"].float(), theirs["timestep"].float().expand(2)
+    ours[time], theirs[time] = ours[time].float(), theirs[time].float().expand(2)
     assert ours.keys() == theirs.keys()
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert prediction.shape == noisy.shape
@@ -185,11 +187,12 @@ def test_captions_become_rows(name, pipeline_folder):
             base.encode_captions(CAPTIONS)
         return
     together = base.encode_captions(CAPTIONS)
-    apart = [base.encode_captions([caption]) for caption in CAPTIONS]
+    apart = [{key: value[0] for key, value in base.encode_captions([caption]).items()} for caption in CAPTIONS]
+    joined = base.join_conditions(apart)
     for key, value in together.items():
         assert value.shape[0] == 2
         assert not value.requires_grad
-        torch.testing.assert_close(value, torch.cat([rows[key] for rows in apart]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(value, joined[key], rtol=1e-5, atol=1e-5)
 
 
 def test_a_bare_denoiser_is_no_base(tmp_path):

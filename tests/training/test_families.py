@@ -43,7 +43,16 @@ def flux2(pipe, pixels, noised, transformer):
     return pipe._unpack_latents_with_ids(tokens, ids) - (noise - clean)
 
 
-SCRIPTS = {"flux2_klein": flux2}
+def z_image(pipe, pixels, noised, transformer):
+    config = pipe.vae.config
+    clean = (pipe.vae.encode(pixels).latent_dist.mode() - config.shift_factor) * config.scaling_factor
+    noise, noisy, times = noised(clean)
+    text, _ = pipe.encode_prompt([*CAPTIONS], do_classifier_free_guidance=False)
+    velocities = transformer(list(noisy.unsqueeze(2).unbind(0)), (1000 - times) / 1000, text, return_dict=False)[0]
+    return -torch.stack(velocities).squeeze(2) - (noise - clean)
+
+
+SCRIPTS = {"flux2_klein": flux2, "z_image": z_image}
 
 
 @pytest.mark.parametrize("name", NEWER)

@@ -87,9 +87,9 @@ def _t5():
 
 
 def _qwen_tokenizer():
-    """Bytes are its tokens; a conversation is its messages."""
+    """Characters are its tokens."""
     tokenizer = transformers.Qwen2Tokenizer(vocab={word: i for i, word in enumerate([*LETTERS, "Ġ", "Ċ"])}, merges=[])
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.chat_template = "{% for message in messages %}{{ message['role'] }}:{{ message['content'] }};{% endfor %}"
     return tokenizer
 
 
@@ -214,6 +214,28 @@ def flux2_klein():
     )
 
 
+def z_image():
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=4,
+        dim=48,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=8,
+        axes_dims=[8, 8, 8],
+        axes_lens=[1024, 64, 64],
+    )
+    text_encoder = transformers.Qwen3Model(transformers.Qwen3Config(**LANGUAGE, num_hidden_layers=2))
+    return diffusers.ZImagePipeline(
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        _vae(shift_factor=0.1),
+        _random(text_encoder),
+        _qwen_tokenizer(),
+        _random(transformer),
+    )
+
+
 def pixart_sigma(**kwargs):
     transformer = diffusers.PixArtTransformer2DModel(
         **{**TRANSFORMER, "sample_size": 8, "use_additional_conditions": False, **kwargs},
@@ -265,6 +287,7 @@ PIPELINES = {
         stable_diffusion_3,
         flux,
         flux2_klein,
+        z_image,
         pixart_alpha,
         pixart_sigma,
         dit,
@@ -272,6 +295,8 @@ PIPELINES = {
 }
 
 # Families whose text is long even where all else is tiny: of what goes over all of them, the cheapest runs always.
-NEWER = ("flux2_klein",)
+NEWER = ("flux2_klein", "z_image")
 SLOWLY = [pytest.param(name, marks=pytest.mark.slow) for name in NEWER]
 EVERY = [*(name for name in PIPELINES if name not in NEWER), *SLOWLY]
+# Layers of Z-Image that see the tokens of all samples in one row, which mixed contexts refuse.
+JOINED = r"all_x_embedder.*|cap_embedder.*"

@@ -11,6 +11,7 @@ from .pixel_unet import PixelUNet
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_3 import StableDiffusion3
 from .stable_diffusion_xl import StableDiffusionXL
+from .z_image import ZImage
 
 FAMILIES: dict[str, type[DiffusionBase]] = {
     "DDPMPipeline": PixelUNet,
@@ -21,6 +22,7 @@ FAMILIES: dict[str, type[DiffusionBase]] = {
     "StableDiffusion3Pipeline": StableDiffusion3,
     "FluxPipeline": Flux,
     "Flux2KleinPipeline": Flux2,
+    "ZImagePipeline": ZImage,
     "PixArtAlphaPipeline": PixArt,
     "PixArtSigmaPipeline": PixArt,
 }
