@@ -149,7 +149,8 @@ def test_flow_prediction_is_the_pipelines_own_sampler(name):
         base.pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**shift)
     result = edit(base, images(base, 1), "thick")
     ended = {}
-    options = {"guidance_scale": NO_GUIDANCE.get(name, 1.0), "height": 16, "width": 16, "num_inference_steps": STEPS}
+    options = {"height": 16, "width": 16, "num_inference_steps": STEPS}
+    options |= base.guidance_options(NO_GUIDANCE.get(name, 1.0))
     options |= {"latents": noise_argument(name, result.noise), "output_type": "latent"}
     with intervene(base.pipe, "thick"):
         cast(Any, base.pipe)(prompt="a cat", callback_on_step_end=lambda *args: ended.update(args[-1]) or {}, **options)

@@ -95,11 +95,17 @@ class DiffusionBase:
         A class that the pipeline has no argument for is not among them.
         """
         arguments = {**self.sampling_options, **options}
+        if (scale := arguments.pop("guidance_scale", None)) is not None:
+            arguments |= self.guidance_options(scale)
         if self.condition_argument is not None:
             arguments[self.condition_argument] = [class_label] if self.takes_classes else prompt or ""
         if resolution is not None and not self.fixed_size:
             arguments |= {"height": resolution, "width": resolution}
         return {name: value for name, value in arguments.items() if value is not None}
+
+    def guidance_options(self, scale: float, rows: int = 1) -> dict[str, Any]:
+        """Arguments of the pipeline's call that guide it at a scale, for so many prompts."""
+        return {"guidance_scale": scale}
 
     @property
     def size_multiple(self) -> int:

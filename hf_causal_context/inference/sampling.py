@@ -84,8 +84,6 @@ def generate(
     jobs = [(context, seed) for context in map(as_context, contexts) for seed in seeds]
     adapted = bool(conditionings(base.pipe))
     options = dict(base.sampling_options)
-    if guidance_scale is not None:
-        options["guidance_scale"] = guidance_scale
     if resolution is not None and not base.fixed_size:
         options |= {"height": resolution, "width": resolution}
     images = []
@@ -93,6 +91,7 @@ def generate(
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
             own = [context for context, _ in batch]
+            guidance = {} if guidance_scale is None else base.guidance_options(guidance_scale, len(batch))
             with (
                 # intervene() refuses targets without an adapter.
                 intervene(base.pipe, own) if adapted or any(own) else nullcontext(),
@@ -101,6 +100,7 @@ def generate(
                 output = cast(Any, base.pipe)(
                     **_conditions(base, len(batch), prompt, class_label),
                     **options,
+                    **guidance,
                     generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
                     num_inference_steps=num_inference_steps,
                     output_type="pt",

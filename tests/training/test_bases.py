@@ -27,6 +27,7 @@ EXPECTED = {
     "flux": ("transformer", 3, 4, True, None, "flow", 256),
     "flux2_klein": ("transformer", 3, 16, True, None, "flow", 256),
     "z_image": ("transformer", 3, 4, True, None, "flow", 1024),
+    "qwen_image": ("transformer", 3, 4, True, None, "flow", 256),
     "pixart_alpha": ("transformer", 3, 4, True, None, "epsilon", 256),
     "pixart_sigma": ("transformer", 3, 4, True, None, "epsilon", 16),
     "dit": ("transformer", 3, 4, False, 1000, "epsilon", 16),
@@ -126,7 +127,7 @@ def test_predict_calls_the_denoiser_as_the_pipeline_does(name, pipeline_folder):
             lambda module, args, kwargs: (args, {**kwargs, "class_labels": labels}), with_kwargs=True
         )
     base.pipe.set_progress_bar_config(disable=True)
-    guidance = {"guidance_scale": NO_GUIDANCE.get(name, 1.0)} if base.takes_guidance else {}
+    guidance = base.guidance_options(NO_GUIDANCE.get(name, 1.0), 2) if base.takes_guidance else {}
     base.pipe(**given, **guidance, **resolution, **base.sampling_options, num_inference_steps=2, output_type="pt")
     if name == "ddpm_classes":
         handle.remove()

@@ -9,6 +9,7 @@ from peft import get_peft_model
 from hf_causal_context import CausalContextConfig
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.cli import main
+from hf_causal_context.inference.sampling import generate
 from hf_causal_context.training.denoiser.objectives import Batch, denoising_objective
 from hf_causal_context.training.noise import Draws
 
@@ -17,7 +18,7 @@ from .small import settings, write_folders
 from .test_bases import CAPTIONS, adapt
 from .tiny_pipelines import NEWER, SLOWLY
 
-FRAMES: tuple[str, ...] = ()  # whose autoencoders take them
+FRAMES = ("qwen_image",)  # whose autoencoders take them
 
 
 # What diffusers' training scripts compute: pixels (B, C, H, W) -> the error of the prediction. `noised` gives the noise
@@ -52,7 +53,24 @@ def z_image(pipe, pixels, noised, transformer):
     return -torch.stack(velocities).squeeze(2) - (noise - clean)
 
 
-SCRIPTS = {"flux2_klein": flux2, "z_image": z_image}
+def qwen_image(pipe, pixels, noised, transformer):
+    config = pipe.vae.config
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
+    clean = (pipe.vae.encode(pixels.unsqueeze(2)).latent_dist.mode() - mean) / std
+    noise, noisy, times = noised(clean)
+    text, mask = pipe.encode_prompt(CAPTIONS)
+    tokens = transformer(
+        hidden_states=pipe._pack_latents(noisy.permute(0, 2, 1, 3, 4), *noisy.squeeze(2).shape),
+        encoder_hidden_states=text,
+        encoder_hidden_states_mask=mask,
+        timestep=times / 1000,
+        img_shapes=[(1, 4, 4)] * 2,
+        return_dict=False,
+    )[0]
+    return pipe._unpack_latents(tokens, 16, 16, pipe.vae_scale_factor) - (noise - clean)
+
+
+SCRIPTS = {"flux2_klein": flux2, "z_image": z_image, "qwen_image": qwen_image}
 
 
 @pytest.mark.parametrize("name", NEWER)
@@ -94,6 +112,21 @@ def test_images_are_decoded_as_the_pipeline_does_and_encoding_is_the_inverse(nam
     shown = pipe.vae(frames).sample
     shown = shown[:, :, 0] if name in FRAMES else shown
     torch.testing.assert_close(base.decode_images(latents), (shown / 2 + 0.5).clamp(0, 1))
+
+
+@torch.no_grad()
+def test_qwen_image_is_guided_by_an_empty_negative_prompt(pipeline_folder):
+    base = load_base(pipeline_folder("qwen_image"))
+    options = {"num_inference_steps": 2, "output_type": "pt", "height": 16, "width": 16, "true_cfg_scale": 3.0}
+    noise = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    theirs = base.pipe(prompt=["a cat"] * 2, negative_prompt=[" "] * 2, generator=noise, **options).images
+    options = {"num_inference_steps": 2, "resolution": 16}
+    (ours,) = generate(base, [()], seeds=range(2), prompt="a cat", guidance_scale=3.0, **options)
+    torch.testing.assert_close(ours, theirs)
+    (bare,) = generate(base, [()], seeds=range(2), prompt="a cat", **options)
+    assert (ours - bare).abs().max() > 1e-3
+    call = base.stock_call(prompt="a cat", guidance_scale=3.0)
+    assert call == {"prompt": "a cat", "true_cfg_scale": 3.0, "negative_prompt": [" "]}
 
 
 @pytest.mark.usefixtures("on_cpu")

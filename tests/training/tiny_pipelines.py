@@ -54,6 +54,12 @@ def _flux2_vae():
     return vae
 
 
+def _qwen_vae():
+    statistics = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.0, 4.0, 2.0, 6.0]}
+    blocks: dict[str, Any] = {"dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False]}
+    return _random(diffusers.AutoencoderKLQwenImage(base_dim=8, z_dim=4, **blocks, **statistics))
+
+
 def _clip_tokenizer():
     words = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
     return transformers.CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=16)
@@ -102,6 +108,7 @@ LANGUAGE: dict[str, Any] = {
     "num_key_value_heads": 1,
     "head_dim": 8,
 }
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 
 
 def ddpm(**kwargs):
@@ -236,6 +243,28 @@ def z_image():
     )
 
 
+def qwen_image():
+    transformer = diffusers.QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        axes_dims_rope=(4, 2, 2),
+    )
+    text = {**LANGUAGE, "num_hidden_layers": 1, "rope_parameters": MROPE, "bos_token_id": None, "eos_token_id": None}
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 8}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    return diffusers.QwenImagePipeline(
+        diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        _qwen_vae(),
+        _random(transformers.Qwen2_5_VLForConditionalGeneration(config)),
+        _qwen_tokenizer(),
+        _random(transformer),
+    )
+
+
 def pixart_sigma(**kwargs):
     transformer = diffusers.PixArtTransformer2DModel(
         **{**TRANSFORMER, "sample_size": 8, "use_additional_conditions": False, **kwargs},
@@ -288,6 +317,7 @@ PIPELINES = {
         flux,
         flux2_klein,
         z_image,
+        qwen_image,
         pixart_alpha,
         pixart_sigma,
         dit,
@@ -295,7 +325,7 @@ PIPELINES = {
 }
 
 # Families whose text is long even where all else is tiny: of what goes over all of them, the cheapest runs always.
-NEWER = ("flux2_klein", "z_image")
+NEWER = ("flux2_klein", "z_image", "qwen_image")
 SLOWLY = [pytest.param(name, marks=pytest.mark.slow) for name in NEWER]
 EVERY = [*(name for name in PIPELINES if name not in NEWER), *SLOWLY]
 # Layers of Z-Image that see the tokens of all samples in one row, which mixed contexts refuse.

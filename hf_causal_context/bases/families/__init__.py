@@ -8,6 +8,7 @@ from .flux import Flux
 from .flux2 import Flux2
 from .pixart import PixArt
 from .pixel_unet import PixelUNet
+from .qwen_image import QwenImage
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_3 import StableDiffusion3
 from .stable_diffusion_xl import StableDiffusionXL
@@ -22,6 +23,7 @@ FAMILIES: dict[str, type[DiffusionBase]] = {
     "StableDiffusion3Pipeline": StableDiffusion3,
     "FluxPipeline": Flux,
     "Flux2KleinPipeline": Flux2,
+    "QwenImagePipeline": QwenImage,
     "ZImagePipeline": ZImage,
     "PixArtAlphaPipeline": PixArt,
     "PixArtSigmaPipeline": PixArt,

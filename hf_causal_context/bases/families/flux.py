@@ -43,12 +43,15 @@ class Flux(StableDiffusion3):
         packed = model(**arguments, context=context, return_dict=False)[0]
         return F.pixel_shuffle(packed.mT.unflatten(2, [n // 2 for n in noisy.shape[2:]]), 2)
 
+    def _pack(self, noisy: Tensor) -> Tensor:
+        return F.pixel_unshuffle(noisy, 2).flatten(2).mT
+
     def _arguments(self, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]) -> dict[str, Any]:
         rows, columns = (torch.arange(n // 2, device=noisy.device, dtype=noisy.dtype) for n in noisy.shape[2:])
         # Data are predicted without amplified guidance; 1 is no amplification.
         guidance = noisy.new_ones(len(noisy), dtype=torch.float32) if self._config.guidance_embeds else None
         return {
-            "hidden_states": F.pixel_unshuffle(noisy, 2).flatten(2).mT,
+            "hidden_states": self._pack(noisy),
             "timestep": timesteps / 1000,
             "guidance": guidance,
             "img_ids": torch.cartesian_prod(rows.new_zeros(1), rows, columns),
