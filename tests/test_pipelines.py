@@ -35,6 +35,7 @@ ATTENTION_KWARGS = {
     "flux2_klein": "attention_kwargs",
     "z_image": "joint_attention_kwargs",
     "qwen_image": "attention_kwargs",
+    "chroma": "joint_attention_kwargs",
     "wan": "attention_kwargs",
 }
 EVERY = [*tiny_pipelines.EVERY, "wan"]

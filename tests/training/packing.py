@@ -12,7 +12,7 @@ NO_GUIDANCE = {"z_image": 0.0}
 
 def unpacked(name: str, data: Any) -> Tensor:
     """A transformer's input, or latents of the pipeline -> (B, C, H, W)."""
-    if name == "flux":
+    if name in ("flux", "chroma"):
         return diffusers.FluxPipeline._unpack_latents(data, 16, 16, 2)
     if name == "qwen_image":
         return diffusers.QwenImagePipeline._unpack_latents(data, 16, 16, 2).squeeze(2)
@@ -31,11 +31,11 @@ def scheduler_time(name: str, time: Tensor) -> Tensor:
     """The time that a transformer was given -> in the scheduler's units."""
     if name == "z_image":
         return 1000 - 1000 * time
-    return 1000 * time if name.startswith(("flux", "qwen")) else time
+    return 1000 * time if name.startswith(("flux", "qwen", "chroma")) else time
 
 
 def noise_argument(name: str, noise: Tensor) -> Tensor:
     """Noise (B, C, H, W) -> what the pipeline takes for `latents`."""
-    if name in ("flux", "qwen_image"):
+    if name in ("flux", "qwen_image", "chroma"):
         return diffusers.FluxPipeline._pack_latents(noise, *noise.shape)
     return noise

@@ -70,7 +70,25 @@ def qwen_image(pipe, pixels, noised, transformer):
     return pipe._unpack_latents(tokens, 16, 16, pipe.vae_scale_factor) - (noise - clean)
 
 
-SCRIPTS = {"flux2_klein": flux2, "z_image": z_image, "qwen_image": qwen_image}
+def chroma(pipe, pixels, noised, transformer):
+    """No script of diffusers: Flux's without guidance, called as the pipeline does."""
+    config = pipe.vae.config
+    clean = (pipe.vae.encode(pixels).latent_dist.mode() - config.shift_factor) * config.scaling_factor
+    noise, noisy, times = noised(clean)
+    text, text_ids, mask, *_ = pipe.encode_prompt(CAPTIONS, do_classifier_free_guidance=False)
+    tokens = transformer(
+        hidden_states=pipe._pack_latents(noisy, *noisy.shape),
+        timestep=times / 1000,
+        encoder_hidden_states=text,
+        txt_ids=text_ids,
+        img_ids=pipe._prepare_latent_image_ids(2, 4, 4, "cpu", torch.float32),
+        attention_mask=pipe._prepare_attention_mask(2, 16, torch.float32, mask),
+        return_dict=False,
+    )[0]
+    return pipe._unpack_latents(tokens, 16, 16, pipe.vae_scale_factor) - (noise - clean)
+
+
+SCRIPTS = {"flux2_klein": flux2, "z_image": z_image, "qwen_image": qwen_image, "chroma": chroma}
 
 
 @pytest.mark.parametrize("name", NEWER)

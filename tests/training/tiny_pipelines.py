@@ -265,6 +265,28 @@ def qwen_image():
     )
 
 
+def chroma():
+    transformer = diffusers.ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(2, 2, 4),
+        approximator_num_channels=8,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    )
+    return diffusers.ChromaPipeline(
+        diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        _vae(shift_factor=0.1),
+        _t5(),
+        _t5_tokenizer(),
+        _random(transformer),
+    )
+
+
 def pixart_sigma(**kwargs):
     transformer = diffusers.PixArtTransformer2DModel(
         **{**TRANSFORMER, "sample_size": 8, "use_additional_conditions": False, **kwargs},
@@ -318,6 +340,7 @@ PIPELINES = {
         flux2_klein,
         z_image,
         qwen_image,
+        chroma,
         pixart_alpha,
         pixart_sigma,
         dit,
@@ -325,7 +348,7 @@ PIPELINES = {
 }
 
 # Families whose text is long even where all else is tiny: of what goes over all of them, the cheapest runs always.
-NEWER = ("flux2_klein", "z_image", "qwen_image")
+NEWER = ("flux2_klein", "z_image", "qwen_image", "chroma")
 SLOWLY = [pytest.param(name, marks=pytest.mark.slow) for name in NEWER]
 EVERY = [*(name for name in PIPELINES if name not in NEWER), *SLOWLY]
 # Layers of Z-Image that see the tokens of all samples in one row, which mixed contexts refuse.

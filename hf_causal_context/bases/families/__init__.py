@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..diffusion_base import DiffusionBase
+from .chroma import Chroma
 from .dit import DiT
 from .flux import Flux
 from .flux2 import Flux2
@@ -24,6 +25,7 @@ FAMILIES: dict[str, type[DiffusionBase]] = {
     "FluxPipeline": Flux,
     "Flux2KleinPipeline": Flux2,
     "QwenImagePipeline": QwenImage,
+    "ChromaPipeline": Chroma,
     "ZImagePipeline": ZImage,
     "PixArtAlphaPipeline": PixArt,
     "PixArtSigmaPipeline": PixArt,

@@ -49,12 +49,13 @@ class Flux(StableDiffusion3):
     def _arguments(self, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]) -> dict[str, Any]:
         rows, columns = (torch.arange(n // 2, device=noisy.device, dtype=noisy.dtype) for n in noisy.shape[2:])
         # Data are predicted without amplified guidance; 1 is no amplification.
-        guidance = noisy.new_ones(len(noisy), dtype=torch.float32) if self._config.guidance_embeds else None
+        amplified = self._config.get("guidance_embeds", False)
+        guidance = {"guidance": noisy.new_ones(len(noisy), dtype=torch.float32)} if amplified else {}
         return {
             "hidden_states": self._pack(noisy),
             "timestep": timesteps / 1000,
-            "guidance": guidance,
             "img_ids": torch.cartesian_prod(rows.new_zeros(1), rows, columns),
             "txt_ids": noisy.new_zeros(conditions["encoder_hidden_states"].shape[1], 3),
+            **guidance,
             **conditions,
         }
