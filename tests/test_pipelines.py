@@ -33,6 +33,7 @@ ATTENTION_KWARGS = {
     "stable_diffusion_3": "joint_attention_kwargs",
     "flux": "joint_attention_kwargs",
     "flux2_klein": "attention_kwargs",
+    "flux2_dev": "attention_kwargs",
     "z_image": "joint_attention_kwargs",
     "qwen_image": "attention_kwargs",
     "chroma": "joint_attention_kwargs",

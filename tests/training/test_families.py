@@ -88,7 +88,13 @@ def chroma(pipe, pixels, noised, transformer):
     return pipe._unpack_latents(tokens, 16, 16, pipe.vae_scale_factor) - (noise - clean)
 
 
-SCRIPTS = {"flux2_klein": flux2, "z_image": z_image, "qwen_image": qwen_image, "chroma": chroma}
+SCRIPTS = {
+    "flux2_klein": flux2,
+    "flux2_dev": flux2,
+    "z_image": z_image,
+    "qwen_image": qwen_image,
+    "chroma": chroma,
+}
 
 
 @pytest.mark.parametrize("name", NEWER)

@@ -23,6 +23,7 @@ FAMILIES: dict[str, type[DiffusionBase]] = {
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,
     "FluxPipeline": Flux,
+    "Flux2Pipeline": Flux2,
     "Flux2KleinPipeline": Flux2,
     "QwenImagePipeline": QwenImage,
     "ChromaPipeline": Chroma,

@@ -1,4 +1,4 @@
-"""FLUX.2, klein and dev."""
+"""FLUX.2, dev and klein."""
 
 from __future__ import annotations
 
