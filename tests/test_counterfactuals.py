@@ -31,7 +31,9 @@ def build(name, **kwargs):
         pipe.scheduler = diffusers.DDIMScheduler(clip_sample=False)
     base = as_base(pipe)
     with torch.no_grad():
-        last = {"dit": "proj_out_2", "z_image": "all_final_layer.2-1.linear"}.get(name, "proj_out")
+        last = {"dit": "proj_out_2", "z_image": "all_final_layer.2-1.linear", "krea2": "final_layer.linear"}.get(
+            name, "proj_out"
+        )
         last = "conv_out" if base.denoiser_name == "unet" else last
         for parameter in base.denoiser.get_submodule(last).parameters():
             parameter *= 0.05 if base.denoiser_name == "unet" else 0.2

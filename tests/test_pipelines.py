@@ -37,6 +37,7 @@ ATTENTION_KWARGS = {
     "z_image": "joint_attention_kwargs",
     "qwen_image": "attention_kwargs",
     "chroma": "joint_attention_kwargs",
+    "krea2": "attention_kwargs",
     "wan": "attention_kwargs",
 }
 EVERY = [*tiny_pipelines.EVERY, "wan"]

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 # Where the pipeline's guidance scale amplifies nothing, if that is not 1.
-NO_GUIDANCE = {"z_image": 0.0}
+NO_GUIDANCE = {"z_image": 0.0, "krea2": 0.0}
 
 
 def unpacked(name: str, data: Any) -> Tensor:
     """A transformer's input, or latents of the pipeline -> (B, C, H, W)."""
     if name in ("flux", "chroma"):
         return diffusers.FluxPipeline._unpack_latents(data, 16, 16, 2)
-    if name == "qwen_image":
+    if name in ("qwen_image", "krea2"):
         return diffusers.QwenImagePipeline._unpack_latents(data, 16, 16, 2).squeeze(2)
     if name.startswith("flux2"):
         ids = diffusers.Flux2Pipeline._prepare_latent_ids(torch.zeros(len(data), 1, 4, 4))
@@ -31,11 +31,11 @@ def scheduler_time(name: str, time: Tensor) -> Tensor:
     """The time that a transformer was given -> in the scheduler's units."""
     if name == "z_image":
         return 1000 - 1000 * time
-    return 1000 * time if name.startswith(("flux", "qwen", "chroma")) else time
+    return 1000 * time if name.startswith(("flux", "qwen", "chroma", "krea")) else time
 
 
 def noise_argument(name: str, noise: Tensor) -> Tensor:
     """Noise (B, C, H, W) -> what the pipeline takes for `latents`."""
-    if name in ("flux", "qwen_image", "chroma"):
+    if name in ("flux", "qwen_image", "chroma", "krea2"):
         return diffusers.FluxPipeline._pack_latents(noise, *noise.shape)
     return noise

@@ -18,7 +18,7 @@ from .small import settings, write_folders
 from .test_bases import CAPTIONS, adapt
 from .tiny_pipelines import NEWER, SLOWLY
 
-FRAMES = ("qwen_image",)  # whose autoencoders take them
+FRAMES = ("qwen_image", "krea2")  # whose autoencoders take them
 
 
 # What diffusers' training scripts compute: pixels (B, C, H, W) -> the error of the prediction. `noised` gives the noise
@@ -88,12 +88,30 @@ def chroma(pipe, pixels, noised, transformer):
     return pipe._unpack_latents(tokens, 16, 16, pipe.vae_scale_factor) - (noise - clean)
 
 
+def krea2(pipe, pixels, noised, transformer):
+    config = pipe.vae.config
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
+    clean = (pipe.vae.encode(pixels.unsqueeze(2)).latent_dist.mode() - mean) / std
+    noise, noisy, times = noised(clean)
+    text, mask = pipe.encode_prompt(CAPTIONS)
+    tokens = transformer(
+        hidden_states=pipe._pack_latents(noisy.permute(0, 2, 1, 3, 4), *noisy.squeeze(2).shape),
+        encoder_hidden_states=text,
+        timestep=times / 1000,
+        position_ids=pipe.prepare_position_ids(text.shape[1], 4, 4, "cpu"),
+        encoder_attention_mask=mask,
+        return_dict=False,
+    )[0]
+    return pipe._unpack_latents(tokens, 16, 16) - (noise - clean)
+
+
 SCRIPTS = {
     "flux2_klein": flux2,
     "flux2_dev": flux2,
     "z_image": z_image,
     "qwen_image": qwen_image,
     "chroma": chroma,
+    "krea2": krea2,
 }
 
 
@@ -136,6 +154,21 @@ def test_images_are_decoded_as_the_pipeline_does_and_encoding_is_the_inverse(nam
     shown = pipe.vae(frames).sample
     shown = shown[:, :, 0] if name in FRAMES else shown
     torch.testing.assert_close(base.decode_images(latents), (shown / 2 + 0.5).clamp(0, 1))
+
+
+@pytest.mark.parametrize(("name", "distilled"), [*((name, False) for name in NEWER), ("krea2", True)])
+def test_the_schedule_is_the_pipelines(name, distilled, pipeline_folder):
+    base = load_base(pipeline_folder(name))
+    pipe, config = base.pipe, base.pipe.scheduler.config
+    if distilled:
+        pipe.register_to_config(is_distilled=True)
+    shift = {"use_dynamic_shifting": True, "base_shift": 0.7, "max_shift": 1.5}
+    pipe.scheduler = type(pipe.scheduler).from_config({**config, **shift})
+    pipe.set_progress_bar_config(disable=True)
+    pipe(prompt="a", height=32, width=32, num_inference_steps=3, output_type="latent")
+    ours = base.noise_scheduler()
+    ours.set_timesteps(3, **base.flow_schedule(3, base.encode_images(torch.zeros(1, 3, 32, 32))))
+    torch.testing.assert_close(ours.sigmas, pipe.scheduler.sigmas)
 
 
 @torch.no_grad()

@@ -309,6 +309,37 @@ def chroma():
     )
 
 
+def krea2():
+    transformer = diffusers.Krea2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=16,
+        timestep_embed_dim=16,
+        text_hidden_dim=8,
+        num_text_layers=2,
+        text_num_attention_heads=1,
+        text_num_key_value_heads=1,
+        text_intermediate_size=8,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 2, 2),
+    )
+    text = {**LANGUAGE, "num_hidden_layers": 2, "rope_parameters": MROPE}
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 8}
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config={**vision, "deepstack_visual_indexes": []})
+    return diffusers.Krea2Pipeline(
+        diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400),
+        _qwen_vae(),
+        _random(transformers.Qwen3VLModel(config)),
+        _qwen_tokenizer(),
+        _random(transformer),
+        text_encoder_select_layers=(1, 2),
+    )
+
+
 def pixart_sigma(**kwargs):
     transformer = diffusers.PixArtTransformer2DModel(
         **{**TRANSFORMER, "sample_size": 8, "use_additional_conditions": False, **kwargs},
@@ -364,6 +395,7 @@ PIPELINES = {
         qwen_image,
         chroma,
         flux2_dev,
+        krea2,
         pixart_alpha,
         pixart_sigma,
         dit,
@@ -371,7 +403,7 @@ PIPELINES = {
 }
 
 # Families whose text is long even where all else is tiny: of what goes over all of them, the cheapest runs always.
-NEWER = ("flux2_klein", "z_image", "qwen_image", "chroma", "flux2_dev")
+NEWER = ("flux2_klein", "z_image", "qwen_image", "chroma", "flux2_dev", "krea2")
 SLOWLY = [pytest.param(name, marks=pytest.mark.slow) for name in NEWER]
 EVERY = [*(name for name in PIPELINES if name not in NEWER), *SLOWLY]
 # Layers of Z-Image that see the tokens of all samples in one row, which mixed contexts refuse.

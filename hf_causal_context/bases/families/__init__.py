@@ -7,6 +7,7 @@ from .chroma import Chroma
 from .dit import DiT
 from .flux import Flux
 from .flux2 import Flux2
+from .krea2 import Krea2
 from .pixart import PixArt
 from .pixel_unet import PixelUNet
 from .qwen_image import QwenImage
@@ -27,6 +28,7 @@ FAMILIES: dict[str, type[DiffusionBase]] = {
     "Flux2KleinPipeline": Flux2,
     "QwenImagePipeline": QwenImage,
     "ChromaPipeline": Chroma,
+    "Krea2Pipeline": Krea2,
     "ZImagePipeline": ZImage,
     "PixArtAlphaPipeline": PixArt,
     "PixArtSigmaPipeline": PixArt,
