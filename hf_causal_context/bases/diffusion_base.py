@@ -150,6 +150,10 @@ class DiffusionBase:
         tokens = latents[0, 0].numel() // 4
         return {"mu": config.base_shift + slope * (tokens - config.base_image_seq_len)}
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Let the denoiser compute activations again in backward, instead of keeping them."""
+        cast(Any, self.denoiser).enable_gradient_checkpointing()
+
     def move_encoders(self, device: torch.device | str) -> None:
         """Move all but the denoiser: what nobody needs while cached latents and captions are trained on."""
         for component in self.pipe.components.values():

@@ -130,7 +130,7 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
         )
 
     def enable_gradient_checkpointing(self) -> None:
-        self.base.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+        self.base.enable_gradient_checkpointing()
 
     def parts(self) -> dict[str, nn.Module]:
         parts = {name: part for name, part in self.base.pipe.components.items() if isinstance(part, nn.Module)}

@@ -173,6 +173,25 @@ def test_gradients_reach_the_adapter_and_rows_keep_their_context(name, pipeline_
 
 
 @ALL
+def test_gradient_checkpointing_changes_no_gradient(name, pipeline_folder):
+    base = load_base(pipeline_folder(name))
+    model = adapt(base).train()
+    noisy, context = torch.randn(2, base.in_channels, 8, 8), torch.tensor([[1.0, 0.0], [0.0, 0.5]])
+    timesteps = torch.tensor([10.0, 700.0]) if base.prediction == "flow" else torch.tensor([10, 700])
+    conditions = conditions_of(base)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def gradients():
+        loss = base.predict(model, noisy, timesteps, conditions, context).square().mean()
+        return torch.autograd.grad(loss, trained)
+
+    plain = gradients()
+    base.enable_gradient_checkpointing()
+    assert base.denoiser.is_gradient_checkpointing
+    torch.testing.assert_close(gradients(), plain, rtol=1e-4, atol=1e-7)
+
+
+@ALL
 def test_bases_in_bfloat16(name, pipeline_folder):
     base = load_base(pipeline_folder(name), torch_dtype=torch.bfloat16)
     model = adapt(base).eval()

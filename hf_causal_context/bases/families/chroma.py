@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,4 +25,16 @@ class Chroma(Flux):
     def _arguments(self, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]) -> dict[str, Any]:
         arguments = super()._arguments(noisy, timesteps, conditions)
         patches = arguments["hidden_states"].shape[1]
-        return {**arguments, "attention_mask": F.pad(conditions["attention_mask"], (0, patches), value=1)}
+        self._mask = F.pad(conditions["attention_mask"], (0, patches), value=1)
+        return {**arguments, "attention_mask": self._mask}
+
+    def enable_gradient_checkpointing(self) -> None:
+        super().enable_gradient_checkpointing()
+        denoiser: Any = self.denoiser
+        checkpoint = denoiser._gradient_checkpointing_func
+
+        def with_mask(block: Callable[..., Any], *inputs: Any) -> Any:
+            # Under checkpointing alone, diffusers forgets the mask of blocks with text and patches in one sequence.
+            return checkpoint(block, *inputs, *([self._mask] if len(inputs) == 3 else []))
+
+        denoiser._gradient_checkpointing_func = with_mask
