@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ class Krea2(QwenImage):
         return 1024
 
     def flow_schedule(self, num_steps: int, latents: Tensor) -> dict[str, Any]:
-        shift = {"mu": 1.15} if self.pipe.config.is_distilled else {}
+        shift = {"mu": 1.15} if cast(Any, self.pipe.config).is_distilled else {}
         return {**super().flow_schedule(num_steps, latents), **shift}
 
     def guidance_options(self, scale: float, rows: int = 1) -> dict[str, Any]:
