@@ -207,7 +207,7 @@ def _check_readable(
         part = {k.removeprefix(f"{component}."): w for k, w in read.items() if k.startswith(f"{component}.")}
         if component == "unet":
             part = convert_unet_state_dict_to_peft(part)
-        else:
+        elif component.startswith("text_encoder"):
             with suppress(ValueError):  # of names that it cannot tell the form of
                 part = convert_state_dict_to_peft(convert_state_dict_to_diffusers(part))
         found |= {f"{component}.{key}" for key in part}
