@@ -269,7 +269,7 @@ def qwen_image():
     transformer = diffusers.QwenImageTransformer2DModel(
         in_channels=16,
         out_channels=4,
-        num_layers=1,
+        num_layers=2,  # the last has no use for its text
         attention_head_dim=8,
         num_attention_heads=2,
         joint_attention_dim=8,
