@@ -14,8 +14,9 @@ from ..contexts import ContextBatch
 from ..errors import UserTypeError, UserValueError
 from .announced_generate import AnnouncedGenerate
 from .conditioning.hooks import Conditioning
-from .conditioning.in_force import in_force
+from .conditioning.in_force import in_force, is_inside
 from .conditioning.presence import check_unasked
+from .conditioning.request import Request
 from .followed_pipeline import track_calls
 from .lookup import conditionings
 
@@ -83,21 +84,24 @@ class intervene:  # noqa: N801 (reads like torch.no_grad)
         ]
         if isinstance(model, nn.Module) and not isinstance(model, PeftModel | BaseTuner):  # these ask their base's
             AnnouncedGenerate.put_on(model)  # of a model whose part has the adapter
-        self._entered: list[ExitStack] = []
+        self._entered: list[tuple[ExitStack, list[Request]]] = []  # by all threads and tasks that use this object
 
     def __enter__(self) -> None:
         for request in self._requests:
             check_unasked(None if cast(Conditioning, request.owner).alive else request)
         with ExitStack() as stack:
-            stack.enter_context(in_force(self._requests))
+            opened = stack.enter_context(in_force(self._requests))
             if self._pipe is not None:
                 stack.enter_context(track_calls(self._pipe))
-            self._entered.append(stack.pop_all())
+            self._entered.append((stack.pop_all(), opened))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._entered.pop().close()
+        entered = reversed(self._entered)
+        own = next((each for each in entered if any(map(is_inside, each[1]))), self._entered[-1])
+        self._entered.remove(own)
+        own[0].close()
 
 
 def _of_pipeline(pipe: DiffusionPipeline) -> list[Conditioning]:

@@ -3,6 +3,8 @@
 import asyncio
 import contextvars
 import threading
+import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,6 +14,8 @@ from peft import get_peft_model
 from transformers import ContinuousBatchingConfig, GenerationConfig, TextIteratorStreamer
 
 from hf_causal_context import intervene
+from hf_causal_context.adapter.conditioning.in_force import innermost_request
+from hf_causal_context.adapter.lookup import conditionings
 
 from ..adapter.small import adapted, config, inputs
 from ..adapter.test_generation import build, tokenizer  # noqa: F401 (a fixture)
@@ -125,6 +129,41 @@ class TestTasks:
         asyncio.run(both())
         torch.testing.assert_close(compiled(inputs()), model(inputs()))
 
+    @pytest.mark.filterwarnings(f"ignore:.*{OUTSIDE}")
+    def test_a_compiled_model_called_by_a_task_without_a_block_is_the_base(self):
+        model = adapted()
+        base = model(inputs())
+        compiled = torch.no_grad()(torch.compile(model, backend="eager"))
+
+        async def inside():
+            with intervene(model, "thick"):
+                compiled(inputs())
+                await asyncio.sleep(0.01)
+
+        async def outside():
+            return compiled(inputs())
+
+        async def both():
+            return (await asyncio.gather(inside(), outside()))[1]
+
+        torch.testing.assert_close(asyncio.run(both()), base)
+
+    def test_a_task_is_told_that_its_block_has_ended_after_one_of_its_own_too(self, pipe, images):
+        async def work(turns):
+            with intervene(pipe, "slant=3"):
+                await turns()
+                assert torch.equal(draw(pipe), images["slant=3"])
+            return draw(pipe)
+
+        async def run():
+            with intervene(pipe, "thick"):
+                task = asyncio.create_task(work(lambda: asyncio.sleep(0.01)))
+                await asyncio.sleep(0)
+            await task
+
+        with pytest.raises(ValueError, match="in which this task or thread was started has ended"):
+            asyncio.run(run())
+
 
 class TestGenerators:
     def test_generators_that_take_turns_are_told_and_leave_no_context(self, pipe, images):
@@ -140,6 +179,41 @@ class TestGenerators:
             list(first)
         list(second)
         assert torch.equal(draw(pipe), images[None])
+
+    @pytest.mark.filterwarnings("ignore:.*block ended before one that was opened inside")
+    def test_generators_that_overlap_without_an_end_leave_no_requests_behind(self):
+        model = adapted()
+
+        def steps():
+            with intervene(model, "thick"):
+                yield weakref.ref(innermost_request(conditionings(model)[0]))
+
+        current, requests = steps(), []
+        requests.append(next(current))
+        for _ in range(3):
+            following = steps()
+            requests.append(next(following))
+            current.close()
+            current = following
+        assert [request() is None for request in requests] == [True, True, True, False]
+
+    def test_one_that_ends_on_another_thread_leaves_the_forward_there_alone(self):
+        model = adapted()
+        expected = model(inputs(), context=["thick", "slant", (), "size"])
+
+        def steps():
+            with intervene(model, "thick"):
+                yield
+
+        generator = steps()
+        next(generator)
+
+        def close(*_):
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(generator.close).result()
+
+        model.get_base_model().second.register_forward_pre_hook(close)
+        torch.testing.assert_close(model(inputs(), context=["thick", "slant", (), "size"]), expected)
 
     def test_steps_in_contexts_of_their_own_are_told_that_they_are_outside(self, pipe, images):
         """So Gradio runs them: each on some thread, in a copy of the context."""
@@ -184,6 +258,25 @@ class TestThreads:
             thread.start()
             assert "".join(streamer).split() == tokenizer.decode(expected[0, 4:]).split()
             thread.join()
+
+    def test_threads_that_share_one_object_have_blocks_of_their_own(self, pipe, images):
+        shared, one_is_done, results = intervene(pipe, "thick"), threading.Event(), []
+
+        def work():
+            with shared:
+                one_is_done.wait()
+                results.append(draw(pipe))
+
+        with shared:
+            thread = threading.Thread(target=contextvars.Context().run, args=(work,))
+            thread.start()
+            while len(shared._entered) < 2:
+                time.sleep(0.001)
+        with pytest.warns(UserWarning, match=OUTSIDE):
+            assert torch.equal(draw(pipe), images[None])
+        one_is_done.set()
+        thread.join()
+        assert torch.equal(results[0], images["thick"])
 
     def test_an_executors_worker_is_outside_wherever_it_was_started(self, pipe, images):
         with ThreadPoolExecutor(1) as pool:

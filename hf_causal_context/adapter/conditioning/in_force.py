@@ -10,12 +10,14 @@ directly on a thread-local give wrong results there), and where that may be anot
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import takewhile
 from typing import Any, Final, cast
 
 import torch
@@ -86,14 +88,19 @@ def _innermost() -> Request | None:
     return cast(Any, _ask)() if request is _UNKNOWN else request
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason="Where tasks or threads share models, contexts are asked for outside of graphs.")
 def _ask() -> Request | None:
     return _INNERMOST.get()
 
 
+def is_inside(request: Request) -> bool:
+    """Whether this task or thread is inside the block of a request."""
+    return request in _chain(_INNERMOST.get())
+
+
 @contextmanager
-def in_force(requests: Iterable[Request]) -> Iterator[None]:
-    """Put requests in force for what runs inside the block, until it ends."""
+def in_force(requests: Iterable[Request]) -> Iterator[list[Request]]:
+    """Put requests in force for what runs inside the block, until it ends; gives those that this opens."""
     _reach_new_threads()
     box = STATE.box
     # No frame: one that is left from an interrupted forward must not serve parts of a model that run on their own.
@@ -102,11 +109,12 @@ def in_force(requests: Iterable[Request]) -> Iterator[None]:
     try:
         for request in requests:
             opened.append(_open(request, box))
-        yield
+        yield opened
     finally:
+        if box is STATE.box:  # a generator may end on another thread, while this one is inside a forward
+            box.frame = frame
         for request in reversed(opened):
             _end(request, box)
-        box.frame = frame
 
 
 @contextmanager
@@ -120,7 +128,10 @@ def during_call(owners: Iterable[Owner], call: Call | None) -> Iterator[None]:
     with in_force([request.during(call) for request in active] if call is not None else []):
         # No other task runs on this thread before the call is done.
         STATE.box.request = _INNERMOST.get()
-        yield
+        try:
+            yield
+        finally:
+            _publish(STATE.box)
 
 
 def _open(request: Request, box: _Box) -> Request:
@@ -139,17 +150,23 @@ def _end(request: Request, box: _Box) -> None:
     with _LOCK:
         request.owner.open_requests -= 1
     box.opened.remove(request)
-    innermost = _INNERMOST.get()
-    inner = _first_open(_chain(innermost))
-    if inner is not None and request in _chain(inner):
+    above: list[Request] = []
+    if is_inside(request):  # or a generator was closed elsewhere
+        chain = _chain(_INNERMOST.get())
+        above = [each for each in takewhile(lambda each: each is not request, chain) if not each.ended]
+        # What is below stays, also if it is over: so a task that outlives a block can be told.
+        innermost = request.outer
+        for each in reversed(above):
+            each.outer, innermost = innermost, each
+        _INNERMOST.set(innermost)
+    _publish(box)
+    if above:
         warnings.warn(
             "A `with intervene(...)` block ended before one that was opened inside of it, as happens when generators "
             "run by turns. What the first made after the second had begun has the context of the second. Do not "
             "`yield` inside the block; open it around each call.",
             stacklevel=2,
         )
-    _INNERMOST.set(inner)
-    _publish(box)
 
 
 def _publish(box: _Box) -> None:
@@ -157,7 +174,7 @@ def _publish(box: _Box) -> None:
     innermost = _INNERMOST.get()
     chain = list(_chain(innermost))
     known = innermost is not None or threading.current_thread() is threading.main_thread()
-    alone = all(request in chain for request in box.opened)
+    alone = all(request in chain for request in box.opened) and asyncio._get_running_loop() is None
     STATE.box.request = innermost if known and alone else _UNKNOWN
     if box is not STATE.box:  # opened on another thread
         box.request = _UNKNOWN
