@@ -178,6 +178,17 @@ def test_unloading_leaves_no_trace(loaded):
         intervene(pipe, "thick")
 
 
+def test_it_stays_while_a_context_is_set(loaded):
+    name, pipe, plain, folder = loaded
+    pipe = load_context_adapter(copy.deepcopy(plain), folder)
+    with intervene(pipe, "thick"):
+        images = run(name, pipe)
+        with pytest.raises(ValueError, match="cannot be unloaded while a .with intervene"):
+            unload_context_adapter(pipe)
+        assert torch.equal(run(name, pipe), images)
+    unload_context_adapter(pipe)
+
+
 def test_a_saved_pipeline_has_its_base_and_its_adapter(loaded, tmp_path):
     name, pipe, plain, _ = loaded
     with pytest.warns(UserWarning, match="was saved without its causal context adapter 'default'"):

@@ -122,7 +122,8 @@ def unload_context_adapter(pipe: DiffusionPipeline, adapter_name: str | None = N
     """Take one causal context adapter off a pipeline, or all: it is then what it was before.
 
     Raises:
-        ValueError: without such an adapter, or while it is merged into the weights.
+        ValueError: without such an adapter, while it is merged into the weights, or while a context is set for the last
+            one.
     """
     owners = {name: module for name, module in _modules(pipe).items() if conditionings(module)}
     loaded = {name for module in owners.values() for owner in conditionings(module) for name in owner.concepts}
@@ -132,6 +133,11 @@ def unload_context_adapter(pipe: DiffusionPipeline, adapter_name: str | None = N
             + (f" {adapter_name!r}. It has: {quoted(sorted(loaded))}." if adapter_name else ".")
         )
     names = loaded if adapter_name is None else {adapter_name}
+    if names == loaded and any(owner.open_requests for module in owners.values() for owner in conditionings(module)):
+        raise UserValueError(
+            "The adapter cannot be unloaded while a `with intervene(...)` block is open for it, here or in another "
+            "thread: its context would change nothing any more. End the block first."
+        )
     for component, module in owners.items():
         for layer in adapted_layers(module).values():
             if names & set(layer.merged_adapters):

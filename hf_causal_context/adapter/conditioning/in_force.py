@@ -58,7 +58,8 @@ def innermost_request(owner: Owner) -> Request | None:
     if found is None and asked:
         raise UserValueError(
             "The `with intervene(...)` block in which this task or thread was started has ended. Keep the block open "
-            "until the task or thread is done, or open one inside of it."
+            "until the task or thread is done, or open one inside of it. The same happens where a generator opened it, "
+            "and was closed elsewhere: do not `yield` inside the block."
         )
     if found is None and owner.open_requests and not torch.compiler.is_compiling():
         warnings.warn(
