@@ -6,12 +6,24 @@ and values of earlier prompts, and on GPUs with graphs, which are those of that 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
+from ..contexts import ContextBatch
 from ..errors import UserValueError
-from .conditioning.in_force import innermost_request
+from .conditioning.in_force import in_force, innermost_request
 from .lookup import known_conditionings
 from .wrapped_methods import WrappedMethod
+
+
+class BatchedGenerate(WrappedMethod):
+    """`generate_batch` of a model with adapters, with the argument of `generate`: the original ignores unknown ones."""
+
+    name = "generate_batch"
+
+    def __call__(self, *args: Any, context: ContextBatch | None = None, **kwargs: Any) -> Any:
+        owners = known_conditionings(self.model) if context is not None else []
+        with in_force([owner.make_request(cast(ContextBatch, context)) for owner in owners]):
+            return self.original(*args, **kwargs)
 
 
 class CheckedBatching(WrappedMethod):

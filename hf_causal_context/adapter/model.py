@@ -17,7 +17,7 @@ from ..contexts import ContextBatch
 from ..errors import UserValueError
 from ..layers import StructuralLayer
 from .announced_generate import AnnouncedGenerate
-from .batched_generate import CheckedBatching
+from .batched_generate import BatchedGenerate, CheckedBatching
 from .conditioning.in_force import in_force
 from .config import CausalContextConfig
 from .fusion import KeepsProjections
@@ -29,7 +29,7 @@ from .peft_type import PREFIX
 from .saving import SavedWithoutAdapters
 from .targets import TargetModulesError, all_linear, check_targets, default_target_modules, describe_candidates
 
-_METHODS = (SavedWithoutAdapters, AnnouncedGenerate, CheckedBatching, KeepsProjections)
+_METHODS = (SavedWithoutAdapters, AnnouncedGenerate, BatchedGenerate, CheckedBatching, KeepsProjections)
 
 
 class CausalContextModel(BaseTuner):

@@ -319,6 +319,16 @@ class TestContinuousBatching:
             assert self.batched(model) == self.one_by_one(model) != base
         assert self.batched(model) == base
 
+    @pytest.mark.parametrize("form", ["PeftModel", "base"])
+    def test_it_takes_a_context_as_generate_does(self, model, form):
+        model = model if form == "PeftModel" else model.get_base_model()
+        base = self.batched(model)
+        with intervene(model, "thick"):
+            expected = self.batched(model)
+        assert self.batched(model, context="thick") == expected != base
+        with pytest.raises(ValueError, match="Unknown concept 'wide'"):
+            self.batched(model, context="wide")
+
     def test_several_contexts_are_refused(self, model):
         with (
             intervene(model, ["thick", "slant"]),
