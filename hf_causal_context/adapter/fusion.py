@@ -38,7 +38,11 @@ class KeepsProjections(WrappedMethod):
     name = "fuse_qkv_projections"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        adapted = [path for path in adapted_layers(self.model) if path.rpartition(".")[2] in _FUSED_INTO]
+        adapted = [
+            path
+            for path, layer in adapted_layers(self.model).items()
+            if layer.concepts and path.rpartition(".")[2] in _FUSED_INTO  # delete_adapters leaves layers without any
+        ]
         if adapted:
             raise UserValueError(
                 f"fuse_qkv_projections(): {len(adapted)} of the projections carry an adapter, such as {adapted[0]!r}. "

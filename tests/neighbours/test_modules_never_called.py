@@ -76,6 +76,16 @@ class TestFusedProjections:
         pipe.unfuse_qkv_projections()
         load_context_adapter(pipe, tmp_path)
 
+    def test_they_are_fused_where_the_adapter_was_deleted(self):
+        architecture = ARCHITECTURES["unet2d_condition"]
+        model, inputs = architecture.build(), architecture.inputs(2)
+        base = architecture.output(model(**inputs))
+        attach(model, PROJECTIONS)
+        model._hf_peft_config_loaded = True  # as adapters of a pipeline are loaded
+        model.delete_adapters("default")
+        model.fuse_qkv_projections()
+        torch.testing.assert_close(architecture.output(model(**inputs)), base, rtol=1e-4, atol=1e-5)
+
     def test_the_query_of_a_fused_cross_attention_is_still_called(self):
         architecture = ARCHITECTURES["unet2d_condition"]
         model, inputs = architecture.build(), architecture.inputs(2)
