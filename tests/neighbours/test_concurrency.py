@@ -199,6 +199,7 @@ class TestGenerators:
 
     def test_one_that_ends_on_another_thread_leaves_the_forward_there_alone(self):
         model = adapted()
+        base = model(inputs())
         expected = model(inputs(), context=["thick", "slant", (), "size"])
 
         def steps():
@@ -212,8 +213,13 @@ class TestGenerators:
             with ThreadPoolExecutor(1) as pool:
                 pool.submit(generator.close).result()
 
-        model.get_base_model().second.register_forward_pre_hook(close)
+        handle = model.get_base_model().second.register_forward_pre_hook(close)
         torch.testing.assert_close(model(inputs(), context=["thick", "slant", (), "size"]), expected)
+        handle.remove()
+        with pytest.raises(ValueError, match="where a generator opened it, and was closed elsewhere"):
+            model(inputs())
+        alone(lambda model: model(inputs()), model, "slant")  # any block that is opened here tidies up
+        assert torch.equal(model(inputs()), base)
 
     def test_steps_in_contexts_of_their_own_are_told_that_they_are_outside(self, pipe, images):
         """So Gradio runs them: each on some thread, in a copy of the context."""

@@ -16,7 +16,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from itertools import takewhile
 from typing import Any, Final, cast
 
@@ -141,7 +141,8 @@ def _open(request: Request, box: _Box) -> Request:
     with _LOCK:
         request.owner.open_requests += 1
     box.opened.append(request)
-    _INNERMOST.set(request)
+    _INNERMOST.set(None)  # a token keeps the value that was there
+    request.token = _INNERMOST.set(request)
     _publish(box)
     return request
 
@@ -151,15 +152,18 @@ def _end(request: Request, box: _Box) -> None:
     with _LOCK:
         request.owner.open_requests -= 1
     box.opened.remove(request)
+    innermost = _INNERMOST.get()
     above: list[Request] = []
     if is_inside(request):  # or a generator was closed elsewhere
-        chain = _chain(_INNERMOST.get())
-        above = [each for each in takewhile(lambda each: each is not request, chain) if not each.ended]
+        chain = takewhile(lambda each: each is not request, _chain(innermost))
+        above = [each for each in chain if not each.ended]
         # What is below stays, also if it is over: so a task that outlives a block can be told.
         innermost = request.outer
         for each in reversed(above):
             each.outer, innermost = innermost, each
-        _INNERMOST.set(innermost)
+    while innermost is not None and innermost.ended and _was_opened_here(innermost):
+        innermost = innermost.outer
+    _INNERMOST.set(innermost)
     _publish(box)
     if above:
         warnings.warn(
@@ -168,6 +172,15 @@ def _end(request: Request, box: _Box) -> None:
             "`yield` inside the block; open it around each call.",
             stacklevel=2,
         )
+
+
+def _was_opened_here(request: Request) -> bool:
+    """Whether it was, and not where this task or thread was started; asked once, of one that was closed elsewhere."""
+    try:
+        _INNERMOST.reset(cast(Token, request.token))
+    except (ValueError, RuntimeError):  # of another context, which may have asked
+        return False
+    return True
 
 
 def _publish(box: _Box) -> None:

@@ -9,6 +9,7 @@ Shapes: S samples that have a context, N rows of the model's input, K concepts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import Token
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Protocol
@@ -73,6 +74,7 @@ class Request:
     call: Call | None = None  # what runs the model now
     named: bool = False  # it is for one adapter by name: the others keep their contexts
     ended: bool = False  # tasks that were started inside may still hold it
+    token: Token | None = None  # of the task or thread that opened it
 
     def within(self, outer: Request | None, same_owner: Request | None) -> Request:
         """Return the same contexts inside another request; of one for a named adapter, the other adapters keep theirs.
