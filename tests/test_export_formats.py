@@ -21,7 +21,8 @@ from hf_causal_context.inference.adapted import StoredAdapter
 from hf_causal_context.inference.export import export_contexts
 
 from .training.conftest import pipeline_folder  # noqa: F401 (a fixture)
-from .training.tiny_pipelines import NEWER, PIPELINES, _random, stable_diffusion, stable_diffusion_xl
+from .training.tiny_parts import _random
+from .training.tiny_pipelines import NEWER, PIPELINES, stable_diffusion, stable_diffusion_xl
 
 CONTEXT = "slant=-0.5+thick=1.5"
 INDEPENDENT = {"mechanism": "independent", "observational_rank": 0}
