@@ -14,8 +14,8 @@ from hf_causal_context import CausalContextConfig, counterfactual, intervene
 from hf_causal_context.bases.loading import as_base
 from hf_causal_context.inference.counterfactuals import Sampler, _Step
 
-from .training.packing import NO_GUIDANCE, noise_argument, unpacked
-from .training.tiny_pipelines import EVERY, JOINED, PIPELINES, SLOWLY
+from .training.packing import NO_GUIDANCE, STATIC, noise_argument, unpacked
+from .training.tiny_pipelines import EVERY, JOINED, PIPELINES, SLOWLY, side
 
 CONCEPTS = ("thick", "slant")
 STEPS = 4
@@ -53,9 +53,7 @@ def conditions(base):
 
 
 def images(base, rows=2):
-    # Not the largest default resolution: latents of 128 pixels are slow here.
-    side = 16 if not base.fixed_size else base.default_resolution
-    return torch.rand(rows, base.image_channels, side, side, generator=torch.Generator().manual_seed(1))
+    return torch.rand(rows, base.image_channels, side(base), side(base), generator=torch.Generator().manual_seed(1))
 
 
 def edit(base, image, *args, **kwargs):
@@ -146,16 +144,15 @@ def test_prediction_is_the_pipelines_own_sampler():
 @pytest.mark.parametrize("name", ["stable_diffusion_3", "flux", *SLOWLY])
 def test_flow_prediction_is_the_pipelines_own_sampler(name):
     base = build(name)
-    if name != "stable_diffusion_3":
-        shift = {"use_dynamic_shifting": True, "base_shift": 0.7, "max_shift": 1.5}
-        base.pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**shift)
+    dynamic = {"use_dynamic_shifting": True, "base_shift": 0.7, "max_shift": 1.5}
+    shift = {"shift": 3.0} if name in STATIC else dynamic
+    base.pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**shift)
     result = edit(base, images(base, 1), "thick")
     ended = {}
-    options = {"height": 16, "width": 16, "num_inference_steps": STEPS}
-    options |= base.guidance_options(NO_GUIDANCE.get(name, 1.0))
-    options |= {"latents": noise_argument(name, result.noise), "output_type": "latent"}
+    options = base.stock_call(prompt="a cat", resolution=side(base), guidance_scale=NO_GUIDANCE.get(name, 1.0))
+    options |= {"latents": noise_argument(name, result.noise), "output_type": "latent", "num_inference_steps": STEPS}
     with intervene(base.pipe, "thick"):
-        cast(Any, base.pipe)(prompt="a cat", callback_on_step_end=lambda *args: ended.update(args[-1]) or {}, **options)
+        cast(Any, base.pipe)(callback_on_step_end=lambda *args: ended.update(args[-1]) or {}, **options)
     latents = unpacked(name, ended["latents"])
     torch.testing.assert_close(result.images[0], base.decode_images(latents), rtol=1e-3, atol=1e-3)
 

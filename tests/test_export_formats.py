@@ -22,7 +22,7 @@ from hf_causal_context.inference.export import export_contexts
 
 from .training.conftest import pipeline_folder  # noqa: F401 (a fixture)
 from .training.tiny_parts import _random
-from .training.tiny_pipelines import NEWER, PIPELINES, stable_diffusion, stable_diffusion_xl
+from .training.tiny_pipelines import NEWER, PIPELINES, side, stable_diffusion, stable_diffusion_xl
 
 CONTEXT = "slant=-0.5+thick=1.5"
 INDEPENDENT = {"mechanism": "independent", "observational_rank": 0}
@@ -83,10 +83,9 @@ def attach(model, **settings):
 
 
 def image(pipe):
+    base = as_base(pipe)
     output = pipe(
-        prompt="a cat",
-        height=16,
-        width=16,
+        **base.stock_call(prompt="a cat", resolution=side(base)),
         num_inference_steps=2,
         output_type="pt",
         generator=torch.Generator().manual_seed(5),

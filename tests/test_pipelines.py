@@ -20,6 +20,7 @@ from hf_causal_context import (
     unload_context_adapter,
 )
 from hf_causal_context.adapter import lookup
+from hf_causal_context.bases.loading import as_base
 
 from .training import tiny_pipelines
 
@@ -78,9 +79,8 @@ def run(name, pipe, rows=(0, 1), images=1, guidance=3.0, **kwargs):
     """Images for some of two prompts (or classes, or seeds), each with noise of its own."""
     seeds = [10 * row + image for row in rows for image in range(images)]
     arguments = {"generator": [torch.Generator().manual_seed(seed) for seed in seeds], "num_inference_steps": 2}
-    # With several images per prompt, Qwen-Image's pipeline mixes up the masks of prompts of different lengths.
-    second = "a dog" if name == "qwen_image" and images > 1 else "two dogs"
-    prompts = [("a cat", second)[row] for row in rows]
+    # Of several images per prompt, some pipelines pair text with another prompt's mask, which has to be as long.
+    prompts = [("two cats" if images > 1 else "a cat", "two dogs")[row] for row in rows]
     if name in ("ddpm", "ddpm_classes", "ddim"):
         arguments |= {"batch_size": len(rows)}
     elif name == "dit":
@@ -91,12 +91,11 @@ def run(name, pipe, rows=(0, 1), images=1, guidance=3.0, **kwargs):
         arguments |= {"prompt": prompts, scale: guidance, count: images}
         if name != "flux" and not name.startswith("flux2"):
             arguments["negative_prompt"] = ["blurred"] * len(rows)
-        if name.startswith("pixart"):
-            arguments |= {"use_resolution_binning": False, "clean_caption": False}
-        if name in ("wan", "flux", "pixart_alpha", *tiny_pipelines.NEWER):
-            arguments |= {"height": 16, "width": 16}
         if name == "wan":
-            arguments["num_frames"] = 5
+            arguments |= {"num_frames": 5, "height": 16, "width": 16}
+        else:
+            base = as_base(pipe)
+            arguments = base.stock_call(resolution=tiny_pipelines.side(base)) | arguments
     output = pipe(**arguments, **kwargs, output_type="np")
     return torch.from_numpy(output.frames if name == "wan" else output.images)
 

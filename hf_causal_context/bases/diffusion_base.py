@@ -9,6 +9,8 @@ Shapes: B batch, C channels, H x W pixels or latent pixels, T text tokens, K con
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -33,7 +35,6 @@ class DiffusionBase:
         takes_guidance: whether the pipeline has a guidance scale.
         fixed_size: whether the pipeline generates at the default resolution only.
         condition_argument: the argument of the pipeline's call for captions or classes, None without one.
-        sampling_options: further arguments of the pipeline's call, so that it does what training does.
         num_classes: how many class labels the denoiser is conditioned on, None without.
         in_channels: channels of what it is trained on.
         prediction: what it predicts; "flow" is noise - data.
@@ -49,7 +50,6 @@ class DiffusionBase:
     takes_guidance: ClassVar[bool] = True
     fixed_size: ClassVar[bool] = False
     condition_argument: ClassVar[str | None] = "prompt"
-    sampling_options: ClassVar[dict[str, Any]] = {}
     _input_name: ClassVar[str] = "hidden_states"
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
@@ -76,6 +76,11 @@ class DiffusionBase:
     def takes_classes(self) -> bool:
         """Whether the denoiser is conditioned on class labels (`conditions["class_labels"]`, integers (B,))."""
         return self.num_classes is not None
+
+    @property
+    def sampling_options(self) -> dict[str, Any]:
+        """Further arguments of the pipeline's call, so that it does what training does."""
+        return {}
 
     @property
     def pipeline_tag(self) -> str:
@@ -136,13 +141,18 @@ class DiffusionBase:
         return cast(Any, scheduler).from_config(self.pipe.scheduler.config)
 
     def flow_schedule(self, num_steps: int, latents: Tensor) -> dict[str, Any]:
-        """Arguments with which the family's pipeline sets the time steps of its flow scheduler.
+        """Arguments with which a `FlowMatchEulerDiscreteScheduler` takes the time steps of the family's pipeline.
 
         Args:
             num_steps: of sampling.
             latents: (B, C, H, W), whose size shifts the schedule of some bases.
         """
-        config = self.pipe.scheduler.config
+        scheduler = self.pipe.scheduler
+        config = scheduler.config
+        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            own: Any = type(scheduler).from_config(config)
+            own.set_timesteps(num_steps)
+            return {"sigmas": own.sigmas[:-1].tolist()}
         if not config.use_dynamic_shifting:
             return {}
         # Linear in the number of tokens, of 2 x 2 latents.
@@ -180,24 +190,17 @@ class DiffusionBase:
             )
         if not self.is_latent:
             return pixels
-        vae = self.pipe.vae
-        dtype = vae.dtype
-        # Encoders of this kind overflow in half precision.
-        vae.to(torch.float32 if dtype == torch.float16 else dtype)
-        latents = self._encode(pixels.to(vae.device, vae.dtype))
-        vae.to(dtype)
+        with _not_half(self.pipe.vae) as vae:
+            latents = self._encode(pixels.to(vae.device, vae.dtype))
         return self._normalize(latents).to(pixels.dtype)
 
     @torch.no_grad()
     def decode_images(self, data: Tensor) -> Tensor:
         """What the denoiser models (B, C, H, W), latents or images -> images in [0, 1]; undoes `encode_images`."""
         if self.is_latent:
-            vae = self.pipe.vae
-            dtype = vae.dtype
-            vae.to(torch.float32 if dtype == torch.float16 else dtype)  # as in `encode_images`
-            latents = self._denormalize(data).to(vae.device, vae.dtype)
-            data = self._decode(latents).to(data.dtype)
-            vae.to(dtype)
+            with _not_half(self.pipe.vae) as vae:
+                latents = self._denormalize(data).to(vae.device, vae.dtype)
+                data = self._decode(latents).to(data.dtype)
         return (data / 2 + 0.5).clamp(0, 1)
 
     def _encode(self, pixels: Tensor) -> Tensor:
@@ -252,6 +255,19 @@ class DiffusionBase:
         return {self._input_name: noisy, "timestep": timesteps, **conditions}
 
 
+@contextmanager
+def _not_half(vae: Any) -> Iterator[Any]:
+    """Autoencoders overflow in half precision: within the body, one of that kind is in single precision."""
+    half = vae.dtype == torch.float16
+    if half:
+        vae.to(torch.float32)
+    try:
+        yield vae
+    finally:
+        if half:
+            vae.to(torch.float16)
+
+
 def _stacked(rows: list[Tensor]) -> Tensor:
     same = len({row.shape for row in rows}) == 1
     return torch.stack(rows) if same else pad_sequence(rows, batch_first=True)
@@ -259,14 +275,15 @@ def _stacked(rows: list[Tensor]) -> Tensor:
 
 def _prediction(pipe: DiffusionPipeline) -> Prediction:
     scheduler = pipe.scheduler
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        return "flow"
     prediction = scheduler.config.get("prediction_type", "epsilon")
+    is_flow = prediction == "flow_prediction" and scheduler.config.get("use_flow_sigmas")
+    if is_flow or isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return "flow"
     if prediction not in ("epsilon", "v_prediction", "sample") or "beta_schedule" not in scheduler.config:
         raise UserValueError(
             f"The base's scheduler {type(scheduler).__name__} with prediction_type={prediction!r} has no noise "
-            "schedule that training can use. Allowed: FlowMatchEulerDiscreteScheduler, or a scheduler with a "
-            "beta_schedule that predicts 'epsilon', 'v_prediction' or 'sample', such as DDPMScheduler. Save the base "
-            "with one of them."
+            "schedule that training can use. Allowed: FlowMatchEulerDiscreteScheduler, a scheduler with "
+            "use_flow_sigmas that predicts 'flow_prediction', or one with a beta_schedule that predicts 'epsilon', "
+            "'v_prediction' or 'sample', such as DDPMScheduler. Save the base with one of them."
         )
     return prediction

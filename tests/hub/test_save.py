@@ -26,7 +26,7 @@ from hf_causal_context.hub.contents import CardContents
 from ..test_pipelines import write_adapter
 from ..training.conftest import pipeline_folder  # noqa: F401 (a fixture)
 from ..training.small_language import language_model, word_tokenizer
-from ..training.tiny_pipelines import NEWER, SLOWLY
+from ..training.tiny_pipelines import NEWER, SLOWLY, side
 
 CONCEPTS = ("thick", "slant")
 SHOWN = ["", "thick", "slant", "slant+thick"]
@@ -88,7 +88,7 @@ def test_code_of_the_card_makes_its_images(hub, name, tmp_path, pipeline_folder)
         pretrained_model_name_or_path="user/base",
         num_inference_steps=2,
         seed=3,
-        resolution=16 if name in NEWER else None,  # else theirs is large
+        resolution=side(load_base(base)) if name in NEWER else None,  # else theirs is large
     )
     push(folder, "user/strokes")
     shutil.rmtree(folder / "pictures")

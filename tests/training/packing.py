@@ -8,6 +8,8 @@ from torch import Tensor
 
 # Where the pipeline's guidance scale amplifies nothing, if that is not 1.
 NO_GUIDANCE = {"z_image": 0.0, "krea2": 0.0}
+# Whose pipelines do not shift the schedule by the size of images.
+STATIC = ("stable_diffusion_3", "sana")
 
 
 def unpacked(name: str, data: Any) -> Tensor:
@@ -29,6 +31,8 @@ def velocity(name: str, output: Any) -> Tensor:
 
 def scheduler_time(name: str, time: Tensor) -> Tensor:
     """The time that a transformer was given -> in the scheduler's units."""
+    if name == "sana":
+        return 2 * time
     if name == "z_image":
         return 1000 - 1000 * time
     return 1000 * time if name.startswith(("flux", "qwen", "chroma", "krea")) else time

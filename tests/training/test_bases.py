@@ -11,7 +11,7 @@ from hf_causal_context import CausalContextConfig
 from hf_causal_context.bases.loading import as_base, load_base
 
 from .packing import NO_GUIDANCE, scheduler_time, unpacked, velocity
-from .tiny_pipelines import NEWER, PIPELINES, ddpm, stable_diffusion_xl
+from .tiny_pipelines import NEWER, PIPELINES, ddpm, side, stable_diffusion_xl
 
 CONCEPTS = ("thick", "slant")
 CAPTIONS = ["a cat", "two very large dogs"]
@@ -31,6 +31,7 @@ EXPECTED = {
     "chroma": ("transformer", 3, 4, True, None, "flow", 256),
     "flux2_dev": ("transformer", 3, 16, True, None, "flow", 256),
     "krea2": ("transformer", 3, 4, True, None, "flow", 1024),
+    "sana": ("transformer", 3, 4, True, None, "flow", 32),
     "pixart_alpha": ("transformer", 3, 4, True, None, "epsilon", 256),
     "pixart_sigma": ("transformer", 3, 4, True, None, "epsilon", 16),
     "dit": ("transformer", 3, 4, False, 1000, "epsilon", 16),
@@ -119,11 +120,11 @@ def test_predict_calls_the_denoiser_as_the_pipeline_does(name, pipeline_folder):
     outputs = []
     base.denoiser.register_forward_hook(record, with_kwargs=True)
     conditions = conditions_of(base)
-    resolution = {} if base.fixed_size else {"height": 16, "width": 16}
+    called = base.stock_call(resolution=side(base))
     if base.takes_captions:
-        given = {"prompt": CAPTIONS}
+        called["prompt"] = CAPTIONS
     else:
-        given = {"class_labels": [3, 1]} if name == "dit" else {"batch_size": 2}
+        called |= {"class_labels": [3, 1]} if name == "dit" else {"batch_size": 2}
     if name == "ddpm_classes":  # its pipeline has no argument for them
         labels = torch.tensor([3, 1])
         handle = base.denoiser.register_forward_pre_hook(
@@ -131,7 +132,7 @@ def test_predict_calls_the_denoiser_as_the_pipeline_does(name, pipeline_folder):
         )
     base.pipe.set_progress_bar_config(disable=True)
     guidance = base.guidance_options(NO_GUIDANCE.get(name, 1.0), 2) if base.takes_guidance else {}
-    base.pipe(**given, **guidance, **resolution, **base.sampling_options, num_inference_steps=2, output_type="pt")
+    base.pipe(**called, **guidance, num_inference_steps=2, output_type="pt")
     if name == "ddpm_classes":
         handle.remove()
     theirs, their_output = calls[0], outputs[0]
@@ -154,7 +155,8 @@ def test_predict_calls_the_denoiser_as_the_pipeline_does(name, pipeline_folder):
 def test_gradients_reach_the_adapter_and_rows_keep_their_context(name, pipeline_folder):
     base = load_base(pipeline_folder(name))
     model = adapt(base)
-    noisy = torch.randn(2, base.in_channels, 8, 8)
+    pixels = torch.rand(2, base.image_channels, side(base), side(base))
+    noisy = torch.randn_like(base.encode_images(pixels))
     timesteps = torch.tensor([10.0, 700.0]) if base.prediction == "flow" else torch.tensor([10, 700])
     context, conditions = torch.tensor([[1.0, 0.0], [0.0, 0.5]]), conditions_of(base)
     base.predict(model.train(), noisy, timesteps, conditions, context).square().mean().backward()
@@ -195,7 +197,7 @@ def test_gradient_checkpointing_changes_no_gradient(name, pipeline_folder):
 def test_bases_in_bfloat16(name, pipeline_folder):
     base = load_base(pipeline_folder(name), torch_dtype=torch.bfloat16)
     model = adapt(base).eval()
-    pixels = torch.rand(2, base.image_channels, 16, 16, dtype=torch.bfloat16)
+    pixels = torch.rand(2, base.image_channels, side(base), side(base), dtype=torch.bfloat16)
     noisy, timesteps = base.encode_images(pixels), torch.tensor([10.0, 700.0])
     prediction = base.predict(model, noisy, timesteps, conditions_of(base), torch.ones(2, 2))
     assert noisy.dtype == prediction.dtype == torch.bfloat16

@@ -17,7 +17,7 @@ from hf_causal_context.training.denoiser.gap import LEVELS, NUM_INFERENCE_STEPS,
 from hf_causal_context.training.denoiser.objectives import Batch
 from hf_causal_context.training.noise import Draws
 
-from .tiny_pipelines import EVERY, ddpm, stable_diffusion_3
+from .tiny_pipelines import EVERY, ddpm, side, stable_diffusion_3
 
 
 def rows(clean, conditions=None):
@@ -89,7 +89,7 @@ class TestWithAKnownAnswer:
 def test_the_bare_base_of_every_family_is_measured_and_nothing_is_disturbed(name, pipeline_folder):
     base = load_base(pipeline_folder(name))
     base.denoiser.train()
-    pixels = torch.rand(10, base.image_channels, 16, 16) * 2 - 1
+    pixels = torch.rand(10, base.image_channels, side(base), side(base)) * 2 - 1
     conditions = {"class_labels": torch.arange(10) % 5} if base.takes_classes else {}
     if base.takes_captions:
         conditions = base.encode_captions([f"a {i % 3}" for i in range(10)])

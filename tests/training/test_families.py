@@ -13,10 +13,11 @@ from hf_causal_context.inference.sampling import generate
 from hf_causal_context.training.denoiser.objectives import Batch, denoising_objective
 from hf_causal_context.training.noise import Draws
 
-from .packing import unpacked
+from . import flow_scripts
+from .packing import STATIC, unpacked
 from .small import settings, write_folders
 from .test_bases import CAPTIONS, adapt
-from .tiny_pipelines import NEWER, SLOWLY
+from .tiny_pipelines import NEWER, SLOWLY, side
 
 FRAMES = ("qwen_image", "krea2")  # whose autoencoders take them
 
@@ -112,6 +113,7 @@ SCRIPTS = {
     "qwen_image": qwen_image,
     "chroma": chroma,
     "krea2": krea2,
+    **flow_scripts.SCRIPTS,
 }
 
 
@@ -119,7 +121,7 @@ SCRIPTS = {
 def test_a_loss_is_that_of_diffusers_script(name, pipeline_folder):
     base = load_base(pipeline_folder(name))
     model, scheduler = adapt(base), base.noise_scheduler()
-    pixels, context = torch.rand(2, 3, 16, 16) * 2 - 1, torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    pixels, context = torch.rand(2, 3, side(base), side(base)) * 2 - 1, torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     clean = base.encode_images(pixels)
     draws = Draws(0, range(2))
     index = (draws.normal().sigmoid() * 1000).long()  # logit-normal
@@ -142,12 +144,12 @@ def test_images_are_decoded_as_the_pipeline_does_and_encoding_is_the_inverse(nam
     base = load_base(pipeline_folder(name))
     pipe, ended = base.pipe, {}
     pipe.set_progress_bar_config(disable=True)
-    options = {"height": 16, "width": 16, "num_inference_steps": 1, "output_type": "pt"}
-    images = pipe(prompt=CAPTIONS, callback_on_step_end=lambda *args: ended.update(args[-1]) or {}, **options).images
+    options = base.stock_call(resolution=side(base)) | {"prompt": CAPTIONS, "num_inference_steps": 1}
+    images = pipe(output_type="pt", callback_on_step_end=lambda *args: ended.update(args[-1]) or {}, **options).images
     latents = unpacked(name, ended["latents"])
     torch.testing.assert_close(base.decode_images(latents), images)
 
-    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    pixels = torch.rand(2, 3, side(base), side(base)) * 2 - 1
     latents = base.encode_images(pixels)
     assert latents.shape[:2] == (2, base.in_channels)
     frames = pixels[:, :, None] if name in FRAMES else pixels
@@ -162,12 +164,13 @@ def test_the_schedule_is_the_pipelines(name, distilled, pipeline_folder):
     pipe, config = base.pipe, base.pipe.scheduler.config
     if distilled:
         pipe.register_to_config(is_distilled=True)
-    shift = {"use_dynamic_shifting": True, "base_shift": 0.7, "max_shift": 1.5}
+    shift = {"use_dynamic_shifting": name not in STATIC, "base_shift": 0.7, "max_shift": 1.5}
     pipe.scheduler = type(pipe.scheduler).from_config({**config, **shift})
     pipe.set_progress_bar_config(disable=True)
-    pipe(prompt="a", height=32, width=32, num_inference_steps=3, output_type="latent")
+    size = 2 * side(base)
+    pipe(**base.stock_call(prompt="a", resolution=size), num_inference_steps=3, output_type="latent")
     ours = base.noise_scheduler()
-    ours.set_timesteps(3, **base.flow_schedule(3, base.encode_images(torch.zeros(1, 3, 32, 32))))
+    ours.set_timesteps(3, **base.flow_schedule(3, base.encode_images(torch.zeros(1, 3, size, size))))
     torch.testing.assert_close(ours.sigmas, pipe.scheduler.sigmas)
 
 
@@ -186,15 +189,25 @@ def test_qwen_image_is_guided_by_an_empty_negative_prompt(pipeline_folder):
     assert call == {"prompt": "a cat", "true_cfg_scale": 3.0, "negative_prompt": [" "]}
 
 
+def test_a_flow_of_another_scheduler_keeps_its_time_steps(pipeline_folder):
+    base = load_base(pipeline_folder("sana"))
+    theirs, ours = base.pipe.scheduler, base.noise_scheduler()
+    assert (ours.sigmas - torch.arange(1000, 0, -1) / 1000).abs().max() < 1e-6  # training does not shift them
+    theirs.set_timesteps(6)
+    ours.set_timesteps(6, **base.flow_schedule(6, torch.zeros(1, 4, 8, 8)))
+    torch.testing.assert_close(ours.sigmas, theirs.sigmas)
+    torch.testing.assert_close(ours.timesteps, theirs.timesteps.float(), rtol=0, atol=1)  # theirs are whole numbers
+
+
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("name", SLOWLY)
 def test_the_command_line_trains_and_generates(name, pipeline_folder, tmp_path):
-    data = write_folders(tmp_path / "data", captions=True)
-    given = settings(pipeline_folder(name), data, tmp_path / "adapter", resolution=16, max_train_steps=1)
+    data, resolution = write_folders(tmp_path / "data", captions=True), side(load_base(pipeline_folder(name)))
+    given = settings(pipeline_folder(name), data, tmp_path / "adapter", resolution=resolution, max_train_steps=1)
     assert main(["train", *(word for key, value in given.items() for word in (f"--{key}", str(value)))]) == 0
     command = ["generate", "--adapter", given["output_dir"], "--output_dir", str(tmp_path / "images"), "--prompt", "a"]
-    command += ["--context", "slant+thick", "--resolution", "16", "--num_inference_steps", "2", "--seeds", "0"]
-    assert main([*command, "--guidance_scale", "2"]) == 0
+    command += ["--resolution", str(resolution), "--guidance_scale", "2", "--num_inference_steps", "2", "--seeds", "0"]
+    assert main([*command, "--context", "slant+thick"]) == 0
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["slant+thick-seed0.png"]
 
 

@@ -10,7 +10,7 @@ from hf_causal_context.bases.images import image_grid
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.inference.sampling import generate
 
-from .tiny_pipelines import EVERY
+from .tiny_pipelines import EVERY, side
 
 CONTEXTS = [(), ("thick",), {"thick": 1.0, "slant": -0.5}]
 SEEDS = [3, 1, 2]
@@ -40,7 +40,7 @@ def options(base, **changes):
     if base.takes_classes:
         given["class_label"] = 3
     if base.takes_captions:
-        given |= {"prompt": "a cat", "resolution": 16}
+        given |= {"prompt": "a cat", "resolution": side(base)}
     if base.takes_guidance:
         given["guidance_scale"] = 2.0
     return given | changes
@@ -52,7 +52,7 @@ def test_seeds_give_the_same_images_however_they_are_batched(name, adapted):
     base.denoiser.train()
     mixed = generate(base, CONTEXTS, **options(base, batch_size=5))
     assert base.denoiser.training
-    assert [row.shape for row in mixed] == [(3, base.image_channels, 16, 16)] * 3
+    assert [row.shape for row in mixed] == [(3, base.image_channels, side(base), side(base))] * 3
     assert all(row.min() >= 0 and row.max() <= 1 for row in mixed)
     for row, context in zip(mixed, CONTEXTS, strict=True):
         (alone,) = generate(base.pipe, [context], **options(base, seeds=SEEDS[:2], batch_size=1))

@@ -20,7 +20,7 @@ from hf_causal_context.training.loop import trainer
 
 from .run_tiny import Place
 from .small import adapter_weights, assert_close_to_largest, settings, write_folders
-from .tiny_pipelines import EVERY
+from .tiny_pipelines import EVERY, side
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -136,7 +136,7 @@ def test_the_card_shows_the_last_grid_of_its_own_run(run):
 def test_every_family_trains_and_finds_its_latents_again(name, pipeline_folder, tmp_path):
     base = load_base(pipeline_folder(name))
     root = write_folders(tmp_path / "data", captions=base.takes_captions)
-    changes = {"resolution": 16, "num_validation_images": 1, "num_inference_steps": 2, "max_train_steps": 2}
+    changes = {"resolution": side(base), "num_validation_images": 1, "num_inference_steps": 2, "max_train_steps": 2}
     rows = None
     if base.takes_classes:
         files = sorted(root.rglob("*.png"))

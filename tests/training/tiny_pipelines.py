@@ -1,4 +1,4 @@
-"""Tiny pipelines of every supported family, with random weights; images of 16 pixels, latents of 8."""
+"""Tiny pipelines of every supported family, with random weights; images of 16 pixels, latents of 8, where they can."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from .tiny_flows import FLOWS
 from .tiny_parts import (
     LANGUAGE,
     MROPE,
@@ -329,6 +330,7 @@ PIPELINES = {
         chroma,
         flux2_dev,
         krea2,
+        *FLOWS,
         pixart_alpha,
         pixart_sigma,
         dit,
@@ -336,8 +338,13 @@ PIPELINES = {
 }
 
 # Families whose text is long even where all else is tiny: of what goes over all of them, the cheapest runs always.
-NEWER = ("flux2_klein", "z_image", "qwen_image", "chroma", "flux2_dev", "krea2")
+NEWER = ("flux2_klein", "z_image", "qwen_image", "chroma", "flux2_dev", "krea2", *(build.__name__ for build in FLOWS))
 SLOWLY = [pytest.param(name, marks=pytest.mark.slow) for name in NEWER]
 EVERY = [*(name for name in PIPELINES if name not in NEWER), *SLOWLY]
 # Layers of Z-Image that see the tokens of all samples in one row, which mixed contexts refuse.
 JOINED = r"all_x_embedder.*|cap_embedder.*"
+
+
+def side(base):
+    """Of the smallest images of 16 pixels or more that a base makes."""
+    return base.default_resolution if base.fixed_size else -(-16 // base.size_multiple) * base.size_multiple

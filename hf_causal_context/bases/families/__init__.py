@@ -11,6 +11,7 @@ from .krea2 import Krea2
 from .pixart import PixArt
 from .pixel_unet import PixelUNet
 from .qwen_image import QwenImage
+from .sana import Sana
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_3 import StableDiffusion3
 from .stable_diffusion_xl import StableDiffusionXL
@@ -30,6 +31,7 @@ FAMILIES: dict[str, type[DiffusionBase]] = {
     "ChromaPipeline": Chroma,
     "Krea2Pipeline": Krea2,
     "ZImagePipeline": ZImage,
+    "SanaPipeline": Sana,
     "PixArtAlphaPipeline": PixArt,
     "PixArtSigmaPipeline": PixArt,
 }

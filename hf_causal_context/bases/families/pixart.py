@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +13,10 @@ from ..diffusion_base import DiffusionBase
 class PixArt(DiffusionBase):
     """PixArt-alpha and -sigma: T5 with its attention mask, a learned variance."""
 
-    # Cleaning needs packages that may be missing; binning would generate at another resolution than was trained.
-    sampling_options: ClassVar[dict[str, Any]] = {"clean_caption": False, "use_resolution_binning": False}
+    @property
+    def sampling_options(self) -> dict[str, Any]:
+        # Cleaning needs packages that may be missing; binning would generate at another resolution than was trained.
+        return {"clean_caption": False, "use_resolution_binning": False}
 
     @torch.no_grad()
     def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
