@@ -19,6 +19,13 @@ from .training.tiny_pipelines import EVERY, JOINED, PIPELINES, SLOWLY, side
 
 CONCEPTS = ("thick", "slant")
 STEPS = 4
+# The layers that denoisers end in, where they have names of their own.
+LAST = {
+    "dit": "proj_out_2",
+    "z_image": "all_final_layer.2-1.linear",
+    "krea2": "final_layer.linear",
+    "lumina2": "norm_out.linear_2",
+}
 
 
 def build(name, **kwargs):
@@ -31,10 +38,7 @@ def build(name, **kwargs):
         pipe.scheduler = diffusers.DDIMScheduler(clip_sample=False)
     base = as_base(pipe)
     with torch.no_grad():
-        last = {"dit": "proj_out_2", "z_image": "all_final_layer.2-1.linear", "krea2": "final_layer.linear"}.get(
-            name, "proj_out"
-        )
-        last = "conv_out" if base.denoiser_name == "unet" else last
+        last = LAST.get(name, "conv_out" if base.denoiser_name == "unet" else "proj_out")
         for parameter in base.denoiser.get_submodule(last).parameters():
             parameter *= 0.05 if base.denoiser_name == "unet" else 0.2
     options = {"concepts": CONCEPTS, "target_modules": "all-linear", "init_weights": False, "alpha": 0.3}

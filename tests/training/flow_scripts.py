@@ -2,6 +2,8 @@
 
 import inspect
 
+import torch
+
 from .test_bases import CAPTIONS
 
 
@@ -20,4 +22,22 @@ def sana(pipe, pixels, noised, transformer):
     return predicted - (noise - clean)
 
 
-SCRIPTS = {script.__name__: script for script in (sana,)}
+def lumina2(pipe, pixels, noised, transformer):
+    config = pipe.vae.config
+    clean = (pipe.vae.encode(pixels).latent_dist.mode() - config.shift_factor) * config.scaling_factor
+    noise, noisy, times = noised(clean)
+    hidden, mask, _, _ = pipe.encode_prompt(CAPTIONS)
+    sigmas = 1 - times / 1000  # of the script, where 1 is data
+    mixed = sigmas.view(-1, 1, 1, 1)
+    torch.testing.assert_close(noisy, (1 - mixed) * noise + mixed * clean)
+    predicted = transformer(
+        hidden_states=noisy,
+        encoder_hidden_states=hidden,
+        encoder_attention_mask=mask,
+        timestep=sigmas,
+        return_dict=False,
+    )[0]
+    return predicted - (clean - noise)
+
+
+SCRIPTS = {script.__name__: script for script in (sana, lumina2)}

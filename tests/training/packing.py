@@ -26,14 +26,15 @@ def unpacked(name: str, data: Any) -> Tensor:
 
 def velocity(name: str, output: Any) -> Tensor:
     """A transformer's output -> noise - data (B, C, H, W)."""
-    return -unpacked(name, output) if name == "z_image" else unpacked(name, output)
+    sign = -1 if name in ("z_image", "lumina2") else 1
+    return sign * unpacked(name, output)
 
 
 def scheduler_time(name: str, time: Tensor) -> Tensor:
     """The time that a transformer was given -> in the scheduler's units."""
     if name == "sana":
         return 2 * time
-    if name == "z_image":
+    if name in ("z_image", "lumina2"):
         return 1000 - 1000 * time
     return 1000 * time if name.startswith(("flux", "qwen", "chroma", "krea")) else time
 

@@ -167,7 +167,7 @@ def test_the_schedule_is_the_pipelines(name, distilled, pipeline_folder):
     shift = {"use_dynamic_shifting": name not in STATIC, "base_shift": 0.7, "max_shift": 1.5}
     pipe.scheduler = type(pipe.scheduler).from_config({**config, **shift})
     pipe.set_progress_bar_config(disable=True)
-    size = 2 * side(base)
+    size = 3 * side(base)
     pipe(**base.stock_call(prompt="a", resolution=size), num_inference_steps=3, output_type="latent")
     ours = base.noise_scheduler()
     ours.set_timesteps(3, **base.flow_schedule(3, base.encode_images(torch.zeros(1, 3, size, size))))

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import transformers
 
-from .tiny_parts import LANGUAGE, LETTERS, _random
+from .tiny_parts import LANGUAGE, LETTERS, _random, _vae
 
 
 def _gemma_tokenizer():
@@ -42,4 +42,22 @@ def sana():
     return diffusers.SanaPipeline(_gemma_tokenizer(), _gemma(), _random(vae), _random(transformer), scheduler)
 
 
-FLOWS = (sana,)
+def lumina2():
+    transformer = diffusers.Lumina2Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=1,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=8,
+        axes_dim_rope=(4, 4, 4),
+        cap_feat_dim=8,
+    )
+    vae = _vae(depth=4, shift_factor=0.1)  # the pipeline takes 8 pixels per latent for granted
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0)
+    return diffusers.Lumina2Pipeline(_random(transformer), scheduler, vae, _gemma(), _gemma_tokenizer())
+
+
+FLOWS = (sana, lumina2)

@@ -21,9 +21,9 @@ def _random(module: nn.Module) -> Any:
     return module.eval()
 
 
-def _vae(kind=diffusers.AutoencoderKL, **kwargs):
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4}
+def _vae(kind=diffusers.AutoencoderKL, depth=2, **kwargs):
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * depth, "up_block_types": ("UpDecoderBlock2D",) * depth}
+    sizes = {"block_out_channels": (8,) * depth, "norm_num_groups": 4, "latent_channels": 4}
     return _random(kind(**blocks, **sizes, **kwargs))
 
 

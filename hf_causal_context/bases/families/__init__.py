@@ -8,6 +8,7 @@ from .dit import DiT
 from .flux import Flux
 from .flux2 import Flux2
 from .krea2 import Krea2
+from .lumina2 import Lumina2
 from .pixart import PixArt
 from .pixel_unet import PixelUNet
 from .qwen_image import QwenImage
@@ -32,6 +33,7 @@ FAMILIES: dict[str, type[DiffusionBase]] = {
     "Krea2Pipeline": Krea2,
     "ZImagePipeline": ZImage,
     "SanaPipeline": Sana,
+    "Lumina2Pipeline": Lumina2,
     "PixArtAlphaPipeline": PixArt,
     "PixArtSigmaPipeline": PixArt,
 }
