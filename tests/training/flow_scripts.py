@@ -40,4 +40,12 @@ def lumina2(pipe, pixels, noised, transformer):
     return predicted - (clean - noise)
 
 
-SCRIPTS = {script.__name__: script for script in (sana, lumina2)}
+def aura_flow(pipe, pixels, noised, transformer):
+    clean = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
+    noise, noisy, times = noised(clean)
+    hidden, _, _, _ = pipe.encode_prompt(CAPTIONS)
+    predicted = transformer(noisy, encoder_hidden_states=hidden, timestep=times / 1000, return_dict=False)[0]
+    return predicted - (noise - clean)
+
+
+SCRIPTS = {script.__name__: script for script in (sana, lumina2, aura_flow)}

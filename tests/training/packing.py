@@ -9,7 +9,7 @@ from torch import Tensor
 # Where the pipeline's guidance scale amplifies nothing, if that is not 1.
 NO_GUIDANCE = {"z_image": 0.0, "krea2": 0.0}
 # Whose pipelines do not shift the schedule by the size of images.
-STATIC = ("stable_diffusion_3", "sana")
+STATIC = ("stable_diffusion_3", "sana", "aura_flow")
 
 
 def unpacked(name: str, data: Any) -> Tensor:
@@ -36,7 +36,7 @@ def scheduler_time(name: str, time: Tensor) -> Tensor:
         return 2 * time
     if name in ("z_image", "lumina2"):
         return 1000 - 1000 * time
-    return 1000 * time if name.startswith(("flux", "qwen", "chroma", "krea")) else time
+    return 1000 * time if name.startswith(("flux", "qwen", "chroma", "krea", "aura")) else time
 
 
 def noise_argument(name: str, noise: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import transformers
 
-from .tiny_parts import LANGUAGE, LETTERS, _random, _vae
+from .tiny_parts import LANGUAGE, LETTERS, _random, _t5_tokenizer, _vae
 
 
 def _gemma_tokenizer():
@@ -60,4 +60,24 @@ def lumina2():
     return diffusers.Lumina2Pipeline(_random(transformer), scheduler, vae, _gemma(), _gemma_tokenizer())
 
 
-FLOWS = (sana, lumina2)
+def aura_flow():
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        sample_size=8,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pos_embed_max_size=256,
+    )
+    for name, weight in transformer.named_parameters():
+        if "norm1.linear" in name:
+            weight.data *= 5  # else the gates of attention are nearly closed
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    text_encoder = _random(transformers.UMT5EncoderModel(transformers.UMT5Config(**sizes)))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73)
+    return diffusers.AuraFlowPipeline(_t5_tokenizer(), text_encoder, _vae(), _random(transformer), scheduler)
+
+
+FLOWS = (sana, lumina2, aura_flow)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..diffusion_base import DiffusionBase
+from .aura_flow import AuraFlow
 from .chroma import Chroma
 from .dit import DiT
 from .flux import Flux
@@ -34,6 +35,7 @@ FAMILIES: dict[str, type[DiffusionBase]] = {
     "ZImagePipeline": ZImage,
     "SanaPipeline": Sana,
     "Lumina2Pipeline": Lumina2,
+    "AuraFlowPipeline": AuraFlow,
     "PixArtAlphaPipeline": PixArt,
     "PixArtSigmaPipeline": PixArt,
 }
