@@ -48,4 +48,25 @@ def aura_flow(pipe, pixels, noised, transformer):
     return predicted - (noise - clean)
 
 
-SCRIPTS = {script.__name__: script for script in (sana, lumina2, aura_flow)}
+def cogview4(pipe, pixels, noised, transformer):
+    clean = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
+    noise, noisy, times = noised(clean)
+    config, tokens = pipe.scheduler.config, clean[0, 0].numel() // 4
+    mu = (tokens / config.base_image_seq_len) ** 0.5 * config.max_shift + config.base_shift
+    unshifted = 1 / (1 + mu * (1000 / times - 1))
+    torch.testing.assert_close(mu / (mu + 1 / unshifted - 1), times / 1000)
+    size = torch.tensor([pixels.shape[2:]] * 2)
+    hidden, _ = pipe.encode_prompt(CAPTIONS, do_classifier_free_guidance=False)
+    predicted = transformer(
+        hidden_states=noisy,
+        encoder_hidden_states=hidden,
+        timestep=1000 * unshifted,
+        original_size=size,
+        target_size=size,
+        crop_coords=torch.zeros(2, 2),
+        return_dict=False,
+    )[0]
+    return predicted - (noise - clean)
+
+
+SCRIPTS = {script.__name__: script for script in (sana, lumina2, aura_flow, cogview4)}

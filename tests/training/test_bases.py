@@ -34,6 +34,7 @@ EXPECTED = {
     "sana": ("transformer", 3, 4, True, None, "flow", 32),
     "lumina2": ("transformer", 3, 4, True, None, "flow", 64),
     "aura_flow": ("transformer", 3, 4, True, None, "flow", 16),
+    "cogview4": ("transformer", 3, 4, True, None, "flow", 16),
     "pixart_alpha": ("transformer", 3, 4, True, None, "epsilon", 256),
     "pixart_sigma": ("transformer", 3, 4, True, None, "epsilon", 16),
     "dit": ("transformer", 3, 4, False, 1000, "epsilon", 16),

@@ -199,6 +199,24 @@ def test_a_flow_of_another_scheduler_keeps_its_time_steps(pipeline_folder):
     torch.testing.assert_close(ours.timesteps, theirs.timesteps.float(), rtol=0, atol=1)  # theirs are whole numbers
 
 
+@torch.no_grad()
+def test_cogview4_sees_captions_of_a_mixed_batch_as_it_sees_them_alone(pipeline_folder):
+    base = load_base(pipeline_folder("cogview4"))
+    model, context = adapt(base).eval(), torch.tensor([[1.0, 0.0], [0.0, 0.5]])
+    noisy, times = torch.randn(2, 4, 8, 8), torch.tensor([200.0, 700.0])
+    captions = ["two cat", "very " * 40]
+    apart = [
+        base.predict(model, noisy[i : i + 1], times[i : i + 1], base.encode_captions([text]), context[i : i + 1])
+        for i, text in enumerate(captions)
+    ]
+    conditions = base.encode_captions(captions)
+    assert conditions["text_attn_mask"].sum(1).tolist() == [16, 48]
+    together = base.predict(model, noisy, times, conditions, context)
+    torch.testing.assert_close(together, torch.cat(apart), rtol=1e-4, atol=1e-5)
+    alone = base.encode_captions(captions[:1])["encoder_hidden_states"]
+    torch.testing.assert_close(alone, base.pipe.encode_prompt(captions[0])[0])
+
+
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("name", SLOWLY)
 def test_the_command_line_trains_and_generates(name, pipeline_folder, tmp_path):

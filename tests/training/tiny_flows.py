@@ -6,6 +6,10 @@ from typing import Any
 
 import diffusers
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 
 from .tiny_parts import LANGUAGE, LETTERS, _random, _t5_tokenizer, _vae
 
@@ -17,6 +21,17 @@ def _gemma_tokenizer():
 
 def _gemma():
     return _random(transformers.Gemma2Model(transformers.Gemma2Config(**LANGUAGE, num_hidden_layers=2)))
+
+
+def _glm_tokenizer():
+    """Words are its tokens, after a first one."""
+    words = ["<pad>", "<unk>", "</s>", "<sop>", "a", "cat", "two", "very", "large", "dogs"]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="<sop> $A", special_tokens=[("<sop>", 3)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="</s>", padding_side="left"
+    )
 
 
 def sana():
@@ -80,4 +95,25 @@ def aura_flow():
     return diffusers.AuraFlowPipeline(_t5_tokenizer(), text_encoder, _vae(), _random(transformer), scheduler)
 
 
-FLOWS = (sana, lumina2, aura_flow)
+def cogview4():
+    transformer = diffusers.CogView4Transformer2DModel(
+        sample_size=8,
+        num_layers=1,
+        in_channels=4,
+        out_channels=4,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        text_embed_dim=8,
+        time_embed_dim=16,
+        condition_dim=4,
+        pos_embed_max_size=8,
+        rope_axes_dim=(8, 8),
+    )
+    text = {**LANGUAGE, "num_hidden_layers": 2, "pad_token_id": 0, "eos_token_id": 2}
+    text_encoder = _random(transformers.GlmModel(transformers.GlmConfig(**text)))
+    shifts = {"use_dynamic_shifting": True, "time_shift_type": "linear", "base_shift": 0.25, "max_shift": 0.75}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**shifts)
+    return diffusers.CogView4Pipeline(_glm_tokenizer(), text_encoder, _vae(), _random(transformer), scheduler)
+
+
+FLOWS = (sana, lumina2, aura_flow, cogview4)

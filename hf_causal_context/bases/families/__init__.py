@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..diffusion_base import DiffusionBase
 from .aura_flow import AuraFlow
 from .chroma import Chroma
+from .cogview4 import CogView4
 from .dit import DiT
 from .flux import Flux
 from .flux2 import Flux2
@@ -36,6 +37,7 @@ FAMILIES: dict[str, type[DiffusionBase]] = {
     "SanaPipeline": Sana,
     "Lumina2Pipeline": Lumina2,
     "AuraFlowPipeline": AuraFlow,
+    "CogView4Pipeline": CogView4,
     "PixArtAlphaPipeline": PixArt,
     "PixArtSigmaPipeline": PixArt,
 }
