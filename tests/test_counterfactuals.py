@@ -153,7 +153,11 @@ def test_flow_prediction_is_the_pipelines_own_sampler(name):
     base.pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**shift)
     result = edit(base, images(base, 1), "thick")
     ended = {}
-    options = base.stock_call(prompt="a cat", resolution=side(base), guidance_scale=NO_GUIDANCE.get(name, 1.0))
+    options = base.stock_call(prompt="a cat", resolution=side(base))
+    if base.takes_guidance:
+        options |= base.guidance_options(NO_GUIDANCE.get(name, 1.0))
+    else:
+        cast(Any, base.pipe).guider = None
     options |= {"latents": noise_argument(name, result.noise), "output_type": "latent", "num_inference_steps": STEPS}
     with intervene(base.pipe, "thick"):
         cast(Any, base.pipe)(callback_on_step_end=lambda *args: ended.update(args[-1]) or {}, **options)

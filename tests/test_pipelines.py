@@ -39,6 +39,7 @@ ATTENTION_KWARGS = {
     "qwen_image": "attention_kwargs",
     "chroma": "joint_attention_kwargs",
     "krea2": "attention_kwargs",
+    **dict.fromkeys(("sana", "lumina2", "aura_flow", "cogview4", "hunyuan_image"), "attention_kwargs"),
     "wan": "attention_kwargs",
 }
 EVERY = [*tiny_pipelines.EVERY, "wan"]
@@ -86,16 +87,17 @@ def run(name, pipe, rows=(0, 1), images=1, guidance=3.0, **kwargs):
     elif name == "dit":
         arguments |= {"class_labels": [3 + row for row in rows], "guidance_scale": guidance}
     else:
-        count = "num_videos_per_prompt" if name == "wan" else "num_images_per_prompt"
-        scale = "true_cfg_scale" if name == "qwen_image" else "guidance_scale"
-        arguments |= {"prompt": prompts, scale: guidance, count: images}
-        if name != "flux" and not name.startswith("flux2"):
-            arguments["negative_prompt"] = ["blurred"] * len(rows)
+        arguments["prompt"] = prompts
         if name == "wan":
+            arguments |= {"guidance_scale": guidance, "num_videos_per_prompt": images}
             arguments |= {"num_frames": 5, "height": 16, "width": 16}
         else:
             base = as_base(pipe)
             arguments = base.stock_call(resolution=tiny_pipelines.side(base)) | arguments
+            arguments |= {"num_images_per_prompt": images}
+            arguments |= base.guidance_options(guidance, len(rows)) if base.takes_guidance else {}
+        if name != "flux" and not name.startswith("flux2"):
+            arguments["negative_prompt"] = ["blurred"] * len(rows)
     output = pipe(**arguments, **kwargs, output_type="np")
     return torch.from_numpy(output.frames if name == "wan" else output.images)
 

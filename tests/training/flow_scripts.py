@@ -69,4 +69,13 @@ def cogview4(pipe, pixels, noised, transformer):
     return predicted - (noise - clean)
 
 
-SCRIPTS = {script.__name__: script for script in (sana, lumina2, aura_flow, cogview4)}
+def hunyuan_image(pipe, pixels, noised, transformer):
+    """No script of diffusers: Qwen-Image's, called as the pipeline does."""
+    clean = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
+    noise, noisy, times = noised(clean)
+    hidden, mask, hidden_2, mask_2 = pipe.encode_prompt(CAPTIONS, batch_size=2)
+    predicted = transformer(noisy, times, hidden, mask, None, hidden_2, mask_2, return_dict=False)[0]
+    return predicted - (noise - clean)
+
+
+SCRIPTS = {script.__name__: script for script in (sana, lumina2, aura_flow, cogview4, hunyuan_image)}

@@ -9,7 +9,7 @@ from torch import Tensor
 # Where the pipeline's guidance scale amplifies nothing, if that is not 1.
 NO_GUIDANCE = {"z_image": 0.0, "krea2": 0.0}
 # Whose pipelines do not shift the schedule by the size of images.
-STATIC = ("stable_diffusion_3", "sana", "aura_flow")
+STATIC = ("stable_diffusion_3", "sana", "aura_flow", "hunyuan_image")
 
 
 def unpacked(name: str, data: Any) -> Tensor:

@@ -11,11 +11,11 @@ from hf_causal_context import CausalContextConfig
 from hf_causal_context.bases.loading import as_base, load_base
 
 from .packing import NO_GUIDANCE, scheduler_time, unpacked, velocity
-from .tiny_pipelines import NEWER, PIPELINES, ddpm, side, stable_diffusion_xl
+from .tiny_pipelines import NEWER, PIPELINES, ddpm, side, stable_diffusion_xl, usually
 
 CONCEPTS = ("thick", "slant")
 CAPTIONS = ["a cat", "two very large dogs"]
-ALL = pytest.mark.parametrize("name", PIPELINES)
+ALL = pytest.mark.parametrize("name", usually(PIPELINES))
 # name: (denoiser, channels of images, channels it is trained on, captions, classes, prediction, resolution)
 EXPECTED = {
     "ddpm": ("unet", 1, 1, False, None, "epsilon", 16),
@@ -35,6 +35,7 @@ EXPECTED = {
     "lumina2": ("transformer", 3, 4, True, None, "flow", 64),
     "aura_flow": ("transformer", 3, 4, True, None, "flow", 16),
     "cogview4": ("transformer", 3, 4, True, None, "flow", 16),
+    "hunyuan_image": ("transformer", 3, 4, True, None, "flow", 128),
     "pixart_alpha": ("transformer", 3, 4, True, None, "epsilon", 256),
     "pixart_sigma": ("transformer", 3, 4, True, None, "epsilon", 16),
     "dit": ("transformer", 3, 4, False, 1000, "epsilon", 16),

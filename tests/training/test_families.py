@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 
 from hf_causal_context import CausalContextConfig
-from hf_causal_context.bases.loading import load_base
+from hf_causal_context.bases.loading import as_base, load_base
 from hf_causal_context.cli import main
 from hf_causal_context.inference.sampling import generate
 from hf_causal_context.training.denoiser.objectives import Batch, denoising_objective
@@ -17,6 +17,7 @@ from . import flow_scripts
 from .packing import STATIC, unpacked
 from .small import settings, write_folders
 from .test_bases import CAPTIONS, adapt
+from .tiny_flows import hunyuan_image
 from .tiny_pipelines import NEWER, SLOWLY, side
 
 FRAMES = ("qwen_image", "krea2")  # whose autoencoders take them
@@ -217,15 +218,41 @@ def test_cogview4_sees_captions_of_a_mixed_batch_as_it_sees_them_alone(pipeline_
     torch.testing.assert_close(alone, base.pipe.encode_prompt(captions[0])[0])
 
 
+@torch.no_grad()
+def test_a_distilled_hunyuan_image_predicts_velocities_without_amplified_guidance():
+    base, calls = as_base(hunyuan_image(guidance_embeds=True, use_meanflow=True, text_embed_2_dim=8)), []
+    base.pipe.set_progress_bar_config(disable=True)
+    base.denoiser.register_forward_hook(lambda module, args, kwargs, output: calls.append(kwargs), with_kwargs=True)
+    options = {"num_inference_steps": 1, "distilled_guidance_scale": 1.0, "output_type": "latent"}
+    base.pipe("a", height=16, width=16, **options)
+    conditions = base.encode_captions(["a", 'a "cat"'])
+    ours = base._arguments(calls[0]["hidden_states"].repeat(2, 1, 1, 1), torch.tensor([1000.0, 3.0]), conditions)
+    assert calls[0]["guidance"].tolist() == [1000]
+    assert ours["guidance"].tolist() == [1000, 1000]
+    assert ours["timestep_r"].tolist() == ours["timestep"].tolist() == [1000, 3]
+    assert ours["encoder_attention_mask_2"].any(1).tolist() == [False, True]  # letters to be drawn
+
+    model, noisy, context = adapt(base).eval(), torch.randn(2, 4, 8, 8), torch.tensor([[1.0, 0.0], [0.0, 0.5]])
+    arguments = (noisy, torch.tensor([200.0, 700.0]), conditions, context)
+    together = base.predict(model, *arguments)
+    for row in range(2):
+        alone = [
+            {k: v[[row]] for k, v in part.items()} if isinstance(part, dict) else part[[row]] for part in arguments
+        ]
+        torch.testing.assert_close(together[[row]], base.predict(model, *alone), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("name", SLOWLY)
 def test_the_command_line_trains_and_generates(name, pipeline_folder, tmp_path):
-    data, resolution = write_folders(tmp_path / "data", captions=True), side(load_base(pipeline_folder(name)))
+    data, base = write_folders(tmp_path / "data", captions=True), load_base(pipeline_folder(name))
+    resolution = side(base)
     given = settings(pipeline_folder(name), data, tmp_path / "adapter", resolution=resolution, max_train_steps=1)
     assert main(["train", *(word for key, value in given.items() for word in (f"--{key}", str(value)))]) == 0
     command = ["generate", "--adapter", given["output_dir"], "--output_dir", str(tmp_path / "images"), "--prompt", "a"]
-    command += ["--resolution", str(resolution), "--guidance_scale", "2", "--num_inference_steps", "2", "--seeds", "0"]
-    assert main([*command, "--context", "slant+thick"]) == 0
+    command += ["--resolution", str(resolution), "--num_inference_steps", "2", "--seeds", "0"]
+    guidance = ["--guidance_scale", "2"] if base.takes_guidance else []
+    assert main([*command, *guidance, "--context", "slant+thick"]) == 0
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["slant+thick-seed0.png"]
 
 

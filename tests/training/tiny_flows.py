@@ -6,12 +6,13 @@ from typing import Any
 
 import diffusers
 import transformers
+from diffusers.guiders import AdaptiveProjectedMixGuidance
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
-from .tiny_parts import LANGUAGE, LETTERS, _random, _t5_tokenizer, _vae
+from .tiny_parts import LANGUAGE, LETTERS, _qwen_tokenizer, _qwen_vl_config, _random, _t5_tokenizer, _vae
 
 
 def _gemma_tokenizer():
@@ -116,4 +117,33 @@ def cogview4():
     return diffusers.CogView4Pipeline(_glm_tokenizer(), text_encoder, _vae(), _random(transformer), scheduler)
 
 
-FLOWS = (sana, lumina2, aura_flow, cogview4)
+def hunyuan_image(**kwargs):
+    transformer = diffusers.HunyuanImageTransformer2DModel(
+        num_attention_heads=1,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        in_channels=4,
+        out_channels=4,
+        attention_head_dim=8,
+        text_embed_dim=8,
+        rope_axes_dim=(4, 4),
+        **kwargs,
+    )
+    sizes: dict[str, Any] = {"block_out_channels": (32, 32), "layers_per_block": 1, "spatial_compression_ratio": 2}
+    channels = {"in_channels": 3, "out_channels": 3, "latent_channels": 4}
+    vae = diffusers.AutoencoderKLHunyuanImage(**channels, **sizes, sample_size=16, scaling_factor=0.75)
+    sizes = {"vocab_size": 384, "d_model": 8, "d_kv": 8, "d_ff": 8, "num_layers": 1, "num_heads": 1}
+    return diffusers.HunyuanImagePipeline(
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        _random(vae),
+        _random(transformers.Qwen2_5_VLForConditionalGeneration(_qwen_vl_config())),
+        _qwen_tokenizer(),
+        _random(transformers.T5EncoderModel(transformers.T5Config(**sizes))),
+        transformers.ByT5Tokenizer(),
+        _random(transformer),
+        AdaptiveProjectedMixGuidance(),
+    )
+
+
+FLOWS = (sana, lumina2, aura_flow, cogview4, hunyuan_image)

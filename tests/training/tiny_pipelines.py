@@ -18,6 +18,7 @@ from .tiny_parts import (
     _flux2_vae,
     _qwen_tokenizer,
     _qwen_vae,
+    _qwen_vl_config,
     _random,
     _t5,
     _t5_tokenizer,
@@ -209,13 +210,10 @@ def qwen_image():
         joint_attention_dim=8,
         axes_dims_rope=(4, 2, 2),
     )
-    text = {**LANGUAGE, "num_hidden_layers": 1, "rope_parameters": MROPE, "bos_token_id": None, "eos_token_id": None}
-    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 8}
-    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
     return diffusers.QwenImagePipeline(
         diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         _qwen_vae(),
-        _random(transformers.Qwen2_5_VLForConditionalGeneration(config)),
+        _random(transformers.Qwen2_5_VLForConditionalGeneration(_qwen_vl_config())),
         _qwen_tokenizer(),
         _random(transformer),
     )
@@ -343,6 +341,11 @@ SLOWLY = [pytest.param(name, marks=pytest.mark.slow) for name in NEWER]
 EVERY = [*(name for name in PIPELINES if name not in NEWER), *SLOWLY]
 # Layers of Z-Image that see the tokens of all samples in one row, which mixed contexts refuse.
 JOINED = r"all_x_embedder.*|cap_embedder.*"
+
+
+def usually(names):
+    """All of these, the longest of which are slow, whatever is asked of them: their pipelines make them large."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in ("hunyuan_image",) else name for name in names]
 
 
 def side(base):

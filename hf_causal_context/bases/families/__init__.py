@@ -9,6 +9,7 @@ from .cogview4 import CogView4
 from .dit import DiT
 from .flux import Flux
 from .flux2 import Flux2
+from .hunyuan_image import HunyuanImage
 from .krea2 import Krea2
 from .lumina2 import Lumina2
 from .pixart import PixArt
@@ -38,6 +39,7 @@ FAMILIES: dict[str, type[DiffusionBase]] = {
     "Lumina2Pipeline": Lumina2,
     "AuraFlowPipeline": AuraFlow,
     "CogView4Pipeline": CogView4,
+    "HunyuanImagePipeline": HunyuanImage,
     "PixArtAlphaPipeline": PixArt,
     "PixArtSigmaPipeline": PixArt,
 }
