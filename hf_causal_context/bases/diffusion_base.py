@@ -9,6 +9,7 @@ Shapes: B batch, C channels, H x W pixels or latent pixels, T text tokens, K con
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, cast
@@ -34,6 +35,7 @@ class DiffusionBase:
         takes_captions: whether it is conditioned on text.
         takes_guidance: whether the pipeline has a guidance scale.
         fixed_size: whether the pipeline generates at the default resolution only.
+        image_stream: which output of a transformer's joint block is the image's, by its index; the other is the text's.
         condition_argument: the argument of the pipeline's call for captions or classes, None without one.
         num_classes: how many class labels the denoiser is conditioned on, None without.
         in_channels: channels of what it is trained on.
@@ -49,6 +51,7 @@ class DiffusionBase:
     takes_captions: ClassVar[bool] = True
     takes_guidance: ClassVar[bool] = True
     fixed_size: ClassVar[bool] = False
+    image_stream: ClassVar[int] = -1
     condition_argument: ClassVar[str | None] = "prompt"
     _input_name: ClassVar[str] = "hidden_states"
 
@@ -136,9 +139,16 @@ class DiffusionBase:
 
     def noise_scheduler(self) -> DDPMScheduler | FlowMatchEulerDiscreteScheduler:
         """Return a new scheduler that adds noise as the base's own does."""
-        scheduler = FlowMatchEulerDiscreteScheduler if self.prediction == "flow" else DDPMScheduler
+        if self.prediction == "flow":
+            return self.euler_scheduler()
         # The declared result is a pair too, for an argument that is not passed.
-        return cast(Any, scheduler).from_config(self.pipe.scheduler.config)
+        return cast(Any, DDPMScheduler).from_config(self.pipe.scheduler.config)
+
+    def euler_scheduler(self, **changes: Any) -> FlowMatchEulerDiscreteScheduler:
+        """Return a new Euler scheduler of the base's flow, with what its own scheduler has for one, and changes."""
+        known = inspect.signature(FlowMatchEulerDiscreteScheduler).parameters
+        config = {name: value for name, value in self.pipe.scheduler.config.items() if name in known}
+        return FlowMatchEulerDiscreteScheduler(**{**config, **changes})
 
     def flow_schedule(self, num_steps: int, latents: Tensor) -> dict[str, Any]:
         """Arguments with which a `FlowMatchEulerDiscreteScheduler` takes the time steps of the family's pipeline.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -170,7 +170,7 @@ class Sampler:
         """Steps from the image towards noise."""
         scheduler: Any = self.base.pipe.scheduler
         if self.base.prediction == "flow":
-            flow: Any = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+            flow: Any = self.base.euler_scheduler()
             flow.set_timesteps(self.steps, **self.base.flow_schedule(self.steps, clean))
             sigmas, times = flow.sigmas.flip(0).double(), flow.timesteps.flip(0)
             return [

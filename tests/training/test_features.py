@@ -1,5 +1,7 @@
 """What a frozen denoiser sees in images, for every family of bases."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,12 @@ from PIL import Image
 
 from hf_causal_context import CausalContextConfig
 from hf_causal_context.bases.loading import load_base
-from hf_causal_context.training.denoiser.features import denoiser_features, principal_components
+from hf_causal_context.training.denoiser.features import (
+    _SeenEnough,
+    _watched_blocks,
+    denoiser_features,
+    principal_components,
+)
 
 from .tiny_pipelines import EVERY
 
@@ -37,6 +44,17 @@ def test_every_family_gives_features_that_tell_images_apart(name, pipeline_folde
     assert not any(
         block._forward_hooks for block in base.denoiser.modules() if type(block).__name__.endswith(("Block", "Block2D"))
     )
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion_3", "flux", "aura_flow", "cogview4", "hunyuan_image"])
+def test_of_joint_blocks_the_tokens_of_the_image_are_seen(name, pipeline_folder):
+    base = load_base(pipeline_folder(name))
+    model = get_peft_model(base.denoiser, CausalContextConfig(concepts=("a",)))
+    latents = base.encode_images(torch.rand(1, 3, 32, 32))
+    patches = latents[0, 0].numel() // (1 if name == "hunyuan_image" else 4)
+    with torch.no_grad(), _watched_blocks(base) as seen, contextlib.suppress(_SeenEnough):
+        base.predict(model, latents, torch.tensor([20.0]), base.encode_captions([""]), torch.zeros(1, 1))
+    assert {tokens.shape[1] for tokens in seen.values()} == {patches}
 
 
 def test_principal_components_keep_the_largest_directions_half_whitened():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from ..diffusion_base import DiffusionBase
 
 class CogView4(DiffusionBase):
     """CogView4: GLM, sizes as further conditions, and times as they were before the schedule was shifted."""
+
+    image_stream: ClassVar[int] = 0
 
     @property
     def size_multiple(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ class HunyuanImage(DiffusionBase):
     """HunyuanImage: Qwen2.5-VL, and ByT5 for quoted text; how it is guided is a part of the pipeline."""
 
     takes_guidance = False
+    image_stream: ClassVar[int] = 0
 
     @property
     def size_multiple(self) -> int:

@@ -49,7 +49,7 @@ def denoiser_features(
     training, features = model.training, []
     model.eval()
     conditions = _conditions(base)
-    with _watched_blocks(base.denoiser) as seen:
+    with _watched_blocks(base) as seen:
         for batch in tqdm(_batches(images), desc="look at images", total=-(-len(images) // _BATCH_SIZE), delay=3):
             read = [torch.tensor(read_image(image, base.image_channels, resolution)) for image in batch]
             clean = base.encode_images(torch.stack(read).to(device).float() / 127.5 - 1)
@@ -84,20 +84,20 @@ class _SeenEnough(Exception):  # noqa: N818 (no error)
 
 
 @contextmanager
-def _watched_blocks(denoiser: nn.Module) -> Iterator[dict[int, Tensor]]:
+def _watched_blocks(base: DiffusionBase) -> Iterator[dict[int, Tensor]]:
     """Within the body, a forward pass fills the dictionary with two blocks' outputs and stops."""
     seen: dict[int, Tensor] = {}
 
     def watch(number: int, last: bool) -> Any:
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
             tensors = [output] if isinstance(output, Tensor) else [part for part in output if isinstance(part, Tensor)]
-            seen[number] = tensors[-1]  # joint blocks give the text's tokens before the image's
+            seen[number] = tensors[base.image_stream]
             if last:
                 raise _SeenEnough
 
         return keep
 
-    blocks = _blocks(denoiser)
+    blocks = _blocks(base.denoiser)
     handles = [block.register_forward_hook(watch(i, i == len(blocks) - 1)) for i, block in enumerate(blocks)]
     try:
         yield seen
@@ -110,7 +110,8 @@ def _blocks(denoiser: nn.Module) -> list[nn.Module]:
     """The first block on the way down and the middle block of a UNet; an early and the middle one of a transformer."""
     if isinstance(middle := getattr(denoiser, "mid_block", None), nn.Module):
         return [cast(Any, denoiser).down_blocks[0], middle]
-    blocks = max((child for child in denoiser.children() if isinstance(child, nn.ModuleList)), key=len)
+    lists = (child for child in denoiser.children() if isinstance(child, nn.ModuleList))
+    blocks = max((blocks for blocks in lists if type(blocks[0]).__name__.endswith("Block")), key=len)
     return [blocks[len(blocks) // 4], blocks[len(blocks) // 2]]
 
 
