@@ -23,7 +23,7 @@ STEPS = 4
 LAST = {
     "dit": "proj_out_2",
     "z_image": "all_final_layer.2-1.linear",
-    "krea2": "final_layer.linear",
+    **dict.fromkeys(("krea2", "hidream_image"), "final_layer.linear"),
     "lumina2": "norm_out.linear_2",
 }
 
@@ -43,8 +43,7 @@ def build(name, **kwargs):
             parameter *= 0.05 if base.denoiser_name == "unet" else 0.2
     options = {"concepts": CONCEPTS, "target_modules": "all-linear", "init_weights": False, "alpha": 0.3}
     options["observational_rank"] = 0  # a random one draws what cannot be inverted
-    if name == "z_image":
-        options["exclude_modules"] = JOINED
+    options["exclude_modules"] = JOINED.get(type(base.denoiser).__name__)
     get_peft_model(base.denoiser, CausalContextConfig(**options))
     base.denoiser.eval()
     base.pipe.set_progress_bar_config(disable=True)

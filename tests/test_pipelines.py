@@ -39,7 +39,7 @@ ATTENTION_KWARGS = {
     "qwen_image": "attention_kwargs",
     "chroma": "joint_attention_kwargs",
     "krea2": "attention_kwargs",
-    **dict.fromkeys(("sana", "lumina2", "aura_flow", "cogview4", "hunyuan_image"), "attention_kwargs"),
+    **dict.fromkeys(("sana", "lumina2", "aura_flow", "cogview4", "hunyuan_image", "hidream_image"), "attention_kwargs"),
     "wan": "attention_kwargs",
 }
 EVERY = [*tiny_pipelines.EVERY, "wan"]
@@ -69,8 +69,7 @@ def write_adapter(model, folder, **kwargs):
     """An adapter with random weights for a model, in a folder; the model stays as it is."""
     torch.manual_seed(1)
     options = {"concepts": CONCEPTS, "target_modules": "all-linear", "init_weights": False, "alpha": 1.0}
-    if isinstance(model, diffusers.ZImageTransformer2DModel):
-        options["exclude_modules"] = tiny_pipelines.JOINED
+    options["exclude_modules"] = tiny_pipelines.JOINED.get(type(model).__name__)
     config = CausalContextConfig(**options | kwargs)
     get_peft_model(copy.deepcopy(model), config).save_pretrained(folder, save_embedding_layers=False)
     return folder

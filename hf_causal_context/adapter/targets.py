@@ -21,10 +21,12 @@ from .fusion import is_fused
 from .layer import adapted_class
 
 # diffusers names the projections of attention alike in all its denoisers and autoencoders; the second row are the
-# projections of the text stream in joint attention (SD3, Flux), the last is of attention beside an MLP (FLUX.2).
+# projections of the text stream in joint attention (SD3, Flux), the third are those of HiDream, and the last is of
+# attention beside an MLP (FLUX.2).
 _DIFFUSERS_ATTENTION = (
     *("to_q", "to_k", "to_v", "to_out.0"),
     *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("to_q_t", "to_k_t", "to_v_t", "to_out_t"),
     "to_qkv_mlp_proj",
 )
 _DIFFUSERS_CONVOLUTIONS = ("conv1", "conv2")  # of residual blocks, for networks without attention
@@ -55,10 +57,9 @@ def default_target_modules(model: nn.Module, model_config: dict) -> set[str] | s
         for names in families[library]:
             present = {name for name in names if _ends_with(model, name)}
             if present:
-                # Its output is named as the list is that holds other attention's, so that each needs its path.
-                return present | {
-                    f"{path}.to_out" for path, m in model.named_modules() if hasattr(m, "to_qkv_mlp_proj")
-                }
+                # In some attention this is a layer, in other the list that holds it, so that each needs its path.
+                own = {path for path, module in model.named_modules() if adapted_class(module) is not None}
+                return present | {path for path in own if path.endswith(".to_out")}
     raise UserValueError(
         f"Please specify `target_modules` in the config: there are no defaults for {type(model).__name__}. "
         + describe_candidates(model)

@@ -78,4 +78,20 @@ def hunyuan_image(pipe, pixels, noised, transformer):
     return predicted - (noise - clean)
 
 
-SCRIPTS = {script.__name__: script for script in (sana, lumina2, aura_flow, cogview4, hunyuan_image)}
+def hidream_image(pipe, pixels, noised, transformer):
+    config = pipe.vae.config
+    clean = (pipe.vae.encode(pixels).latent_dist.mode() - config.shift_factor) * config.scaling_factor
+    noise, noisy, times = noised(clean)
+    t5, _, llama, _, pooled, _ = pipe.encode_prompt(CAPTIONS)
+    predicted = transformer(
+        hidden_states=noisy,
+        encoder_hidden_states_t5=t5,
+        encoder_hidden_states_llama3=llama,
+        pooled_embeds=pooled,
+        timesteps=times,
+        return_dict=False,
+    )[0]
+    return predicted * -1 - (noise - clean)
+
+
+SCRIPTS = {script.__name__: script for script in (sana, lumina2, aura_flow, cogview4, hunyuan_image, hidream_image)}

@@ -26,7 +26,7 @@ def unpacked(name: str, data: Any) -> Tensor:
 
 def velocity(name: str, output: Any) -> Tensor:
     """A transformer's output -> noise - data (B, C, H, W)."""
-    sign = -1 if name in ("z_image", "lumina2") else 1
+    sign = -1 if name in ("z_image", "lumina2", "hidream_image") else 1
     return sign * unpacked(name, output)
 
 

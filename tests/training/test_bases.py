@@ -11,7 +11,7 @@ from hf_causal_context import CausalContextConfig
 from hf_causal_context.bases.loading import as_base, load_base
 
 from .packing import NO_GUIDANCE, scheduler_time, unpacked, velocity
-from .tiny_pipelines import NEWER, PIPELINES, ddpm, side, stable_diffusion_xl, usually
+from .tiny_pipelines import NEWER, PIPELINES, ddpm, projection, side, stable_diffusion_xl, usually
 
 CONCEPTS = ("thick", "slant")
 CAPTIONS = ["a cat", "two very large dogs"]
@@ -36,6 +36,7 @@ EXPECTED = {
     "aura_flow": ("transformer", 3, 4, True, None, "flow", 16),
     "cogview4": ("transformer", 3, 4, True, None, "flow", 16),
     "hunyuan_image": ("transformer", 3, 4, True, None, "flow", 128),
+    "hidream_image": ("transformer", 3, 4, True, None, "flow", 128),
     "pixart_alpha": ("transformer", 3, 4, True, None, "epsilon", 256),
     "pixart_sigma": ("transformer", 3, 4, True, None, "epsilon", 16),
     "dit": ("transformer", 3, 4, False, 1000, "epsilon", 16),
@@ -43,9 +44,13 @@ EXPECTED = {
 
 
 def adapt(base):
-    settings = {"target_modules": ["to_q", "to_out.0"], "observational_rank": 0, "init_weights": False}
+    settings = {"target_modules": ["to_q", projection(base)], "observational_rank": 0, "init_weights": False}
     config = CausalContextConfig(concepts=CONCEPTS, **settings)
     return get_peft_model(base.denoiser, config)
+
+
+def noise_of(base):
+    return torch.randn_like(base.encode_images(torch.zeros(2, base.image_channels, side(base), side(base))))
 
 
 def conditions_of(base, rows=2):
@@ -141,7 +146,7 @@ def test_predict_calls_the_denoiser_as_the_pipeline_does(name, pipeline_folder):
         handle.remove()
     theirs, their_output = calls[0], outputs[0]
     noisy = unpacked(name, next(theirs[key] for key in ("sample", "hidden_states", "x") if key in theirs))
-    time = "t" if name == "z_image" else "timestep"
+    time = {"z_image": "t", "hidream_image": "timesteps"}.get(name, "timestep")
     timesteps = scheduler_time(name, theirs[time]).expand(2)
 
     with torch.no_grad():
@@ -159,8 +164,7 @@ def test_predict_calls_the_denoiser_as_the_pipeline_does(name, pipeline_folder):
 def test_gradients_reach_the_adapter_and_rows_keep_their_context(name, pipeline_folder):
     base = load_base(pipeline_folder(name))
     model = adapt(base)
-    pixels = torch.rand(2, base.image_channels, side(base), side(base))
-    noisy = torch.randn_like(base.encode_images(pixels))
+    noisy = noise_of(base)
     timesteps = torch.tensor([10.0, 700.0]) if base.prediction == "flow" else torch.tensor([10, 700])
     context, conditions = torch.tensor([[1.0, 0.0], [0.0, 0.5]]), conditions_of(base)
     base.predict(model.train(), noisy, timesteps, conditions, context).square().mean().backward()
@@ -182,7 +186,7 @@ def test_gradients_reach_the_adapter_and_rows_keep_their_context(name, pipeline_
 def test_gradient_checkpointing_changes_no_gradient(name, pipeline_folder):
     base = load_base(pipeline_folder(name))
     model = adapt(base).train()
-    noisy, context = torch.randn(2, base.in_channels, 8, 8), torch.tensor([[1.0, 0.0], [0.0, 0.5]])
+    noisy, context = noise_of(base), torch.tensor([[1.0, 0.0], [0.0, 0.5]])
     timesteps = torch.tensor([10.0, 700.0]) if base.prediction == "flow" else torch.tensor([10, 700])
     conditions = conditions_of(base)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

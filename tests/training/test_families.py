@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from peft import get_peft_model
 
 from hf_causal_context import CausalContextConfig
@@ -17,7 +18,7 @@ from . import flow_scripts
 from .packing import STATIC, unpacked
 from .small import settings, write_folders
 from .test_bases import CAPTIONS, adapt
-from .tiny_flows import hunyuan_image
+from .tiny_flows import hidream_image, hunyuan_image
 from .tiny_pipelines import NEWER, SLOWLY, side
 
 FRAMES = ("qwen_image", "krea2")  # whose autoencoders take them
@@ -165,12 +166,13 @@ def test_the_schedule_is_the_pipelines(name, distilled, pipeline_folder):
     pipe, config = base.pipe, base.pipe.scheduler.config
     if distilled:
         pipe.register_to_config(is_distilled=True)
-    shift = {"use_dynamic_shifting": name not in STATIC, "base_shift": 0.7, "max_shift": 1.5}
+    is_euler = isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
+    shift = {"use_dynamic_shifting": is_euler and name not in STATIC, "base_shift": 0.7, "max_shift": 1.5}
     pipe.scheduler = type(pipe.scheduler).from_config({**config, **shift})
     pipe.set_progress_bar_config(disable=True)
     size = 3 * side(base)
     pipe(**base.stock_call(prompt="a", resolution=size), num_inference_steps=3, output_type="latent")
-    ours = base.noise_scheduler()
+    ours = base.euler_scheduler()
     ours.set_timesteps(3, **base.flow_schedule(3, base.encode_images(torch.zeros(1, 3, size, size))))
     torch.testing.assert_close(ours.sigmas, pipe.scheduler.sigmas)
 
@@ -263,4 +265,30 @@ def test_all_attention_is_adapted_by_default_also_beside_an_mlp(pipeline_folder)
     assert set(model.targeted_module_names) == {
         *(f"transformer_blocks.0.attn.{name}" for name in double),
         *(f"single_transformer_blocks.0.attn.{name}" for name in single),
+    }
+
+
+def test_hidream_is_trained_through_its_experts_at_the_scripts_shift():
+    base = as_base(hidream_image())
+    assert base.noise_scheduler().config.shift == 3
+    denoiser = base.denoiser.double().train()
+    arguments = base._arguments(torch.randn(1, 4, 128, 128), torch.tensor([500.0]), base.encode_captions(["a"]))
+    arguments = {name: tensor.double() for name, tensor in arguments.items()}
+    noisy, direction = arguments.pop("hidden_states").requires_grad_(), torch.randn(1, 4, 128, 128).double()
+
+    def loss(data):
+        return denoiser(data, **arguments, return_dict=False)[0].square().sum()
+
+    (gradient,) = torch.autograd.grad(loss(noisy), noisy)
+    with torch.no_grad():
+        slope = (loss(noisy + 1e-5 * direction) - loss(noisy - 1e-5 * direction)) / 2e-5
+    torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-3, atol=0)
+
+
+def test_all_attention_of_hidream_is_adapted_by_default():
+    model = get_peft_model(as_base(hidream_image()).denoiser, CausalContextConfig(concepts=("a",)))
+    names = ["to_q", "to_k", "to_v", "to_out"]
+    assert set(model.targeted_module_names) == {
+        *(f"double_stream_blocks.0.block.attn1.{name}" for name in [*names, *(f"{name}_t" for name in names)]),
+        *(f"single_stream_blocks.0.block.attn1.{name}" for name in names),
     }

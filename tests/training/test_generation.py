@@ -10,7 +10,7 @@ from hf_causal_context.bases.images import image_grid
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.inference.sampling import generate
 
-from .tiny_pipelines import EVERY, side
+from .tiny_pipelines import EVERY, projection, side
 
 CONTEXTS = [(), ("thick",), {"thick": 1.0, "slant": -0.5}]
 SEEDS = [3, 1, 2]
@@ -24,7 +24,7 @@ def adapted(pipeline_folder):
         base = load_base(pipeline_folder(name))
         config = CausalContextConfig(
             concepts=("thick", "slant"),
-            target_modules=["to_q", "to_v", "to_out.0"],
+            target_modules=["to_q", "to_v", projection(base)],
             init_weights=False,
             alpha=8.0,
             observational_rank=0,

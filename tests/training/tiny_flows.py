@@ -12,7 +12,18 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
-from .tiny_parts import LANGUAGE, LETTERS, _qwen_tokenizer, _qwen_vl_config, _random, _t5_tokenizer, _vae
+from .tiny_parts import (
+    LANGUAGE,
+    LETTERS,
+    _clip,
+    _clip_tokenizer,
+    _qwen_tokenizer,
+    _qwen_vl_config,
+    _random,
+    _t5,
+    _t5_tokenizer,
+    _vae,
+)
 
 
 def _gemma_tokenizer():
@@ -146,4 +157,34 @@ def hunyuan_image(**kwargs):
     )
 
 
-FLOWS = (sana, lumina2, aura_flow, cogview4, hunyuan_image)
+def hidream_image():
+    # The pipeline makes images of 128 x 128 latents only.
+    transformer = diffusers.HiDreamImageTransformer2DModel(
+        patch_size=16,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_channels=[32, 8],
+        text_emb_dim=32,
+        num_routed_experts=2,
+        num_activated_experts=1,
+        axes_dims_rope=(4, 2, 2),
+        llama_layers=[0, 1],
+    )
+    clips = [part for _ in range(2) for part in (_clip(projected=True, length=128), _clip_tokenizer())]
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LANGUAGE, num_hidden_layers=2))
+    return diffusers.HiDreamImagePipeline(
+        diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        _vae(depth=1, shift_factor=0.1, mid_block_add_attention=False),
+        *clips,
+        _t5(),
+        _t5_tokenizer(),
+        _random(llama),
+        _glm_tokenizer(),
+        _random(transformer),
+    )
+
+
+FLOWS = (sana, lumina2, aura_flow, cogview4, hunyuan_image, hidream_image)

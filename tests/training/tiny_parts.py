@@ -45,13 +45,13 @@ def _clip_tokenizer():
     return transformers.CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=16)
 
 
-def _clip(projected=False):
+def _clip(projected=False, length=16):
     size = 2 * len(LETTERS)
     config = transformers.CLIPTextConfig(
         vocab_size=size + 2,
         bos_token_id=size,
         eos_token_id=size + 1,
-        max_position_embeddings=16,
+        max_position_embeddings=length,
         hidden_size=16,
         intermediate_size=16,
         num_hidden_layers=2,

@@ -339,13 +339,21 @@ PIPELINES = {
 NEWER = ("flux2_klein", "z_image", "qwen_image", "chroma", "flux2_dev", "krea2", *(build.__name__ for build in FLOWS))
 SLOWLY = [pytest.param(name, marks=pytest.mark.slow) for name in NEWER]
 EVERY = [*(name for name in PIPELINES if name not in NEWER), *SLOWLY]
-# Layers of Z-Image that see the tokens of all samples in one row, which mixed contexts refuse.
-JOINED = r"all_x_embedder.*|cap_embedder.*"
+# Layers that see the tokens of all samples in one row, or those that were routed to them: mixed contexts refuse them.
+JOINED = {
+    "ZImageTransformer2DModel": r"all_x_embedder.*|cap_embedder.*",
+    "HiDreamImageTransformer2DModel": r".*\.experts\..*",
+}
 
 
 def usually(names):
-    """All of these, the longest of which are slow, whatever is asked of them: their pipelines make them large."""
-    return [pytest.param(name, marks=pytest.mark.slow) if name in ("hunyuan_image",) else name for name in names]
+    """All of these; slow is one whose pipeline makes text long, whatever is asked of it."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name == "hunyuan_image" else name for name in names]
+
+
+def projection(base):
+    """The name of attention's last projection."""
+    return "to_out" if type(base.pipe) is diffusers.HiDreamImagePipeline else "to_out.0"
 
 
 def side(base):

@@ -9,6 +9,7 @@ from .cogview4 import CogView4
 from .dit import DiT
 from .flux import Flux
 from .flux2 import Flux2
+from .hidream_image import HiDreamImage
 from .hunyuan_image import HunyuanImage
 from .krea2 import Krea2
 from .lumina2 import Lumina2
@@ -40,6 +41,7 @@ FAMILIES: dict[str, type[DiffusionBase]] = {
     "AuraFlowPipeline": AuraFlow,
     "CogView4Pipeline": CogView4,
     "HunyuanImagePipeline": HunyuanImage,
+    "HiDreamImagePipeline": HiDreamImage,
     "PixArtAlphaPipeline": PixArt,
     "PixArtSigmaPipeline": PixArt,
 }
