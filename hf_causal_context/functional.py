@@ -52,8 +52,9 @@ def linear(features: Tensor, weight: Tensor) -> Tensor:
 def row_linear(features_BTR: Tensor, weights_BRR: Tensor) -> Tensor:
     """Return features W_b, with a matrix for each row b or one for all: (B, T, R), (B or 1, R, R) -> (B, T, R)."""
     if len(weights_BRR) == 1:
-        return linear(features_BTR, weights_BRR[0].T)
-    return torch.bmm(features_BTR.flatten(1, -2), weights_BRR).view(features_BTR.shape)
+        return linear(features_BTR, weights_BRR.squeeze(0).T)
+    rows = features_BTR.reshape(len(features_BTR), -1, features_BTR.shape[-1])
+    return torch.bmm(rows, weights_BRR).view(features_BTR.shape)
 
 
 def block_linear(features_BTR: Tensor, blocks_KWW: Tensor) -> Tensor:

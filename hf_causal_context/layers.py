@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from graphlib import CycleError, TopologicalSorter
-from typing import ClassVar, Literal, TypeAlias, get_args
+from typing import ClassVar, Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from . import functional as F
 from ._messages import short_repr
 from .contexts import ConceptSet
 from .errors import UserValueError
+from .mixing import reduced_matrices, structural_matrices
 
 Mechanism: TypeAlias = Literal["independent", "reduced", "structural"]
 MECHANISMS: tuple[Mechanism, ...] = get_args(Mechanism)
@@ -161,6 +162,8 @@ class CausalLayer(nn.Module):
         self.width = width
         self.anchored = anchored
         self.observational_rank = observational_rank
+        # What layers have in common whose matrices are made together.
+        self.kind: tuple[object, ...] = (type(self), num_concepts, width, anchored, observational_rank)
 
     def concepts(self, z_BTR: Tensor, mask: Tensor) -> Tensor:
         """Concepts c(m) before anchoring, (B, T, R), for exogenous coordinates (B, T, R) and a mask (B or 1, K)."""
@@ -173,8 +176,36 @@ class CausalLayer(nn.Module):
         if z_BTS.shape[1:-1].numel() <= features:
             return self._with_observational_part(z_BTS, mask)
         # With more tokens than features, a product with each row's matrix is less work than all steps with all tokens.
-        identity = torch.eye(features, dtype=z_BTS.dtype, device=z_BTS.device)[None]
-        return F.row_linear(z_BTS, self._with_observational_part(identity, mask.view(-1, 1, features)))
+        (matrices,) = self.matrices([self], mask.view(-1, features))
+        return F.row_linear(z_BTS, matrices.to(z_BTS.dtype))
+
+    @classmethod
+    def matrices(cls, layers: Sequence[CausalLayer], mask: Tensor) -> Tensor:
+        """M(m)^T of layers that are alike in all but their weights, with forward(z, m) = z M(m)^T: (L, C, S, S).
+
+        Args:
+            layers: L of this class, with the same `kind`.
+            mask: (C, K), strengths (C, 1 + K), or what `functional.per_feature` makes of either, (C, S).
+        """
+        first = layers[0]
+        N, R = first.observational_rank, first.num_concepts * first.width
+        weight = next(first.parameters())
+        mask = F.per_feature(mask.to(weight.dtype), weight.new_empty(1, N + R), N)
+        own = mask[:, N:]
+        asked = torch.cat([own, torch.zeros_like(own[:1])]) if first.anchored else own
+        matrices = cls._matrices_of_concepts(layers, asked)
+        if first.anchored:  # as `_anchored_concepts`
+            matrices = (matrices[:, :-1] - matrices[:, -1:]) * (own != 0).any(-1)[:, None, None]
+        matrices = matrices.mT
+        if N:
+            diagonal = torch.diag_embed(torch.nn.functional.pad(mask[:, :N], (0, R)))
+            matrices = torch.nn.functional.pad(matrices, (N, 0, N, 0)) + diagonal
+        return matrices
+
+    @classmethod
+    def _matrices_of_concepts(cls, layers: Sequence[CausalLayer], mask_CR: Tensor) -> Tensor:
+        """M(m) of the concepts before anchoring, (L, C, R, R)."""
+        raise NotImplementedError
 
     def _with_observational_part(self, z_BTS: Tensor, mask: Tensor) -> Tensor:
         N = self.observational_rank
@@ -243,6 +274,7 @@ class _MixingLayer(CausalLayer):
         self.register_buffer("_allowed", wide, persistent=False)
         self.perfect_interventions = perfect_interventions
         self.steps = graph.longest_path
+        self.kind = (*self.kind, perfect_interventions, self.steps)
         features = num_concepts * width
         for name in self._matrices:
             weight = torch.zeros(features, features)
@@ -271,6 +303,15 @@ class ReducedLayer(_MixingLayer):
             perfect_interventions=self.perfect_interventions,
         )
 
+    @classmethod
+    def _matrices_of_concepts(cls, layers: Sequence[CausalLayer], mask_CR: Tensor) -> Tensor:
+        first = cast(ReducedLayer, layers[0])
+        observational, interventional = (
+            first._allowed_effects(_stacked(layers, name)) for name in ("observational", "interventional")
+        )
+        shift = _stacked(layers, "shift")
+        return reduced_matrices(mask_CR, shift, observational, interventional, first.perfect_interventions)
+
 
 class StructuralLayer(_MixingLayer):
     """One matrix of direct effects; an intervention cuts the rows of its targets, and every combination follows."""
@@ -288,6 +329,18 @@ class StructuralLayer(_MixingLayer):
             perfect_interventions=self.perfect_interventions,
         )
 
+    @classmethod
+    def _matrices_of_concepts(cls, layers: Sequence[CausalLayer], mask_CR: Tensor) -> Tensor:
+        first = cast(StructuralLayer, layers[0])
+        coefficients = first._allowed_effects(_stacked(layers, "coefficients"))
+        shift = _stacked(layers, "shift")
+        return structural_matrices(mask_CR, shift, coefficients, first.steps, first.perfect_interventions)
+
     def acyclicity_penalty(self) -> Tensor:
         """Scalar, zero when the learned direct effects have no cycle; add it to the loss when no graph is given."""
         return F.acyclicity_penalty(self._allowed_effects(self.coefficients), self.num_concepts)
+
+
+def _stacked(layers: Sequence[nn.Module], name: str) -> Tensor:
+    weights = [cast(Tensor, getattr(layer, name)) for layer in layers]
+    return weights[0][None] if len(weights) == 1 else torch.stack(weights)

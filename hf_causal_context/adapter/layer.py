@@ -9,6 +9,7 @@ observational part, S = N + R.
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..contexts import ConceptSet, Context
 from ..errors import UserValueError
-from ..functional import linear
+from ..functional import linear, row_linear
 from ..layers import CausalLayer, ExpressiveLayer, OutputLayer, RepresentationLayer
 from .conditioning.hooks import Conditioning
 from .conditioning.request import completed
@@ -67,6 +68,7 @@ class CausalContextLayer(BaseTunerLayer):
         part = cast(int, config.observational_rank)
         rank = part + len(concepts) * width
         self.concepts[adapter_name] = self.conditioning.concepts[adapter_name] = concepts
+        Conditioning.changes += 1
         self.conditioning.observational_ranks[adapter_name] = part
         self.r[adapter_name] = rank
         self._default_scaling[adapter_name] = 1.0 if config.alpha is None else config.alpha / width
@@ -119,25 +121,31 @@ class CausalContextLayer(BaseTunerLayer):
         strengths = self.conditioning.strengths_for(self, adapter_name, x, x.shape[0] if batched else 1)
         if strengths is None:  # no context, at inference
             return result
-        causal = self.causal(adapter_name)
+        if not batched:
+            x, result = x[None], result[None]
         down = cast(RepresentationLayer, self.causal_context_down[adapter_name])
         up = cast(OutputLayer, self.causal_context_up[adapter_name])
         # Not PEFT's cast, which diffusers switches off where it casts weights itself: never these.
         x = x.to(down.weight.dtype)
-        z = down(x if batched else x[None], self._down)
+        z = down(x, self._down)
         if adapter_name in self.causal_context_expressive:
             z = self.causal_context_expressive[adapter_name](z)
-        c = causal(z, self.conditioning.repeated(strengths, adapter_name, z))
-        scaling = self.scaling[adapter_name]
-        output = up(c if scaling == 1 else c * scaling, self._up)
-        return result + (output if batched else output[0])
+        matrix = self.conditioning.causal_matrix(self, adapter_name, len(z))
+        if matrix is None:
+            c = self.causal(adapter_name)(z, self.conditioning.repeated(strengths, adapter_name, z))
+            scaling = self.scaling[adapter_name]
+            c = c if scaling == 1 else c * scaling
+        else:
+            c = row_linear(z, matrix)
+        result = up(c, partial(self._add, result))
+        return result if batched else result[0]
 
     def _down(self, x: Tensor, weight: Tensor) -> Tensor:
         """(n, T, in) -> (n, T, S), or for convolutions (n, in, *T) -> (n, *T, S)."""
         raise NotImplementedError
 
-    def _up(self, c: Tensor, weight: Tensor) -> Tensor:
-        """Return the inverse arrangement: (n, T, S) -> (n, T, out), or (n, *T, S) -> (n, out, *T)."""
+    def _add(self, result: Tensor, c: Tensor, weight: Tensor) -> Tensor:
+        """The base's output (n, T, out) plus Up of (n, T, S), or (n, out, *T) plus that of (n, *T, S)."""
         raise NotImplementedError
 
     def causal(self, adapter_name: str) -> CausalLayer:
@@ -303,8 +311,11 @@ class _LinearForm(CausalContextLayer):
     def _down(self, x: Tensor, weight: Tensor) -> Tensor:
         return linear(x, weight)
 
-    def _up(self, c: Tensor, weight: Tensor) -> Tensor:
-        return linear(c, weight)
+    def _add(self, result: Tensor, c: Tensor, weight: Tensor) -> Tensor:
+        if result.dtype != c.dtype or not result.is_contiguous():
+            return result + linear(c, weight)
+        # One operation instead of two.
+        return torch.addmm(result.flatten(0, -2), c.flatten(0, -2), weight.T).view(result.shape)
 
 
 class Linear(nn.Module, _LinearForm):
@@ -352,8 +363,8 @@ class ConvNd(nn.Module, CausalContextLayer):
             padding = 0
         return self._convolve(x, weight, None, base.stride, padding, base.dilation).movedim(1, -1)
 
-    def _up(self, c: Tensor, weight: Tensor) -> Tensor:
-        return self._convolve(c.movedim(-1, 1), weight[(..., *(None,) * len(self._kernel_size))])
+    def _add(self, result: Tensor, c: Tensor, weight: Tensor) -> Tensor:
+        return result + self._convolve(c.movedim(-1, 1), weight[(..., *(None,) * len(self._kernel_size))])
 
     def merge_refusal(self, adapter_name: str) -> str | None:
         groups = cast(nn.Conv2d, self.get_base_layer()).groups

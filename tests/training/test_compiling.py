@@ -30,6 +30,8 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
 
 
+# Which torch hides, where warnings are no errors: the matrices of mixing layers are inputs with a gradient.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
@@ -46,7 +48,8 @@ def test_a_compiled_denoiser(name, changes, graphs, pipeline_folder, tmp_path):
     assert not graphs
     compiled = train(TrainingArguments(**given | {"output_dir": str(tmp_path / "compiled"), "compile": True}))
     assert_close_to_largest(adapter_weights(compiled), expected)
-    assert len(graphs) == 1
+    # Of mechanisms that mix, what makes their matrices at the entry is a graph of its own.
+    assert len(graphs) == (1 if changes["mechanism"] == "independent" else 2)
     assert len(list((compiled / "samples").iterdir())) == 3
 
 

@@ -22,4 +22,5 @@ class Frame:
     ragged: bool = False  # rows inside the model need not be whole multiples per sample
     device: torch.device | None = None
     strengths: dict[str, Tensor] = field(default_factory=dict)
+    matrices: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # of each adapter: see `causal_matrices`
     repeated: dict[tuple, Tensor] = field(default_factory=dict)  # strengths per feature, for layers alike

@@ -19,6 +19,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -31,12 +32,13 @@ from ...errors import UserValueError
 from ...functional import per_feature
 from .frame import Frame
 from .in_force import STATE, innermost_request
+from .matrices import MixingLayer, autocast_dtype, causal_matrices
 from .presence import check_active, check_known, check_observational_part, check_unasked, holds
 from .request import AdapterContext, Request, check_names, check_one_adapter_per_mask, completed, normalize, restricted
 from .rows import input_rows, match_layer_rows, refuse_sequence_first
 
 
-class AdaptedLayer(Protocol):
+class AdaptedLayer(MixingLayer, Protocol):
     """What is asked of a layer with adapters."""
 
     name: str  # path in the base model
@@ -68,6 +70,8 @@ class Conditioning:
         self.open_requests = 0  # in all tasks and threads
         self.observational_ranks: dict[str, int] = {}
         self._model: weakref.ref[nn.Module] | None = None
+        # The number of changes when the model was looked through, and its adapted layers.
+        self._found: tuple[int, list[weakref.ref[AdaptedLayer]]] = -1, []
         self._handles: list[RemovableHandle] = []
         self._takes_context = True
 
@@ -86,9 +90,11 @@ class Conditioning:
                 model.register_forward_pre_hook(self._enter_forward, with_kwargs=True, prepend=True),
                 model.register_forward_hook(self._leave_forward, always_call=True),
             ]
+        self._layers(model)  # compiled graphs do not look
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_layer": self._layer(), "_model": None}  # a copied layer copies no whole model
+        # A copied layer copies no whole model.
+        return self.__dict__ | {"_layer": self._layer(), "_model": None, "_found": (-1, [])}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = state | {"_layer": weakref.ref(state["_layer"]), "open_requests": 0}
@@ -149,6 +155,39 @@ class Conditioning:
                 )
             return None
         return match_layer_rows(strengths.to(x.device), num_rows, layer.name, frame is not None and frame.ragged)
+
+    def causal_matrix(self, layer: AdaptedLayer, adapter_name: str, num_rows: int) -> Tensor | None:
+        """Return what mixes the features of a layer's n rows, (1 or n, S, S), scaled; None if it is to mix them itself.
+
+        It is there inside a forward of the model, for the mechanisms that mix.
+        """
+        frame = STATE.box.frame
+        matrix = frame.matrices.get(adapter_name, {}).get(layer.name) if frame is not None else None
+        if frame is None or matrix is None or frame.owner is not self:
+            return None
+        weight = next(layer.causal(adapter_name).parameters())
+        if torch.is_grad_enabled() and weight.requires_grad and not matrix.requires_grad:
+            return None  # it was made without gradients, by a forward that computes without them at first
+        return match_layer_rows(matrix, num_rows, layer.name, frame.ragged)
+
+    def _matrices(self, frame: Frame, request: Request, name: str, strengths: Tensor) -> dict[str, Tensor]:
+        layers = [layer for layer in self._layers(frame.model) if name in layer.concepts]
+        if request.call is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return causal_matrices(layers, name, strengths)
+        # Nothing is trained during a call of a pipeline or of `generate`, which runs the model again and again.
+        scales = tuple(layer.scaling[name] for layer in layers)
+        key = name, strengths.shape, strengths.device, autocast_dtype(strengths.device), scales
+        if key not in request.matrices:
+            request.matrices[key] = causal_matrices(layers, name, strengths)
+        return request.matrices[key]
+
+    def _layers(self, model: nn.Module) -> list[AdaptedLayer]:
+        """The adapted layers of the model, looked for when adapters came or went."""
+        if not torch.compiler.is_compiling() and self._found[0] != Conditioning.changes:
+            modules = (module for module in model.modules() if getattr(module, "conditioning", None) is self)
+            self._found = Conditioning.changes, [weakref.ref(cast(AdaptedLayer, module)) for module in modules]
+        layers = [found() for found in self._found[1]]
+        return [layer for layer in layers if layer is not None]
 
     def repeated(self, strengths: Tensor, adapter_name: str, z_nTS: Tensor) -> Tensor:
         """`strengths_for` a layer, for each feature of an adapter: computed once for all layers that need the same."""
@@ -222,7 +261,9 @@ class Conditioning:
             frame.device, frame.num_rows, frame.ragged = input_rows(model, args, kwargs)
             for name in frame.request.adapters:
                 if name in self.concepts:
-                    self._resolve(frame, frame.request, name, self.concepts[name])
+                    strengths = self._resolve(frame, frame.request, name, self.concepts[name])
+                    if strengths is not None:
+                        frame.matrices[name] = self._matrices(frame, frame.request, name, strengths)
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 _carry_frames_into_recomputation(model)
         return args, kwargs  # whether they changed or not: older compilers cannot trace a comparison of the two
@@ -326,7 +367,12 @@ class _CheckpointWithFrame:
         self.checkpoint = checkpoint
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.checkpoint(partial(_run_in_frame, STATE.box.frame, function), *args, **kwargs)
+        frame = STATE.box.frame
+        settings = {**getattr(self.checkpoint, "keywords", {}), **kwargs}
+        if frame is not None and settings.get("use_reentrant") is not False:
+            # Its backward would go once for each segment through what was made outside, so segments make their own.
+            frame = replace(frame, matrices={})
+        return self.checkpoint(partial(_run_in_frame, frame, function), *args, **kwargs)
 
 
 def _run_in_frame(frame: Frame | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

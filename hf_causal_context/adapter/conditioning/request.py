@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Token
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Protocol
 
@@ -73,6 +73,7 @@ class Request:
     checked_for: tuple[str, ...] | None = None  # the active adapters whose concepts the names were checked against
     call: Call | None = None  # what runs the model now
     named: bool = False  # it is for one adapter by name: the others keep their contexts
+    matrices: dict[tuple, dict[str, Tensor]] = field(default_factory=dict)  # of this call: see `causal_matrices`
     ended: bool = False  # tasks that were started inside may still hold it
     token: Token | None = None  # of the task or thread that opened it
 
@@ -93,7 +94,7 @@ class Request:
         for context in self.adapters.values():
             if not context.uniform:
                 call.check(len(context.strengths))
-        return replace(self, call=call)
+        return replace(self, call=call, matrices={})
 
     def find(self, adapter_name: str, concepts: ConceptSet) -> AdapterContext | None:
         """Return the context of an adapter; one that was added after the request was made gets its own encoding."""

@@ -1,0 +1,66 @@
+"""The causal matrices of all layers of an adapter, made in one batch when a forward pass begins."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ...layers import CausalLayer
+from .request import completed
+
+# Beyond it layers make their own when they run, so that memory holds those of one layer only.
+_MOST_NUMBERS = 2**25
+
+
+class MixingLayer(Protocol):
+    """What is asked of an adapted layer."""
+
+    name: str
+    scaling: dict[str, float]
+
+    def causal(self, adapter_name: str) -> CausalLayer: ...
+
+
+def causal_matrices(layers: Iterable[MixingLayer], adapter_name: str, strengths: Tensor) -> dict[str, Tensor]:
+    """Name of a layer -> scaling x M(m)^T of an adapter, (N, S, S), for strengths (N, 1 + K).
+
+    Left out are layers whose mechanism needs no matrix, and those whose weights are elsewhere or in pieces now, as of
+    a model that is offloaded or sharded.
+    """
+    device = strengths.device
+    groups: defaultdict[tuple[object, float], list[MixingLayer]] = defaultdict(list)
+    for layer in layers:
+        weight = next(layer.causal(adapter_name).parameters(), None)
+        if type(weight) is nn.Parameter and weight.device == device:
+            kind = (*layer.causal(adapter_name).kind, weight.dtype)
+            groups[kind, layer.scaling[adapter_name]].append(layer)
+    found = {}
+    dtype = autocast_dtype(device)
+    for (_, scaling), alike in groups.items():
+        causals = [layer.causal(adapter_name) for layer in alike]
+        first = causals[0]
+        features = first.observational_rank + first.num_concepts * first.width
+        if len(alike) * len(strengths) * features**2 > _MOST_NUMBERS:
+            continue
+        # In full precision: these are few numbers, and every feature passes through them.
+        with torch.autocast(device.type, enabled=False) if dtype else nullcontext():
+            own = strengths[:, -first.num_concepts :]
+            mask = completed(strengths, first.num_concepts) if first.observational_rank else own
+            matrices = type(first).matrices(causals, mask)
+            if scaling != 1:
+                matrices = matrices * scaling
+        matrices = matrices if dtype is None else matrices.to(dtype)
+        found |= dict(zip((layer.name for layer in alike), matrices.unbind(0), strict=True))
+    return found
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes in now; None where there is none."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)

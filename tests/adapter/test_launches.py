@@ -1,0 +1,106 @@
+"""A layer launches at most one operation more than LoRA's, whatever mixes concepts, and the same comes out."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from examples.benchmarks import launches
+from hf_causal_context import intervene
+from hf_causal_context.adapter.conditioning import hooks
+
+from .small import MIXED, VARIANTS, adapted, gpt2
+
+
+@pytest.fixture
+def without_matrices(monkeypatch):
+    """Call to let every layer mix its features itself, row by row."""
+
+    def off():
+        monkeypatch.setattr(hooks, "causal_matrices", lambda layers, name, strengths: {})
+
+    return off
+
+
+def per_layer(measure, name, monkeypatch):
+    """Launches of one more adapted layer."""
+    counts = []
+    for layers in (8, 16):
+        monkeypatch.setattr(launches, "LAYERS", layers)
+        counts.append(measure(launches.adapted(name)) - measure(launches.base()))
+    return (counts[1] - counts[0]) / 8
+
+
+@pytest.mark.parametrize("name", launches.CONFIGS)
+@pytest.mark.parametrize("tokens", [1, 4, 256])
+def test_a_layer_launches_at_most_one_operation_more_than_lora(name, tokens, monkeypatch):
+    for measure in (launches.training_step, launches.forward_pass):
+        mine, theirs = (
+            per_layer(lambda model, measure=measure: measure(model, tokens), each, monkeypatch)
+            for each in (name, "LoRA")
+        )
+        assert mine <= theirs + 1, measure
+
+
+def values_and_gradients(model, contexts, ids):
+    model.zero_grad()
+    with intervene(model, contexts):
+        logits = model(ids).logits
+        logits.square().mean().backward()
+    return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("contexts", [MIXED, "thick+slant=0.5", torch.rand(4, 3, dtype=torch.float64)])
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if "independent" not in name])
+def test_the_same_comes_out_as_row_by_row(variant, contexts, without_matrices):
+    model = adapted(gpt2(), alpha=2.0, **VARIANTS[variant]).double().train()
+    model.eval()  # no dropout
+    ids = torch.randint(1, 50, (4, 6), generator=torch.Generator().manual_seed(0))
+    logits, gradients = values_and_gradients(model, contexts, ids)
+    without_matrices()
+    expected, reference = values_and_gradients(model, contexts, ids)
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+    assert gradients.keys() == reference.keys()
+    assert any("causal_context_causal" in name for name in gradients)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, reference[name], rtol=1e-10, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_with_gradient_checkpointing_too(use_reentrant, without_matrices):
+    model = adapted(gpt2(), mechanism="reduced").double().train()
+    model.config.use_cache = False
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    ids = torch.randint(1, 50, (4, 6), generator=torch.Generator().manual_seed(0))
+    logits, gradients = values_and_gradients(model, MIXED, ids)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    again, checkpointed = values_and_gradients(model, MIXED, ids)
+    torch.testing.assert_close(again, logits, rtol=1e-10, atol=1e-10)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-10, atol=1e-10, msg=name)
+
+
+def test_a_part_that_computes_without_gradients_first_still_trains():
+    model = adapted(mechanism="reduced").double().train()
+    x = torch.randn(4, 10, dtype=torch.float64)
+    expected = torch.autograd.grad(model(x, context=MIXED).sum(), [p for p in model.parameters() if p.requires_grad])
+    output = checkpoint(lambda x: model(x, context=MIXED), x.requires_grad_(), use_reentrant=True)
+    output.sum().backward()
+    for parameter, gradient in zip([p for p in model.parameters() if p.requires_grad], expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_a_call_of_generate_makes_its_matrices_once(monkeypatch):
+    made = []
+    original = hooks.causal_matrices
+    monkeypatch.setattr(hooks, "causal_matrices", lambda *args: made.append(args) or original(*args))
+    model = adapted(gpt2(), mechanism="reduced", task_type="CAUSAL_LM")
+    ids = torch.tensor([[3, 4, 5]])
+    for context in ("thick", "slant=3"):
+        with intervene(model, context):
+            output = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
+            alone = [model(output[:, :n]).logits[0, -1].argmax() for n in range(3, 8)]
+        assert torch.equal(output[0, 3:], torch.stack(alone))
+    assert sum(len(args[2]) == 1 for args in made) == 2 * (1 + 5)
