@@ -31,6 +31,7 @@ _DIFFUSERS_ATTENTION = (
 )
 _DIFFUSERS_CONVOLUTIONS = ("conv1", "conv2")  # of residual blocks, for networks without attention
 _TRANSFORMERS_ATTENTION = ("q_proj", "v_proj")  # what PEFT's table holds for most architectures
+_T5_ATTENTION = ("q", "v")  # also of its kin that the table lacks, such as UMT5
 # What fused experts were before, where their names differ.
 _FUSED_EXPERTS = {"gate_up_proj": ("gate_up_proj", "gate_proj", "up_proj")}
 
@@ -51,7 +52,7 @@ def default_target_modules(model: nn.Module, model_config: dict) -> set[str] | s
     libraries = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
     families = {
         "diffusers": (_DIFFUSERS_ATTENTION, _DIFFUSERS_CONVOLUTIONS),
-        "transformers": (_TRANSFORMERS_ATTENTION,),
+        "transformers": (_TRANSFORMERS_ATTENTION, _T5_ATTENTION),
     }
     for library in sorted(libraries & families.keys()):
         for names in families[library]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel, get_peft_model
 from torch import nn
 
@@ -94,3 +95,10 @@ def test_save_load_and_merge(name, tmp_path):
         merged = loaded.merge_and_unload()
     scale = expected.abs().max()
     torch.testing.assert_close(run(name, merged, inputs) / scale, expected / scale, rtol=1e-4, atol=1e-4)
+
+
+def test_kin_of_t5_that_pefts_table_lacks_have_its_defaults():
+    sizes = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    encoder = transformers.UMT5EncoderModel(transformers.UMT5Config(**sizes))
+    model = get_peft_model(encoder, CausalContextConfig(concepts=CONCEPTS))
+    assert sorted(model.targeted_module_names) == [f"encoder.block.0.layer.0.SelfAttention.{name}" for name in "qv"]
