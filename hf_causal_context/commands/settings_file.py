@@ -55,5 +55,5 @@ def options_in(file: str, known: Iterable[str]) -> list[str]:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Ask what may have been meant by an unknown name, if anything is like it."""
-    alike = difflib.get_close_matches(name, known)
+    alike = difflib.get_close_matches(name, known, cutoff=0.7)
     return f" Did you mean {' or '.join(map(repr, alike))}?" if alike else ""
