@@ -36,6 +36,7 @@ class DiffusionBase:
         takes_guidance: whether the pipeline has a guidance scale.
         fixed_size: whether the pipeline generates at the default resolution only.
         image_stream: which output of a transformer's joint block is the image's, by its index; the other is the text's.
+        encodes_together: whether the captions of a batch go through an encoder in one call.
         condition_argument: the argument of the pipeline's call for captions or classes, None without one.
         num_classes: how many class labels the denoiser is conditioned on, None without.
         in_channels: channels of what it is trained on.
@@ -52,6 +53,7 @@ class DiffusionBase:
     takes_guidance: ClassVar[bool] = True
     fixed_size: ClassVar[bool] = False
     image_stream: ClassVar[int] = -1
+    encodes_together: ClassVar[bool] = True
     condition_argument: ClassVar[str | None] = "prompt"
     _input_name: ClassVar[str] = "hidden_states"
 
@@ -74,6 +76,12 @@ class DiffusionBase:
     def _vae_scale(self) -> int:
         """Pixels per latent pixel, along each side."""
         return self.pipe.vae_scale_factor if self.is_latent else 1
+
+    @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """The networks that captions go through, by the names of their components."""
+        components = self.pipe.components.items()
+        return {name: part for name, part in components if name.startswith("text_encoder") and part is not None}
 
     @property
     def takes_classes(self) -> bool:
@@ -236,6 +244,10 @@ class DiffusionBase:
         raise UserValueError(
             f"{type(self.pipe).__name__} takes no captions. Leave them out, or use a text-to-image base."
         )
+
+    def encode_captions_with_gradients(self, captions: list[str]) -> dict[str, Tensor]:
+        """`encode_captions`, which families do under `torch.no_grad`, without that: for encoders that are trained."""
+        return inspect.unwrap(type(self).encode_captions)(self, captions)
 
     def join_conditions(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Conditions of single rows -> those of a batch: where lengths differ, zeros follow, in masks as well.

@@ -200,12 +200,39 @@ class TrainingArguments(AdapterArguments, DataArguments):
     variant: str | None = argument(None, "Variant of the base's files, such as fp16.")
 
     instance_prompt: str = argument("", "Caption of images that have none, for bases that take text.")
+    train_text_encoder: bool = argument(
+        False, "Adapt the text encoders, too; captions are then encoded in every step, not once."
+    )
+    text_encoder_learning_rate: float | None = argument(None, "Theirs; by default learning_rate.")
+    text_encoder_rank: int | None = argument(None, "Width of each concept in them; by default concept_rank.")
     resolution: int | None = argument(None, "Side of the images in pixels; by default the base's.")
     dataloader_num_workers: int = argument(0, "Processes that decode images (not of streams).")
 
     snr_gamma: float | None = argument(None, "Min-SNR weighting of the loss (5.0 is usual); diffusion bases only.")
     num_validation_images: int = argument(8, "Images per row of a grid; 0 for no grids.")
     num_inference_steps: int = argument(25, "Denoising steps of the grids.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rate = self.text_encoder_learning_rate
+        for name in ("text_encoder_learning_rate", "text_encoder_rank"):
+            if getattr(self, name) is not None and not self.train_text_encoder:
+                raise UserValueError(
+                    f"--{name}={getattr(self, name)} is for text encoders that are trained. Add --train_text_encoder, "
+                    "or leave it out."
+                )
+        if rate is not None and not rate > 0:
+            raise UserValueError(f"--text_encoder_learning_rate={rate} must be positive.")
+        if rate not in (None, self.learning_rate) and self.optimizer == "prodigy":
+            raise UserValueError(
+                f"--optimizer=prodigy finds one learning rate for all, so --text_encoder_learning_rate={rate} cannot "
+                f"differ from --learning_rate={self.learning_rate}. Leave it out."
+            )
+        if self.train_text_encoder and self.shard_base:
+            raise UserValueError(
+                "--shard_base cuts the denoiser only, and was not made to work with --train_text_encoder. Leave one of "
+                "them out."
+            )
 
 
 @dataclass
@@ -309,6 +336,7 @@ _MINIMA: dict[str, float] = {
     "early_stopping_patience": 1,
     "dataloader_num_workers": 0,
     "concept_rank": 1,
+    "text_encoder_rank": 1,
     "observational_rank": 0,
     "observational_steps": 0,
     "train_batch_size": 1,

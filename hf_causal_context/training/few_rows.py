@@ -52,11 +52,13 @@ def joined(batches: Sequence[Batch], base: DiffusionBase) -> Batch:
     ]
     clean = torch.cat([batch.clean.cpu() for batch in batches])
     context = torch.cat([batch.context.cpu() for batch in batches])
-    return Batch(clean, context, base.join_conditions(rows), Draws(0, range(len(clean))))
+    captions = [caption for batch in batches for caption in batch.captions]
+    return Batch(clean, context, base.join_conditions(rows), Draws(0, range(len(clean))), captions)
 
 
 def part_of(batch: Batch, rows: range, draws: Draws, device: torch.device) -> Batch:
     """Return some rows of a batch, with other draws, on a device."""
     chosen = slice(rows.start, rows.stop)
     conditions = {name: tensor[chosen].to(device) for name, tensor in batch.conditions.items()}
-    return Batch(batch.clean[chosen].to(device), batch.context[chosen].to(device), conditions, draws)
+    clean, context = batch.clean[chosen].to(device), batch.context[chosen].to(device)
+    return Batch(clean, context, conditions, draws, batch.captions[chosen])

@@ -18,6 +18,7 @@ from ..bases.loading import check_base, load_base
 from ..bases.names import resolve_base_name
 from ..data import InterventionalData
 from ..data.from_arguments import load_data
+from ..errors import UserValueError
 from ..hub.contents import CardContents
 from ..inference.sampling import check_conditions, generate
 from .arguments import TrainingArguments
@@ -27,11 +28,12 @@ from .denoiser.features import denoiser_features
 from .denoiser.gap import NUM_ROWS, denoiser_gap
 from .denoiser.losses import denoising_losses
 from .denoiser.objectives import denoising_objective
+from .denoiser.text_encoders import AdaptedPipeline, with_encoders
 from .grids import newest_grid, write_grid
 from .loop.objective import Objective
 from .loop.processes import make_accelerator
 from .publishing import train_and_publish
-from .recipe import DTYPES, FineTuning
+from .recipe import DTYPES, FineTuning, attach_adapter
 
 
 def train(
@@ -93,11 +95,28 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
             torch_dtype=DTYPES[self.accelerator.mixed_precision],
             quantization=arguments.quantization,
         )
+        if arguments.train_text_encoder and not self.base.takes_captions:
+            raise UserValueError(
+                f"--train_text_encoder was given, but {type(self.base.pipe).__name__} takes no captions. Leave it out."
+            )
         check_conditions(self.base, None, 0 if self.base.takes_classes else None, None, arguments.resolution)
         return self.base.denoiser
 
     def place_base(self) -> None:
         self.base.move_encoders(self.accelerator.device)
+
+    def trained_model(self) -> nn.Module:
+        arguments = self.arguments
+        if not arguments.train_text_encoder:
+            return self.model
+        rank = arguments.text_encoder_rank or arguments.concept_rank
+        given = replace(arguments, concept_rank=rank, target_modules=None)  # which are the denoiser's
+        with self.accelerator.autocast():
+            return AdaptedPipeline(
+                self.base,
+                self.model,
+                lambda encoder, unused: attach_adapter(encoder, self.data, given, exclude_modules=unused),
+            )
 
     def feature_extractor(self) -> tuple[Callable[[Dataset], Tensor], dict[str, Any]]:
         resolution = self.arguments.resolution
@@ -115,7 +134,8 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
         return self.batches
 
     def objective(self) -> Objective:
-        return denoising_objective(self.base, self.arguments.snr_gamma)
+        objective = denoising_objective(self.base, self.arguments.snr_gamma)
+        return with_encoders(objective) if self.arguments.train_text_encoder else objective
 
     def measure_gap(self) -> BaseGap:
         with self.accelerator.autocast():
@@ -126,11 +146,13 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
         held_out = bool(self.data.held_out)
         contexts = tuple(self.data.held_out or self.data.contexts) if here else ()
         return denoising_losses(
-            self.accelerator, self.base, self.model, self.batches, self.arguments, contexts, held_out
+            self.accelerator, self.base, self.trained, self.batches, self.arguments, contexts, held_out
         )
 
     def enable_gradient_checkpointing(self) -> None:
         self.base.enable_gradient_checkpointing()
+        if isinstance(self.trained, AdaptedPipeline):
+            self.trained.enable_gradient_checkpointing()
 
     def parts(self) -> dict[str, nn.Module]:
         parts = {name: part for name, part in self.base.pipe.components.items() if isinstance(part, nn.Module)}
@@ -138,11 +160,15 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
 
     @property
     def idle_parts(self) -> tuple[str, ...]:
-        return () if self.data.streaming else tuple(self.parts().keys() - {self.base.denoiser_name})
+        return () if self.encodes_in_steps else tuple(self.parts().keys() - {self.base.denoiser_name})
 
     def make_room(self) -> None:
-        # Rows of a stream are encoded as they come.
-        self.base.move_encoders(self.accelerator.device if self.data.streaming else "cpu")
+        self.base.move_encoders(self.accelerator.device if self.encodes_in_steps else "cpu")
+
+    @property
+    def encodes_in_steps(self) -> bool:
+        """Whether steps need the encoders: rows of a stream are encoded as they come."""
+        return self.data.streaming or self.arguments.train_text_encoder
 
     @property
     def validates(self) -> bool:

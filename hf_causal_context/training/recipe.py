@@ -51,10 +51,12 @@ class FineTuning(ABC, Generic[AnyArguments]):
 
     Attributes:
         model: the base with its adapter, once it is attached.
+        trained: what steps are taken with: that model, or one with further parts of the pipeline.
         num_steps: optimizer steps of the whole run, once the data is known.
     """
 
     model: PeftModel
+    trained: nn.Module
     num_steps: int
 
     def __init__(self, accelerator: Accelerator, arguments: AnyArguments, data: InterventionalData | None) -> None:
@@ -78,6 +80,10 @@ class FineTuning(ABC, Generic[AnyArguments]):
     @abstractmethod
     def load_base(self) -> nn.Module:
         """Load the base, unless it is there, check that the data fits it, and return what adapters are attached to."""
+
+    def trained_model(self) -> nn.Module:
+        """Return what steps are taken with, now that `model` has its adapter."""
+        return self.model
 
     def place_base(self) -> None:
         """Put on the device what else the measurements before the training need there."""
@@ -168,6 +174,7 @@ class FineTuning(ABC, Generic[AnyArguments]):
         )
         set_seed(arguments.seed)  # the adapter's initial weights
         self.model = attach_adapter(base, self.data, arguments, self.task_type)
+        self.trained = self.trained_model()
         if arguments.reweighted_contexts and not arguments.dry_run:  # their rows are as large as others
             with main_process_first(accelerator, output_dir):  # it estimates what the others read
                 self._data = add_reweighted_contexts(self.data, arguments, accelerator, *self.feature_extractor())
@@ -179,7 +186,7 @@ class FineTuning(ABC, Generic[AnyArguments]):
             batches = self.make_batches(num_steps * arguments.gradient_accumulation_steps)
         if arguments.dry_run:
             self.prepare_steps(base)
-            run = Run(accelerator, self.model, self.objective(), arguments, num_steps)
+            run = Run(accelerator, self.trained, self.objective(), arguments, num_steps)
             print(f"\n{dry_run(run, batches(0), self.parts(), self.idle_parts)}", flush=True)
             return output_dir
         with main_process_first(accelerator, output_dir):  # it measures, and the others wait
@@ -203,7 +210,7 @@ class FineTuning(ABC, Generic[AnyArguments]):
 
         folder = fit(
             accelerator,
-            self.model,
+            self.trained,
             self.objective(),
             partial(batches, num_observational=observational_samples(arguments, accelerator.num_processes)),
             arguments,
@@ -239,9 +246,13 @@ class FineTuning(ABC, Generic[AnyArguments]):
 
 
 def attach_adapter(
-    base: nn.Module, data: InterventionalData, arguments: AdapterArguments, task_type: str | None = None
+    base: nn.Module,
+    data: InterventionalData,
+    arguments: AdapterArguments,
+    task_type: str | None = None,
+    exclude_modules: list[str] | None = None,
 ) -> PeftModel:
-    """Inject a fresh adapter into a denoiser or a language model, in place."""
+    """Inject a fresh adapter into a denoiser, a text encoder or a language model, in place."""
     config = CausalContextConfig(
         concepts=data.concepts.names,
         concept_rank=arguments.concept_rank,
@@ -249,6 +260,7 @@ def attach_adapter(
         mechanism=cast(Mechanism, arguments.mechanism),
         anchored=arguments.anchored,
         target_modules=arguments.target_modules,
+        exclude_modules=exclude_modules,
         task_type=task_type,
         revision=arguments.revision,
     )

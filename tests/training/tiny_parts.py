@@ -91,7 +91,8 @@ LANGUAGE: dict[str, Any] = {
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 
 
-def _qwen_vl_config():
-    text = {**LANGUAGE, "num_hidden_layers": 2, "rope_parameters": MROPE, "bos_token_id": None, "eos_token_id": None}
+def _qwen_vl_config(num_hidden_layers=2):
+    text = {**LANGUAGE, "num_hidden_layers": num_hidden_layers, "rope_parameters": MROPE}
+    text |= {"bos_token_id": None, "eos_token_id": None}
     vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 8}
     return transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)

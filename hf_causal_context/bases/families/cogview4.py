@@ -19,6 +19,7 @@ class CogView4(DiffusionBase):
     """CogView4: GLM, sizes as further conditions, and times as they were before the schedule was shifted."""
 
     image_stream: ClassVar[int] = 0
+    encodes_together: ClassVar[bool] = False
 
     @property
     def size_multiple(self) -> int:

@@ -136,6 +136,9 @@ class DenoiserBatches:
             if encode or self._rows is None:
                 clean = self._base.encode_images(clean)
         context = torch.stack([self._mask(c) for c in columns["context"]]).to(self._device, non_blocking=True)
+        if self._arguments.train_text_encoder:  # which encodes them in each step
+            captions = columns.get("caption") or [self._arguments.instance_prompt] * len(clean)
+            return Batch(clean, context, {}, draws, captions)
         return Batch(clean, context, self._conditions(columns, len(clean)), draws)
 
     def _mask(self, context: str) -> Tensor:
@@ -170,7 +173,7 @@ class DenoiserBatches:
 
     def _prepare(self, rows: Dataset) -> Dataset:
         read, image_column = self._reader(), self._data.content_column
-        if self._base.takes_captions and "caption" in rows.column_names:
+        if self._base.takes_captions and "caption" in rows.column_names and not self._arguments.train_text_encoder:
             self._encode_captions(rows.unique("caption"))
         if not self._base.is_latent:
             return rows.with_transform(partial(_read_rows, image_column=image_column, read=read))

@@ -8,6 +8,7 @@ Shapes: B samples, C channels, H x W pixels or latents.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -55,6 +56,8 @@ def denoiser_gap(base: DiffusionBase, rows: Batch, seed: int) -> BaseGap:
             # A sample begins with other noise than the one it is judged with, which its base would know.
             others = range(slots.start + len(rows.clean), slots.stop + len(rows.clean))
             part = part_of(rows, slots, Draws(seed, others), device)
+            if part.captions:
+                part = replace(part, conditions=base.encode_captions(part.captions))
             samples = own_samples(base, model, part)
             for number, level in enumerate(LEVELS):
                 for own, clean in enumerate((part.clean, samples)):

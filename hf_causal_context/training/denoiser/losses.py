@@ -7,15 +7,17 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
+from torch import nn
 
 from ...bases.diffusion_base import DiffusionBase
 from ..arguments import TrainingArguments
 from ..context_losses import ContextLosses
 from ..few_rows import part_of
+from ..loop.objective import Objective
 from ..noise import LevelDraws
 from .batches import DenoiserBatches
 from .objectives import Batch, denoising_objective
+from .text_encoders import with_encoders
 
 MOST_ROWS = 32  # of a context
 MOST_IN_ALL = 512  # of all contexts, unless that leaves fewer than 4 each
@@ -25,7 +27,7 @@ _AT_ONCE = 8
 def denoising_losses(
     accelerator: Accelerator,
     base: DiffusionBase,
-    model: PeftModel,
+    model: nn.Module,
     batches: DenoiserBatches,
     arguments: TrainingArguments,
     contexts: Sequence[str],
@@ -36,7 +38,9 @@ def denoising_losses(
     Raises:
         ValueError: for a stream without rows of a context.
     """
-    objective = denoising_objective(base, arguments.snr_gamma)
+    objective: Objective = denoising_objective(base, arguments.snr_gamma)
+    if arguments.train_text_encoder:
+        objective = with_encoders(objective)
 
     @torch.no_grad()
     def loss(rows: Batch) -> float:

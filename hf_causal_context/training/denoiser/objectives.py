@@ -5,7 +5,7 @@ Shapes: B samples, C channels, H x W pixels or latents, K concepts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,13 +22,15 @@ class Batch:
     """Samples on the model's device.
 
     `clean` (B, C, H, W): what the denoiser models, pixels in [-1, 1] or latents. `context` (B, K): the intervention
-    mask. `conditions`: row-wise tensors of captions or classes. `draws`: the samples' noise.
+    mask. `conditions`: row-wise tensors of captions or classes. `draws`: the samples' noise. `captions`: those of the
+    rows that are still to be encoded, if any.
     """
 
     clean: Tensor
     context: Tensor
     conditions: dict[str, Tensor]
     draws: Draws
+    captions: list[str] = field(default_factory=list)
 
 
 class DiffusionObjective:

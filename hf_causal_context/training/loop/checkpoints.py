@@ -19,20 +19,22 @@ from typing import Any, cast
 from accelerate import Accelerator
 from diffusers import ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 from ..._files import ARGUMENTS, CHECKPOINT_NAME, PARTIAL, checkpoint_steps, complete_files, complete_or_absent
 from ...adapter.config import CausalContextConfig
 from ...errors import UserError, UserValueError
 from ..arguments import OLDER_RUNS, OptimizationArguments
 from .corruption import find_corruption, read_record, write_record
+from .parts import adapted_models
 
 # What a resumed run may change: its length, how it is watched, where its files are, and the rate of learning.
 _MAY_CHANGE = frozenset(
     {
-        *("max_train_steps", "num_train_epochs", "learning_rate", "max_grad_norm"),
+        *("max_train_steps", "num_train_epochs", "learning_rate", "text_encoder_learning_rate", "max_grad_norm"),
         *("validation_contexts", "validation_steps", "num_validation_images", "validation_prompt"),
         *("num_validation_texts", "max_new_tokens"),
         *("num_inference_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
@@ -62,29 +64,32 @@ def register_model_hooks(accelerator: Accelerator) -> None:
     def load(models: list, folder: str) -> None:
         while models:
             model = accelerator.unwrap_model(models.pop())
-            if isinstance(model, PeftModel):
-                set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
-            else:
+            parts = adapted_models(model)
+            for place, part in parts.items():
+                set_peft_model_state_dict(part, load_peft_weights(str(Path(folder, place)), device="cpu"))
+            if not parts:
                 model.load_state_dict(load_file(Path(folder, SAFETENSORS_WEIGHTS_NAME)))
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
 
 
-def _write(model: PeftModel | ModelMixin, folder: Path) -> None:
-    if isinstance(model, PeftModel):
-        model.save_pretrained(str(folder), save_embedding_layers=False)  # else PEFT asks the Hub about the vocabulary
-    else:
-        model.save_pretrained(folder)
+def _write(model: nn.Module, folder: Path) -> None:
+    parts = adapted_models(model)
+    for place, part in parts.items():
+        # With embeddings, PEFT asks the Hub about the vocabulary.
+        part.save_pretrained(str(folder / place), save_embedding_layers=False)
+    if not parts:
+        cast(ModelMixin, model).save_pretrained(folder)
 
 
-def save_model(model: PeftModel | ModelMixin, folder: Path) -> None:
+def save_model(model: nn.Module, folder: Path) -> None:
     """Write a model's files into a folder that holds other things too; each appears complete or not at all.
 
     Raises:
         CheckpointError: when they cannot be written.
     """
-    name = "adapter_model.safetensors" if isinstance(model, PeftModel) else SAFETENSORS_WEIGHTS_NAME
+    name = "adapter_model.safetensors" if adapted_models(model) else SAFETENSORS_WEIGHTS_NAME
     write_files(folder, name, lambda unfinished: _write(model, unfinished))
 
 
@@ -127,7 +132,7 @@ def writing(path: Path, output_dir: Path) -> Iterator[None]:
 
 
 def open_output_dir(
-    accelerator: Accelerator, model: PeftModel | ModelMixin, arguments: OptimizationArguments
+    accelerator: Accelerator, model: nn.Module, arguments: OptimizationArguments
 ) -> tuple[int, Path] | None:
     """Make a run's folder, and return the step and the folder of the checkpoint that it goes on from, if any.
 
@@ -205,9 +210,7 @@ def _named(output_dir: Path, wanted: str) -> Path:
     return output_dir / wanted if (output_dir / wanted).is_dir() else Path(wanted)
 
 
-def check_same_run(
-    folder: Path, arguments: OptimizationArguments, model: PeftModel | ModelMixin, num_processes: int
-) -> None:
+def check_same_run(folder: Path, arguments: OptimizationArguments, model: nn.Module, num_processes: int) -> None:
     """Refuse to go on from a checkpoint with settings that would make another run of it.
 
     The rows of an adapter's step, and their noise, do not depend on how it is cut into batches and processes.
@@ -226,16 +229,17 @@ def check_same_run(
     }
     then = _size(stored, read_record(folder).get("num_processes", num_processes))
     now = _size(given, num_processes)
-    same_rows = math.prod(then) == math.prod(now) if isinstance(model, PeftModel) else then == now
+    adapted = adapted_models(model).get("")
+    same_rows = math.prod(then) == math.prod(now) if adapted is not None else then == now
     if not same_rows:
         rows = "rows of a step, --train_batch_size x --gradient_accumulation_steps x processes"
         differing[rows] = (" x ".join(map(str, then)), " x ".join(map(str, now)))
     # What the arguments leave to the data and the base.
-    if isinstance(model, PeftModel):
-        old, new = vars(CausalContextConfig.from_pretrained(str(folder))), vars(model.peft_config["default"])
+    if adapted is not None:
+        old, new = vars(CausalContextConfig.from_pretrained(str(folder))), vars(adapted.peft_config["default"])
         decided = ("concepts", "target_modules", "observational_rank")
     else:
-        old, new = cast(Any, model).load_config(folder), dict(model.config)
+        old, new = cast(Any, model).load_config(folder), dict(cast(Any, model).config)
         decided = ("concepts", "base")
     for name in decided:
         if old[name] != new[name] and f"--{name}" not in differing:
@@ -309,14 +313,14 @@ def check_writable(output_dir: Path) -> None:
         )
 
 
-def check_space(output_dir: Path, model: PeftModel | ModelMixin, arguments: OptimizationArguments) -> None:
+def check_space(output_dir: Path, model: nn.Module, arguments: OptimizationArguments) -> None:
     """Refuse to start on a disk that cannot hold two checkpoints.
 
     Raises:
         CheckpointError: with what is free and what is needed.
     """
     copies = 4 if arguments.use_ema else 3  # the weights, AdamW's two moments, the average
-    frozen = 0 if isinstance(model, PeftModel) else 1  # of an adapter, they are not saved
+    frozen = 0 if adapted_models(model) else 1  # of an adapter, they are not saved
     numbers = sum(p.numel() * (copies if p.requires_grad else frozen) for p in model.parameters())
     needed = 2 * 4 * numbers / 1e6
     if shutil.disk_usage(output_dir).free < needed * 1e6:

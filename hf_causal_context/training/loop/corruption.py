@@ -23,7 +23,8 @@ RECORD = "checkpoint.json"
 
 def write_record(folder: Path, num_processes: int) -> None:
     """Write checkpoint.json: the number of processes, and checksums of the weights, whose format has none."""
-    checksums = {path.name: _checksum(path) for path in sorted(folder.glob("*.safetensors"))}
+    files = sorted(folder.rglob("*.safetensors"))  # those of text encoders are in sub-folders
+    checksums = {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
     (folder / RECORD).write_text(json.dumps({"num_processes": num_processes, "sha256": checksums}, indent=2) + "\n")
 
 
@@ -44,7 +45,7 @@ def find_corruption(folder: Path) -> str | None:
         except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
             return f"{path.name}: {error}"
     for name, checksum in read_record(folder).get("sha256", {}).items():
-        if name not in there:
+        if not (folder / name).exists():
             return f"{name} missing"
         if _checksum(folder / name) != checksum:
             return f"{name}: its checksum is wrong"

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ..._messages import quoted
 from ...errors import MissingPackageError, UserValueError
 from ..arguments import OptimizationArguments
+from .parts import adapted_models
 
 # Name of an optimizer -> its module and class, and the package to install.
 _CLASSES = {
@@ -31,8 +32,21 @@ _CLASSES = {
 }
 
 
+def parameter_groups(model: nn.Module, arguments: OptimizationArguments) -> list[dict[str, Any]]:
+    """Return what is trained, with its peak learning rate: the parameters of the model, then of text encoders."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    main = set(adapted_models(model).get("", model).parameters())
+    groups = [p for p in trained if p in main], [p for p in trained if p not in main]
+    return [{"params": own, "lr": peak} for own, peak in zip(groups, _peaks(arguments), strict=True) if own]
+
+
+def _peaks(arguments: OptimizationArguments) -> tuple[float, float]:
+    rate = arguments.learning_rate
+    return rate, getattr(arguments, "text_encoder_learning_rate", None) or rate
+
+
 def make_optimizer(
-    parameters: list[nn.Parameter], arguments: OptimizationArguments, accelerator: Accelerator
+    groups: list[dict[str, Any]], arguments: OptimizationArguments, accelerator: Accelerator
 ) -> torch.optim.Optimizer:
     """Make the optimizer of a run.
 
@@ -67,7 +81,7 @@ def make_optimizer(
             f"{quoted(known)}."
         )
     try:
-        return optimizer(parameters, **settings)
+        return optimizer(groups, **settings)
     except (TypeError, ValueError) as error:
         raise UserValueError(f"--optimizer_args={arguments.optimizer_args} does not fit {name}: {error}") from error
 
@@ -123,8 +137,8 @@ def averaged_by(optimizer: Any) -> Iterator[None]:
             optimizer.train()
 
 
-def set_learning_rate(schedule: Any, peak: float) -> None:
-    """Give a restored schedule the peak rate of this run; nothing changes when it is the same."""
-    schedule.base_lrs = [peak] * len(schedule.base_lrs)
-    for group, factor in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
+def set_learning_rates(schedule: Any, arguments: OptimizationArguments) -> None:
+    """Give a restored schedule the peak rates of this run; nothing changes when they are the same."""
+    peaks = schedule.base_lrs = list(_peaks(arguments))[: len(schedule.base_lrs)]
+    for group, factor, peak in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, peaks, strict=True):
         group["initial_lr"], group["lr"] = peak, peak * factor(schedule.last_epoch)

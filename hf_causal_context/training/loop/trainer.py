@@ -12,10 +12,8 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
-from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
-from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..._files import checkpoint_steps
@@ -33,7 +31,7 @@ from .early_stopping import EarlyStopping
 from .interruption import noted_interruptions
 from .memory import TrainingMemoryError, explain_oom, is_out_of_memory, less_memory, validation_without_memory
 from .objective import Objective
-from .optimization import averaged, averaged_by, make_optimizer, make_schedule, set_learning_rate
+from .optimization import averaged, averaged_by, make_optimizer, make_schedule, parameter_groups, set_learning_rates
 from .processes import watched_processes
 from .sharding import is_sharded
 from .trackers import start_trackers
@@ -71,7 +69,7 @@ class StepHooks:
 
 def fit(
     accelerator: Accelerator,
-    model: PeftModel | ModelMixin,
+    model: nn.Module,
     objective: Objective,
     batches: Callable[[int], Iterator[Any]],
     arguments: OptimizationArguments,
@@ -86,7 +84,7 @@ def fit(
 
     Args:
         accelerator: from `make_accelerator`.
-        model: a base with its adapter, of which only the adapter is saved, or a whole model.
+        model: a base with its adapter, or several of a pipeline, of which only the adapter is saved; or a whole model.
         objective: batch -> losses (B,).
         batches: endless batches of this process from the n-th on; the n-th is the same in every run.
         arguments: the run's settings.
@@ -132,7 +130,7 @@ class Run:
     def __init__(
         self,
         accelerator: Accelerator,
-        model: PeftModel | ModelMixin,
+        model: nn.Module,
         objective: Objective,
         arguments: OptimizationArguments,
         num_steps: int,
@@ -143,9 +141,10 @@ class Run:
         self.accelerator, self.objective, self.arguments, self.num_steps = accelerator, objective, arguments, num_steps
         self.validation, self.early_stopping, self.hooks = validation, early_stopping, hooks or StepHooks()
         self.output_dir, self.sharded = Path(arguments.output_dir), is_sharded(model)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        groups = parameter_groups(model, arguments)
+        self.parameters: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
         self.untrained = Untrained(model, accelerator.num_processes)
-        optimizer = make_optimizer(self.parameters, arguments, accelerator)
+        optimizer = make_optimizer(groups, arguments, accelerator)
         self.schedule = make_schedule(optimizer, arguments, num_steps)
         register_model_hooks(accelerator)
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
@@ -158,7 +157,7 @@ class Run:
         self.done = 0
         self.without_memory: set[type[Exception]] = set()  # kinds of errors of validations
         # Of the steps that `synchronize` has not seen: the learning rates before and after each, its loss and norm.
-        self.rates: list[tuple[float, float]] = []
+        self.rates: list[tuple[list[float], list[float]]] = []
         self.losses, self.norms = torch.zeros(2, STEPS_PER_SYNC, device=accelerator.device)
         self.steps_per_sync, self.steps_per_second = 1, 0.0
 
@@ -168,7 +167,7 @@ class Run:
         self.done = step
         if self.ema is not None:
             self.ema.to(self.accelerator.device)
-        set_learning_rate(self.schedule, self.arguments.learning_rate)
+        set_learning_rates(self.schedule, self.arguments)
         self.accelerator.print(f"Resumed from {checkpoint}.")
         if self.accelerator.is_main_process:
             for later, folder in checkpoint_steps(self.output_dir).items():
@@ -238,7 +237,7 @@ class Run:
         self.hooks.end_backward()
         self.untrained.look(self.done + 1)
         self.norms[place] = cast(Tensor, accelerator.clip_grad_norm_(self.parameters, self.arguments.max_grad_norm))
-        before = cast(float, self.schedule.get_last_lr()[0])
+        before = cast("list[float]", self.schedule.get_last_lr())
         self.optimizer.step()
         self.hooks.end_step()
         if not accelerator.optimizer_step_was_skipped:  # by the scaler of fp16
@@ -247,7 +246,7 @@ class Run:
                 self.ema.step(self.parameters)
         self.optimizer.zero_grad()
         self.done += 1
-        self.rates.append((before, cast(float, self.schedule.get_last_lr()[0])))
+        self.rates.append((before, cast("list[float]", self.schedule.get_last_lr())))
 
     def read_batch(self) -> Any:
         """Return the next batch.
@@ -285,9 +284,10 @@ class Run:
         self.steps_per_second = count / (perf_counter() - self.began)
         seen = zip(values[:count], values[count:], self.rates, strict=True)
         for step, (loss, norm, (before, after)) in enumerate(seen, self.done - count + 1):
-            self.check_finite(step, loss, norm, before)
-            self.accelerator.log({"loss": loss, "learning_rate": after, "gradient_norm": norm}, step=step)
-            self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{after:.2g}", refresh=False)
+            self.check_finite(step, loss, norm, before[0])
+            rates = dict(zip(("learning_rate", "text_encoder_learning_rate"), after, strict=False))
+            self.accelerator.log({"loss": loss, **rates, "gradient_norm": norm}, step=step)
+            self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{after[0]:.2g}", refresh=False)
         self.bar.update(count)
         self.rates.clear()
         return interrupted > 0

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from peft import PeftModel
 from torch import nn
 
 from ...adapter.peft_type import PREFIX
 from ...errors import UserValueError
+from .parts import adapted_models
 
 
 class UntrainedModulesError(UserValueError):
@@ -23,15 +23,15 @@ class Untrained:
     others do whose paths differ from its own in numbers only.
 
     Args:
-        model: the base with its adapter.
+        model: the base with its adapter, or several of a pipeline.
         num_processes: of the run. Among several, a gradient that is missing in one would be waited for in all.
     """
 
     def __init__(self, model: nn.Module, num_processes: int) -> None:
         self._trained: dict[str, list[nn.Parameter]] = defaultdict(list)
-        for name, parameter in model.named_parameters() if isinstance(model, PeftModel) else ():
+        for name, parameter in model.named_parameters() if adapted_models(model) else ():
             if parameter.requires_grad:
-                module = name.removeprefix("base_model.model.").partition(f".{PREFIX}")[0]
+                module = name.replace("base_model.model.", "", 1).partition(f".{PREFIX}")[0]
                 self._trained[module].append(parameter)
         self._left, self._several, self._steps = list(self._trained), num_processes > 1, 0
 
