@@ -174,7 +174,7 @@ class CausalContextModel(BaseTuner):
         with self._context_to_merge(next(_layers(self.model), None)):
             super().merge_adapter(adapter_names, safe_merge)
 
-    def _context_to_merge(self, layer: CausalContextLayer | None) -> AbstractContextManager[None]:
+    def _context_to_merge(self, layer: CausalContextLayer | None) -> AbstractContextManager[object]:
         """Put the observational context in force where none is set."""
         if layer is None or layer.training or layer.conditioning.request() is not None:
             return nullcontext()
