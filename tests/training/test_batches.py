@@ -186,7 +186,7 @@ def test_captions_of_a_stream_are_not_kept(make, pipeline_folder):
 
 @STREAMING
 def test_captions_of_different_lengths_join_with_zeros_after_them(streaming, make, pipeline_folder, monkeypatch):
-    monkeypatch.setattr(batches_module, "_ENCODED_AT_ONCE", 1)  # each caption in a call of its own, with its own length
+    monkeypatch.setattr(batches_module, "ENCODED_AT_ONCE", 1)  # each caption in a call of its own, with its own length
     base = load_base(pipeline_folder("stable_diffusion"))
     lengths = {f"a {context} {i}": 2 * len(context) + i for context in CONTEXTS for i in range(2)}
 

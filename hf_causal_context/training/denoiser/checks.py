@@ -1,0 +1,44 @@
+"""What a base is conditioned on against what the data and the settings give, before any work."""
+
+from __future__ import annotations
+
+from datasets import Image
+
+from ...bases.diffusion_base import DiffusionBase
+from ...data import InterventionalData
+from ...errors import UserValueError
+from ..arguments import TrainingArguments
+
+
+def check_conditions(base: DiffusionBase, data: InterventionalData, arguments: TrainingArguments) -> None:
+    """Refuse captions, classes and their settings where a base and the data do not have them.
+
+    Raises:
+        ValueError: naming what does not fit.
+    """
+    column, name = arguments.class_column, type(base.pipe).__name__
+    feature = (data.rows.features or {}).get(data.content_column)
+    if feature is not None and not isinstance(feature, Image):
+        raise UserValueError(
+            f"The column {data.content_column!r} holds {feature}, not images. Name another "
+            "--image_column, or cast it: dataset.cast_column(name, datasets.Image())."
+        )
+    columns = data.rows.column_names or []
+    if base.takes_classes and (column is None or column not in columns):
+        raise UserValueError(
+            f"This {name} is conditioned on classes, but --class_column={column} names no column of the data. It "
+            f"has: {', '.join(columns)}."
+        )
+    if column is not None and not base.takes_classes:
+        raise UserValueError(f"--class_column={column} was given, but this {name} takes no classes. Leave it out.")
+    for argument in ("instance_prompt", "validation_prompt"):
+        if (text := getattr(arguments, argument)) and not base.takes_captions:
+            raise UserValueError(f"--{argument}={text!r} was given, but {name} takes no captions. Leave it out.")
+    if data.has_captions and not base.takes_captions:
+        raise UserValueError(f"The data has captions, but {name} takes none. Leave --caption_column or them out.")
+    prompt = arguments.instance_prompt
+    if data.has_captions and prompt:
+        raise UserValueError(
+            f"--instance_prompt={prompt!r} captions images that have no captions, but the data has some. Leave one "
+            "of the two out."
+        )
