@@ -205,6 +205,12 @@ class TrainingArguments(AdapterArguments, DataArguments):
     )
     text_encoder_learning_rate: float | None = argument(None, "Theirs; by default learning_rate.")
     text_encoder_rank: int | None = argument(None, "Width of each concept in them; by default concept_rank.")
+    caption_dropout: float = argument(0.0, "Share of the captions that are replaced by the empty one.")
+    shuffle_tags: bool = argument(
+        False,
+        "Put the tags of captions (between commas) in another order for every sample; captions are then encoded in "
+        "every step.",
+    )
     resolution: int | None = argument(None, "Side of the images in pixels; by default the base's.")
     dataloader_num_workers: int = argument(0, "Processes that decode images (not of streams).")
 
@@ -232,6 +238,11 @@ class TrainingArguments(AdapterArguments, DataArguments):
             raise UserValueError(
                 "--shard_base cuts the denoiser only, and was not made to work with --train_text_encoder. Leave one of "
                 "them out."
+            )
+        if not 0 <= self.caption_dropout < 1:
+            raise UserValueError(
+                f"--caption_dropout={self.caption_dropout} must be at least 0 and below 1: the share of captions that "
+                "are left out. 0.1 is usual."
             )
 
 

@@ -167,8 +167,8 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
 
     @property
     def encodes_in_steps(self) -> bool:
-        """Whether steps need the encoders: rows of a stream are encoded as they come."""
-        return self.data.streaming or self.arguments.train_text_encoder
+        """Whether steps need the encoders: for rows of a stream, and captions that never come twice."""
+        return self.data.streaming or self.arguments.shuffle_tags or self.arguments.train_text_encoder
 
     @property
     def validates(self) -> bool:

@@ -20,6 +20,14 @@ def generator_of(*numbers: int, device: torch.device | str = "cpu") -> torch.Gen
     return torch.Generator(device).manual_seed(int(state >> 1))
 
 
+CAPTION = 1
+
+
+def chance_of(seed: int, slot: int, matter: int) -> np.random.Generator:
+    """Return what decides a matter of one sample besides its noise, which is the same whatever is decided."""
+    return np.random.default_rng((seed, slot, matter))
+
+
 class Draws:
     """Noise of the samples in some slots; successive calls give new numbers.
 

@@ -24,6 +24,7 @@ from ..few_rows import few_rows, joined, numbers_of_context
 from ..loop.interruption import ignore_interruptions
 from ..noise import Draws
 from ..weights import batch_weights
+from .captions import changed_captions
 from .checks import check_conditions
 from .objectives import Batch
 from .rows import ENCODED_AT_ONCE, PreparedRows, collate, image_reader, prepare_rows, stack
@@ -71,8 +72,9 @@ class DenoiserBatches:
         self._reader = image_reader(base, self._resolution)
         self._rows: Dataset | None = None
         if isinstance(data.rows, Dataset):
-            if base.takes_captions and data.has_captions and not arguments.train_text_encoder:
-                self._encode_captions(data.rows.unique("caption"))
+            if base.takes_captions and not (arguments.shuffle_tags or arguments.train_text_encoder):
+                captions = data.rows.unique("caption") if data.has_captions else [arguments.instance_prompt]
+                self._encode_captions({*captions, *([""] if arguments.caption_dropout else [])})
             self._rows = prepare_rows(data.rows, base, data.content_column, self._resolution, device)
 
     def __call__(self, start: int, num_observational: int = 0) -> Iterator[Batch]:
@@ -105,7 +107,11 @@ class DenoiserBatches:
                 pin_memory=self._device.type == "cuda",
             )
         for number, columns in enumerate(loaded, start):
-            yield self._to_batch(columns, Draws(seed, slots_of(number, size, *process)))
+            slots = slots_of(number, size, *process)
+            if self._arguments.caption_dropout or self._arguments.shuffle_tags:
+                captions = columns.get("caption") or [self._arguments.instance_prompt] * size
+                columns["caption"] = list(changed_captions(captions, slots, self._arguments))
+            yield self._to_batch(columns, Draws(seed, slots))
 
     def few(self, context: str, num: int) -> Batch:
         """Up to `num` rows of a context, trained on or held out, on the CPU: the same ones whenever they are asked for.
@@ -152,8 +158,8 @@ class DenoiserBatches:
         if not self._base.takes_captions:
             return {}
         captions = columns.get("caption") or [self._arguments.instance_prompt] * rows
-        if self._rows is None and self._data.has_captions:
-            self._captions = {}  # a stream has more than memory holds, and a resumed run would have kept others
+        if self._arguments.shuffle_tags or (self._rows is None and self._data.has_captions):
+            self._captions = {}  # there are more than memory holds, and a resumed run would have kept others
         self._encode_captions(set(captions).difference(self._captions))
         conditions = self._base.join_conditions([self._captions[caption] for caption in captions])
         return {name: tensor.to(self._device, non_blocking=True) for name, tensor in conditions.items()}

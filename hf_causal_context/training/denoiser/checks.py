@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from datasets import Image
+from typing import cast
+
+from datasets import Dataset, Image
 
 from ...bases.diffusion_base import DiffusionBase
 from ...data import InterventionalData
@@ -42,3 +44,15 @@ def check_conditions(base: DiffusionBase, data: InterventionalData, arguments: T
             f"--instance_prompt={prompt!r} captions images that have no captions, but the data has some. Leave one "
             "of the two out."
         )
+    given = {"--caption_dropout": arguments.caption_dropout, "--shuffle_tags": arguments.shuffle_tags}
+    if (changing := [option for option, value in given.items() if value]) and not (data.has_captions or prompt):
+        raise UserValueError(
+            f"{' and '.join(changing)}: the images have no captions to change. Caption them, or leave this out."
+        )
+    if arguments.shuffle_tags and not data.streaming:
+        captions = cast(Dataset, data.rows).unique("caption") if data.has_captions else [prompt]
+        if not any("," in caption for caption in captions):
+            raise UserValueError(
+                f"--shuffle_tags was given, but no caption has a comma, such as {captions[0]!r}. Put commas between "
+                "the tags, or leave it out."
+            )
