@@ -212,6 +212,10 @@ class TrainingArguments(AdapterArguments, DataArguments):
         "every step.",
     )
     resolution: int | None = argument(None, "Side of the images in pixels; by default the base's.")
+    random_flip: bool = argument(False, "Mirror half of the images, left to right.")
+    flip_changes: list[str] = argument(
+        [], "Concepts that a mirror would change, such as writing: images of their contexts are never mirrored."
+    )
     dataloader_num_workers: int = argument(0, "Processes that decode images (not of streams).")
 
     snr_gamma: float | None = argument(None, "Min-SNR weighting of the loss (5.0 is usual); diffusion bases only.")
@@ -243,6 +247,10 @@ class TrainingArguments(AdapterArguments, DataArguments):
             raise UserValueError(
                 f"--caption_dropout={self.caption_dropout} must be at least 0 and below 1: the share of captions that "
                 "are left out. 0.1 is usual."
+            )
+        if self.flip_changes and not self.random_flip:
+            raise UserValueError(
+                f"--flip_changes={self.flip_changes} has no effect without --random_flip. Give both, or none."
             )
 
 

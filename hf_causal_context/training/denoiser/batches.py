@@ -6,7 +6,7 @@ What a frozen base computes (latents, text embeddings) is computed once for map-
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -26,8 +26,9 @@ from ..noise import Draws
 from ..weights import batch_weights
 from .captions import changed_captions
 from .checks import check_conditions
+from .flips import Flips
 from .objectives import Batch
-from .rows import ENCODED_AT_ONCE, PreparedRows, collate, image_reader, prepare_rows, stack
+from .rows import ENCODED_AT_ONCE, PreparedRows, Reader, encode_rows, stack
 
 
 class DenoiserBatches:
@@ -69,49 +70,51 @@ class DenoiserBatches:
                 "--caption_column), or caption all alike with --instance_prompt.",
                 flush=True,
             )
-        self._reader = image_reader(base, self._resolution)
-        self._rows: Dataset | None = None
+        self._flips = Flips(arguments, data.concepts)
+        self._reader = Reader(data.content_column, base.image_channels, self._resolution)
+        self._latents: list[Dataset] = []
         if isinstance(data.rows, Dataset):
             if base.takes_captions and not (arguments.shuffle_tags or arguments.train_text_encoder):
                 captions = data.rows.unique("caption") if data.has_captions else [arguments.instance_prompt]
                 self._encode_captions({*captions, *([""] if arguments.caption_dropout else [])})
-            self._rows = prepare_rows(data.rows, base, data.content_column, self._resolution, device)
+            if base.is_latent:
+                for flipped in (False, True)[: 1 + arguments.random_flip]:
+                    self._latents.append(encode_rows(data.rows, base, self._reader, device, flipped))
 
     def __call__(self, start: int, num_observational: int = 0) -> Iterator[Batch]:
         """Batches from number `start` on; the first samples of the run are observational, as many as are given."""
-        seed, size = self._arguments.seed, self._arguments.train_batch_size
-        process = (self._rank, self._world_size)
-        if self._rows is None:
-            stream = stream_batches(self._data, size, seed, start, *process, self._weights, num_observational)
-            read = partial(collate, image_column=self._data.content_column, read=self._reader)
-            loaded: Iterable[dict[str, Any]] = map(read, stream)
-        else:
-            rows = PreparedRows(self._rows, self._data.reweighted, self._data.content_column)
-            sampler = ContextSampler(
-                rows.contexts,
-                size,
-                seed,
-                self._num_batches,
-                start,
-                *process,
-                self._weights,
-                num_observational,
-            )
-            loaded = DataLoader(
-                rows,
-                batch_sampler=sampler,
-                collate_fn=stack,
-                num_workers=self._arguments.dataloader_num_workers,
-                worker_init_fn=ignore_interruptions,
-                generator=torch.Generator(),  # else it draws from the random state that a checkpoint restored
-                pin_memory=self._device.type == "cuda",
-            )
-        for number, columns in enumerate(loaded, start):
-            slots = slots_of(number, size, *process)
+        for number, columns in enumerate(self._loaded(start, num_observational), start):
+            slots = self._slots(number)
             if self._arguments.caption_dropout or self._arguments.shuffle_tags:
-                captions = columns.get("caption") or [self._arguments.instance_prompt] * size
+                captions = columns.get("caption") or [self._arguments.instance_prompt] * len(slots)
                 columns["caption"] = list(changed_captions(captions, slots, self._arguments))
-            yield self._to_batch(columns, Draws(seed, slots))
+            yield self._to_batch(columns, Draws(self._arguments.seed, slots))
+
+    def _slots(self, number: int) -> range:
+        return slots_of(number, self._arguments.train_batch_size, self._rank, self._world_size)
+
+    def _loaded(self, start: int, num_observational: int) -> Iterator[dict[str, Any]]:
+        """Columns of the batches from number `start` on."""
+        size, seed, process = self._arguments.train_batch_size, self._arguments.seed, (self._rank, self._world_size)
+        if not isinstance(self._data.rows, Dataset):
+            stream = stream_batches(self._data, size, seed, start, *process, self._weights, num_observational)
+            for number, read in enumerate(stream, start):
+                flips = self._flips([row["context"] for row in read], self._slots(number))
+                yield stack([self._reader(row, flipped) for row, flipped in zip(read, flips, strict=True)])
+            return
+        rows = PreparedRows(self._data.rows, self._latents, self._data.reweighted, self._reader)
+        sampler = ContextSampler(
+            rows.contexts, size, seed, self._num_batches, start, *process, self._weights, num_observational
+        )
+        yield from DataLoader(
+            rows,
+            batch_sampler=_Keys(sampler, rows, self._flips),
+            collate_fn=stack,
+            num_workers=self._arguments.dataloader_num_workers,
+            worker_init_fn=ignore_interruptions,
+            generator=torch.Generator(),  # else it draws from the random state that a checkpoint restored
+            pin_memory=self._device.type == "cuda",
+        )
 
     def few(self, context: str, num: int) -> Batch:
         """Up to `num` rows of a context, trained on or held out, on the CPU: the same ones whenever they are asked for.
@@ -119,14 +122,14 @@ class DenoiserBatches:
         Raises:
             ValueError: for a stream without rows of the context.
         """
-        seed, content = self._arguments.seed, self._data.content_column
-        if self._rows is None or context in self._data.held_out:
-            rows = list(few_rows(self._data, context, num, seed))
+        seed = self._arguments.seed
+        if not self._latents or context in self._data.held_out:
+            rows = [self._reader(row) for row in few_rows(self._data, context, num, seed)]
             parts = [rows[start : start + ENCODED_AT_ONCE] for start in range(0, len(rows), ENCODED_AT_ONCE)]
-            encoded = [self._to_batch(collate(part, content, self._reader), Draws(seed, ()), True) for part in parts]
         else:
-            numbers = numbers_of_context(self._rows, context, num, seed)
-            encoded = [self._to_batch(stack(cast(Any, self._rows).__getitems__(numbers)), Draws(seed, ()))]
+            numbers = numbers_of_context(self._latents[0], context, num, seed)
+            parts = [cast(Any, self._latents[0]).__getitems__(numbers)]
+        encoded = [self._to_batch(stack(part), Draws(seed, ())) for part in parts]
         if not encoded:
             raise UserValueError(
                 f"The stream has no rows of the context {context or self._arguments.observational_name!r}. Add them, "
@@ -134,12 +137,10 @@ class DenoiserBatches:
             )
         return joined(encoded, self._base)
 
-    def _to_batch(self, columns: dict[str, Any], draws: Draws, encode: bool = False) -> Batch:
+    def _to_batch(self, columns: dict[str, Any], draws: Draws) -> Batch:
         clean = columns["clean"].to(self._device, non_blocking=True)
         if clean.dtype == torch.uint8:
-            clean = clean.float() / 127.5 - 1
-            if encode or self._rows is None:
-                clean = self._base.encode_images(clean)
+            clean = self._base.encode_images(clean.float() / 127.5 - 1)
         context = torch.stack([self._mask(c) for c in columns["context"]]).to(self._device, non_blocking=True)
         if self._arguments.train_text_encoder:  # which encodes them in each step
             captions = columns.get("caption") or [self._arguments.instance_prompt] * len(clean)
@@ -158,7 +159,7 @@ class DenoiserBatches:
         if not self._base.takes_captions:
             return {}
         captions = columns.get("caption") or [self._arguments.instance_prompt] * rows
-        if self._arguments.shuffle_tags or (self._rows is None and self._data.has_captions):
+        if self._arguments.shuffle_tags or (self._data.streaming and self._data.has_captions):
             self._captions = {}  # there are more than memory holds, and a resumed run would have kept others
         self._encode_captions(set(captions).difference(self._captions))
         conditions = self._base.join_conditions([self._captions[caption] for caption in captions])
@@ -172,3 +173,17 @@ class DenoiserBatches:
             encoded = {name: tensor.cpu() for name, tensor in self._base.encode_captions(some).items()}
             for i, caption in enumerate(some):
                 self._captions[caption] = {name: tensor[i] for name, tensor in encoded.items()}
+
+
+@dataclass
+class _Keys:
+    """The keys of a sampler's rows: whether a row is mirrored is a matter of its slot."""
+
+    sampler: ContextSampler
+    rows: PreparedRows
+    flips: Flips
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch, numbers in enumerate(self.sampler, self.sampler.start):
+            flips = self.flips([self.rows.contexts[number] for number in numbers], self.sampler.slots(batch))
+            yield [self.rows.key(number, flipped) for number, flipped in zip(numbers, flips, strict=True)]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,30 +26,37 @@ ENCODED_AT_ONCE = 16
 _READING = 2  # goes up when `read_image` reads some file in another way, so that no latents of the old way are found
 
 
-def image_reader(base: DiffusionBase, resolution: int) -> partial[np.ndarray]:
-    """Return what reads an image as a base takes it."""
-    return partial(read_image, channels=base.image_channels, resolution=resolution)
+@dataclass(frozen=True)
+class Reader:
+    """Rows with images -> the same rows with "clean" instead, the pixels (C, R, R) as uint8."""
+
+    content_column: str
+    channels: int
+    resolution: int
+
+    def __call__(self, row: Mapping[str, Any], flipped: bool = False) -> dict[str, Any]:
+        """Read a row, mirrored or as it is."""
+        pixels = read_image(row[self.content_column], self.channels, self.resolution)
+        read = {name: value for name, value in row.items() if name != self.content_column}
+        return read | {"clean": np.ascontiguousarray(pixels[..., ::-1]) if flipped else pixels}
 
 
-def prepare_rows(
-    rows: Dataset, base: DiffusionBase, image_column: str, resolution: int, device: torch.device
-) -> Dataset:
-    """Return the rows with "clean" instead of their images: pixels, read when they are used, or latents, read now."""
-    read = image_reader(base, resolution)
-    if not base.is_latent:
-        return rows.with_transform(partial(_read_rows, image_column=image_column, read=read))
-    side = torch.zeros(1, base.image_channels, resolution, resolution)
+def encode_rows(rows: Dataset, base: DiffusionBase, reader: Reader, device: torch.device, flipped: bool) -> Dataset:
+    """Return the rows with "clean", latents of their images, mirrored or not; what was computed once is found again."""
+    image_column = reader.content_column
+    side = torch.zeros(1, base.image_channels, reader.resolution, reader.resolution)
     shape = tuple(base.encode_images(side.to(device)).shape[1:])
 
     def encode(columns: dict[str, Any]) -> dict[str, Any]:
-        pixels = torch.from_numpy(np.stack([read(image) for image in columns[image_column]]))
-        return {"clean": base.encode_images(pixels.to(device).float() / 127.5 - 1).float().cpu().numpy()}
+        read = [reader({image_column: image}, flipped)["clean"] for image in columns[image_column]]
+        pixels = torch.from_numpy(np.stack(read)).to(device)
+        return {"clean": base.encode_images(pixels.float() / 127.5 - 1).float().cpu().numpy()}
 
     features = rows.features.copy()
     del features[image_column]
     # Named by what latents depend on, so that another run with the same base and images finds them.
     versions = (_READING, _file_versions(rows, image_column))
-    key = Hasher.hash((rows._fingerprint, versions, _content(base.pipe.vae), shape))
+    key = Hasher.hash((rows._fingerprint, versions, _content(base.pipe.vae), shape, flipped))
     folder = Path(datasets.config.HF_DATASETS_CACHE, "hf_causal_context")
     folder.mkdir(parents=True, exist_ok=True)
     encoded = rows.map(
@@ -60,16 +67,28 @@ def prepare_rows(
         features=Features(features | {"clean": Array3D(shape, "float32")}),
         new_fingerprint=key,
         cache_file_name=str(folder / f"latents-{key}.arrow"),  # datasets names one for rows from files only
-        desc="encode images",
+        desc="encode mirrored images" if flipped else "encode images",
     )
     return encoded.with_format("torch", columns=["clean"], output_all_columns=True)
 
 
 class PreparedRows(torch.utils.data.Dataset):
-    """Prepared rows, followed by those that stand for combinations: other rows under the combination's name."""
+    """Rows as they are trained on, followed by those that stand for combinations: others under a combination's name.
 
-    def __init__(self, rows: Dataset, reweighted: Mapping[str, NDArray[np.int64]], content_column: str) -> None:
-        self._rows, self._content_column = rows, content_column
+    They are asked for by keys, see `key`.
+
+    Args:
+        rows: images, with their contexts.
+        latents: the same rows encoded, and then mirrored, where that is needed; nothing where images are read each
+            time.
+        reweighted: combination -> the numbers of the rows that stand for it.
+        reader: reads rows with images.
+    """
+
+    def __init__(
+        self, rows: Dataset, latents: Sequence[Dataset], reweighted: Mapping[str, NDArray[np.int64]], reader: Reader
+    ) -> None:
+        self._rows, self._latents, self._reader = rows, latents, reader
         self._standing = np.concatenate([np.arange(len(rows)), *reweighted.values()])
         names = [name for name, numbers in reweighted.items() for _ in numbers]
         self.contexts: list[str] = [*rows.with_format(None)["context"], *names]  # else all images are read
@@ -77,28 +96,43 @@ class PreparedRows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._standing)
 
-    def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
-        chosen = self._standing[numbers].tolist()
+    def key(self, number: int, flipped: bool) -> int:
+        """Return what a row is asked for by, as it is or mirrored."""
+        return number + flipped * len(self)
+
+    def __getitems__(self, keys: list[int]) -> list[dict[str, Any]]:
+        asked = [(key % len(self), key >= len(self)) for key in keys]
+        chosen = [(int(self._standing[number]), flipped) for number, flipped in asked]
         try:
-            rows = cast(Any, self._rows).__getitems__(chosen)
+            read = self._read(chosen)
         except Exception as error:  # decoders raise whatever they like, and seldom which file it was
             raise UserValueError(f"{self._unreadable(chosen)}: {error}") from error
-        return [row | {"context": self.contexts[number]} for number, row in zip(numbers, rows, strict=True)]
+        return [row | {"context": self.contexts[number]} for (number, _), row in zip(asked, read, strict=True)]
 
-    def _unreadable(self, numbers: list[int]) -> str:
+    def _read(self, chosen: Sequence[tuple[int, bool]]) -> list[dict[str, Any]]:
+        if not self._latents:
+            rows = cast(Any, self._rows).__getitems__([number for number, _ in chosen])
+            return [self._reader(row, flipped) for row, (_, flipped) in zip(rows, chosen, strict=True)]
+        found: dict[tuple[int, bool], dict[str, Any]] = {}
+        for version, latents in enumerate(self._latents):
+            numbers = [number for number, flipped in chosen if flipped == version]
+            rows = cast(Any, latents).__getitems__(numbers) if numbers else []
+            found |= {(number, bool(version)): row for number, row in zip(numbers, rows, strict=True)}
+        return [found[one] for one in chosen]
+
+    def _unreadable(self, chosen: Sequence[tuple[int, bool]]) -> str:
         """Return the first of these rows that cannot be read, by the name of its file where it has one."""
-        for number in numbers:
+        for number, flipped in chosen:
             try:
-                self._rows[number]
+                self._read([(number, flipped)])
             except Exception:  # see above
                 path = None
-                if self._content_column in self._rows.column_names:  # else it was encoded before
-                    undecoded = self._rows.with_format(None).cast_column(
-                        self._content_column, ImageFeature(decode=False)
-                    )
-                    path = undecoded[number][self._content_column]["path"]
+                if not self._latents:
+                    column = self._reader.content_column
+                    undecoded = self._rows.with_format(None).cast_column(column, ImageFeature(decode=False))
+                    path = undecoded[number][column]["path"]
                 return path or f"row {number} of the data"
-        return f"one of the rows {numbers} of the data"
+        return f"one of the rows {[number for number, _ in chosen]} of the data"
 
 
 def _file_versions(rows: Dataset, image_column: str) -> str:
@@ -122,18 +156,8 @@ def _content(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _read_rows(columns: dict[str, Any], image_column: str, read: partial[np.ndarray]) -> dict[str, Any]:
-    images = columns.pop(image_column)
-    return columns | {"clean": [read(image) for image in images]}
-
-
-def collate(rows: list[dict[str, Any]], image_column: str, read: partial[np.ndarray]) -> dict[str, Any]:
-    """Rows with images -> their columns, the images as pixels."""
-    return stack([row | {"clean": read(row[image_column])} for row in rows])
-
-
 def stack(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Prepared rows -> their columns."""
+    """Rows -> their columns, "clean" as one tensor."""
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     clean = [value if isinstance(value, Tensor) else torch.tensor(value) for value in columns["clean"]]
     return columns | {"clean": torch.stack(clean)}
