@@ -42,6 +42,9 @@ class DataArguments(ContextDataArguments):
     caption_column: str | None = argument(
         None, "Column of the captions, for bases that take text; of folders, in metadata."
     )
+    mask_column: str | None = argument(
+        None, "Column of masks, images of what counts in the loss (white); in folders a.mask.png is the mask of a.png."
+    )
     class_column: str | None = argument(None, "Column of the classes, for class-conditional bases.")
 
 

@@ -19,6 +19,7 @@ from ..contexts import Context
 from ..errors import UserError, UserValueError
 from .columns import BATCH_ROWS, Rows, known_features
 from .interventional import InterventionalData
+from .masks import plain_mask
 from .text_rows import columns_of, row_problem
 
 TINY = 50
@@ -129,7 +130,8 @@ def _read(
     _, features = known_features(rows)
     opener = Image() if isinstance(features[data.content_column], Image) and decode else None
     counts = Counter[str]()
-    for number, context, values in _payloads(rows, seen.texts or (data.content_column,), contexts, role):
+    images = (data.content_column, "mask") if data.has_masks else (data.content_column,)
+    for number, context, values in _payloads(rows, seen.texts or images, contexts, role):
         counts[context] += 1
         path = values[0].get("path") if isinstance(values[0], dict) else None
         name = str(path or f"row {number} of {repr(context) if context else 'the observational context'} ({role})")
@@ -137,8 +139,11 @@ def _read(
         try:
             content = _text(dict(zip(seen.texts, values, strict=True))) if seen.texts else _content(values[0])
             if opener is not None:
-                for remark in remarks(opener.decode_example({"bytes": content, "path": None})):
+                image = opener.decode_example({"bytes": content, "path": None})
+                for remark in remarks(image):
                     seen.remarks[remark].append(name)
+                if data.has_masks and values[1] is not None:
+                    plain_mask(opener.decode_example({"bytes": _content(values[1]), "path": None}), image)
         except Exception as error:
             seen.unreadable.append(
                 f"{name} ({error if seen.texts or isinstance(error, UserError) else type(error).__name__})"

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, Features, Image, Value
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
@@ -15,6 +16,7 @@ from ..contexts import ConceptSet, ContextLike, context_text
 from ..errors import UserValueError
 from .captions import METADATA, read_captions
 from .interventional import InterventionalData, from_dataset
+from .masks import is_mask, masks_of
 
 IMAGE_SUFFIXES = frozenset(ImageFolder.EXTENSIONS)
 
@@ -36,8 +38,9 @@ def load_folders(
 
     Captions are optional, for all images or for none. They stand in a ``metadata.jsonl`` or ``metadata.csv`` with
     ``file_name`` and ``text`` (or ``caption``, or `caption_column`), in `root` or in a folder of images; or beside each
-    image, in a ``.txt`` or ``.caption`` of the same name. Files that are not read are counted in the warnings. Images
-    are opened when they are used. What is trained on and what is held out: see `from_dataset`.
+    image, in a ``.txt`` or ``.caption`` of the same name. Masks are optional, too, for any of the images: see
+    `masks_of`. Files that are not read are counted in the warnings. Images are opened when they are used. What is
+    trained on and what is held out: see `from_dataset`.
 
     Raises:
         FileNotFoundError: for a missing root, or an image that the metadata names and that does not exist.
@@ -49,7 +52,9 @@ def load_folders(
     files = {context: sorted(visible_files(folder)) for context, folder in folders.items()}
     images = {context: _images(folders[context], own) for context, own in files.items()}
     captionable = {image for own in images.values() for image in own}
-    others = [file for own in [files_in(root), *files.values()] for file in own if file not in captionable]
+    masks = masks_of(captionable, (file for own in files.values() for file in own if is_mask(file)))
+    read = captionable.union(masks.values())
+    others = [file for own in [files_in(root), *files.values()] for file in own if file not in read]
     captions, caption_files = read_captions(others, captionable, caption_column)
     if captions:
         _check_all_captioned(folders, images, captions)
@@ -59,24 +64,31 @@ def load_folders(
             f"{METADATA[0]}, or leave it out."
         )
 
-    columns = {
-        "image": [str(image) for paths in images.values() for image in paths],
-        "context": [context for context, paths in images.items() for _ in paths],
+    paths = [image for own in images.values() for image in own]
+    columns: dict[str, list[Any]] = {
+        "image": [str(image) for image in paths],
+        "context": [context for context, own in images.items() for _ in own],
     }
     features = {"image": Image(), "context": Value("string")}
     if captions:
-        columns["caption"] = [captions[Path(image)] for image in columns["image"]]
+        columns["caption"] = [captions[image] for image in paths]
         features["caption"] = Value("string")
+    if masks:
+        columns["mask"] = [str(masks[image]) if image in masks else None for image in paths]
+        features["mask"] = Image()
     data = from_dataset(
         Dataset.from_dict(columns, features=Features(features)),
         concepts=concepts,
         caption_column="caption" if captions else None,
+        mask_column="mask" if masks else None,
         observational_name=observational_name,
         held_out_contexts=held_out_contexts,
         training_contexts=training_contexts,
     )
-    warning = skipped([file for file in others if file not in caption_files], root)
-    data = replace(data, warnings=(*data.warnings, *warning))
+    warnings = [*data.warnings, *skipped([file for file in others if file not in caption_files], root)]
+    if masks and len(masks) < len(captionable):
+        warnings.append(f"{len(masks)} of {len(captionable)} images have a mask. Of the others, all counts.")
+    data = replace(data, warnings=tuple(warnings))
     if not streaming:
         return data
     assert isinstance(data.rows, Dataset)
@@ -149,7 +161,7 @@ def files_in(root: Path) -> Iterator[Path]:
 
 
 def _images(folder: Path, files: Sequence[Path]) -> list[Path]:
-    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and not is_mask(file)]
     if not images:
         raise UserValueError(
             " ".join(

@@ -32,9 +32,17 @@ def load_data(arguments: DataArguments) -> InterventionalData:
     """
     _require_one_source(arguments)
     if arguments.train_data_dir is not None:
+        if arguments.mask_column is not None:
+            raise UserValueError(
+                f"--mask_column={arguments.mask_column!r} is for datasets. In folders, put a.mask.png beside a.png."
+            )
         options = {"caption_column": arguments.caption_column, **_folder_options(arguments)}
         return load_folders(arguments.train_data_dir, **options)
-    columns: dict[str, Any] = {"content_column": arguments.image_column, "caption_column": arguments.caption_column}
+    columns: dict[str, Any] = {
+        "content_column": arguments.image_column,
+        "caption_column": arguments.caption_column,
+        "mask_column": arguments.mask_column,
+    }
     if arguments.attribute_rules:
         rules = _parse_rules(arguments.attribute_rules)
         return from_attributes(_open(arguments), rules, **columns, **_choice(arguments))

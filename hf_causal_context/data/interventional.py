@@ -26,10 +26,10 @@ class InterventionalData:
     """Rows to train on and rows to evaluate on, each with the context it was drawn from.
 
     `rows` have the columns `content_column` (images; or "text", "messages" or, next to "completion", "prompt": see
-    `texts_from_dataset`), "context" (the printed form of a `Context`, "" is observational), "caption" if there are
-    captions, and whatever else the dataset had. `contexts` are those of `rows`, sorted. `held_out` maps contexts to
-    rows that are never trained on. `counts` are the rows per training context, None where a stream does not tell.
-    `reweighted` maps combinations to the numbers of rows that stand for them in training.
+    `texts_from_dataset`), "context" (the printed form of a `Context`, "" is observational), "caption" and "mask" if
+    there are captions and masks, and whatever else the dataset had. `contexts` are those of `rows`, sorted. `held_out`
+    maps contexts to rows that are never trained on. `counts` are the rows per training context, None where a stream
+    does not tell. `reweighted` maps combinations to the numbers of rows that stand for them in training.
     """
 
     rows: Rows
@@ -51,6 +51,11 @@ class InterventionalData:
         """Whether the rows have the column "caption"."""
         return "caption" in (self.rows.column_names or ())
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether the rows have the column "mask": images of what counts in the loss, or None where all of it does."""
+        return "mask" in (self.rows.column_names or ())
+
 
 def from_dataset(
     dataset: Rows,
@@ -59,6 +64,7 @@ def from_dataset(
     context_column: str = "context",
     content_column: str = "image",
     caption_column: str | None = None,
+    mask_column: str | None = None,
     observational_name: str = "obs",
     held_out_contexts: Iterable[ContextLike] = (),
     training_contexts: Iterable[ContextLike] | None = None,
@@ -80,9 +86,18 @@ def from_dataset(
     """
     dataset, features = known_features(dataset)
     columns = {context_column: "context_column=", content_column: "content_column="}
-    require_columns(features, columns | ({caption_column: "caption_column="} if caption_column else {}))
-    if len({context_column, content_column, caption_column}) < 3:
-        raise UserValueError("context_column=, content_column= and caption_column= must be three different columns.")
+    optional = {caption_column: "caption_column=", mask_column: "mask_column="}
+    columns |= {column: argument for column, argument in optional.items() if column is not None}
+    require_columns(features, columns)
+    if len(columns) < 2 + (caption_column is not None) + (mask_column is not None):
+        raise UserValueError(
+            "context_column=, content_column=, caption_column= and mask_column= must be different columns."
+        )
+    if mask_column is not None and not isinstance(features[mask_column], Image):
+        raise UserValueError(
+            f"The column {mask_column!r} holds {features[mask_column]}, not masks. Name another mask_column=, or cast "
+            "it: dataset.cast_column(name, datasets.Image())."
+        )
     if context_column != "context" and "context" in (content_column, caption_column):
         raise UserValueError(f"The contexts of {context_column!r} go into a column 'context'. Rename the one there is.")
     feature = features[content_column]
@@ -100,15 +115,17 @@ def from_dataset(
     read = _context_reader(features[context_column], observational_name, known)
     undecoded = dataset.decode(False) if isinstance(dataset, IterableDataset) else dataset
     rows = with_text_column(undecoded, "context", [context_column], read)
-    rows = _with_captions(rows, features, caption_column, content_column)
+    _check_captions(features, caption_column)
+    rows = _renamed(rows, features, caption_column, "caption", content_column)
+    rows = _renamed(rows, features, mask_column, "mask", content_column)
     if context_column != "context":
         rows = rows.remove_columns(context_column)
 
     if isinstance(rows, IterableDataset):
         _, plain = known_features(rows)
-        restored = Features(
-            {**plain, **{column: features[column] for column in plain if column not in ("context", "caption")}}
-        )
+        known_before = {column: features[column] for column in plain if column not in ("context", "caption", "mask")}
+        masks = {"mask": features[mask_column]} if mask_column is not None else {}
+        restored = Features({**plain, **known_before, **masks})
         return _stream_data(rows, restored, known, named_training, named_held_out, content_column)
     return _table_data(rows, known, named_training, named_held_out, content_column, observational_name)
 
@@ -171,18 +188,22 @@ def _context_reader(feature: object, observational_name: str, known: ConceptSet 
     return read
 
 
-def _with_captions(rows: Rows, features: Features, caption_column: str | None, content_column: str) -> Rows:
+def _check_captions(features: Features, caption_column: str | None) -> None:
     if caption_column is not None:
         feature = features[caption_column]
         if not isinstance(feature, Value) or "string" not in feature.dtype:
             raise UserValueError(
                 f"The caption column {caption_column!r} holds {feature}; it must hold one text per row. Map it first."
             )
-    if "caption" in (caption_column, content_column):
+
+
+def _renamed(rows: Rows, features: Features, column: str | None, name: str, content_column: str) -> Rows:
+    """Return the rows with a column under our name for it, which no other column has."""
+    if name in (column, content_column):
         return rows
-    if "caption" in features:
-        rows = rows.remove_columns("caption")
-    return rows if caption_column is None else rows.rename_column(caption_column, "caption")
+    if name in features:
+        rows = rows.remove_columns(name)
+    return rows if column is None else rows.rename_column(column, name)
 
 
 def _single_concepts(contexts: Sequence[str], observational_name: str) -> ConceptSet:

@@ -53,7 +53,9 @@ def joined(batches: Sequence[Batch], base: DiffusionBase) -> Batch:
     clean = torch.cat([batch.clean.cpu() for batch in batches])
     context = torch.cat([batch.context.cpu() for batch in batches])
     captions = [caption for batch in batches for caption in batch.captions]
-    return Batch(clean, context, base.join_conditions(rows), Draws(0, range(len(clean))), captions)
+    masks = [batch.loss_mask.cpu() for batch in batches if batch.loss_mask is not None]
+    mask = torch.cat(masks) if masks else None
+    return Batch(clean, context, base.join_conditions(rows), Draws(0, range(len(clean))), mask, captions)
 
 
 def part_of(batch: Batch, rows: range, draws: Draws, device: torch.device) -> Batch:
@@ -61,4 +63,5 @@ def part_of(batch: Batch, rows: range, draws: Draws, device: torch.device) -> Ba
     chosen = slice(rows.start, rows.stop)
     conditions = {name: tensor[chosen].to(device) for name, tensor in batch.conditions.items()}
     clean, context = batch.clean[chosen].to(device), batch.context[chosen].to(device)
-    return Batch(clean, context, conditions, draws, batch.captions[chosen])
+    mask = None if batch.loss_mask is None else batch.loss_mask[chosen].to(device)
+    return Batch(clean, context, conditions, draws, mask, batch.captions[chosen])

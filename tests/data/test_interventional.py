@@ -227,7 +227,7 @@ def test_dataset_errors():
         from_dataset(rows, content_column="pixels")
     with pytest.raises(ValueError, match="no column 'words' .caption_column=."):
         from_dataset(rows, caption_column="words")
-    with pytest.raises(ValueError, match="must be three different columns"):
+    with pytest.raises(ValueError, match="caption_column= and mask_column= must be different columns"):
         from_dataset(rows, content_column="context")
     with pytest.raises(ValueError, match="caption column 'text' holds List.* must hold one text per row"):
         from_dataset(rows, caption_column="text")

@@ -48,7 +48,7 @@ def batch_for(base, rows=slice(None)):
     size = base.size_multiple * 2 // base._vae_scale
     clean = torch.randn(3, base.in_channels, size, size, generator=torch.Generator().manual_seed(0))
     slots = range(3)[rows]
-    return Batch(clean[rows], MASK[rows], {}, Draws(0, slots), CAPTIONS[rows])
+    return Batch(clean[rows], MASK[rows], {}, Draws(0, slots), captions=CAPTIONS[rows])
 
 
 def gradients(model):

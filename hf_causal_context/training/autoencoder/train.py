@@ -49,6 +49,10 @@ def train_autoencoder(
     set_seed(arguments.seed)  # the initial weights
     if images is None:
         data = load_data(arguments)
+        if data.has_masks:
+            raise UserValueError(
+                "An autoencoder's loss has no masks. Leave --mask_column out, or take the files *.mask.png away."
+            )
         model = model or make_autoencoder(arguments, data.concepts)  # before images are read: it may be refused
         report = check_data(data)
         accelerator.print(report.table())

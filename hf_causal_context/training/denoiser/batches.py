@@ -28,7 +28,7 @@ from .captions import changed_captions
 from .checks import check_conditions
 from .flips import Flips
 from .objectives import Batch
-from .rows import ENCODED_AT_ONCE, PreparedRows, Reader, encode_rows, stack
+from .rows import ENCODED_AT_ONCE, PreparedRows, Reader, encode_rows, scaled_masks, stack
 
 
 class DenoiserBatches:
@@ -142,10 +142,13 @@ class DenoiserBatches:
         if clean.dtype == torch.uint8:
             clean = self._base.encode_images(clean.float() / 127.5 - 1)
         context = torch.stack([self._mask(c) for c in columns["context"]]).to(self._device, non_blocking=True)
+        mask = columns.get("mask")
+        if mask is not None:
+            mask = scaled_masks(mask.to(self._device, non_blocking=True), clean)
         if self._arguments.train_text_encoder:  # which encodes them in each step
             captions = columns.get("caption") or [self._arguments.instance_prompt] * len(clean)
-            return Batch(clean, context, {}, draws, captions)
-        return Batch(clean, context, self._conditions(columns, len(clean)), draws)
+            return Batch(clean, context, {}, draws, mask, captions)
+        return Batch(clean, context, self._conditions(columns, len(clean)), draws, mask)
 
     def _mask(self, context: str) -> Tensor:
         if context not in self._masks:

@@ -22,15 +22,25 @@ class Batch:
     """Samples on the model's device.
 
     `clean` (B, C, H, W): what the denoiser models, pixels in [-1, 1] or latents. `context` (B, K): the intervention
-    mask. `conditions`: row-wise tensors of captions or classes. `draws`: the samples' noise. `captions`: those of the
-    rows that are still to be encoded, if any.
+    mask. `conditions`: row-wise tensors of captions or classes. `draws`: the samples' noise. `loss_mask` (B, 1, H, W):
+    how much each place counts in the loss; None where all count alike. `captions`: those of the rows that are still to
+    be encoded, if any.
     """
 
     clean: Tensor
     context: Tensor
     conditions: dict[str, Tensor]
     draws: Draws
+    loss_mask: Tensor | None = None
     captions: list[str] = field(default_factory=list)
+
+    def losses(self, errors: Tensor) -> Tensor:
+        """Errors (B, C, H, W) -> the means of their squares (B,), over what the masks show."""
+        squares = errors.square()
+        if self.loss_mask is None:
+            return squares.flatten(1).mean(1)
+        weights = self.loss_mask.expand_as(squares).flatten(1)
+        return (squares.flatten(1) * weights).sum(1) / weights.sum(1)
 
 
 class DiffusionObjective:
@@ -53,7 +63,7 @@ class DiffusionObjective:
         noisy = self.scheduler.add_noise(clean, noise, timesteps)
         prediction = self.base.predict(model, noisy, timesteps, batch.conditions, batch.context)
         target = self._target(clean, noise, timesteps)
-        losses = (prediction.float() - target.float()).square().flatten(1).mean(1)
+        losses = batch.losses(prediction.float() - target.float())
         return losses if self.snr_gamma is None else losses * self._weights(timesteps)
 
     def _target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -87,7 +97,7 @@ class FlowMatchingObjective:
         noise = batch.draws.normal(*clean.shape[1:]).to(clean)
         noisy = (1 - sigmas) * clean + sigmas * noise
         prediction = self.base.predict(model, noisy, timesteps, batch.conditions, batch.context)
-        return (prediction.float() - (noise - clean).float()).square().flatten(1).mean(1)
+        return batch.losses(prediction.float() - (noise - clean).float())
 
 
 def denoising_objective(

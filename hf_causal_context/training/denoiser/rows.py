@@ -12,14 +12,17 @@ from typing import Any, cast
 import datasets.config
 import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import Array3D, Dataset, Features
 from datasets import Image as ImageFeature
 from datasets.fingerprint import Hasher
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from ...bases.diffusion_base import DiffusionBase
 from ...bases.images import read_image
+from ...data.masks import plain_mask
 from ...errors import UserValueError
 
 ENCODED_AT_ONCE = 16
@@ -28,17 +31,46 @@ _READING = 2  # goes up when `read_image` reads some file in another way, so tha
 
 @dataclass(frozen=True)
 class Reader:
-    """Rows with images -> the same rows with "clean" instead, the pixels (C, R, R) as uint8."""
+    """Rows with images -> the same rows with "clean" instead, the pixels (C, R, R) as uint8.
+
+    Where rows have a "mask", it becomes pixels (1, R, R), white where there is none.
+    """
 
     content_column: str
     channels: int
     resolution: int
 
     def __call__(self, row: Mapping[str, Any], flipped: bool = False) -> dict[str, Any]:
-        """Read a row, mirrored or as it is."""
-        pixels = read_image(row[self.content_column], self.channels, self.resolution)
-        read = {name: value for name, value in row.items() if name != self.content_column}
-        return read | {"clean": np.ascontiguousarray(pixels[..., ::-1]) if flipped else pixels}
+        """Read a row, mirrored or as it is.
+
+        Raises:
+            ValueError: what `read_image` and `plain_mask` raise, and for a mask that is black where the image is used.
+        """
+        image = row[self.content_column]
+        pixels = {"clean": read_image(image, self.channels, self.resolution)}
+        if "mask" in row:
+            pixels["mask"] = self._mask(row["mask"], image)
+        if flipped:
+            pixels = {name: np.ascontiguousarray(value[..., ::-1]) for name, value in pixels.items()}
+        return {name: value for name, value in row.items() if name != self.content_column} | pixels
+
+    def _mask(self, mask: Image.Image | None, image: Image.Image) -> NDArray[np.uint8]:
+        if mask is None:
+            return np.full((1, self.resolution, self.resolution), 255, np.uint8)
+        pixels = read_image(plain_mask(mask, image), 1, self.resolution)
+        if not pixels.any():
+            raise UserValueError(
+                f"the mask of {getattr(image, 'filename', '') or 'an image'} is white only where the image is cut off. "
+                "Cut the image yourself, or remove it."
+            )
+        return pixels
+
+
+def scaled_masks(masks: Tensor, clean: Tensor) -> Tensor:
+    """Masks (B, 1, H, W) of pixels -> weights in [0, 1] of the size of what is trained on, means over its places."""
+    return (
+        masks if masks.is_floating_point() else F.adaptive_avg_pool2d(masks.float() / 255, cast(Any, clean.shape[2:]))
+    )
 
 
 def encode_rows(rows: Dataset, base: DiffusionBase, reader: Reader, device: torch.device, flipped: bool) -> Dataset:
@@ -48,14 +80,19 @@ def encode_rows(rows: Dataset, base: DiffusionBase, reader: Reader, device: torc
     shape = tuple(base.encode_images(side.to(device)).shape[1:])
 
     def encode(columns: dict[str, Any]) -> dict[str, Any]:
-        read = [reader({image_column: image}, flipped)["clean"] for image in columns[image_column]]
-        pixels = torch.from_numpy(np.stack(read)).to(device)
-        return {"clean": base.encode_images(pixels.float() / 127.5 - 1).float().cpu().numpy()}
+        shown = [dict(zip(images, values, strict=True)) for values in zip(*(columns[n] for n in images), strict=True)]
+        read = stack([reader(row, flipped) for row in shown])
+        latents = base.encode_images(read["clean"].to(device).float() / 127.5 - 1).float().cpu()
+        masks = {"mask": scaled_masks(read["mask"], latents).numpy()} if "mask" in read else {}
+        return {"clean": latents.numpy(), **masks}
 
-    features = rows.features.copy()
-    del features[image_column]
+    images = [image_column, *({"mask"} & {*rows.column_names})]
+    kept = {name: feature for name, feature in rows.features.items() if name not in images}
+    made = {"clean": Array3D(shape, "float32")}
+    if "mask" in images:
+        made["mask"] = Array3D((1, *shape[1:]), "float32")
     # Named by what latents depend on, so that another run with the same base and images finds them.
-    versions = (_READING, _file_versions(rows, image_column))
+    versions = (_READING, *(_file_versions(rows, column) for column in images))
     key = Hasher.hash((rows._fingerprint, versions, _content(base.pipe.vae), shape, flipped))
     folder = Path(datasets.config.HF_DATASETS_CACHE, "hf_causal_context")
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,13 +100,13 @@ def encode_rows(rows: Dataset, base: DiffusionBase, reader: Reader, device: torc
         encode,
         batched=True,
         batch_size=ENCODED_AT_ONCE,
-        remove_columns=image_column,
-        features=Features(features | {"clean": Array3D(shape, "float32")}),
+        remove_columns=images,
+        features=Features(kept | made),
         new_fingerprint=key,
         cache_file_name=str(folder / f"latents-{key}.arrow"),  # datasets names one for rows from files only
         desc="encode mirrored images" if flipped else "encode images",
     )
-    return encoded.with_format("torch", columns=["clean"], output_all_columns=True)
+    return encoded.with_format("torch", columns=list(made), output_all_columns=True)
 
 
 class PreparedRows(torch.utils.data.Dataset):
@@ -157,7 +194,9 @@ def _content(model: torch.nn.Module) -> str:
 
 
 def stack(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rows -> their columns, "clean" as one tensor."""
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    clean = [value if isinstance(value, Tensor) else torch.tensor(value) for value in columns["clean"]]
-    return columns | {"clean": torch.stack(clean)}
+    """Rows -> their columns, "clean" and "mask" as one tensor each."""
+    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
+    for name in {"clean", "mask"} & columns.keys():
+        values = columns[name]
+        columns[name] = torch.stack([v if isinstance(v, Tensor) else torch.tensor(v) for v in values])
+    return columns

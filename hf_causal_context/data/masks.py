@@ -1,0 +1,55 @@
+"""Masks of images: what is white in one counts in the loss, what is black does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from PIL import Image
+
+from .._pixels import plain
+from ..errors import UserValueError
+
+SUFFIX = ".mask.png"
+
+
+def is_mask(file: Path) -> bool:
+    """Return whether a file is the mask of an image, by its name."""
+    return file.name.lower().endswith(SUFFIX)
+
+
+def masks_of(images: Iterable[Path], masks: Iterable[Path]) -> dict[Path, Path]:
+    """Return the masks of the images that have one: ``a.mask.png`` is that of ``a.png``, ``a.jpg`` and so on.
+
+    Raises:
+        ValueError: for a mask without an image.
+    """
+    by_stem: dict[Path, list[Path]] = {}
+    for image in images:
+        by_stem.setdefault(image.with_suffix(""), []).append(image)
+    found = {}
+    for mask in masks:
+        stem = mask.with_name(mask.name[: -len(SUFFIX)])
+        if stem not in by_stem:
+            raise UserValueError(
+                f"{str(mask)!r} has the name of a mask, but there is no image {stem.name!r} beside it, such as "
+                f"{stem.name + '.png'!r}. Add it, or rename the file if it is an image itself."
+            )
+        found |= dict.fromkeys(by_stem[stem], mask)
+    return found
+
+
+def plain_mask(mask: Image.Image, image: Image.Image) -> Image.Image:
+    """Return a mask upright and in gray.
+
+    Raises:
+        ValueError: for one that is black everywhere, is transparent in places, or has another size than its image.
+    """
+    if mask.has_transparency_data and mask.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+        raise UserValueError("its mask is transparent in places. Save it in black and white.")
+    gray, size = plain(mask).convert("L"), plain(image).size
+    if gray.size != size:
+        raise UserValueError(f"its mask is {gray.size[0]} x {gray.size[1]} pixels, the image {size[0]} x {size[1]}.")
+    if gray.getextrema() == (0, 0):
+        raise UserValueError("its mask is black everywhere, so that nothing would be learned. Remove the image.")
+    return gray
