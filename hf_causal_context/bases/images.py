@@ -64,14 +64,17 @@ def to_image(image: Tensor) -> Image.Image:
     return Image.fromarray(levels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
 
 
-def read_image(image: Image.Image, channels: int, resolution: int) -> np.ndarray:
-    """Return an image as uint8 (C, R, R): upright, in gray or RGB, resized and cut to the middle square.
+def read_image(image: Image.Image, channels: int, resolution: int | tuple[int, int]) -> np.ndarray:
+    """Return an image as uint8 (C, H, W): upright, in gray or RGB, resized and cut to its middle.
+
+    `resolution` is the side of a square, or a width and a height.
 
     Raises:
         ValueError: what `plain` raises.
     """
     upright = plain(image).convert("L" if channels == 1 else "RGB")
-    if upright.size != (resolution, resolution):
-        upright = ImageOps.fit(upright, (resolution, resolution), Image.Resampling.LANCZOS)
+    size = (resolution, resolution) if isinstance(resolution, int) else resolution
+    if upright.size != size:
+        upright = ImageOps.fit(upright, size, Image.Resampling.LANCZOS)
     pixels = np.asarray(upright)
     return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))

@@ -212,6 +212,9 @@ class TrainingArguments(AdapterArguments, DataArguments):
         "every step.",
     )
     resolution: int | None = argument(None, "Side of the images in pixels; by default the base's.")
+    aspect_ratio_buckets: bool = argument(
+        False, "Keep the shapes of images: each is read at the nearest of some sizes of about resolution^2 pixels."
+    )
     random_flip: bool = argument(False, "Mirror half of the images, left to right.")
     flip_changes: list[str] = argument(
         [], "Concepts that a mirror would change, such as writing: images of their contexts are never mirrored."
@@ -247,6 +250,11 @@ class TrainingArguments(AdapterArguments, DataArguments):
             raise UserValueError(
                 f"--caption_dropout={self.caption_dropout} must be at least 0 and below 1: the share of captions that "
                 "are left out. 0.1 is usual."
+            )
+        if self.aspect_ratio_buckets and self.streaming:
+            raise UserValueError(
+                "--aspect_ratio_buckets looks at the sizes of all images first, which a stream does not tell. Leave it "
+                "or --streaming out."
             )
         if self.flip_changes and not self.random_flip:
             raise UserValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -127,10 +126,8 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
         return sum(self.data.counts.values())
 
     def make_batches(self, num_batches: int) -> DenoiserBatches:
-        device, data = self.accelerator.device, self.data
-        if self.arguments.dry_run and isinstance(data.rows, Dataset):
-            data = replace(data, rows=data.rows.to_iterable_dataset())  # so that nothing is computed ahead and kept
-        self.batches = DenoiserBatches(self.base, data, self.arguments, num_batches, device, *self.process)
+        device = self.accelerator.device
+        self.batches = DenoiserBatches(self.base, self.data, self.arguments, num_batches, device, *self.process)
         return self.batches
 
     def objective(self) -> Objective:

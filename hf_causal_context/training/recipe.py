@@ -26,7 +26,7 @@ from ..layers import Mechanism
 from .arguments import AdapterArguments
 from .context_losses import ContextLosses
 from .data_record import record_data
-from .dry_run import dry_run
+from .dry_run import MEASURED_STEPS, dry_run
 from .gap_report import record_gap, report_gap
 from .grids import validation_contexts
 from .loop.memory import memory_for_base
@@ -183,7 +183,8 @@ class FineTuning(ABC, Generic[AnyArguments]):
         )
         self.arguments = arguments = settle_observational_steps(arguments, num_steps)
         with main_process_first(accelerator, output_dir):  # it fills the cache that the others read
-            batches = self.make_batches(num_steps * arguments.gradient_accumulation_steps)
+            steps = num_steps + (1 + MEASURED_STEPS if arguments.dry_run else 0)
+            batches = self.make_batches(steps * arguments.gradient_accumulation_steps)
         if arguments.dry_run:
             self.prepare_steps(base)
             run = Run(accelerator, self.trained, self.objective(), arguments, num_steps)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -24,11 +25,12 @@ from ..few_rows import few_rows, joined, numbers_of_context
 from ..loop.interruption import ignore_interruptions
 from ..noise import Draws
 from ..weights import batch_weights
+from .buckets import BucketSampler, Size, bucket_sizes, nearest_bucket, told, upright_sizes
 from .captions import changed_captions
 from .checks import check_conditions
 from .flips import Flips
 from .objectives import Batch
-from .rows import ENCODED_AT_ONCE, PreparedRows, Reader, encode_rows, scaled_masks, stack
+from .rows import ENCODED_AT_ONCE, Bucket, PreparedRows, Reader, content_of, encode_rows, scaled_masks, stack
 
 
 class DenoiserBatches:
@@ -71,15 +73,37 @@ class DenoiserBatches:
                 flush=True,
             )
         self._flips = Flips(arguments, data.concepts)
-        self._reader = Reader(data.content_column, base.image_channels, self._resolution)
-        self._latents: list[Dataset] = []
+        self._reader = self._reader_of((self._resolution, self._resolution))
+        self._buckets: list[Bucket] = []
         if isinstance(data.rows, Dataset):
+            self._buckets = self._make_buckets(data.rows)
+            if arguments.dry_run:
+                return  # nothing is computed ahead and kept
             if base.takes_captions and not (arguments.shuffle_tags or arguments.train_text_encoder):
                 captions = data.rows.unique("caption") if data.has_captions else [arguments.instance_prompt]
                 self._encode_captions({*captions, *([""] if arguments.caption_dropout else [])})
             if base.is_latent:
-                for flipped in (False, True)[: 1 + arguments.random_flip]:
-                    self._latents.append(encode_rows(data.rows, base, self._reader, device, flipped))
+                self._keep_latents(data.rows)
+
+    def _reader_of(self, size: Size) -> Reader:
+        return Reader(self._data.content_column, self._base.image_channels, size)
+
+    def _make_buckets(self, rows: Dataset) -> list[Bucket]:
+        if not self._arguments.aspect_ratio_buckets:
+            return [Bucket(self._reader, np.arange(len(rows)))]
+        sizes = bucket_sizes(self._resolution, self._base.size_multiple)
+        nearest = np.array([nearest_bucket(size, sizes) for size in upright_sizes(rows, self._data.content_column)])
+        used = [(sizes[number], np.flatnonzero(nearest == number)) for number in np.unique(nearest)]
+        if self._rank == 0:
+            print(told(used, rows["context"][:], self._arguments.train_batch_size * self._world_size), flush=True)
+        return [Bucket(self._reader_of(size), numbers) for size, numbers in used]
+
+    def _keep_latents(self, rows: Dataset) -> None:
+        encoder = content_of(self._base.pipe.vae)
+        for bucket in self._buckets:
+            own = rows if len(self._buckets) == 1 else rows.select(bucket.numbers)
+            for flipped in (False, True)[: 1 + self._arguments.random_flip]:
+                bucket.latents.append(encode_rows(own, self._base, bucket.reader, self._device, flipped, encoder))
 
     def __call__(self, start: int, num_observational: int = 0) -> Iterator[Batch]:
         """Batches from number `start` on; the first samples of the run are observational, as many as are given."""
@@ -102,10 +126,10 @@ class DenoiserBatches:
                 flips = self._flips([row["context"] for row in read], self._slots(number))
                 yield stack([self._reader(row, flipped) for row, flipped in zip(read, flips, strict=True)])
             return
-        rows = PreparedRows(self._data.rows, self._latents, self._data.reweighted, self._reader)
-        sampler = ContextSampler(
-            rows.contexts, size, seed, self._num_batches, start, *process, self._weights, num_observational
-        )
+        rows = PreparedRows(self._data.rows, self._buckets, self._data.reweighted)
+        how = (rows.contexts, size, seed, self._num_batches, start, *process, self._weights, num_observational)
+        in_buckets = self._arguments.aspect_ratio_buckets
+        sampler = BucketSampler(rows.buckets, *how) if in_buckets else ContextSampler(*how)
         yield from DataLoader(
             rows,
             batch_sampler=_Keys(sampler, rows, self._flips),
@@ -123,12 +147,14 @@ class DenoiserBatches:
             ValueError: for a stream without rows of the context.
         """
         seed = self._arguments.seed
-        if not self._latents or context in self._data.held_out:
-            rows = [self._reader(row) for row in few_rows(self._data, context, num, seed)]
+        buckets = self._buckets
+        # In buckets, rows have several shapes: they are measured as squares.
+        if len(buckets) != 1 or not buckets[0].latents or context in self._data.held_out:
+            rows = [self._reader(cast(Any, row)) for row in few_rows(self._data, context, num, seed)]
             parts = [rows[start : start + ENCODED_AT_ONCE] for start in range(0, len(rows), ENCODED_AT_ONCE)]
         else:
-            numbers = numbers_of_context(self._latents[0], context, num, seed)
-            parts = [cast(Any, self._latents[0]).__getitems__(numbers)]
+            latents = buckets[0].latents[0]
+            parts = [cast(Any, latents).__getitems__(numbers_of_context(latents, context, num, seed))]
         encoded = [self._to_batch(stack(part), Draws(seed, ())) for part in parts]
         if not encoded:
             raise UserValueError(
@@ -140,7 +166,7 @@ class DenoiserBatches:
     def _to_batch(self, columns: dict[str, Any], draws: Draws) -> Batch:
         clean = columns["clean"].to(self._device, non_blocking=True)
         if clean.dtype == torch.uint8:
-            clean = self._base.encode_images(clean.float() / 127.5 - 1)
+            clean = self._base.encode_images(clean.float() / 127.5 - 1).to(self._device)
         context = torch.stack([self._mask(c) for c in columns["context"]]).to(self._device, non_blocking=True)
         mask = columns.get("mask")
         if mask is not None:
@@ -182,7 +208,7 @@ class DenoiserBatches:
 class _Keys:
     """The keys of a sampler's rows: whether a row is mirrored is a matter of its slot."""
 
-    sampler: ContextSampler
+    sampler: ContextSampler | BucketSampler
     rows: PreparedRows
     flips: Flips
 

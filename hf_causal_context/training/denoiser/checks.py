@@ -56,3 +56,8 @@ def check_conditions(base: DiffusionBase, data: InterventionalData, arguments: T
                 f"--shuffle_tags was given, but no caption has a comma, such as {captions[0]!r}. Put commas between "
                 "the tags, or leave it out."
             )
+    if arguments.aspect_ratio_buckets and base.fixed_size:
+        raise UserValueError(
+            f"--aspect_ratio_buckets needs a base of any size, and {name} generates "
+            f"{base.default_resolution} x {base.default_resolution} pixels only. Leave it out."
+        )

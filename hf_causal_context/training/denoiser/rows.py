@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from ...bases.diffusion_base import DiffusionBase
 from ...bases.images import read_image
 from ...data.masks import plain_mask
 from ...errors import UserValueError
+from .buckets import Size
 
 ENCODED_AT_ONCE = 16
 _READING = 2  # goes up when `read_image` reads some file in another way, so that no latents of the old way are found
@@ -31,14 +33,14 @@ _READING = 2  # goes up when `read_image` reads some file in another way, so tha
 
 @dataclass(frozen=True)
 class Reader:
-    """Rows with images -> the same rows with "clean" instead, the pixels (C, R, R) as uint8.
+    """Rows with images -> the same rows with "clean" instead, the pixels (C, H, W) as uint8.
 
-    Where rows have a "mask", it becomes pixels (1, R, R), white where there is none.
+    Where rows have a "mask", it becomes pixels (1, H, W), white where there is none.
     """
 
     content_column: str
     channels: int
-    resolution: int
+    size: Size
 
     def __call__(self, row: Mapping[str, Any], flipped: bool = False) -> dict[str, Any]:
         """Read a row, mirrored or as it is.
@@ -47,7 +49,7 @@ class Reader:
             ValueError: what `read_image` and `plain_mask` raise, and for a mask that is black where the image is used.
         """
         image = row[self.content_column]
-        pixels = {"clean": read_image(image, self.channels, self.resolution)}
+        pixels = {"clean": read_image(image, self.channels, self.size)}
         if "mask" in row:
             pixels["mask"] = self._mask(row["mask"], image)
         if flipped:
@@ -56,8 +58,8 @@ class Reader:
 
     def _mask(self, mask: Image.Image | None, image: Image.Image) -> NDArray[np.uint8]:
         if mask is None:
-            return np.full((1, self.resolution, self.resolution), 255, np.uint8)
-        pixels = read_image(plain_mask(mask, image), 1, self.resolution)
+            return np.full((1, *self.size[::-1]), 255, np.uint8)
+        pixels = read_image(plain_mask(mask, image), 1, self.size)
         if not pixels.any():
             raise UserValueError(
                 f"the mask of {getattr(image, 'filename', '') or 'an image'} is white only where the image is cut off. "
@@ -73,11 +75,16 @@ def scaled_masks(masks: Tensor, clean: Tensor) -> Tensor:
     )
 
 
-def encode_rows(rows: Dataset, base: DiffusionBase, reader: Reader, device: torch.device, flipped: bool) -> Dataset:
-    """Return the rows with "clean", latents of their images, mirrored or not; what was computed once is found again."""
+def encode_rows(
+    rows: Dataset, base: DiffusionBase, reader: Reader, device: torch.device, flipped: bool, encoder: str
+) -> Dataset:
+    """Return the rows with "clean", latents of their images, mirrored or not; what was computed once is found again.
+
+    `encoder` is the `content_of` the base's autoencoder.
+    """
     image_column = reader.content_column
-    side = torch.zeros(1, base.image_channels, reader.resolution, reader.resolution)
-    shape = tuple(base.encode_images(side.to(device)).shape[1:])
+    blank = torch.zeros(1, base.image_channels, *reader.size[::-1])
+    shape = tuple(base.encode_images(blank.to(device)).shape[1:])
 
     def encode(columns: dict[str, Any]) -> dict[str, Any]:
         shown = [dict(zip(images, values, strict=True)) for values in zip(*(columns[n] for n in images), strict=True)]
@@ -93,7 +100,7 @@ def encode_rows(rows: Dataset, base: DiffusionBase, reader: Reader, device: torc
         made["mask"] = Array3D((1, *shape[1:]), "float32")
     # Named by what latents depend on, so that another run with the same base and images finds them.
     versions = (_READING, *(_file_versions(rows, column) for column in images))
-    key = Hasher.hash((rows._fingerprint, versions, _content(base.pipe.vae), shape, flipped))
+    key = Hasher.hash((rows._fingerprint, versions, encoder, shape, flipped))
     folder = Path(datasets.config.HF_DATASETS_CACHE, "hf_causal_context")
     folder.mkdir(parents=True, exist_ok=True)
     encoded = rows.map(
@@ -109,6 +116,19 @@ def encode_rows(rows: Dataset, base: DiffusionBase, reader: Reader, device: torc
     return encoded.with_format("torch", columns=list(made), output_all_columns=True)
 
 
+@dataclass
+class Bucket:
+    """Rows that are read at one size.
+
+    `numbers` are those of the rows. `latents` are the rows encoded, and then mirrored, where that is needed; nothing
+    where images are read each time.
+    """
+
+    reader: Reader
+    numbers: NDArray[np.int64]
+    latents: list[Dataset] = field(default_factory=list)
+
+
 class PreparedRows(torch.utils.data.Dataset):
     """Rows as they are trained on, followed by those that stand for combinations: others under a combination's name.
 
@@ -116,22 +136,26 @@ class PreparedRows(torch.utils.data.Dataset):
 
     Args:
         rows: images, with their contexts.
-        latents: the same rows encoded, and then mirrored, where that is needed; nothing where images are read each
-            time.
+        buckets: which together have all of the rows.
         reweighted: combination -> the numbers of the rows that stand for it.
-        reader: reads rows with images.
     """
 
-    def __init__(
-        self, rows: Dataset, latents: Sequence[Dataset], reweighted: Mapping[str, NDArray[np.int64]], reader: Reader
-    ) -> None:
-        self._rows, self._latents, self._reader = rows, latents, reader
+    def __init__(self, rows: Dataset, buckets: Sequence[Bucket], reweighted: Mapping[str, NDArray[np.int64]]) -> None:
+        self._rows, self._buckets = rows, buckets
         self._standing = np.concatenate([np.arange(len(rows)), *reweighted.values()])
+        self._places = np.zeros((len(rows), 2), dtype=np.int64)
+        for number, bucket in enumerate(buckets):
+            self._places[bucket.numbers] = [(number, place) for place in range(len(bucket.numbers))]
         names = [name for name, numbers in reweighted.items() for _ in numbers]
         self.contexts: list[str] = [*rows.with_format(None)["context"], *names]  # else all images are read
 
     def __len__(self) -> int:
         return len(self._standing)
+
+    @property
+    def buckets(self) -> NDArray[np.int64]:
+        """The number of each row's bucket."""
+        return self._places[self._standing, 0]
 
     def key(self, number: int, flipped: bool) -> int:
         """Return what a row is asked for by, as it is or mirrored."""
@@ -147,15 +171,19 @@ class PreparedRows(torch.utils.data.Dataset):
         return [row | {"context": self.contexts[number]} for (number, _), row in zip(asked, read, strict=True)]
 
     def _read(self, chosen: Sequence[tuple[int, bool]]) -> list[dict[str, Any]]:
-        if not self._latents:
-            rows = cast(Any, self._rows).__getitems__([number for number, _ in chosen])
-            return [self._reader(row, flipped) for row, (_, flipped) in zip(rows, chosen, strict=True)]
+        asked: defaultdict[tuple[int, bool], list[int]] = defaultdict(list)
+        for number, flipped in chosen:
+            asked[int(self._places[number, 0]), flipped].append(number)
         found: dict[tuple[int, bool], dict[str, Any]] = {}
-        for version, latents in enumerate(self._latents):
-            numbers = [number for number, flipped in chosen if flipped == version]
-            rows = cast(Any, latents).__getitems__(numbers) if numbers else []
-            found |= {(number, bool(version)): row for number, row in zip(numbers, rows, strict=True)}
+        for (bucket, flipped), numbers in asked.items():
+            read = self._read_alike(self._buckets[bucket], numbers, flipped)
+            found |= {(number, flipped): row for number, row in zip(numbers, read, strict=True)}
         return [found[one] for one in chosen]
+
+    def _read_alike(self, bucket: Bucket, numbers: list[int], flipped: bool) -> list[dict[str, Any]]:
+        if bucket.latents:
+            return cast(Any, bucket.latents[flipped]).__getitems__(self._places[numbers, 1].tolist())
+        return [bucket.reader(row, flipped) for row in cast(Any, self._rows).__getitems__(numbers)]
 
     def _unreadable(self, chosen: Sequence[tuple[int, bool]]) -> str:
         """Return the first of these rows that cannot be read, by the name of its file where it has one."""
@@ -163,9 +191,9 @@ class PreparedRows(torch.utils.data.Dataset):
             try:
                 self._read([(number, flipped)])
             except Exception:  # see above
-                path = None
-                if not self._latents:
-                    column = self._reader.content_column
+                path, bucket = None, self._buckets[self._places[number, 0]]
+                if not bucket.latents:
+                    column = bucket.reader.content_column
                     undecoded = self._rows.with_format(None).cast_column(column, ImageFeature(decode=False))
                     path = undecoded[number][column]["path"]
                 return path or f"row {number} of the data"
@@ -183,7 +211,7 @@ def _file_versions(rows: Dataset, image_column: str) -> str:
     return digest.hexdigest()
 
 
-def _content(model: torch.nn.Module) -> str:
+def content_of(model: torch.nn.Module) -> str:
     """Return a hash of a pretrained model's weights and configuration."""
     config = {name: value for name, value in cast(Any, model).config.items() if not name.startswith("_")}
     digest = hashlib.blake2b(repr(sorted(config.items())).encode(), digest_size=16)
