@@ -219,6 +219,11 @@ class TrainingArguments(AdapterArguments, DataArguments):
     flip_changes: list[str] = argument(
         [], "Concepts that a mirror would change, such as writing: images of their contexts are never mirrored."
     )
+    class_data_dir: str | None = argument(
+        None, "Folder of images of the class, for prior preservation: under class_prompt the base shall stay as it is."
+    )
+    class_prompt: str = argument("", "Their caption, another than those of the data.")
+    prior_loss_weight: float = argument(1.0, "Their share of batches, where that of a context is 1.")
     dataloader_num_workers: int = argument(0, "Processes that decode images (not of streams).")
 
     snr_gamma: float | None = argument(None, "Min-SNR weighting of the loss (5.0 is usual); diffusion bases only.")
@@ -256,6 +261,20 @@ class TrainingArguments(AdapterArguments, DataArguments):
                 "--aspect_ratio_buckets looks at the sizes of all images first, which a stream does not tell. Leave it "
                 "or --streaming out."
             )
+        if (self.class_data_dir is None) != (not self.class_prompt):
+            raise UserValueError(
+                f"--class_data_dir={self.class_data_dir} and --class_prompt={self.class_prompt!r} belong together. "
+                "Give both, or none."
+            )
+        if self.class_prompt and self.class_prompt == self.instance_prompt:
+            raise UserValueError(
+                f"--class_prompt={self.class_prompt!r} is --instance_prompt, too. Give another one: it tells images of "
+                "the class from the others."
+            )
+        if self.class_data_dir is not None and self.streaming:
+            raise UserValueError("--class_data_dir is read by number, which a stream has not. Leave --streaming out.")
+        if not 0 < self.prior_loss_weight < math.inf:
+            raise UserValueError(f"--prior_loss_weight={self.prior_loss_weight} must be positive. 1 is usual.")
         if self.flip_changes and not self.random_flip:
             raise UserValueError(
                 f"--flip_changes={self.flip_changes} has no effect without --random_flip. Give both, or none."

@@ -28,6 +28,7 @@ from ..weights import batch_weights
 from .buckets import BucketSampler, Size, bucket_sizes, nearest_bucket, told, upright_sizes
 from .captions import changed_captions
 from .checks import check_conditions
+from .class_images import CLASS_IMAGES, with_class_images
 from .flips import Flips
 from .objectives import Batch
 from .rows import ENCODED_AT_ONCE, Bucket, PreparedRows, Reader, content_of, encode_rows, scaled_masks, stack
@@ -76,14 +77,19 @@ class DenoiserBatches:
         self._reader = self._reader_of((self._resolution, self._resolution))
         self._buckets: list[Bucket] = []
         if isinstance(data.rows, Dataset):
-            self._buckets = self._make_buckets(data.rows)
+            self._rows = rows = with_class_images(data, data.rows, arguments)
+            if arguments.class_data_dir is not None:
+                self._weights[CLASS_IMAGES] = arguments.prior_loss_weight
+                self._masks[CLASS_IMAGES] = self._masks[""]
+            self._buckets = self._make_buckets(rows)
             if arguments.dry_run:
                 return  # nothing is computed ahead and kept
             if base.takes_captions and not (arguments.shuffle_tags or arguments.train_text_encoder):
-                captions = data.rows.unique("caption") if data.has_captions else [arguments.instance_prompt]
+                captioned = "caption" in rows.column_names
+                captions = rows.unique("caption") if captioned else [arguments.instance_prompt]
                 self._encode_captions({*captions, *([""] if arguments.caption_dropout else [])})
             if base.is_latent:
-                self._keep_latents(data.rows)
+                self._keep_latents(rows)
 
     def _reader_of(self, size: Size) -> Reader:
         return Reader(self._data.content_column, self._base.image_channels, size)
@@ -120,13 +126,13 @@ class DenoiserBatches:
     def _loaded(self, start: int, num_observational: int) -> Iterator[dict[str, Any]]:
         """Columns of the batches from number `start` on."""
         size, seed, process = self._arguments.train_batch_size, self._arguments.seed, (self._rank, self._world_size)
-        if not isinstance(self._data.rows, Dataset):
+        if self._data.streaming:
             stream = stream_batches(self._data, size, seed, start, *process, self._weights, num_observational)
             for number, read in enumerate(stream, start):
                 flips = self._flips([row["context"] for row in read], self._slots(number))
                 yield stack([self._reader(row, flipped) for row, flipped in zip(read, flips, strict=True)])
             return
-        rows = PreparedRows(self._data.rows, self._buckets, self._data.reweighted)
+        rows = PreparedRows(self._rows, self._buckets, self._data.reweighted)
         how = (rows.contexts, size, seed, self._num_batches, start, *process, self._weights, num_observational)
         in_buckets = self._arguments.aspect_ratio_buckets
         sampler = BucketSampler(rows.buckets, *how) if in_buckets else ContextSampler(*how)

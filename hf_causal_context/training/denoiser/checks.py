@@ -33,7 +33,7 @@ def check_conditions(base: DiffusionBase, data: InterventionalData, arguments: T
         )
     if column is not None and not base.takes_classes:
         raise UserValueError(f"--class_column={column} was given, but this {name} takes no classes. Leave it out.")
-    for argument in ("instance_prompt", "validation_prompt"):
+    for argument in ("instance_prompt", "validation_prompt", "class_prompt"):
         if (text := getattr(arguments, argument)) and not base.takes_captions:
             raise UserValueError(f"--{argument}={text!r} was given, but {name} takes no captions. Leave it out.")
     if data.has_captions and not base.takes_captions:
@@ -61,3 +61,10 @@ def check_conditions(base: DiffusionBase, data: InterventionalData, arguments: T
             f"--aspect_ratio_buckets needs a base of any size, and {name} generates "
             f"{base.default_resolution} x {base.default_resolution} pixels only. Leave it out."
         )
+    if arguments.class_data_dir is not None:
+        captions = cast(Dataset, data.rows).unique("caption") if data.has_captions else []
+        if arguments.class_prompt in captions:
+            raise UserValueError(
+                f"--class_prompt={arguments.class_prompt!r} is a caption of the data, too. Give another one: it tells "
+                "images of the class from the others."
+            )

@@ -39,7 +39,7 @@ _MAY_CHANGE = frozenset(
         *("num_validation_texts", "max_new_tokens"),
         *("num_inference_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
         *("report_to", "logging_dir", "output_dir", "dataloader_num_workers", "push_to_hub", "hub_model_id"),
-        *("pretrained_model_name_or_path", "base", "train_data_dir", "dataset_name"),
+        *("pretrained_model_name_or_path", "base", "train_data_dir", "class_data_dir", "dataset_name"),
         *("compile", "gradient_checkpointing", "shard_base"),
     }
 )
