@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from hf_causal_context import ConceptSet, Context
 from hf_causal_context.context_module import BlockLinear
 from hf_causal_context.models import ContextAutoencoder
-from hf_causal_context.training.arguments import AutoencoderArguments
+from hf_causal_context.training.autoencoder.arguments import AutoencoderArguments
 from hf_causal_context.training.autoencoder.images import ImageBatches, ImageSet
 from hf_causal_context.training.autoencoder.objective import AutoencoderObjective
 

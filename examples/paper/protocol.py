@@ -20,7 +20,7 @@ from torch import Tensor
 from hf_causal_context import ConceptSet, Context
 from hf_causal_context.evaluation.metrics import sliced_wasserstein
 from hf_causal_context.models.context_autoencoder import ContextAutoencoder
-from hf_causal_context.training.arguments import AutoencoderArguments
+from hf_causal_context.training.autoencoder.arguments import AutoencoderArguments
 from hf_causal_context.training.autoencoder.images import ImageSet, to_floats
 from hf_causal_context.training.autoencoder.objective import AutoencoderObjective, bits_per_dimension
 from hf_causal_context.training.autoencoder.train import mean_loss, train_autoencoder

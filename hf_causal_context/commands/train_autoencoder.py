@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..training.arguments import AutoencoderArguments as Arguments
 from ..training.autoencoder import train_autoencoder
+from ..training.autoencoder.arguments import AutoencoderArguments as Arguments
 from .finished import say_where
 
 

@@ -10,7 +10,8 @@ from hf_causal_context._files import checkpoint_steps
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.cli import main
 from hf_causal_context.training import finetune
-from hf_causal_context.training.arguments import AutoencoderArguments, TrainingArguments
+from hf_causal_context.training.arguments import TrainingArguments
+from hf_causal_context.training.autoencoder.arguments import AutoencoderArguments
 from hf_causal_context.training.denoiser.batches import DenoiserBatches
 from hf_causal_context.training.finetune import train
 from hf_causal_context.training.language import train_text

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hf_causal_context.cli import main
 from hf_causal_context.commands.evaluate import Arguments as EvaluationArguments
 from hf_causal_context.data.arguments import AnyDataArguments
-from hf_causal_context.training.arguments import AutoencoderArguments, TextArguments, TrainingArguments
+from hf_causal_context.training.arguments import TextArguments, TrainingArguments
+from hf_causal_context.training.autoencoder.arguments import AutoencoderArguments
 from tests.data.small import write_folders
 
 from .cases import cases

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from hf_causal_context.training.arguments import AutoencoderArguments, TextArguments, TrainingArguments
+from hf_causal_context.training.arguments import TextArguments, TrainingArguments
+from hf_causal_context.training.autoencoder.arguments import AutoencoderArguments
 
 BASE = {"pretrained_model_name_or_path": "base", "output_dir": "out"}
 

@@ -13,7 +13,7 @@ from hf_causal_context import cli
 from hf_causal_context.contexts import ConceptSet, Context
 from hf_causal_context.models.context_autoencoder import ContextAutoencoder
 from hf_causal_context.models.encoder_decoders import KLAutoencoder
-from hf_causal_context.training.arguments import AutoencoderArguments
+from hf_causal_context.training.autoencoder.arguments import AutoencoderArguments
 from hf_causal_context.training.autoencoder.images import ImageBatches, ImageSet, to_floats
 from hf_causal_context.training.autoencoder.objective import (
     AutoencoderObjective,

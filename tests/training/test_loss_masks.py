@@ -9,7 +9,8 @@ from PIL import Image
 
 from hf_causal_context.bases.loading import as_base, load_base
 from hf_causal_context.data import load_folders
-from hf_causal_context.training.arguments import AutoencoderArguments, TrainingArguments
+from hf_causal_context.training.arguments import TrainingArguments
+from hf_causal_context.training.autoencoder.arguments import AutoencoderArguments
 from hf_causal_context.training.autoencoder.train import train_autoencoder
 from hf_causal_context.training.denoiser.batches import DenoiserBatches
 from hf_causal_context.training.denoiser.objectives import Batch, denoising_objective

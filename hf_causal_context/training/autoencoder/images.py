@@ -21,9 +21,9 @@ from ...bases.images import read_image
 from ...contexts import ConceptSet, Context, ContextLike, as_context
 from ...data import ContextSampler, InterventionalData, slots_of
 from ...errors import UserTypeError, UserValueError
-from ..arguments import AutoencoderArguments
 from ..noise import generator_of
 from ..weights import parse_weights
+from .arguments import AutoencoderArguments
 from .objective import ImageBatch
 
 

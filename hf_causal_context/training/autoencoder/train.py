@@ -16,11 +16,11 @@ from ...data.from_arguments import load_data
 from ...errors import UserValueError
 from ...models.context_autoencoder import ContextAutoencoder
 from ...models.encoder_decoders import KLAutoencoder
-from ..arguments import AutoencoderArguments
 from ..grids import validation_contexts, write_grid
 from ..loop.early_stopping import EarlyStopping
 from ..loop.processes import make_accelerator
 from ..loop.trainer import fit
+from .arguments import AutoencoderArguments
 from .images import ImageBatches, ImageSet, to_floats
 from .objective import AutoencoderObjective, ImageBatch, TrainingMode, bits_per_dimension
 
