@@ -75,7 +75,7 @@ def write_adapter(model, folder, **kwargs):
     return folder
 
 
-def run(name, pipe, rows=(0, 1), images=1, guidance=3.0, **kwargs):
+def run(name, pipe, rows=(0, 1), images=1, guidance=3.0, family=as_base, **kwargs):
     """Images for some of two prompts (or classes, or seeds), each with noise of its own."""
     seeds = [10 * row + image for row in rows for image in range(images)]
     arguments = {"generator": [torch.Generator().manual_seed(seed) for seed in seeds], "num_inference_steps": 2}
@@ -91,7 +91,7 @@ def run(name, pipe, rows=(0, 1), images=1, guidance=3.0, **kwargs):
             arguments |= {"guidance_scale": guidance, "num_videos_per_prompt": images}
             arguments |= {"num_frames": 5, "height": 16, "width": 16}
         else:
-            base = as_base(pipe)
+            base = family(pipe)
             arguments = base.stock_call(resolution=tiny_pipelines.side(base)) | arguments
             arguments |= {"num_images_per_prompt": images}
             arguments |= base.guidance_options(guidance, len(rows)) if base.takes_guidance else {}

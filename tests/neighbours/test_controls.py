@@ -1,6 +1,7 @@
 """What else steers a pipeline, in both orders: ControlNet, IP-Adapter, textual inversion."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,11 +9,15 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from torch import nn
 
 from hf_causal_context import intervene, load_context_adapter
+from hf_causal_context.bases.families.stable_diffusion import StableDiffusion
 
-from ..test_pipelines import CLOSE, CONTEXTS, build, run, write_adapter
+from .. import test_pipelines
+from ..test_pipelines import CLOSE, CONTEXTS, build, write_adapter
 from .test_style_loras import merged
 
 NAME = "stable_diffusion"
+# A pipeline with a ControlNet is no base, but what it does is.
+run = partial(test_pipelines.run, family=StableDiffusion)
 ORDERS = pytest.mark.parametrize("order", ["adapter first", "adapter last"])
 
 
