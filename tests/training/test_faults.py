@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 
 from hf_causal_context._files import checkpoint_steps, complete_or_absent
 from hf_causal_context.training import finetune
@@ -186,7 +187,7 @@ class TestDivergence:
             train(TrainingArguments(**given))
         assert list(checkpoint_steps(output_dir)) == [2]
         assert (output_dir / "adapter_model.safetensors").read_bytes() == b"of an earlier run"
-        weights = trainer.PeftModel.from_pretrained(
+        weights = PeftModel.from_pretrained(
             finetune.load_base(pipeline_folder("ddpm")).denoiser, str(last)
         ).state_dict()
         assert all(tensor.isfinite().all() for tensor in weights.values())
