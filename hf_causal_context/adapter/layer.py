@@ -24,6 +24,7 @@ from ..layers import CausalLayer, ExpressiveLayer, OutputLayer, RepresentationLa
 from .conditioning.hooks import Conditioning
 from .conditioning.request import completed
 from .config import CausalContextConfig
+from .parts_by_adapter import PartsByAdapter
 from .storage.load_hook import check_loaded
 
 
@@ -84,10 +85,9 @@ class CausalContextLayer(BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @property
-    def lora_A(self) -> dict[str, nn.ModuleList]:  # noqa: N802
+    def lora_A(self) -> PartsByAdapter:  # noqa: N802
         """The adapters under the name by which diffusers' `set_lora_device` moves them."""
-        parts = [getattr(self, name) for name in self.adapter_layer_names]
-        return {name: nn.ModuleList(part[name] for part in parts if name in part) for name in self.causal_context_down}
+        return PartsByAdapter([getattr(self, name) for name in self.adapter_layer_names])
 
     lora_B = lora_A  # noqa: N815
 

@@ -58,7 +58,9 @@ _request = c.Conditioning.request
 def _ambient(concepts):
     return c.AdapterContext(torch.full((1, 1 + len(concepts)), 0.5), True, 1, 1, False)
 def request(self):
-    return _request(self) or c.Request(self, {}, None, _ambient)
+    if not self.concepts:  # its adapters were deleted
+        return _request(self)
+    return _request(self) or c.Request(self, {}, None, _ambient, checked_for=tuple(self.layer.active_adapters))
 c.Conditioning.request = request
 """
 # Three plain SGD steps at rate 0.5 on inputs up to 89 diverge where more factors multiply; PEFT lowers the rate for
