@@ -9,6 +9,10 @@ Shapes: B rows, T tokens or pixels (any number of dimensions, none included), K 
 out where a map changes it), R = K W features, concept by concept. The intervention mask m (B, K) broadcasts over T and
 W; B = 1 serves any batch. Where it meets features (B, T, R), `per_feature(m)` may be passed instead.
 
+Between an adapter's Down and Up everything is linear in z: `reduced_matrices` and `structural_matrices` are the same
+equations as matrices, c(m) = M(m) z, of L layers and C contexts in one batch: a few large products, where single layers
+would launch many small ones. `mask_CR` is the mask per feature.
+
 An adapter's observational part is N more features z_o in front of the concepts', (B, T, N + R), which no mechanism
 mixes; they are multiplied by the part's strength o, the first column of strengths (B, 1 + K).
 """
@@ -143,6 +147,56 @@ def structural(
         effects = linear(c_BTR, coefficients_RR)
         c_BTR = torch.addcmul(e_BTR, open_, effects) if perfect_interventions else e_BTR + effects
     return c_BTR
+
+
+def reduced_matrices(
+    mask_CR: Tensor, shift_LKWW: Tensor, observational_LRR: Tensor, interventional_LRR: Tensor, perfect: bool
+) -> Tensor:
+    """Return M(m) of `functional.reduced` after `functional.intervened`, (L, C, R, R)."""
+    cut = mask_CR.clamp(0, 1)
+    open_ = 1 - cut
+    observed = open_[:, :, None] * observational_LRR[:, None] * open_[:, None]
+    intervened = interventional_LRR[:, None] * cut[:, None]
+    effects = observed + (intervened * open_[:, :, None] if perfect else intervened)
+    shifted = _shifted(mask_CR, shift_LKWW)
+    return shifted + effects @ shifted
+
+
+def structural_matrices(
+    mask_CR: Tensor, shift_LKWW: Tensor, coefficients_LRR: Tensor, steps: int, perfect: bool
+) -> Tensor:
+    """Return M(m) of `functional.structural` after `functional.intervened`, (L, C, R, R)."""
+    shifted = _shifted(mask_CR, shift_LKWW)
+    effects = coefficients_LRR[:, None]
+    if perfect:
+        effects = (1 - mask_CR.clamp(0, 1))[:, :, None] * effects
+    return _geometric_sum(effects, steps) @ shifted
+
+
+def _shifted(mask_CR: Tensor, shift_LKWW: Tensor) -> Tensor:
+    """Return 1 + diag(m) S with the blocks S_k on the diagonal, (L, C, R, R)."""
+    L, K = shift_LKWW.shape[:2]
+    features = mask_CR.shape[-1]
+    identity = torch.eye(features, dtype=shift_LKWW.dtype, device=shift_LKWW.device)
+    own = torch.eye(K, dtype=shift_LKWW.dtype, device=shift_LKWW.device)[:, None, :, None]
+    blocks = (shift_LKWW[:, :, :, None] * own).view(L, 1, features, features)
+    return torch.addcmul(identity, mask_CR[:, :, None], blocks)
+
+
+def _geometric_sum(matrix: Tensor, steps: int) -> Tensor:
+    """Return 1 + A + ... + A^steps, as so many substitutions of c = e + A c make it, in log-many products."""
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    total, power = identity.expand_as(matrix), matrix  # of n powers, and A^n, with n = 1
+    bits = bin(steps + 1)[3:]
+    for place, bit in enumerate(bits):
+        total = total + power @ total
+        if bit == "1":
+            total = identity + matrix @ total
+        if place + 1 < len(bits):
+            power = power @ power
+            if bit == "1":
+                power = matrix @ power
+    return total
 
 
 def normal_like(tensor: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -21,7 +21,6 @@ from . import functional as F
 from ._messages import short_repr
 from .contexts import ConceptSet
 from .errors import UserValueError
-from .mixing import reduced_matrices, structural_matrices
 
 Mechanism: TypeAlias = Literal["independent", "reduced", "structural"]
 MECHANISMS: tuple[Mechanism, ...] = get_args(Mechanism)
@@ -310,7 +309,7 @@ class ReducedLayer(_MixingLayer):
             first._allowed_effects(_stacked(layers, name)) for name in ("observational", "interventional")
         )
         shift = _stacked(layers, "shift")
-        return reduced_matrices(mask_CR, shift, observational, interventional, first.perfect_interventions)
+        return F.reduced_matrices(mask_CR, shift, observational, interventional, first.perfect_interventions)
 
 
 class StructuralLayer(_MixingLayer):
@@ -334,7 +333,7 @@ class StructuralLayer(_MixingLayer):
         first = cast(StructuralLayer, layers[0])
         coefficients = first._allowed_effects(_stacked(layers, "coefficients"))
         shift = _stacked(layers, "shift")
-        return structural_matrices(mask_CR, shift, coefficients, first.steps, first.perfect_interventions)
+        return F.structural_matrices(mask_CR, shift, coefficients, first.steps, first.perfect_interventions)
 
     def acyclicity_penalty(self) -> Tensor:
         """Scalar, zero when the learned direct effects have no cycle; add it to the loss when no graph is given."""

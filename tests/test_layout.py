@@ -13,7 +13,7 @@ PACKAGE = "hf_causal_context"
 ROOT = Path(__file__).parents[1]
 ROWS = (
     ("errors", "_messages", "_files", "_markdown"),
-    ("contexts", "functional", "mixing", "_pixels"),
+    ("contexts", "functional", "_pixels"),
     ("layers", "context_module", "collating"),
     ("adapter", "bases", "data", "models"),
     ("inference",),

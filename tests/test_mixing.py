@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hf_causal_context.contexts import ConceptSet
+from hf_causal_context.functional import _geometric_sum
 from hf_causal_context.layers import ConceptGraph, ReducedLayer, StructuralLayer
-from hf_causal_context.mixing import _geometric_sum
 
 CONCEPTS = ConceptSet(("a", "b", "c", "d"))
 GRAPHS = {"all": None, "chain": (("a", "b"), ("b", "c"), ("c", "d")), "none": ()}

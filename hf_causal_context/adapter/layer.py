@@ -22,7 +22,7 @@ from ..errors import UserValueError
 from ..functional import linear, row_linear
 from ..layers import CausalLayer, ExpressiveLayer, OutputLayer, RepresentationLayer
 from .conditioning.hooks import Conditioning
-from .conditioning.request import completed
+from .conditioning.request import completed, for_mechanism
 from .config import CausalContextConfig
 from .parts_by_adapter import PartsByAdapter
 from .storage.load_hook import check_loaded
@@ -69,7 +69,6 @@ class CausalContextLayer(BaseTunerLayer):
         part = cast(int, config.observational_rank)
         rank = part + len(concepts) * width
         self.concepts[adapter_name] = self.conditioning.concepts[adapter_name] = concepts
-        Conditioning.changes += 1
         self.conditioning.observational_ranks[adapter_name] = part
         self.r[adapter_name] = rank
         self._default_scaling[adapter_name] = 1.0 if config.alpha is None else config.alpha / width
@@ -155,8 +154,7 @@ class CausalContextLayer(BaseTunerLayer):
     def matrix(self, adapter_name: str, strengths: Tensor) -> Tensor:
         """Return the (S, S) matrix between Down and Up for one context: strengths (1, 1 + K), or a mask (1, K)."""
         causal = self.causal(adapter_name)
-        strengths = completed(strengths, causal.num_concepts)
-        return causal.matrix(strengths if causal.observational_rank else strengths[:, 1:])
+        return causal.matrix(for_mechanism(strengths, causal.num_concepts, causal.observational_rank))
 
     def merge_refusal(self, adapter_name: str) -> str | None:
         """Why an adapter cannot become a change of this layer's weight; None if it can."""

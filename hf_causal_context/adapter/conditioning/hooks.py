@@ -34,14 +34,22 @@ from .frame import Frame
 from .in_force import STATE, innermost_request
 from .matrices import MixingLayer, autocast_dtype, causal_matrices
 from .presence import check_active, check_known, check_observational_part, check_unasked, holds
-from .request import AdapterContext, Request, check_names, check_one_adapter_per_mask, completed, normalize, restricted
+from .request import (
+    AdapterContext,
+    Request,
+    check_names,
+    check_one_adapter_per_mask,
+    completed,
+    for_mechanism,
+    normalize,
+    restricted,
+)
 from .rows import input_rows, match_layer_rows, refuse_sequence_first
 
 
 class AdaptedLayer(MixingLayer, Protocol):
     """What is asked of a layer with adapters."""
 
-    name: str  # path in the base model
     concepts: dict[str, ConceptSet]  # of each adapter
     training: bool
 
@@ -61,7 +69,7 @@ _ATTENTION_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attent
 class Conditioning:
     """The pair of hooks on one base model, and the adapters that its layers carry."""
 
-    changes = 0  # how often hooks were put on a model or taken off, in this process
+    changes = 0  # how often adapters or hooks were put on a model or taken off, in this process
 
     def __init__(self, layer: AdaptedLayer) -> None:
         # Any of them: PEFT activates and deactivates adapters on all layers alike. Weak: see `alive`.
@@ -76,20 +84,20 @@ class Conditioning:
         self._takes_context = True
 
     def install(self, model: nn.Module, on_removal: Callable[[nn.Module], None]) -> None:
-        """Put the hooks on a base model, once; the function is called when they are taken off again."""
+        """Put the hooks on a base model, once, and look at its layers; `on_removal` is called when they come off."""
         if not self._handles:
             for hook in list(model._forward_pre_hooks.values()):
                 if isinstance(previous := getattr(hook, "__self__", None), Conditioning):
                     previous.remove(model)
             self._on_removal = on_removal
             self._model = weakref.ref(model)
-            Conditioning.changes += 1
             # A model with an argument of that name keeps it; there, only intervene() sets contexts.
             self._takes_context = "context" not in inspect.signature(model.forward).parameters
             self._handles = [
                 model.register_forward_pre_hook(self._enter_forward, with_kwargs=True, prepend=True),
                 model.register_forward_hook(self._leave_forward, always_call=True),
             ]
+        Conditioning.changes += 1
         self._layers(model)  # compiled graphs do not look
 
     def __getstate__(self) -> dict[str, Any]:
@@ -203,8 +211,7 @@ class Conditioning:
 
     def _per_feature(self, strengths: Tensor, adapter_name: str, z_nTS: Tensor) -> Tensor:
         part, num_concepts = self.observational_ranks[adapter_name], len(self.concepts[adapter_name])
-        strengths = completed(strengths, num_concepts) if part else strengths[:, -num_concepts:]
-        return per_feature(strengths, z_nTS, part)
+        return per_feature(for_mechanism(strengths, num_concepts, part), z_nTS, part)
 
     def _strengths_outside_forward(
         self, adapter_name: str, concepts: ConceptSet, x: Tensor, num_rows: int

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...layers import CausalLayer
-from .request import completed
+from .request import for_mechanism
 
 # Beyond it layers make their own when they run, so that memory holds those of one layer only.
 _MOST_NUMBERS = 2**25
@@ -20,7 +20,7 @@ _MOST_NUMBERS = 2**25
 class MixingLayer(Protocol):
     """What is asked of an adapted layer."""
 
-    name: str
+    name: str  # path in the base model
     scaling: dict[str, float]
 
     def causal(self, adapter_name: str) -> CausalLayer: ...
@@ -49,8 +49,7 @@ def causal_matrices(layers: Iterable[MixingLayer], adapter_name: str, strengths:
             continue
         # In full precision: these are few numbers, and every feature passes through them.
         with torch.autocast(device.type, enabled=False) if dtype else nullcontext():
-            own = strengths[:, -first.num_concepts :]
-            mask = completed(strengths, first.num_concepts) if first.observational_rank else own
+            mask = for_mechanism(strengths, first.num_concepts, first.observational_rank)
             matrices = type(first).matrices(causals, mask)
             if scaling != 1:
                 matrices = matrices * scaling

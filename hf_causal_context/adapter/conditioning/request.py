@@ -137,6 +137,11 @@ def completed(strengths: Tensor, num_concepts: int, observational: float = 1.0) 
     return torch.cat([strengths.new_full((len(strengths), 1), observational), strengths], dim=1)
 
 
+def for_mechanism(strengths: Tensor, num_concepts: int, observational_rank: int) -> Tensor:
+    """Strengths (S, 1 + K) or a mask (S, K) as a causal layer takes them: without a part, it has no strength of one."""
+    return completed(strengths, num_concepts) if observational_rank else strengths[:, -num_concepts:]
+
+
 def check_one_adapter_per_mask(mask: Tensor, addressed: dict[str, ConceptSet]) -> None:
     """Columns of a mask have no names: refuse one that could be meant for several adapters (ValueError)."""
     if len(addressed) > 1:
