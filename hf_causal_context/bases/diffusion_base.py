@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, cast
 
+import numpy as np
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ class DiffusionBase:
         takes_guidance: whether the pipeline has a guidance scale.
         fixed_size: whether the pipeline generates at the default resolution only.
         image_stream: which output of a transformer's joint block is the image's, by its index; the other is the text's.
+        passes_sigmas: whether the pipeline gives its flow scheduler noise levels, even between 1 and 0.
         encodes_together: whether the captions of a batch go through an encoder in one call.
         condition_argument: the argument of the pipeline's call for captions or classes, None without one.
         num_classes: how many class labels the denoiser is conditioned on, None without.
@@ -53,6 +55,7 @@ class DiffusionBase:
     takes_guidance: ClassVar[bool] = True
     fixed_size: ClassVar[bool] = False
     image_stream: ClassVar[int] = -1
+    passes_sigmas: ClassVar[bool] = False
     encodes_together: ClassVar[bool] = True
     condition_argument: ClassVar[str | None] = "prompt"
     _input_name: ClassVar[str] = "hidden_states"
@@ -171,12 +174,13 @@ class DiffusionBase:
             own: Any = type(scheduler).from_config(config)
             own.set_timesteps(num_steps)
             return {"sigmas": own.sigmas[:-1].tolist()}
+        options: dict[str, Any] = {"sigmas": np.linspace(1, 1 / num_steps, num_steps)} if self.passes_sigmas else {}
         if not config.use_dynamic_shifting:
-            return {}
+            return options
         # Linear in the number of tokens, of 2 x 2 latents.
         slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
         tokens = latents[0, 0].numel() // 4
-        return {"mu": config.base_shift + slope * (tokens - config.base_image_seq_len)}
+        return {**options, "mu": config.base_shift + slope * (tokens - config.base_image_seq_len)}
 
     def enable_gradient_checkpointing(self) -> None:
         """Let the denoiser compute activations again in backward, instead of keeping them."""

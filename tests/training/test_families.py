@@ -56,10 +56,15 @@ def z_image(pipe, pixels, noised, transformer):
     return -torch.stack(velocities).squeeze(2) - (noise - clean)
 
 
+def in_one_frame(vae, pixels):
+    """Latents of Qwen-Image's autoencoder, which is one of videos."""
+    means, deviations = vae.config.latents_mean, vae.config.latents_std
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (means, deviations))
+    return (vae.encode(pixels.unsqueeze(2)).latent_dist.mode() - mean) / std
+
+
 def qwen_image(pipe, pixels, noised, transformer):
-    config = pipe.vae.config
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
-    clean = (pipe.vae.encode(pixels.unsqueeze(2)).latent_dist.mode() - mean) / std
+    clean = in_one_frame(pipe.vae, pixels)
     noise, noisy, times = noised(clean)
     text, mask = pipe.encode_prompt(CAPTIONS)
     tokens = transformer(
@@ -92,9 +97,7 @@ def chroma(pipe, pixels, noised, transformer):
 
 
 def krea2(pipe, pixels, noised, transformer):
-    config = pipe.vae.config
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
-    clean = (pipe.vae.encode(pixels.unsqueeze(2)).latent_dist.mode() - mean) / std
+    clean = in_one_frame(pipe.vae, pixels)
     noise, noisy, times = noised(clean)
     text, mask = pipe.encode_prompt(CAPTIONS)
     tokens = transformer(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
@@ -15,6 +14,8 @@ from .stable_diffusion_3 import StableDiffusion3
 
 class Flux(StableDiffusion3):
     """Flux: CLIP and T5, flow matching on latents packed into 2 x 2 patches."""
+
+    passes_sigmas = True
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
         super().__init__(pipe)
@@ -27,9 +28,6 @@ class Flux(StableDiffusion3):
     @property
     def default_resolution(self) -> int:
         return self.pipe.default_sample_size * self._vae_scale
-
-    def flow_schedule(self, num_steps: int, latents: Tensor) -> dict[str, Any]:
-        return {"sigmas": np.linspace(1, 1 / num_steps, num_steps), **super().flow_schedule(num_steps, latents)}
 
     @torch.no_grad()
     def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +16,7 @@ class HunyuanImage(DiffusionBase):
     """HunyuanImage: Qwen2.5-VL, and ByT5 for quoted text; how it is guided is a part of the pipeline."""
 
     takes_guidance = False
+    passes_sigmas = True
     image_stream: ClassVar[int] = 0
 
     @property
@@ -26,9 +26,6 @@ class HunyuanImage(DiffusionBase):
     @property
     def default_resolution(self) -> int:
         return self.pipe.default_sample_size * self._vae_scale
-
-    def flow_schedule(self, num_steps: int, latents: Tensor) -> dict[str, Any]:
-        return {"sigmas": np.linspace(1, 1 / num_steps, num_steps), **super().flow_schedule(num_steps, latents)}
 
     def enable_gradient_checkpointing(self) -> None:
         # The model names arguments of its blocks, for which diffusers' own function has no place.

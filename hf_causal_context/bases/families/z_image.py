@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +13,8 @@ from .stable_diffusion_3 import StableDiffusion3
 class ZImage(StableDiffusion3):
     """Z-Image: one list entry per sample, captions as long as they are, and time and velocity from noise to data."""
 
+    passes_sigmas = True
+
     @property
     def size_multiple(self) -> int:
         return 2 * self._vae_scale
@@ -21,9 +22,6 @@ class ZImage(StableDiffusion3):
     @property
     def default_resolution(self) -> int:
         return 1024
-
-    def flow_schedule(self, num_steps: int, latents: Tensor) -> dict[str, Any]:
-        return {"sigmas": np.linspace(1, 1 / num_steps, num_steps), **super().flow_schedule(num_steps, latents)}
 
     @torch.no_grad()
     def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
