@@ -32,6 +32,11 @@ def plain(image: Image.Image) -> Image.Image:
     return background
 
 
+def is_transparent(image: Image.Image) -> bool:
+    """Return whether an image is transparent anywhere, not only able to be."""
+    return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255)
+
+
 def remarks(image: Image.Image) -> Iterator[str]:
     """Say in which ways more is in an image than a model sees, to follow "n images".
 
@@ -41,7 +46,7 @@ def remarks(image: Image.Image) -> Iterator[str]:
     _check_range(image)
     if _has_16_bits(image):
         yield "have 16 bits per channel. They are scaled to 8."
-    elif image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+    elif is_transparent(image):
         yield f"are transparent in places. These are {BACKGROUND}; put the images on another background if it is wrong."
     if getattr(image, "is_animated", False):
         yield "have several frames. Only the first is used."

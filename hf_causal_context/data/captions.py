@@ -35,16 +35,14 @@ def read_captions(
         ValueError: for metadata that cannot be read, text that is not UTF-8, or two captions of an image.
     """
     known = set(images)
-    by_stem: dict[Path, list[Path]] = {}
-    for image in known:
-        by_stem.setdefault(image.with_suffix(""), []).append(image)
+    named = by_stem(known)
     captions: dict[Path, str] = {}
     used = set()
     for file in files:
         if file.name in METADATA:
             found = _of_metadata(file, known, column)
         elif file.suffix.lower() in CAPTION_SUFFIXES:
-            found = _of_text(file, by_stem.get(file.with_suffix(""), []))
+            found = _of_text(file, named.get(file.with_suffix(""), []))
         else:
             continue
         for where, image, text in found:
@@ -53,6 +51,14 @@ def read_captions(
             captions[image] = text
             used.add(file)
     return captions, used
+
+
+def by_stem(images: Iterable[Path]) -> dict[Path, list[Path]]:
+    """Return images by their paths without a suffix, as files beside them are named."""
+    found: dict[Path, list[Path]] = {}
+    for image in images:
+        found.setdefault(image.with_suffix(""), []).append(image)
+    return found
 
 
 def _of_text(file: Path, images: list[Path]) -> Iterator[tuple[str, Path, str]]:

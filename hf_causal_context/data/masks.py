@@ -7,8 +7,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from .._pixels import plain
+from .._pixels import is_transparent, plain
 from ..errors import UserValueError
+from .captions import by_stem
 
 SUFFIX = ".mask.png"
 
@@ -24,18 +25,15 @@ def masks_of(images: Iterable[Path], masks: Iterable[Path]) -> dict[Path, Path]:
     Raises:
         ValueError: for a mask without an image.
     """
-    by_stem: dict[Path, list[Path]] = {}
-    for image in images:
-        by_stem.setdefault(image.with_suffix(""), []).append(image)
-    found = {}
+    named, found = by_stem(images), {}
     for mask in masks:
         stem = mask.with_name(mask.name[: -len(SUFFIX)])
-        if stem not in by_stem:
+        if stem not in named:
             raise UserValueError(
                 f"{str(mask)!r} has the name of a mask, but there is no image {stem.name!r} beside it, such as "
                 f"{stem.name + '.png'!r}. Add it, or rename the file if it is an image itself."
             )
-        found |= dict.fromkeys(by_stem[stem], mask)
+        found |= dict.fromkeys(named[stem], mask)
     return found
 
 
@@ -45,7 +43,7 @@ def plain_mask(mask: Image.Image, image: Image.Image) -> Image.Image:
     Raises:
         ValueError: for one that is black everywhere, is transparent in places, or has another size than its image.
     """
-    if mask.has_transparency_data and mask.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+    if is_transparent(mask):
         raise UserValueError("its mask is transparent in places. Save it in black and white.")
     gray, size = plain(mask).convert("L"), plain(image).size
     if gray.size != size:

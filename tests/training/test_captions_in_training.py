@@ -55,7 +55,7 @@ def batches(given, tagged, pipeline_folder):
         made = DenoiserBatches(base, data, arguments, 20, torch.device("cpu"), rank, world_size)
         seen = []
         conditions = made._conditions
-        made._conditions = lambda columns, rows: seen.append(columns.get("caption")) or conditions(columns, rows)
+        made._conditions = lambda columns: seen.append(columns.get("caption")) or conditions(columns)
         return made, seen
 
     return make

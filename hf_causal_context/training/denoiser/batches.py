@@ -116,8 +116,7 @@ class DenoiserBatches:
         for number, columns in enumerate(self._loaded(start, num_observational), start):
             slots = self._slots(number)
             if self._arguments.caption_dropout or self._arguments.shuffle_tags:
-                captions = columns.get("caption") or [self._arguments.instance_prompt] * len(slots)
-                columns["caption"] = list(changed_captions(captions, slots, self._arguments))
+                columns["caption"] = list(changed_captions(self._captions_of(columns), slots, self._arguments))
             yield self._to_batch(columns, Draws(self._arguments.seed, slots))
 
     def _slots(self, number: int) -> range:
@@ -178,22 +177,24 @@ class DenoiserBatches:
         if mask is not None:
             mask = scaled_masks(mask.to(self._device, non_blocking=True), clean)
         if self._arguments.train_text_encoder:  # which encodes them in each step
-            captions = columns.get("caption") or [self._arguments.instance_prompt] * len(clean)
-            return Batch(clean, context, {}, draws, mask, captions)
-        return Batch(clean, context, self._conditions(columns, len(clean)), draws, mask)
+            return Batch(clean, context, {}, draws, mask, self._captions_of(columns))
+        return Batch(clean, context, self._conditions(columns), draws, mask)
 
     def _mask(self, context: str) -> Tensor:
         if context not in self._masks:
             self._masks[context] = self._data.concepts.mask([Context.parse(context)])[0]
         return self._masks[context]
 
-    def _conditions(self, columns: dict[str, Any], rows: int) -> dict[str, Tensor]:
+    def _captions_of(self, columns: dict[str, Any]) -> list[str]:
+        return columns.get("caption") or [self._arguments.instance_prompt] * len(columns["context"])
+
+    def _conditions(self, columns: dict[str, Any]) -> dict[str, Tensor]:
         if self._arguments.class_column:
             labels = torch.as_tensor(columns[self._arguments.class_column])
             return {"class_labels": labels.to(self._device)}
         if not self._base.takes_captions:
             return {}
-        captions = columns.get("caption") or [self._arguments.instance_prompt] * rows
+        captions = self._captions_of(columns)
         if self._arguments.shuffle_tags or (self._data.streaming and self._data.has_captions):
             self._captions = {}  # there are more than memory holds, and a resumed run would have kept others
         self._encode_captions(set(captions).difference(self._captions))
