@@ -16,7 +16,22 @@ DTYPES = ["float32", "float16", "bfloat16"]
 
 
 @dataclass(kw_only=True)
-class AdapterSource:
+class BaseWeights:
+    """How the base's weights are held."""
+
+    dtype: str = argument("float32", "Of the base, and of files: " + ", ".join(DTYPES) + ".", choices=DTYPES)
+    quantization: str | None = argument(
+        None, "Of the base's weights: " + ", ".join(QUANTIZATIONS) + ".", choices=[*QUANTIZATIONS]
+    )
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """The same as arguments of `StoredAdapter`'s methods."""
+        return {"dtype": self.dtype, "quantization": self.quantization}
+
+
+@dataclass(kw_only=True)
+class AdapterSource(BaseWeights):
     """Which adapter, on which base."""
 
     adapter: str = field(metadata={"help": "Folder or Hub id of the adapter."})

@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..bases.quantization import QUANTIZATIONS
 from ..contexts import Context
 from ..data.arguments import AnyDataArguments, argument
 from ..data.from_arguments import load_data, load_text_data
@@ -19,7 +18,7 @@ from ..evaluation.report import write_report
 from ..evaluation.results import EvaluationReport
 from ..evaluation.text_evaluator import evaluate_texts
 from ..inference.adapted import StoredAdapter
-from .adapter_arguments import DTYPES, parse_contexts
+from .adapter_arguments import BaseWeights, parse_contexts
 
 _MINIMA = {
     "num_samples": 2,
@@ -38,7 +37,7 @@ _TEXTS_ONLY = ("text_column", "max_new_tokens")
 
 
 @dataclass
-class Arguments(AnyDataArguments):
+class Arguments(BaseWeights, AnyDataArguments):
     """Settings of one evaluation; those of the data are the training's.
 
     Raises:
@@ -50,10 +49,6 @@ class Arguments(AnyDataArguments):
     pretrained_model_name_or_path: str | None = argument(None, "Its base; by default the one it names.")
     revision: str | None = argument(None, "Revision of the base on the Hub.")
     variant: str | None = argument(None, "Variant of the base's files, such as fp16.")
-    dtype: str = argument("float32", "Of the base: float32, float16 or bfloat16.", choices=DTYPES)
-    quantization: str | None = argument(
-        None, "Of the base's weights: " + ", ".join(QUANTIZATIONS) + ".", choices=[*QUANTIZATIONS]
-    )
 
     contexts: list[str] | None = argument(
         None, "Combinations to evaluate; by default all that the data holds. obs and single concepts always are."
@@ -79,11 +74,6 @@ class Arguments(AnyDataArguments):
             value = getattr(self, name)
             if value is not None and not value >= minimum:
                 raise UserValueError(f"--{name}={value} must be at least {minimum}.")
-
-    @property
-    def weights(self) -> dict[str, Any]:
-        """How the base's weights are held."""
-        return {"dtype": self.dtype, "quantization": self.quantization}
 
     def refuse_useless(self, language: bool) -> None:
         """Refuse settings that an adapter of this kind does not have.
