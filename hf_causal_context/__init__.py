@@ -15,6 +15,7 @@ from .contexts import ConceptSet, Context
 from .inference.pipelines import load_context_adapter, unload_context_adapter
 
 if TYPE_CHECKING:
+    from .hub.loading import AutoCausalContextModel, CausalContextPipeline
     from .inference.counterfactuals import Counterfactual, counterfactual
 
 register()
@@ -22,8 +23,10 @@ register()
 __version__ = "0.1.0"
 __all__ = [
     "AdapterError",
+    "AutoCausalContextModel",
     "CausalContextConfig",
     "CausalContextModel",
+    "CausalContextPipeline",
     "CausalEffects",
     "ConceptSet",
     "Context",
@@ -42,9 +45,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # It needs diffusers, which is not imported before it is used.
+    # They need diffusers, or much of the package, which is not imported before it is used.
     if name in ("Counterfactual", "counterfactual"):
         from .inference import counterfactuals
 
         return getattr(counterfactuals, name)
+    if name in ("AutoCausalContextModel", "CausalContextPipeline"):
+        from .hub import loading
+
+        return getattr(loading, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -176,8 +176,7 @@ def test_a_report_on_texts_has_perplexities_in_place_of_distances(folder):
 def test_code_loads_what_the_card_is_of_and_asks_for_its_image(folder):
     block = code(render_card(folder, "user/strokes"))
     compile(block, "card", "exec")
-    assert 'DiffusionPipeline.from_pretrained("user/base", revision="v1", dtype=torch.float32)' in block
-    assert 'load_context_adapter(pipe, "user/strokes")' in block
+    assert 'CausalContextPipeline.from_pretrained("user/strokes", dtype=torch.float32)' in block  # the config has v1
     assert 'with intervene(pipe, "slant+thick"):' in block
     call = 'pipe(num_inference_steps=25, prompt="say \\"word\\"", generator=torch.Generator().manual_seed(7))'
     assert call in block
@@ -188,8 +187,8 @@ def test_code_loads_what_the_card_is_of_and_asks_for_its_image(folder):
     ("changes", "expected"),
     [
         ({"class_label": 3, "call": {"num_inference_steps": 5}}, "seeds=[7], class_label=3, num_inference_steps=5"),
-        ({"base": "hf_causal_context/models/digit_base"}, 'pipe = load("strokes")'),
-        ({"dtype": "float16", "variant": "fp16"}, 'variant="fp16", dtype=torch.float16)'),
+        ({"base": "hf_causal_context/models/digit_base"}, 'from_pretrained("strokes", dtype=torch.float32)'),
+        ({"dtype": "float16", "variant": "fp16"}, '"strokes", dtype=torch.float16, variant="fp16")'),
         (
             {
                 "library": "transformers",
@@ -217,7 +216,7 @@ def test_a_card_is_the_same_whenever_it_is_made_and_for_another_name_differs_in_
 
 def test_code_of_a_branch_loads_that_branch(folder):
     block = code(render_card(folder, "user/strokes", "v2"))
-    assert 'load_context_adapter(pipe, "user/strokes", revision="v2")' in block
+    assert 'from_pretrained("user/strokes", revision="v2", dtype=torch.float32)' in block
 
 
 def test_an_edited_card_is_kept_and_one_as_it_was_written_is_not(folder):

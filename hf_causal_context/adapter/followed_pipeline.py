@@ -34,23 +34,29 @@ _LOCK = Lock()
 _VISITS: WeakKeyDictionary[DiffusionPipeline, int] = WeakKeyDictionary()  # by how many each is followed for a while
 
 
-class _Followed:
-    """What a followed pipeline's class has in front of the pipeline's own."""
+class Followed:
+    """What a followed pipeline's class has in front of the pipeline's own; subclasses may have more."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A class made at run time cannot be pickled by name.
         _, _, *state = cast(tuple, super().__reduce_ex__(protocol))
-        return _new, (stock_class(type(self)),), *state
+        kind, stock, *_ = type(self).__bases__
+        return _new, (stock, kind), *state
 
 
-def _new(stock: type) -> object:
-    return object.__new__(_followed_class(stock))
+def _new(stock: type, kind: type[Followed]) -> object:
+    return object.__new__(_followed_class(stock, kind))
 
 
-def follow(pipe: DiffusionPipeline) -> None:
-    """Make the hooks know the calls of a pipeline; once is enough."""
-    if not isinstance(pipe, _Followed):
-        pipe.__class__ = _followed_class(type(pipe))
+def follow(pipe: DiffusionPipeline, kind: type[Followed] = Followed) -> None:
+    """Make the hooks know the calls of a pipeline; once is enough.
+
+    Args:
+        pipe: the pipeline, whose class changes.
+        kind: what else its class gets.
+    """
+    if not isinstance(pipe, kind):
+        pipe.__class__ = _followed_class(stock_class(type(pipe)), kind)
 
 
 def unfollow(pipe: DiffusionPipeline) -> None:
@@ -63,7 +69,7 @@ def track_calls(pipe: DiffusionPipeline) -> Iterator[None]:
     """Follow a pipeline for a while, if it is not followed anyway; in several threads, until the last is done."""
     with _LOCK:
         visits = _VISITS.get(pipe, 0)
-        for_a_while = visits > 0 or not isinstance(pipe, _Followed)
+        for_a_while = visits > 0 or not isinstance(pipe, Followed)
         if for_a_while:
             _VISITS[pipe] = visits + 1
             follow(pipe)
@@ -80,11 +86,11 @@ def track_calls(pipe: DiffusionPipeline) -> Iterator[None]:
 
 def stock_class(cls: type) -> type:
     """Return the pipeline's own class."""
-    return cls.__mro__[2] if issubclass(cls, _Followed) else cls
+    return cls.__bases__[1] if issubclass(cls, Followed) else cls
 
 
 @functools.cache
-def _followed_class(cls: type) -> type:
+def _followed_class(cls: type, kind: type[Followed]) -> type:
     signature = inspect.signature(cls.__call__)
 
     @functools.wraps(cls.__call__)
@@ -103,7 +109,7 @@ def _followed_class(cls: type) -> type:
 
     # The same name, by which diffusers finds related pipelines and writes model_index.json.
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (_Followed, cls), {"__call__": call, **names})
+    return type(cls.__name__, (kind, cls), {"__call__": call, **names})
 
 
 def _call(bound: inspect.BoundArguments) -> Call | None:

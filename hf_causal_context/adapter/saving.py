@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -17,7 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .._files import complete_or_absent
+from .._files import WEIGHTS, complete_or_absent
 from .._messages import quoted
 from ..errors import UserValueError
 from .config import CausalContextConfig
@@ -59,12 +59,8 @@ class SavedWithoutAdapters(WrappedMethod):
                 model._hf_peft_config_loaded = True
         for name in names:
             folder = Path(save_directory) / name
-            config = copy.copy(model.peft_config[name])
-            config.auto_mapping = {
-                "base_model_class": type(model).__name__,
-                "parent_library": type(model).__module__,
-            }  # as PeftModel.save_pretrained records it
-            write_adapter(folder, config, _weights(model, name))
+            with complete_or_absent(folder) as unfinished:
+                write_adapter_of(model, name, unfinished)
             warnings.warn(
                 f"{type(model).__name__} was saved without its causal context adapter {name!r}, which lies beside it "
                 f"in {folder}. After loading the pipeline: load_context_adapter(pipe, folder_of_the_pipeline"
@@ -83,8 +79,22 @@ class SavedWithoutAdapters(WrappedMethod):
 def write_adapter(folder: Path, config: PeftConfig, weights: dict[str, Tensor]) -> None:
     """Write what `PeftModel.from_pretrained` reads; the folder appears complete, over an earlier one, or not at all."""
     with complete_or_absent(folder) as unfinished:
-        config.save_pretrained(str(unfinished))
-        save_file(weights, unfinished / "adapter_model.safetensors", metadata={"format": "pt"})
+        _write(unfinished, config, weights)
+
+
+def write_adapter_of(model: nn.Module, adapter_name: str, folder: Path) -> None:
+    """Write one adapter of a model into a folder, which may hold other files."""
+    config: PeftConfig = copy.copy(cast(Any, model).peft_config[adapter_name])
+    config.auto_mapping = {
+        "base_model_class": type(model).__name__,
+        "parent_library": type(model).__module__,
+    }  # as PeftModel.save_pretrained records it
+    _write(folder, config, _weights(model, adapter_name))
+
+
+def _write(folder: Path, config: PeftConfig, weights: dict[str, Tensor]) -> None:
+    config.save_pretrained(str(folder))
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def _is_ours(config: object) -> bool:

@@ -23,17 +23,33 @@ from .quantization import quantization_config
 
 
 def load_language_model(
-    name_or_path: str, revision: str | None, dtype: torch.dtype, quantization: str | None = None
+    name_or_path: str,
+    revision: str | None,
+    dtype: torch.dtype | str | None,
+    quantization: str | None = None,
+    token: str | bool | None = None,
+    **options: Any,
 ) -> PreTrainedModel:
-    """Load a base from a folder or the Hub; only safetensors, and no code from the repository.
+    """Load a base from a folder or the Hub; by default only safetensors, and no code from the repository.
+
+    Args:
+        name_or_path: folder or Hub id.
+        revision: of the base.
+        dtype: None for transformers' own choice.
+        quantization: one of `QUANTIZATIONS`.
+        token: for a private one.
+        options: further ones of transformers' `from_pretrained`.
 
     Raises:
         OSError, ValueError: what `check_language_model` raises.
     """
-    config = check_language_model(name_or_path, revision)
+    config = check_language_model(name_or_path, revision, token)
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    options: dict[str, Any] = {"revision": revision, "dtype": dtype, "use_safetensors": True}
+    options = {"use_safetensors": True, "revision": revision, "token": token, **options}
+    if dtype is not None:
+        options["dtype"] = dtype
     if quantization is not None:
+        assert isinstance(dtype, torch.dtype)
         options["quantization_config"] = quantization_config(quantization, "transformers", dtype)
     try:
         return auto_class.from_pretrained(name_or_path, **options)
@@ -41,14 +57,15 @@ def load_language_model(
         raise UserValueError(f"The base {name_or_path!r} cannot be loaded: {error}") from error
 
 
-def load_tokenizer(name_or_path: str, revision: str | None) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str, revision: str | None, token: str | bool | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a base; no code from the repository.
 
     Raises:
         OSError, ValueError: for files that are missing or cannot be read, or a package that they need.
     """
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
+        load: Any = AutoTokenizer.from_pretrained
+        tokenizer = load(name_or_path, revision=revision, token=token, trust_remote_code=False)
     except OSError:
         raise
     except Exception as error:  # its files may hold anything, and transformers raises anything
@@ -59,7 +76,7 @@ def load_tokenizer(name_or_path: str, revision: str | None) -> PreTrainedTokeniz
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
-def check_language_model(name_or_path: str, revision: str | None) -> PreTrainedConfig:
+def check_language_model(name_or_path: str, revision: str | None, token: str | bool | None = None) -> PreTrainedConfig:
     """Return the configuration of a base, without loading it.
 
     Raises:
@@ -67,7 +84,7 @@ def check_language_model(name_or_path: str, revision: str | None) -> PreTrainedC
         ValueError: for a model that does not write text.
     """
     try:
-        config = AutoConfig.from_pretrained(name_or_path, revision=revision)
+        config = AutoConfig.from_pretrained(name_or_path, revision=revision, token=token)
     except (OSError, ValueError) as error:
         raise OSError(
             f"{name_or_path!r} could not be read as a model of transformers: {error} The base of train-text is a "

@@ -1,8 +1,8 @@
-"""Loads the pretrained pipeline that an adapter is trained for."""
+"""Loads the pretrained pipeline that an adapter is trained for, or used on."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -21,43 +21,69 @@ def load_base(
     *,
     revision: str | None = None,
     variant: str | None = None,
-    torch_dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32,
     quantization: str | None = None,
+    token: str | bool | None = None,
 ) -> DiffusionBase:
-    """Load a pipeline from a folder or the Hub; only safetensors, and no code from the repository.
-
-    All components have the same dtype. Unasked, those of diffusers would be float32 and those of transformers what they
-    were saved in, and half of one kind does not multiply with the other.
-
-    `hf_causal_context/models/digit_base` is the one that comes with this package, wherever that is installed.
+    """Load a pipeline that can be trained and measured, from a folder or the Hub; see `load_pipeline`.
 
     Raises:
         OSError, ValueError: what `check_base` raises.
     """
-    components = check_base(name_or_path, revision)  # before the weights, which may be many gigabytes
-    name_or_path = unpacked(name_or_path)
-    options: dict[str, Any] = {"revision": revision, "variant": variant, "dtype": torch_dtype}
+    components = check_base(name_or_path, revision, token)  # before the weights, which may be many gigabytes
+    options: dict[str, Any] = {"revision": revision, "variant": variant, "dtype": dtype, "token": token}
     if quantization is not None:
-        options["quantization_config"] = pipeline_quantization(quantization, components, torch_dtype)
+        options["quantization_config"] = pipeline_quantization(quantization, components, dtype)
+    return as_base(_load(name_or_path, **options))
+
+
+def load_pipeline(name_or_path: str, **options: Any) -> DiffusionPipeline:
+    """Load any pipeline from a folder or the Hub; by default only safetensors, and no code from the repository.
+
+    All components have the same dtype, by default float32. Unasked, those of diffusers would be float32 and those of
+    transformers what they were saved in, and half of one kind does not multiply with the other.
+
+    `hf_causal_context/models/digit_base` is the one that comes with this package, wherever that is installed.
+
+    Args:
+        name_or_path: folder or Hub id.
+        options: of diffusers' `from_pretrained`.
+
+    Raises:
+        OSError: for something that is not a saved pipeline, such as a bare denoiser.
+        ValueError: for options that do not fit it.
+    """
+    _read_index(name_or_path, options.get("revision"), options.get("token"))
+    return _load(name_or_path, **options)
+
+
+def _load(name_or_path: str, **options: Any) -> DiffusionPipeline:
+    if "torch_dtype" not in options:  # diffusers' older word for it
+        options.setdefault("dtype", torch.float32)
     try:
-        pipe = DiffusionPipeline.from_pretrained(name_or_path, use_safetensors=True, **options)
+        return DiffusionPipeline.from_pretrained(unpacked(name_or_path), **{"use_safetensors": True, **options})
     except (ValueError, ImportError) as error:  # no files of this variant, a package that a part needs
         raise UserValueError(f"The base {str(name_or_path)!r} cannot be loaded: {error}") from error
-    return as_base(pipe)
 
 
-def check_base(name_or_path: str, revision: str | None = None) -> dict[str, Any]:
+def check_base(name_or_path: str, revision: str | None = None, token: str | bool | None = None) -> dict[str, Any]:
     """Refuse what is no base, without loading it; return its model_index.json.
 
     Raises:
         OSError: for something that is not a saved pipeline, such as a bare denoiser.
         ValueError: for a pipeline that is not supported.
     """
+    index = _read_index(name_or_path, revision, token)
+    _family(index.get("_class_name"))
+    return index
+
+
+def _read_index(name_or_path: str, revision: str | None, token: str | bool | None) -> dict[str, Any]:
     name_or_path = unpacked(name_or_path)
     try:
-        index: Any = DiffusionPipeline.load_config(name_or_path, revision=revision)
+        return cast(Any, DiffusionPipeline.load_config(name_or_path, revision=revision, token=token))
     except OSError as error:
-        if _is_transformers_model(name_or_path, revision):
+        if _is_transformers_model(name_or_path, revision, token):
             raise OSError(
                 f"{str(name_or_path)!r} is a model of transformers, not a diffusers pipeline. An adapter of a language "
                 "model is trained by `hf-causal-context train-text`."
@@ -67,14 +93,12 @@ def check_base(name_or_path: str, revision: str | None = None) -> dict[str, Any]
             "with a model_index.json. For a bare denoiser (a config.json and weights) save a pipeline around it, for "
             "example DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)."
         ) from error
-    _family(index.get("_class_name"))
-    return index
 
 
-def _is_transformers_model(name_or_path: str, revision: str | None = None) -> bool:
+def _is_transformers_model(name_or_path: str, revision: str | None, token: str | bool | None) -> bool:
     """Whether a folder or repository holds a model that transformers knows."""
     try:
-        AutoConfig.from_pretrained(name_or_path, revision=revision)
+        AutoConfig.from_pretrained(name_or_path, revision=revision, token=token)
     except (OSError, ValueError):
         return False
     return True

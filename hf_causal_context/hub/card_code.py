@@ -5,48 +5,36 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from ..bases.names import is_packaged
-
 if TYPE_CHECKING:
     from .contents import CardContents
 
 _PIPELINE = """import torch
-from diffusers import DiffusionPipeline
 
-from hf_causal_context import intervene, load_context_adapter
+from hf_causal_context import CausalContextPipeline, intervene
 
-pipe = DiffusionPipeline.from_pretrained({base})
+pipe = CausalContextPipeline.from_pretrained({repo}{options})  # with its base
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-load_context_adapter(pipe, {repo}{revision})
-with intervene(pipe, {context}):
-    image = pipe({arguments}).images[0]
-image.save({file})"""
-
-_PACKAGED = """import torch
-
-from hf_causal_context import intervene
-from hf_causal_context.hub import load
-
-pipe = load({repo}{revision})  # with its base, which is part of the package
 with intervene(pipe, {context}):
     image = pipe({arguments}).images[0]
 image.save({file})"""
 
 # For class-conditional denoisers whose pipeline has no argument for the class.
-_BY_CLASS = """from hf_causal_context.hub import load
+_BY_CLASS = """import torch
+
+from hf_causal_context import CausalContextPipeline
 from hf_causal_context.training.generation import generate, to_image
 
-pipe = load({repo}{revision})
+pipe = CausalContextPipeline.from_pretrained({repo}{options})  # with its base
+pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 [[image]] = generate(pipe, [{context}], {arguments})
 to_image(image).save({file})"""
 
 _LANGUAGE = """import torch
-
-import hf_causal_context  # before PEFT reads the adapter
-from peft import {auto_class}
 from transformers import AutoTokenizer
 
-model = {auto_class}.from_pretrained({repo}{revision}{dtype}).eval()
+from hf_causal_context import AutoCausalContextModel
+
+model = AutoCausalContextModel.from_pretrained({repo}{options}).eval()  # with its base
 model.to("cuda" if torch.cuda.is_available() else "cpu")
 tokenizer = AutoTokenizer.from_pretrained({repo}{revision})
 inputs = {inputs}.to(model.device)
@@ -59,12 +47,13 @@ def usage_code(contents: CardContents, repo: str, branch: str | None, context: s
     """Python code that makes the card's sample of a context."""
     names = {"repo": python_literal(repo), "context": python_literal(context)}
     names["revision"] = f", revision={python_literal(branch)}" if branch else ""
+    variant = f", variant={python_literal(contents.variant)}" if contents.variant else ""
+    # Unasked, another dtype than that of the samples could be the libraries' choice.
+    names["options"] = f"{names['revision']}, dtype=torch.{contents.dtype}{variant}"
     if contents.library == "transformers":
         encoder_decoder = contents.auto_class == "AutoPeftModelForSeq2SeqLM"
         return _LANGUAGE.format(
             **names,
-            auto_class=contents.auto_class,
-            dtype="" if contents.dtype == "float32" else f", dtype=torch.{contents.dtype}",
             inputs=contents.inputs,
             seed=contents.seed,
             arguments=_arguments(contents.call),
@@ -76,12 +65,7 @@ def usage_code(contents: CardContents, repo: str, branch: str | None, context: s
         return _BY_CLASS.format(**names, arguments=arguments)
     generator = f"generator=torch.Generator().manual_seed({contents.seed})"
     arguments = ", ".join(filter(None, [_arguments(contents.call), generator]))
-    if is_packaged(contents.base):
-        return _PACKAGED.format(**names, arguments=arguments)
-    options = {key: value for key in ("revision", "variant") if (value := getattr(contents, key)) is not None}
-    base = ", ".join(filter(None, [python_literal(contents.base), _arguments(options)]))
-    base += f", dtype=torch.{contents.dtype}"  # unasked, parts of a base that was saved in half would stay so
-    return _PIPELINE.format(**names, base=base, arguments=arguments)
+    return _PIPELINE.format(**names, arguments=arguments)
 
 
 def python_literal(text: str) -> str:

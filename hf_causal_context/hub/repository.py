@@ -1,4 +1,4 @@
-"""Adapters to the Hub and back: `save` makes the folder that others see, `push` uploads it, `load` brings one back."""
+"""Uploads the folder of an adapter that `save` made."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import (
@@ -24,13 +23,7 @@ from ..errors import UserValueError
 from .card import is_edited, render_card
 from .card_code import python_literal
 from .contents import CardContents
-from .folder import check_complete, save
-from .loading import load
-
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["load", "push", "save"]
+from .folder import check_complete
 
 # Folders that a push owns: what it no longer writes there is removed from the repository.
 _OWN_FOLDERS = ("pictures/", "loras/", "evaluation/")
@@ -65,7 +58,7 @@ def push(
     folder = Path(folder)
     contents = check_complete(folder)
     check_pushable(repo_id, contents.base, token)
-    with _hub_errors(repo_id):
+    with hub_errors(repo_id):
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None:
@@ -119,7 +112,7 @@ def check_pushable(
             "first (push_to_hub of the pipeline, or of the model and its tokenizer), then give its id: "
             "--pretrained_model_name_or_path user/base."
         )
-    with _hub_errors(repo_id):
+    with hub_errors(repo_id):
         account = HfApi(token=token).whoami()
         namespaces = [account["name"], *(organization["name"] for organization in account.get("orgs", ()))]
         if repo_id.count("/") and repo_id.partition("/")[0] not in namespaces:
@@ -135,7 +128,7 @@ def check_pushable(
 
 
 @contextmanager
-def _hub_errors(repo_id: str) -> Iterator[None]:
+def hub_errors(repo_id: str) -> Iterator[None]:
     """Within the body, what the Hub refuses becomes an error that says what to do."""
     try:
         yield

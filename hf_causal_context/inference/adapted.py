@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub.errors import HFValidationError
@@ -22,14 +23,21 @@ from ..adapter.config import CausalContextConfig
 from ..adapter.storage.download import download
 from ..adapter.storage.files import read_header, read_weights
 from ..adapter.storage.layout import AdapterError
-from ..bases.diffusion_base import DiffusionBase
 from ..bases.language import load_language_model, load_tokenizer
-from ..bases.loading import load_base
 from ..bases.names import is_packaged
 from ..contexts import Context
 from ..errors import UserValueError
 from .pipelines import adapter_places, attach
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from ..bases.diffusion_base import DiffusionBase
+
+_GIVE_BASE = (
+    "Give --pretrained_model_name_or_path. In Python, load the base yourself and put the adapter on it: "
+    "load_context_adapter(pipe, adapter), or PeftModel.from_pretrained(model, adapter)."
+)
 _LANGUAGE_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
@@ -43,6 +51,7 @@ class StoredAdapter:
         config: its config.
         given_base: a base that was named instead of the one that the config names.
         given_revision: of the base.
+        token: for private repositories, the adapter's and the base's.
     """
 
     source: str
@@ -50,6 +59,7 @@ class StoredAdapter:
     config: CausalContextConfig
     given_base: str | None
     given_revision: str | None
+    token: str | bool | None
 
     @classmethod
     def open(
@@ -60,6 +70,8 @@ class StoredAdapter:
         revision: str | None = None,
         adapter_revision: str | None = None,
         token: str | bool | None = None,
+        subfolder: str | None = None,
+        cache: Mapping[str, Any] = MappingProxyType({}),
     ) -> StoredAdapter:
         """Find an adapter, download it if it is on the Hub, and read its config.
 
@@ -68,14 +80,24 @@ class StoredAdapter:
             base: a folder or id to use in place of the base that the adapter names.
             revision: of the base.
             adapter_revision: of the adapter's repository.
-            token: for an adapter's private repository, as in huggingface_hub.
+            token: for private repositories, the adapter's and the base's, as in huggingface_hub.
+            subfolder: where in the folder or repository the adapter is.
+            cache: further arguments of huggingface_hub's `snapshot_download`, such as `cache_dir`.
 
         Raises:
             AdapterError: for another kind of adapter, or a config that cannot be used.
             OSError: for something that holds no adapter, or cannot be reached.
         """
-        source = str(adapter)
-        folder = download(source, revision=adapter_revision, token=token, places=adapter_places(), tokenizer=True)
+        folder = download(
+            adapter,
+            revision=adapter_revision,
+            token=token,
+            places=adapter_places(),
+            tokenizer=True,
+            subfolder=subfolder,
+            cache=cache,
+        )
+        source = f"{adapter}/{subfolder}" if subfolder else str(adapter)
         if not (folder / CONFIG).exists():
             checkpoints = ", ".join(str(path) for path in checkpoint_steps(folder).values())
             unfinished = f"Its training is not finished: resume it, or use a checkpoint: {checkpoints}."
@@ -83,7 +105,7 @@ class StoredAdapter:
                 f"{source} holds no adapter: there is no {CONFIG} in it. "
                 + (unfinished if checkpoints else "Give the folder that a training wrote, or the id of a repository.")
             )
-        return cls(source, folder, CausalContextConfig.read(folder, source), base, revision)
+        return cls(source, folder, CausalContextConfig.read(folder, source), base, revision, token)
 
     @property
     def is_of_language_model(self) -> bool:
@@ -103,14 +125,11 @@ class StoredAdapter:
             return self.given_base, self.given_revision
         name = self.config.base_model_name_or_path
         if not name:
-            raise UserValueError(f"{self.source} does not name its base. Give --pretrained_model_name_or_path.")
+            raise UserValueError(f"{self.source} does not name its base. {_GIVE_BASE}")
         if not Path(self.source).is_dir() and not is_packaged(name):
             self._check_repository(name)
         if Path(name).is_absolute() and not Path(name).exists():
-            raise FileNotFoundError(
-                f"{self.source} was trained on the base {name}, which is not here. Give "
-                "--pretrained_model_name_or_path."
-            )
+            raise FileNotFoundError(f"{self.source} was trained on the base {name}, which is not here. {_GIVE_BASE}")
         return name, self.given_revision or self.config.revision
 
     def _check_repository(self, base: str) -> None:
@@ -120,7 +139,7 @@ class StoredAdapter:
         except HFValidationError:
             raise AdapterError(
                 f"{self.source} comes from the Hub, and the base that it names, {short_repr(base)}, is no repository "
-                "there: it was trained on a folder of another machine. Give --pretrained_model_name_or_path."
+                f"there: it was trained on a folder of another machine. {_GIVE_BASE}"
             ) from None
 
     def pipeline(
@@ -143,18 +162,38 @@ class StoredAdapter:
             ValueError: for another kind of adapter or base, or contexts with concepts that the adapter lacks.
             OSError: for a base that cannot be read.
         """
-        if self.is_of_language_model:
-            raise UserValueError(
-                f"{self.source} is an adapter of a language model, not of a diffusers pipeline. `hf-causal-context "
-                "generate-text` writes texts with it; save_baked(model, context, folder) in Python exports it."
-            )
+        from ..bases.loading import load_base
+
+        self._check_makes_images()
         name, revision = self.base
         context_strengths(self.config, contexts)
-        weights: dict[str, Any] = {"torch_dtype": getattr(torch, dtype), "quantization": quantization}
-        base = load_base(name, revision=revision, variant=variant, **weights)
-        base.pipe.to(_device())
+        weights: dict[str, Any] = {"dtype": getattr(torch, dtype), "quantization": quantization}
+        base = load_base(name, revision=revision, variant=variant, token=self.token, **weights)
+        base.pipe.to(device())
         attach(base.pipe, self.folder, self.source)
         return base
+
+    def stock_pipeline(self, **options: Any) -> DiffusionPipeline:
+        """Load any base as diffusers does, with options of its `from_pretrained`, and attach the adapter.
+
+        Raises:
+            ValueError: for another kind of adapter, or options that do not fit the base.
+            OSError: for a base that cannot be read.
+        """
+        from ..bases.loading import load_pipeline
+
+        self._check_makes_images()
+        name, revision = self.base
+        pipe = load_pipeline(name, revision=revision, token=self.token, **options)
+        return attach(pipe, self.folder, self.source)
+
+    def _check_makes_images(self) -> None:
+        if self.is_of_language_model:
+            raise UserValueError(
+                f"{self.source} is an adapter of a language model, not of a diffusers pipeline. In Python, load it "
+                "with AutoCausalContextModel.from_pretrained; `hf-causal-context generate-text` writes texts with it, "
+                "and save_baked(model, context, folder) exports it."
+            )
 
     def language_model(
         self, contexts: Sequence[Context] = (), *, dtype: str = "float32", quantization: str | None = None
@@ -172,26 +211,52 @@ class StoredAdapter:
             ValueError: for another kind of adapter or base, or contexts with concepts that the adapter lacks.
             OSError: for a base that cannot be read.
         """
+        self._check_writes_texts()
+        context_strengths(self.config, contexts)
+        model = self.stock_language_model(dtype=getattr(torch, dtype), quantization=quantization)
+        return model.to(device()).eval(), self._tokenizer(*self.base)
+
+    def stock_language_model(
+        self,
+        *,
+        dtype: torch.dtype | str | None = None,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        **options: Any,
+    ) -> PeftModel:
+        """Load the base as transformers does, with options of its `from_pretrained`, and attach the adapter.
+
+        Args:
+            dtype: of the base; None for transformers' own choice.
+            adapter_name: what to call the adapter.
+            is_trainable: whether to go on training it.
+            options: further ones of `load_language_model`.
+
+        Raises:
+            ValueError: for another kind of adapter, or options that do not fit the base.
+            OSError: for a base that cannot be read.
+        """
+        self._check_writes_texts()
+        name, revision = self.base
+        tensors = read_header(self.folder, self.config.layout(), self.source)
+        model = load_language_model(name, revision, dtype, token=self.token, **options)
+        check_fits(model, self.config, tensors, self.source)
+        read_weights(self.folder, self.source)  # refuses values that PEFT would load
+        return PeftModel.from_pretrained(model, str(self.folder), adapter_name, is_trainable, config=self.config)
+
+    def _check_writes_texts(self) -> None:
         library = (self.config.auto_mapping or {}).get("parent_library") or ""
         if library.startswith("diffusers"):
             raise UserValueError(
-                f"{self.source} is an adapter of a diffusion model. `hf-causal-context generate` makes images with it."
+                f"{self.source} is an adapter of a diffusion model. In Python, load it with "
+                "CausalContextPipeline.from_pretrained; `hf-causal-context generate` makes images with it."
             )
         if self.config.task_type is not None and not self.is_of_language_model:
             raise UserValueError(f"{self.source} is an adapter for {self.config.task_type}, which writes no texts.")
-        name, revision = self.base
-        context_strengths(self.config, contexts)
-        tensors = read_header(self.folder, self.config.layout(), self.source)
-        model = load_language_model(name, revision, getattr(torch, dtype), quantization)
-        tokenizer = self._tokenizer(name, revision)
-        check_fits(model, self.config, tensors, self.source)
-        read_weights(self.folder, self.source)  # refuses values that PEFT would load
-        adapted = PeftModel.from_pretrained(model, str(self.folder), config=self.config)
-        return adapted.to(_device()).eval(), tokenizer
 
     def _tokenizer(self, base: str, revision: str | None) -> PreTrainedTokenizerBase:
         if not (self.folder / "tokenizer_config.json").is_file():
-            return load_tokenizer(base, revision)
+            return load_tokenizer(base, revision, self.token)
         load: Any = AutoTokenizer.from_pretrained
         try:
             return cast(PreTrainedTokenizerBase, load(str(self.folder), trust_remote_code=False))
@@ -202,5 +267,6 @@ class StoredAdapter:
             ) from error
 
 
-def _device() -> str:
+def device() -> str:
+    """Return the name of the GPU if there is one, else of the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -125,8 +125,9 @@ def unload_context_adapter(pipe: DiffusionPipeline, adapter_name: str | None = N
         ValueError: without such an adapter, while it is merged into the weights, or while a context is set for the last
             one.
     """
-    owners = {name: module for name, module in _modules(pipe).items() if conditionings(module)}
-    loaded = {name for module in owners.values() for owner in conditionings(module) for name in owner.concepts}
+    adapters = context_adapters(pipe)
+    owners = {component: module for parts in adapters.values() for component, module in parts.items()}
+    loaded = set(adapters)
     if not loaded or (adapter_name is not None and adapter_name not in loaded):
         raise UserValueError(
             f"{type(pipe).__name__} has no causal context adapter"
@@ -153,6 +154,21 @@ def unload_context_adapter(pipe: DiffusionPipeline, adapter_name: str | None = N
             _detach(module, name)
     if names == loaded:
         unfollow(pipe)
+
+
+def context_adapters(pipe: DiffusionPipeline) -> dict[str, dict[str, nn.Module]]:
+    """Name of each causal context adapter of a pipeline -> component -> its network."""
+    found: dict[str, dict[str, nn.Module]] = {}
+    for component, module in _modules(pipe).items():
+        for owner in conditionings(module):
+            for name in owner.concepts:
+                found.setdefault(name, {})[component] = module
+    return found
+
+
+def is_denoiser(component: str) -> bool:
+    """Whether a component's adapter lies at the top of a folder."""
+    return component in _DENOISERS
 
 
 def _modules(pipe: DiffusionPipeline) -> dict[str, nn.Module]:

@@ -92,7 +92,7 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
             arguments.pretrained_model_name_or_path,
             revision=arguments.revision,
             variant=arguments.variant,
-            torch_dtype=DTYPES[self.accelerator.mixed_precision],
+            dtype=DTYPES[self.accelerator.mixed_precision],
             quantization=arguments.quantization,
         )
         if arguments.train_text_encoder and not self.base.takes_captions:

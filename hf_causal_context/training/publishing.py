@@ -8,7 +8,8 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from ..bases.names import resolve_base_name
-from ..hub.repository import check_pushable, push, save
+from ..hub.folder import save
+from ..hub.repository import check_pushable, push
 from .arguments import AdapterArguments
 
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16"}

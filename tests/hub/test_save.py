@@ -296,12 +296,12 @@ def test_an_edited_card_is_pushed_with_code_that_loads_the_repository(hub, tmp_p
     packaged = adapter_of("hf_causal_context/models/digit_base", tmp_path / "digits")
     folder = save(packaged, tmp_path / "digits-hub", num_inference_steps=1)
     card = (folder / "README.md").read_text()
-    assert 'load("digits")' in card
+    assert 'from_pretrained("digits", ' in card
     (folder / "README.md").write_text(card.replace("# digits", "# My digits"))
     push(folder, "user/digits")
     pushed = hub.server.repositories["user/digits"].contents()["README.md"].decode()
     assert "# My digits" in pushed
-    assert 'load("user/digits")' in code_of_text(pushed)
+    assert 'from_pretrained("user/digits", ' in code_of_text(pushed)
     (folder / "README.md").write_text(card)
     push(folder, "user/digits", revision="v2")
     pushed = hub.server.repositories["user/digits"].contents("v2")["README.md"].decode()
@@ -312,7 +312,7 @@ def test_the_card_of_a_branch_loads_the_branch(hub, tmp_path):
     packaged = adapter_of("hf_causal_context/models/digit_base", tmp_path / "digits")
     push(save(packaged, tmp_path / "digits-hub", num_inference_steps=1), "user/digits", revision="v2")
     pushed = hub.server.repositories["user/digits"].contents("v2")["README.md"].decode()
-    assert 'load("user/digits", revision="v2")' in code_of_text(pushed)
+    assert 'from_pretrained("user/digits", revision="v2", dtype=torch.float32)' in code_of_text(pushed)
 
 
 def test_concepts_are_described(adapter, tmp_path):

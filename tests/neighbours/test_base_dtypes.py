@@ -47,7 +47,7 @@ def dtypes(pipe):
 @pytest.mark.parametrize("dtype", SAVED_IN)
 def test_all_components_are_float32_by_default(saved, dtype):
     assert dtypes(load_base(str(saved[dtype][0])).pipe) == {torch.float32}
-    assert dtypes(load_base(str(saved[dtype][1]), torch_dtype=torch.bfloat16).pipe) == {torch.bfloat16}
+    assert dtypes(load_base(str(saved[dtype][1]), dtype=torch.bfloat16).pipe) == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("dtype", SAVED_IN)

@@ -100,7 +100,7 @@ def test_latents_with_means_and_deviations():
 
 
 def test_half_precision_encoders_run_in_single_precision(pipeline_folder):
-    base = load_base(pipeline_folder("stable_diffusion"), torch_dtype=torch.float16)
+    base = load_base(pipeline_folder("stable_diffusion"), dtype=torch.float16)
     latents = base.encode_images(torch.rand(1, 3, 16, 16))
     assert latents.dtype == torch.float32
     assert base.pipe.vae.dtype == torch.float16
@@ -203,7 +203,7 @@ def test_gradient_checkpointing_changes_no_gradient(name, pipeline_folder):
 
 @ALL
 def test_bases_in_bfloat16(name, pipeline_folder):
-    base = load_base(pipeline_folder(name), torch_dtype=torch.bfloat16)
+    base = load_base(pipeline_folder(name), dtype=torch.bfloat16)
     model = adapt(base).eval()
     pixels = torch.rand(2, base.image_channels, side(base), side(base), dtype=torch.bfloat16)
     noisy, timesteps = base.encode_images(pixels), torch.tensor([10.0, 700.0])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -36,6 +38,8 @@ def download(
     token: str | bool | None = None,
     places: Sequence[str] = ("",),
     tokenizer: bool = False,
+    subfolder: str | None = None,
+    cache: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
     """The folder of an adapter: a local one as it is (it wins over a repository of that name), or a copy of the Hub's.
 
@@ -45,6 +49,8 @@ def download(
         token: for private repositories, as in huggingface_hub.
         places: folders inside it that may hold adapters, such as "unet/"; "" is the top.
         tokenizer: fetch the files of a tokenizer, too.
+        subfolder: the folder of the adapter inside the folder or repository.
+        cache: further arguments of `snapshot_download`, such as `cache_dir`.
 
     Raises:
         FileNotFoundError: for a folder, repository or revision that does not exist.
@@ -53,7 +59,7 @@ def download(
     """
     source = str(repo_or_folder)
     if source and Path(source).is_dir():
-        return Path(source)
+        return Path(source, subfolder or "")
     if Path(source).is_file():
         raise FileNotFoundError(f"{source} is a file. Give the folder with an {CONFIG} that it lies in.")
     try:
@@ -66,8 +72,11 @@ def download(
         ) from None
     patterns = [place + file for place in places for file in (CONFIG, WEIGHTS)]
     patterns += TOKENIZER_FILES if tokenizer else ()
+    inside = f"{subfolder.strip('/')}/" if subfolder else ""
+    patterns = [inside + pattern for pattern in patterns]
     try:
-        return Path(snapshot_download(source, revision=revision, token=token, allow_patterns=patterns))
+        snapshot = snapshot_download(source, revision=revision, token=token, allow_patterns=patterns, **cache)
+        return Path(snapshot, inside)
     except GatedRepoError as error:
         raise PermissionError(f"{source} is gated: accept its terms on its page on the Hub, then {_LOG_IN}.") from error
     except RepositoryNotFoundError as error:
