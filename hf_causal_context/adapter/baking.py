@@ -16,6 +16,7 @@ from ..errors import UserValueError
 from .config import CausalContextConfig
 from .layer import CausalContextLayer, ConvNd
 from .lookup import adapted_layers, place
+from .lora_conversion import without_idle_rows
 from .peft_type import PEFT_PREFIX, PREFIX
 from .read_back import is_resized, write_lora
 
@@ -52,7 +53,7 @@ def bake(model: nn.Module, context: ContextLike, adapter_name: str = "default") 
             continue
         _check_lora_computes_the_same(name, layer)
         a, b = layer.lora_weights(adapter_name, strengths)
-        a, b = _without_idle_rows(a, b)
+        a, b = without_idle_rows(a, b)
         dtype = cast(Tensor, layer.causal_context_up[adapter_name].weight).dtype
         kernel = (1,) * (a.ndim - 2)
         weights[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a.to(dtype, copy=True).contiguous()
@@ -158,10 +159,3 @@ def _padded(weight: Tensor, dim: int, rank: int) -> Tensor:
     shape = list(weight.shape)
     shape[dim] = rank - shape[dim]
     return torch.cat([weight, weight.new_zeros(shape)], dim)
-
-
-def _without_idle_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Without the rows of lora_A that are zero, such as those of concepts that are not intervened on; one is kept."""
-    used = a.flatten(1).any(1)
-    used[0] |= not used.any()
-    return a[used], b[:, used]

@@ -24,11 +24,12 @@ from ..layers import CausalLayer, ExpressiveLayer, OutputLayer, RepresentationLa
 from .conditioning.hooks import Conditioning
 from .conditioning.request import completed, for_mechanism
 from .config import CausalContextConfig
+from .lora_conversion import ConvertsToLora
 from .parts_by_adapter import PartsByAdapter
 from .storage.load_hook import check_loaded
 
 
-class CausalContextLayer(BaseTunerLayer):
+class CausalContextLayer(ConvertsToLora, BaseTunerLayer):
     """What the adapted forms of Linear, Conv1D (GPT-2) and convolutions share."""
 
     adapter_layer_names = (
@@ -186,9 +187,9 @@ class CausalContextLayer(BaseTunerLayer):
 
         Args:
             adapter_name: one on this layer.
-            strengths: as of `lora_weights`; None takes the active context (see `merge`).
+            strengths: as of `lora_weights`; None takes the context that is set.
         """
-        a, b = self.lora_weights(adapter_name, self._merge_strengths(adapter_name) if strengths is None else strengths)
+        a, b = self.lora_weights(adapter_name, self.active_strengths(adapter_name) if strengths is None else strengths)
         return self._as_base_weight((b @ a.flatten(1)).view(-1, *a.shape[1:]))
 
     def _as_base_weight(self, delta: Tensor) -> Tensor:
