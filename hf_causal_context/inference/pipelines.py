@@ -27,6 +27,7 @@ from ..adapter.storage.download import download
 from ..adapter.storage.files import read_header, read_weights
 from ..adapter.storage.layout import AdapterError, not_whole
 from ..errors import UserTypeError, UserValueError
+from .hotswap import check_swap, swap
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -47,6 +48,7 @@ def load_context_adapter(
     *,
     revision: str | None = None,
     token: str | bool | None = None,
+    hotswap: bool = False,
 ) -> Pipeline:
     """Attach an adapter to a pipeline, in place, and return the pipeline.
 
@@ -61,12 +63,14 @@ def load_context_adapter(
         adapter_name: what to call it.
         revision: of the repository.
         token: for private repositories, as in huggingface_hub.
+        hotswap: put it in the place of the loaded adapter of that name, which must have the same configuration. A
+            compiled pipeline is not compiled anew.
 
     Raises:
         OSError: for something that holds no adapter, or cannot be reached.
         AdapterError: for another kind of adapter, one that was trained for another model, or damaged files.
-        ValueError: for a name that is taken or that weights cannot have, or a pipeline with sequential or group
-            offloading (load the adapter first).
+        ValueError: for a name that is taken or that weights cannot have, a pipeline with sequential or group
+            offloading (load the adapter first), or a hot swap with an adapter of another configuration.
 
     Example:
         >>> pipe = load_context_adapter(pipe, "user/digits-context")   # doctest: +SKIP
@@ -77,7 +81,7 @@ def load_context_adapter(
     check_adapter_name(adapter_name)
     places = adapter_places(modules, adapter_name)
     folder = download(repo_or_folder, revision=revision, token=token, places=places)
-    return attach(pipe, folder, str(repo_or_folder), adapter_name)
+    return attach(pipe, folder, str(repo_or_folder), adapter_name, hotswap)
 
 
 def adapter_places(components: Iterable[str] = _COMPONENTS, adapter_name: str = "default") -> list[str]:
@@ -85,7 +89,7 @@ def adapter_places(components: Iterable[str] = _COMPONENTS, adapter_name: str = 
     return ["", *(f"{name}/" for name in components), *(f"{name}/{adapter_name}/" for name in components)]
 
 
-def attach(pipe: Pipeline, folder: Path, source: str, adapter_name: str = "default") -> Pipeline:
+def attach(pipe: Pipeline, folder: Path, source: str, adapter_name: str = "default", hotswap: bool = False) -> Pipeline:
     """Attach the adapter in a folder to a pipeline, as `load_context_adapter`; messages call it `source`."""
     modules = _modules(pipe)
     found = _find(folder, modules, adapter_name)
@@ -99,12 +103,19 @@ def attach(pipe: Pipeline, folder: Path, source: str, adapter_name: str = "defau
         part = source if name is None else f"{source} ({path.relative_to(folder)})"
         config = CausalContextConfig.read(path, part)
         component = name or _component_for(pipe, modules, config, part)
-        _check_room(modules[component], component, adapter_name)
+        if not hotswap:
+            _check_name(modules[component], component, adapter_name)
+        _check_weights_are_here(modules[component], component)
         check_fits(modules[component], config, read_header(path, config.layout(), part), part)
         chosen[component] = config, read_weights(path, part)
     if len({config.concepts for config, _ in chosen.values()}) > 1:
         listed = "; ".join(f"{name}: {quoted(config.concepts)}" for name, (config, _) in chosen.items())
         raise AdapterError(f"The parts of {source} have different concepts ({listed}), so they are not one adapter.")
+    if hotswap:
+        loaded = context_adapters(pipe).get(adapter_name, {})
+        check_swap(loaded, chosen, adapter_name, source)
+        swap(loaded, chosen, adapter_name)
+        return pipe
     attached = []
     try:
         for component, (config, weights) in chosen.items():
@@ -217,12 +228,15 @@ def _component_for(
     )
 
 
-def _check_room(module: nn.Module, component: str, adapter_name: str) -> None:
+def _check_name(module: nn.Module, component: str, adapter_name: str) -> None:
     if adapter_name in getattr(module, "peft_config", {}):
         raise UserValueError(
             f"pipe.{component} already has an adapter {adapter_name!r}. Unload it first, or give another adapter_name."
         )
     check_adapter_name(adapter_name, module)
+
+
+def _check_weights_are_here(module: nn.Module, component: str) -> None:
     if any(_is_offloaded(inner) for inner in list(module.modules())[1:]):
         raise UserValueError(
             f"Parts of pipe.{component} are offloaded one by one (sequential or group offloading). Load the adapter "
