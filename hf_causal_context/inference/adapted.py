@@ -190,9 +190,9 @@ class StoredAdapter:
     def _check_makes_images(self) -> None:
         if self.is_of_language_model:
             raise UserValueError(
-                f"{self.source} is an adapter of a language model, not of a diffusers pipeline. In Python, load it "
-                "with AutoCausalContextModel.from_pretrained; `hf-causal-context generate-text` writes texts with it, "
-                "and save_baked(model, context, folder) exports it."
+                f"{self.source} is an adapter of a language model, not of a diffusers pipeline. `hf-causal-context "
+                "generate-text` writes texts with it; in Python, AutoCausalContextModel.from_pretrained loads it, and "
+                "save_baked(model, context, folder) exports it."
             )
 
     def language_model(
@@ -248,8 +248,8 @@ class StoredAdapter:
         library = (self.config.auto_mapping or {}).get("parent_library") or ""
         if library.startswith("diffusers"):
             raise UserValueError(
-                f"{self.source} is an adapter of a diffusion model. In Python, load it with "
-                "CausalContextPipeline.from_pretrained; `hf-causal-context generate` makes images with it."
+                f"{self.source} is an adapter of a diffusion model. `hf-causal-context generate` makes images with it; "
+                "in Python, CausalContextPipeline.from_pretrained loads it."
             )
         if self.config.task_type is not None and not self.is_of_language_model:
             raise UserValueError(f"{self.source} is an adapter for {self.config.task_type}, which writes no texts.")
