@@ -5,6 +5,7 @@ Shapes: S seeds, C channels, H x W pixels.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypedDict, cast
@@ -18,7 +19,7 @@ from ..adapter.lookup import conditionings
 from ..bases.diffusion_base import DiffusionBase
 from ..bases.loading import as_base
 from ..contexts import Context, ContextLike, as_context
-from ..errors import UserTypeError, UserValueError
+from ..errors import UserTypeError, UserValueError, is_out_of_memory
 
 NUM_INFERENCE_STEPS, BATCH_SIZE = 25, 8
 
@@ -34,7 +35,6 @@ class SamplingOptions(TypedDict, total=False):
     batch_size: int
 
 
-@torch.no_grad()
 def generate(
     base: DiffusionBase | DiffusionPipeline,
     contexts: Sequence[ContextLike],
@@ -61,52 +61,94 @@ def generate(
         num_inference_steps: denoising steps.
         guidance_scale: the pipeline's default if None.
         resolution: height and width; the pipeline's default if None.
-        batch_size: images per call of the pipeline.
+        batch_size: images per call of the pipeline; fewer where memory does not suffice for them.
 
     Raises:
         TypeError: for a single context in place of a sequence of them, or something that is no context.
         ValueError: for no contexts or seeds, conditions that the base does not take or lacks, unknown concepts, or
             targets without an adapter.
     """
-    base = base if isinstance(base, DiffusionBase) else as_base(base)
-    check_conditions(base, prompt, class_label, guidance_scale, resolution)
     if isinstance(contexts, str | Mapping | Context):
         raise UserTypeError(
             f"contexts={contexts!r} is a single context. Pass a list of contexts, such as [(), 'thick']."
         )
-    if num_inference_steps < 1:
-        raise UserValueError(f"num_inference_steps={num_inference_steps} must be at least 1.")
     if not contexts or not seeds or batch_size < 1:
         raise UserValueError(
             f"Nothing to generate: {len(contexts)} contexts, {len(seeds)} seeds, batch_size={batch_size}. Give at "
             "least one of each; the observational context is ()."
         )
-    jobs = [(context, seed) for context in map(as_context, contexts) for seed in seeds]
+    batches = generate_jobs(
+        base if isinstance(base, DiffusionBase) else as_base(base),
+        [(context, seed) for context in map(as_context, contexts) for seed in seeds],
+        prompt=prompt,
+        class_label=class_label,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        resolution=resolution,
+        batch_size=batch_size,
+    )
+    return list(torch.cat(list(batches)).split(len(seeds)))
+
+
+@torch.no_grad()
+def generate_jobs(
+    base: DiffusionBase,
+    jobs: Sequence[tuple[Context, int]],
+    *,
+    prompt: str | None = None,
+    class_label: int | None = None,
+    num_inference_steps: int = NUM_INFERENCE_STEPS,
+    guidance_scale: float | None = None,
+    resolution: int | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> Iterator[Tensor]:
+    """Yield the images of each context and seed, in their order, in batches (n, C, H, W); see `generate`.
+
+    Where memory does not suffice for a batch, it and those that follow are half as large.
+    """
+    check_conditions(base, prompt, class_label, guidance_scale, resolution)
+    for name, number in (("num_inference_steps", num_inference_steps), ("batch_size", batch_size)):
+        if number < 1:
+            raise UserValueError(f"{name}={number} must be at least 1.")
     adapted = bool(conditionings(base.pipe))
     options = dict(base.sampling_options)
     if resolution is not None and not base.fixed_size:
         options |= {"height": resolution, "width": resolution}
-    images = []
-    with eval_mode(base.denoiser), _no_progress_bars(base.pipe):
-        for start in range(0, len(jobs), batch_size):
-            batch = jobs[start : start + batch_size]
-            own = [context for context, _ in batch]
-            guidance = {} if guidance_scale is None else base.guidance_options(guidance_scale, len(batch))
-            with (
-                # intervene() refuses targets without an adapter.
-                intervene(base.pipe, own) if adapted or any(own) else nullcontext(),
-                _class_label(base, class_label),
-            ):
-                output = cast(Any, base.pipe)(
-                    **_conditions(base, len(batch), prompt, class_label),
-                    **options,
-                    **guidance,
-                    generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
-                    num_inference_steps=num_inference_steps,
-                    output_type="pt",
-                )
-            images.append(output.images.float().cpu())
-    return list(torch.cat(images).split(len(seeds)))
+
+    def images(batch: Sequence[tuple[Context, int]]) -> Tensor:
+        own = [context for context, _ in batch]
+        guidance = {} if guidance_scale is None else base.guidance_options(guidance_scale, len(batch))
+        with (
+            eval_mode(base.denoiser),
+            _no_progress_bars(base.pipe),
+            # intervene() refuses targets without an adapter.
+            intervene(base.pipe, own) if adapted or any(own) else nullcontext(),
+            _class_label(base, class_label),
+        ):
+            output = cast(Any, base.pipe)(
+                **_conditions(base, len(batch), prompt, class_label),
+                **options,
+                **guidance,
+                generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
+                num_inference_steps=num_inference_steps,
+                output_type="pt",
+            )
+        return output.images.float().cpu()
+
+    start = 0
+    while start < len(jobs):
+        rows = min(batch_size, len(jobs) - start)
+        try:
+            made = images(jobs[start : start + rows])
+        except (RuntimeError, MemoryError) as error:
+            # Of several processes with pieces of the base, all must make the same calls.
+            if rows == 1 or not is_out_of_memory(error) or torch.distributed.is_initialized():
+                raise
+            batch_size = rows // 2
+            warnings.warn(f"Memory does not suffice for {rows} images at once: trying {batch_size}.", stacklevel=2)
+            continue
+        start += rows
+        yield made
 
 
 def check_conditions(

@@ -10,9 +10,9 @@ from accelerate import Accelerator
 
 from .._files import BASE_GAP, first_line
 from ..bases.gap import BaseGap
+from ..errors import is_out_of_memory
 from .arguments import AdapterArguments
 from .loop.checkpoints import earlier_run, write_file
-from .loop.memory import is_out_of_memory
 
 
 class NotMeasuredError(Exception):

@@ -62,6 +62,29 @@ def test_seeds_give_the_same_images_however_they_are_batched(name, adapted):
     assert (mixed[0][0] - mixed[0][1]).abs().max() > 1e-2
 
 
+def test_where_memory_does_not_suffice_batches_are_smaller(adapted):
+    base, rows = adapted("ddpm"), []
+    expected = generate(base, CONTEXTS, **options(base))
+
+    def no_room(module, args):
+        rows.append(len(args[0]))
+        if rows[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    full = base.denoiser.register_forward_pre_hook(no_room)
+    with pytest.warns(UserWarning, match="Memory does not suffice") as warned:
+        made = generate(base, CONTEXTS, **options(base))
+    full.remove()
+    expected_words = "Memory does not suffice for {} images at once: trying {}."
+    assert [str(each.message) for each in warned] == [expected_words.format(8, 4), expected_words.format(4, 2)]
+    assert rows == [8, 4] + [2, 2] * 4 + [1, 1]  # two steps each
+    for row, other in zip(made, expected, strict=True):
+        torch.testing.assert_close(row, other, **CLOSE)
+    base.denoiser.register_forward_pre_hook(lambda module, args: no_room(module, [args[0].repeat(3, 1, 1, 1)]))
+    with pytest.warns(UserWarning, match="trying"), pytest.raises(torch.OutOfMemoryError):
+        generate(base, CONTEXTS, **options(base))
+
+
 def test_images_are_those_of_the_pipeline(adapted):
     base = adapted("stable_diffusion")
     base.denoiser.eval()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..._files import first_line
-from ...errors import UserError
+from ...errors import UserError, is_out_of_memory
 from ..arguments import OptimizationArguments
 from .checkpoints import last_checkpoint
 
@@ -57,11 +57,3 @@ def memory_for_base(device: torch.device, arguments: OptimizationArguments) -> A
     whole = getattr(arguments, "shard_base", None) is False
     pieces = "cut the base into pieces: several processes with --shard_base" if whole else "more processes"
     return explain_oom(f"Placing the base on {device}", lambda: f"Take --mixed_precision bf16, or {pieces}.")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Of the device or of the machine."""
-    said = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
-    )

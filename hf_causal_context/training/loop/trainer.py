@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..._files import checkpoint_steps
-from ...errors import UserError, UserValueError
+from ...errors import UserError, UserValueError, is_out_of_memory
 from ..arguments import OptimizationArguments
 from .checkpoints import (
     last_checkpoint,
@@ -29,7 +29,7 @@ from .checkpoints import (
 )
 from .early_stopping import EarlyStopping
 from .interruption import noted_interruptions
-from .memory import TrainingMemoryError, explain_oom, is_out_of_memory, less_memory, validation_without_memory
+from .memory import TrainingMemoryError, explain_oom, less_memory, validation_without_memory
 from .objective import Objective
 from .optimization import averaged, averaged_by, make_optimizer, make_schedule, parameter_groups, set_learning_rates
 from .processes import watched_processes
