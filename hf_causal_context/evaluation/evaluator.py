@@ -17,7 +17,7 @@ from ..bases.loading import as_base
 from ..contexts import ConceptSet, Context, ContextLike, as_context
 from ..data import InterventionalData
 from ..errors import UserValueError
-from ..inference.sampling import BATCH_SIZE, NUM_INFERENCE_STEPS, SamplingOptions, check_conditions, generate
+from ..inference.sampling import NUM_INFERENCE_STEPS, SamplingOptions, check_conditions, generate_jobs
 from .asked import adapter_concepts, contexts_to_sample, ordered
 from .evidence import EvaluationInputs, check_real_rows
 from .features import require_torchmetrics
@@ -144,13 +144,8 @@ def evaluate(
         notes.append(f"Real images have captions, all samples the prompt {prompt or ''!r}: distances hold that too.")
     if base.takes_classes:
         notes.append(f"All samples are of class {class_label}, real images of any: distances hold that too.")
-    batch_size = sampling.get("batch_size", BATCH_SIZE)
-
-    def draw(context: Context, seeds: Sequence[int]) -> Tensor:
-        return generate(base, [context], seeds=seeds, **sampling)[0]
-
     sampled = sample_all(
-        Sampler(base, draw, read, batch_size),
+        Sampler(base, lambda jobs: generate_jobs(base, jobs, **sampling), read),
         concepts,
         asked,
         [range(group * num_samples, (group + 1) * num_samples) for group in range(num_seeds)],

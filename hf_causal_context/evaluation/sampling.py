@@ -5,10 +5,13 @@ Shapes: N images (N, C, H, W) in [0, 1].
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -42,59 +45,79 @@ class PixelChange:
         self._count += difference.numel()
 
 
+Job = tuple[Context, int]  # and a seed
+
+
+class Readings:
+    """What is read of images that come in batches: so many of each kind, one kind after the other."""
+
+    def __init__(self, read: Reader, kinds: Sequence[tuple[str, int]]) -> None:
+        self._read = read
+        self._names = [name for name, _ in kinds]
+        self._places = iter([place for place, (_, number) in enumerate(kinds) for _ in range(number)])
+        self._parts: list[list[Measurements]] = [[] for _ in kinds]
+
+    def add(self, images: Tensor) -> None:
+        """Take in the next images (N, C, H, W), which may be of several kinds."""
+        for place, rows in Counter(islice(self._places, len(images))).items():
+            own, images = images[:rows], images[rows:]
+            parts = self._parts[place]
+            parts.append(self._read(own, self._names[place], max(0, NUM_EXAMPLES - sum(map(len, parts)))))
+
+    def of_kinds(self) -> list[Measurements]:
+        """Return the readings of every kind."""
+        return [Measurements.cat(parts) for parts in self._parts]
+
+
 @dataclass
 class Sampler:
-    """Draws and reads samples in batches.
+    """Draws and reads samples in batches, which contexts share.
 
     Attributes:
         base: the pipeline with the adapter attached.
-        draw: context, seeds -> images; `generate` with everything else settled.
+        draw: contexts with seeds -> their images, batch by batch; `generate_jobs` with everything else settled.
         read: what is kept of them.
-        batch_size: images per call.
-        advance: told the number of images after every call.
+        advance: told the number of images after every batch.
     """
 
     base: DiffusionBase
-    draw: Callable[[Context, Sequence[int]], Tensor]
+    draw: Callable[[Sequence[Job]], Iterator[Tensor]]
     read: Reader
-    batch_size: int
     advance: Callable[[int], object] = lambda num: None
 
-    def samples(self, context: Context, seeds: Sequence[int]) -> Measurements:
-        """Readings of one context.
+    def samples(self, wanted: Sequence[tuple[Context, Sequence[int]]]) -> list[Measurements]:
+        """Readings of each context at its seeds.
 
         Raises:
             ValueError: for images that are not finite.
         """
-        return Measurements.cat(
-            [self._read(self.draw(context, part), context, not i) for i, part in self._parts(seeds)]
-        )
+        names = [f"Samples of context {str(context) or '(observational)'!r}" for context, _ in wanted]
+        readings = Readings(self.read, [(name, len(seeds)) for name, (_, seeds) in zip(names, wanted, strict=True)])
+        for images in self.draw([(context, seed) for context, seeds in wanted for seed in seeds]):
+            readings.add(images)
+            self.advance(len(images))
+        return readings.of_kinds()
 
-    def empty_and_base(self, seeds: Sequence[int], change: PixelChange) -> tuple[Measurements, Measurements]:
+    def empty_and_base(
+        self, groups: Sequence[Sequence[int]], change: PixelChange
+    ) -> tuple[list[Measurements], list[Measurements]]:
         """Readings of the empty context, and of the base without its adapter; `change` takes in their difference.
 
         Raises:
             ValueError: for images that are not finite.
         """
-        of_empty, of_base = [], []
-        for i, part in self._parts(seeds):
-            empty = self.draw(Context(), part)
-            of_empty.append(self._read(empty, Context(), not i))
+        of_empty = Readings(self.read, [("Samples of context '(observational)'", len(group)) for group in groups])
+        of_base = Readings(self.read, [("Samples of the base", len(group)) for group in groups])
+        jobs = [(Context(), seed) for group in groups for seed in group]
+        for empty in self.draw(jobs):
+            batch, jobs = jobs[: len(empty)], jobs[len(empty) :]
+            of_empty.add(empty)
             with adapters_disabled(self.base.denoiser):
-                base = self.draw(Context(), part)
-            self.advance(len(part))
-            of_base.append(self.read(base, "Samples of the base", 0))
+                base = torch.cat(list(self.draw(batch)))  # in equal batches, so that equal weights give equal images
+            of_base.add(base)
             change.add(empty, base)
-        return Measurements.cat(of_empty), Measurements.cat(of_base)
-
-    def _parts(self, seeds: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:
-        for start in range(0, len(seeds), self.batch_size):
-            yield start, seeds[start : start + self.batch_size]
-
-    def _read(self, images: Tensor, context: Context, first: bool) -> Measurements:
-        self.advance(len(images))
-        where = f"Samples of context {str(context) or '(observational)'!r}"
-        return self.read(images, where, NUM_EXAMPLES if first else 0)
+            self.advance(2 * len(batch))
+        return of_empty.of_kinds(), of_base.of_kinds()
 
 
 @dataclass
@@ -118,20 +141,22 @@ def sample_all(
     between = [strength for strength in STRENGTHS if strength not in (0, 1)]
     total = (len(contexts) + 1) * sum(map(len, groups)) + len(concepts) * len(between) * len(few)
     change = PixelChange()
+    others = [context for context in contexts if context]
     with tqdm(total=total, desc="sample", unit="image") as bar:
         sampler.advance = bar.update
-        pairs = [sampler.empty_and_base(group, change) for group in groups]
-        samples = {Context(): [empty for empty, _ in pairs]}
-        for context in contexts:
-            if context:
-                samples[context] = [sampler.samples(context, group) for group in groups]
-        strengths: dict[str, dict[float, Measurements]] = {name: {} for name in concepts}
-        for name, curve in strengths.items():
-            for strength in STRENGTHS:
-                context = Context({name: strength})
-                known = samples[context][0][: len(few)] if strength in (0, 1) else None
-                curve[strength] = known or sampler.samples(context, few)
-    return Sampled(samples, [of_base for _, of_base in pairs], strengths, change)
+        empty, base = sampler.empty_and_base(groups, change)
+        drawn = iter(
+            sampler.samples(
+                [(context, group) for context in others for group in groups]
+                + [(Context({name: strength}), few) for name in concepts for strength in between]
+            )
+        )
+    samples = {Context(): empty} | {context: [next(drawn) for _ in groups] for context in others}
+    strengths: dict[str, dict[float, Measurements]] = {name: {} for name in concepts}
+    for name, curve in strengths.items():
+        for strength in STRENGTHS:
+            curve[strength] = next(drawn) if strength in between else samples[Context({name: strength})][0][: len(few)]
+    return Sampled(samples, base, strengths, change)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from hf_causal_context.evaluation.markdown import markdown
 from hf_causal_context.evaluation.readings import Reader
 from hf_causal_context.evaluation.real_rows import read_real_rows
 from hf_causal_context.evaluation.sampling import adapters_disabled
-from hf_causal_context.inference.sampling import generate
+from hf_causal_context.inference.sampling import generate, generate_jobs
 
 from ..training.conftest import pipeline_folder  # noqa: F401 (a fixture)
 
@@ -232,13 +232,25 @@ def test_bad_input_is_an_error_that_says_what_to_do(adapter, images, base_folder
 
 
 def test_images_that_are_not_finite_name_their_context(adapter, images, base_folder, monkeypatch):
-    def broken(base, contexts, **options):
-        factor = torch.nan if contexts == [Context("slant")] else 1
-        return [factor * rows for rows in generate(base, contexts, **options)]
+    def broken(base, jobs, **options):
+        for start, batch in enumerate(generate_jobs(base, jobs, batch_size=1)):
+            yield batch * (torch.nan if jobs[start][0] == Context("slant") else 1)
 
-    monkeypatch.setattr(evaluator, "generate", broken)
+    monkeypatch.setattr(evaluator, "generate_jobs", broken)
     with pytest.raises(ValueError, match="Samples of context 'slant' contain NaN or infinite values"):
         evaluate(adapted(base_folder, adapter), load_folders(images), **FAST)
+
+
+def test_contexts_share_batches_and_give_the_images_of_one_after_another(adapter, images, base_folder):
+    base, rows = adapted(base_folder, adapter), []
+    forward = base.denoiser.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    report = evaluate(base, load_folders(images), **FAST)
+    forward.remove()
+    # 6 images of the empty context and of the base, 6 of three contexts, 3 of five strengths of two concepts.
+    assert rows[:: FAST["num_inference_steps"]] == [6, 6] + [8] * 6
+    for context, (_, made) in report.examples.items():
+        [alone] = generate(base, [Context.parse(context)], seeds=range(3), num_inference_steps=2, batch_size=1)
+        torch.testing.assert_close(made, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_real_rows_are_bounded_and_streams_are_read_too(images, monkeypatch):
