@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 import reprlib
 from collections.abc import Iterable
 
@@ -25,3 +27,22 @@ def short_repr(value: object) -> str:
 def quoted(names: Iterable[str]) -> str:
     """Names as error messages list them."""
     return ", ".join(repr(name) for name in names)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Ask what may have been meant by an unknown name, if anything is like it."""
+    alike = difflib.get_close_matches(name, known, cutoff=0.7)
+    return f" Did you mean {' or '.join(map(repr, alike))}?" if alike else ""
+
+
+def in_options(message: str, options: Iterable[str]) -> str:
+    """Write the arguments of Python's functions that a message names, such as `concepts=`, as options of a command."""
+    known = set(options)
+
+    def option(match: re.Match[str]) -> str:
+        names = ("image_column", "text_column") if match[1] == "content_column" else (match[1],)
+        written = " or ".join(f"--{name}" for name in names if name in known)
+        return written + (match[2] or "") if written else match[0]
+
+    # Not in code, nor in contexts; "=" stays where a value follows.
+    return re.sub(r"`[^`]*`|(?<![-\w'\"+=,])(\w+)(?:=(?=[\s.,;:)]|$)|(=)(?!=))", option, message)

@@ -15,7 +15,7 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor
 
-from ._messages import quoted, short_repr
+from ._messages import nearest, quoted, short_repr
 from .errors import UserTypeError, UserValueError
 
 RESERVED_CHARACTERS = "+=,"
@@ -241,9 +241,17 @@ class ConceptSet:
             return self.names.index(name)
         except ValueError:
             raise UserValueError(
-                f"Unknown concept {name!r}{f' in {where}' if where else ''}. Known concepts: {quoted(self.names)}. "
-                "Correct the name, or add it to concepts= of the adapter's config."
+                f"Unknown concept {name!r}{f' in {where}' if where else ''}. Known concepts: {quoted(self.names)}."
+                f"{nearest(name, self.names)} Correct the name, or add it to the concepts."
             ) from None
+
+    def check_words(self, names: Iterable[str], words: Iterable[str]) -> None:
+        """Refuse names that are almost one of the words for several contexts (ValueError), such as 'pair'."""
+        allowed = (*words, *self)
+        for name in names:
+            plain = not set(RESERVED_CHARACTERS).intersection(name)
+            if plain and name not in allowed and nearest(name, words):
+                raise UserValueError(f"Unknown context {name!r}.{nearest(name, allowed)} Allowed: {quoted(allowed)}.")
 
     def mask(self, contexts: Sequence[Context]) -> Tensor:
         """Intervention mask (B, K), float32 on the CPU: 0 not intervened, 1 intervened, other values are strengths.

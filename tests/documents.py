@@ -52,6 +52,7 @@ SHORTER = {
     },
     "push": {"num_inference_steps": 2},
     "export": {},
+    "merge": {},
     "quickstart": {},
 }
 # Bases that are trained on images of another size than the tiny ones.

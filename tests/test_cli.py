@@ -89,7 +89,7 @@ def test_check_data_says_how_far_a_base_is(images, base, tmp_path, capsys):
     assert main(["train", *command[1:], base, *trained]) == 0
     assert said in capsys.readouterr().out.splitlines()  # the same sentence as at the start of a training
     assert main([*command, str(tmp_path / "nowhere")]) == 1
-    assert "nowhere' is not a saved diffusers pipeline" in capsys.readouterr().err
+    assert "nowhere': such a folder does not exist" in capsys.readouterr().err
     shutil.rmtree(images / "obs")
     assert main([*command, base]) == 1
     assert "The base" not in capsys.readouterr().out

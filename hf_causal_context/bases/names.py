@@ -19,6 +19,19 @@ def is_folder(name: str) -> bool:
     return Path(name).is_absolute() or name.startswith(".")
 
 
+def check_there(name: str) -> None:
+    """Refuse the name of a folder that does not exist, which the Hub need not be asked for.
+
+    Raises:
+        FileNotFoundError: naming it.
+    """
+    if (is_folder(name) or name.startswith("~") or name.count("/") > 1) and not Path(unpacked(name)).exists():
+        raise FileNotFoundError(
+            f"There is no base {name!r}: such a folder does not exist. Give a folder that does, or the id of a "
+            "repository on the Hub, user/name."
+        )
+
+
 def unpacked(name: str) -> str:
     """Return the folder of a base that comes with this package, wherever that is installed; any other name as it is."""
     return str(_PACKAGE.parent / name) if is_packaged(name) else name

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..bases.quantization import QUANTIZATIONS
 from ..contexts import Context
 from ..data.arguments import argument
-from ..inference.adapted import StoredAdapter
-from ..inference.sampling import SamplingOptions
+
+if TYPE_CHECKING:
+    from ..inference.adapted import StoredAdapter
+    from ..inference.sampling import SamplingOptions
 
 DTYPES = ["float32", "float16", "bfloat16"]
 
@@ -50,6 +52,8 @@ class AdapterSource(BaseWeights):
 
     def open(self) -> StoredAdapter:
         """Return the adapter with its config; see `StoredAdapter.open` for what it raises."""
+        from ..inference.adapted import StoredAdapter
+
         return StoredAdapter.open(self.adapter, self.pretrained_model_name_or_path, revision=self.revision)
 
 
@@ -61,6 +65,8 @@ class RevisionArguments(AdapterSource):
 
     def open(self) -> StoredAdapter:
         """Return the adapter with its config; see `StoredAdapter.open` for what it raises."""
+        from ..inference.adapted import StoredAdapter
+
         name, revision = self.pretrained_model_name_or_path, self.revision
         return StoredAdapter.open(self.adapter, name, revision=revision, adapter_revision=self.adapter_revision)
 
@@ -92,6 +98,8 @@ class ImageArguments:
 
     def options(self) -> SamplingOptions:
         """These settings, as `generate` takes them."""
+        from ..inference.sampling import SamplingOptions
+
         return {name: getattr(self, name) for name in SamplingOptions.__annotations__}  # type: ignore[return-value]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..data.arguments import argument
-from ..demo import serve
 
 
 @dataclass(kw_only=True)
@@ -20,4 +19,6 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Serve the page until it is interrupted; see `serve` for what it raises."""
+    from ..demo import serve
+
     serve(**vars(arguments))

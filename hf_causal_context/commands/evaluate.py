@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..contexts import Context
 from ..data.arguments import AnyDataArguments, argument
-from ..data.from_arguments import load_data, load_text_data
 from ..errors import UserValueError
-from ..evaluation.evaluator import evaluate
-from ..evaluation.features import load_vision_features, require_torchmetrics
-from ..evaluation.markdown import markdown
-from ..evaluation.report import write_report
-from ..evaluation.results import EvaluationReport
-from ..evaluation.text_evaluator import evaluate_texts
-from ..inference.adapted import StoredAdapter
 from .adapter_arguments import BaseWeights, parse_contexts
+
+if TYPE_CHECKING:
+    from ..evaluation.results import EvaluationReport
+    from ..inference.adapted import StoredAdapter
 
 _MINIMA = {
     "num_samples": 2,
@@ -51,7 +47,9 @@ class Arguments(BaseWeights, AnyDataArguments):
     variant: str | None = argument(None, "Variant of the base's files, such as fp16.")
 
     contexts: list[str] | None = argument(
-        None, "Combinations to evaluate; by default all that the data holds. obs and single concepts always are."
+        None,
+        "Combinations to evaluate; by default all that the data holds. obs and single concepts always are.",
+        aliases=["--context"],
     )
     num_samples: int | None = argument(None, "Samples per context and seed group: 256 images, or 64 texts.")
     num_seeds: int = argument(3, "Seed groups; two or more give confidence intervals.")
@@ -92,6 +90,8 @@ class Arguments(BaseWeights, AnyDataArguments):
 
 def run(arguments: Arguments) -> None:
     """Evaluate, and print the report, its files and its verdict; see `evaluate_adapter` for what it raises."""
+    from ..evaluation.markdown import markdown
+
     report, paths = evaluate_adapter(arguments)
     print(f"\n{markdown(report)}")
     for path in paths:
@@ -106,6 +106,9 @@ def evaluate_adapter(arguments: Arguments) -> tuple[EvaluationReport, list[Path]
         ValueError, OSError, ImportError: see `load_data`, `StoredAdapter`, `load_vision_features`, `evaluate`,
             `evaluate_texts` and `write_report`.
     """
+    from ..evaluation.report import write_report
+    from ..inference.adapted import StoredAdapter
+
     adapter = StoredAdapter.open(
         arguments.adapter, arguments.pretrained_model_name_or_path, revision=arguments.revision
     )
@@ -128,6 +131,10 @@ def evaluate_adapter(arguments: Arguments) -> tuple[EvaluationReport, list[Path]
 def _evaluate_images(
     adapter: StoredAdapter, arguments: Arguments, contexts: Sequence[Context] | None, **options: Any
 ) -> EvaluationReport:
+    from ..data.from_arguments import load_data
+    from ..evaluation.evaluator import evaluate
+    from ..evaluation.features import load_vision_features, require_torchmetrics
+
     if arguments.feature_extractor is not None:
         require_torchmetrics()
     data = load_data(arguments)
@@ -152,6 +159,9 @@ def _evaluate_images(
 def _evaluate_texts(
     adapter: StoredAdapter, arguments: Arguments, contexts: Sequence[Context] | None, **options: Any
 ) -> EvaluationReport:
+    from ..data.from_arguments import load_text_data
+    from ..evaluation.text_evaluator import evaluate_texts
+
     data = load_text_data(replace(arguments, text_column=arguments.text_column or "text"))
     model, tokenizer = adapter.language_model(contexts or (), **arguments.weights)
     return evaluate_texts(

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from ..data.arguments import argument
-from ..inference.export import FileFormat, export_contexts, lora_paths
 from .adapter_arguments import RevisionArguments
+
+if TYPE_CHECKING:
+    from ..inference.export import FileFormat
 
 
 @dataclass(kw_only=True)
 class Arguments(RevisionArguments):
     """Settings of the command."""
 
-    context: list[str] = field(
+    contexts: list[str] = field(
         metadata={
             "help": 'Such as a+b "a=0.5,b=-1"; singles and pairs are all of them, obs the empty one.',
-            "aliases": ["--contexts"],
+            "aliases": ["--context"],
         }
     )
     format: str = field(
@@ -34,9 +36,11 @@ class Arguments(RevisionArguments):
 
 def run(arguments: Arguments) -> None:
     """Write one LoRA per context, and print the paths; see `export_contexts` for what it raises."""
-    stored, file_format = arguments.open(), cast(FileFormat, arguments.format)
+    from ..inference.export import export_contexts, lora_paths
+
+    stored, file_format = arguments.open(), cast("FileFormat", arguments.format)
     # Refuses before the base is loaded.
-    contexts = list(lora_paths(stored.config, arguments.context, arguments.output_dir, file_format).values())
+    contexts = list(lora_paths(stored.config, arguments.contexts, arguments.output_dir, file_format).values())
     base = stored.pipeline(contexts, variant=arguments.variant, **arguments.weights)
-    for path in export_contexts(base, arguments.context, arguments.output_dir, file_format=file_format):
+    for path in export_contexts(base, arguments.contexts, arguments.output_dir, file_format=file_format):
         print(path)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..bases.images import image_grid, to_image
 from ..contexts import file_name
 from ..data.arguments import argument
-from ..inference.sampling import generate
 from .adapter_arguments import ContextArguments, ImageArguments, RevisionArguments
 
 
@@ -35,6 +33,9 @@ def generate_files(arguments: Arguments) -> list[Path]:
         ValueError: for another kind of adapter, an unknown base, unknown concepts, or what `generate` refuses.
         OSError: for an adapter or base that cannot be read, or images that cannot be written.
     """
+    from ..bases.images import image_grid, to_image
+    from ..inference.sampling import generate
+
     contexts, output_dir, seeds = arguments.parsed(), arguments.output_dir, arguments.seeds
     base = arguments.open().pipeline(contexts, variant=arguments.variant, **arguments.weights)
     rows = generate(base, contexts, seeds=seeds, **arguments.options())

@@ -11,7 +11,6 @@ from typing import Any
 from .._files import complete_or_absent
 from ..data.arguments import argument
 from ..errors import UserValueError
-from ..inference.texts import Prompt, generate_texts
 from .adapter_arguments import ContextArguments, RevisionArguments
 
 
@@ -44,6 +43,8 @@ def generate_text_file(arguments: Arguments) -> list[dict[str, Any]]:
         ValueError: for another kind of adapter, unknown concepts, or what `generate_texts` refuses.
         OSError: for an adapter or base that cannot be read, or a file that cannot be written.
     """
+    from ..inference.texts import Prompt, generate_texts
+
     sampling = {"temperature": arguments.temperature, "top_p": arguments.top_p}
     prompt, output_file = arguments.prompt, arguments.output_file
     if arguments.greedy and any(value is not None for value in sampling.values()):

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from ..data.arguments import argument
 from ..errors import UserValueError
-from ..hub import push, save
-from ..hub.repository import check_pushable
 from .adapter_arguments import AdapterSource
 
 
@@ -26,7 +24,9 @@ class Arguments(AdapterSource):
     descriptions: list[str] = argument(
         [], "What concepts mean, for readers: 'thick: strokes are thicker' 'slant: it leans' ..."
     )
-    contexts: list[str] = argument([], "Combinations to show; by default held-out ones, or some pairs.")
+    contexts: list[str] = argument(
+        [], "Combinations to show; by default held-out ones, or some pairs.", aliases=["--context"]
+    )
     seed: int = argument(0, "Of the samples.")
     prompt: str | None = argument(None, "Of the samples; by default --validation_prompt of the training.")
     class_label: int | None = argument(None, "For class-conditional bases.")
@@ -43,6 +43,9 @@ def run(arguments: Arguments) -> None:
     Raises:
         ValueError, OSError: see `save` and `push`.
     """
+    from ..hub import push, save
+    from ..hub.repository import check_pushable
+
     settings = vars(arguments).copy()
     repo_id, private, branch = (settings.pop(name) for name in ("repo_id", "private", "branch"))
     adapter, output_dir = settings.pop("adapter"), settings.pop("output_dir")

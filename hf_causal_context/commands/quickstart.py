@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.arguments import argument
-from ..quickstart import quickstart
 
 
 @dataclass(kw_only=True)
@@ -19,4 +18,6 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Run it; see `quickstart` for what it raises."""
+    from ..quickstart import quickstart
+
     quickstart(arguments.output_dir, arguments.seed)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
 
-from .._messages import short_repr
+from .._messages import nearest, short_repr
 from ..errors import UserValueError
 
 
@@ -51,9 +50,3 @@ def options_in(file: str, known: Iterable[str]) -> list[str]:
         elif value is not None:
             options.append(f"--{name}={value}")
     return options
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Ask what may have been meant by an unknown name, if anything is like it."""
-    alike = difflib.get_close_matches(name, known, cutoff=0.7)
-    return f" Did you mean {' or '.join(map(repr, alike))}?" if alike else ""

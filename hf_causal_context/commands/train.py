@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from ..training.arguments import TrainingArguments as Arguments
-from ..training.finetune import train
-from .finished import say_where
+from .finished import say_where, told_interruption
 
 
 def run(arguments: Arguments) -> None:
     """Train, and say where the adapter is, if there is one; see `train` for what it raises."""
-    folder = train(arguments)
+    from ..training.finetune import train
+
+    with told_interruption(arguments):
+        folder = train(arguments)
     if not arguments.dry_run:
         say_where("adapter", folder)

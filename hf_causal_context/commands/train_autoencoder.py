@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from ..training.autoencoder import train_autoencoder
 from ..training.autoencoder.arguments import AutoencoderArguments as Arguments
-from .finished import say_where
+from .finished import say_where, told_interruption
 
 
 def run(arguments: Arguments) -> None:
     """Train, and say where the autoencoder is; see `train_autoencoder` for what it raises."""
-    say_where("autoencoder", train_autoencoder(arguments))
+    from ..training.autoencoder import train_autoencoder
+
+    with told_interruption(arguments):
+        folder = train_autoencoder(arguments)
+    say_where("autoencoder", folder)

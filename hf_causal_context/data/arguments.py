@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from ..errors import UserValueError
+
+# Options for datasets, which would do nothing beside a folder -> what they are if they were not given.
+_OF_DATASETS = {
+    "dataset_config_name": (None,),
+    "context_column": ("context",),
+    "image_column": ("image",),
+    "text_column": ("text", ""),
+}
 
 
 def argument(default: Any, meaning: str, **metadata: Any) -> Any:
@@ -63,3 +74,37 @@ class AnyDataArguments(DataArguments, TextDataArguments):
     pretrained_model_name_or_path: str | None = argument(
         None, "A base, as a folder or a Hub id: says how far it is from the observational set."
     )
+
+
+def check_source(arguments: ContextDataArguments) -> None:
+    """Refuse options that do not name one source of data.
+
+    Raises:
+        ValueError: for none or two sources, or options that another source would need.
+        FileNotFoundError: for a folder that does not exist.
+    """
+    folder, dataset = arguments.train_data_dir, arguments.dataset_name
+    if (folder is None) == (dataset is None):
+        received = "neither" if folder is None else f"both, {folder!r} and {dataset!r}"
+        raise UserValueError(
+            "Give the data as either --train_data_dir (a folder with one sub-folder per context) or --dataset_name (a "
+            f"dataset with a column of contexts); received {received}."
+        )
+    if arguments.attribute_rules and (folder is not None or arguments.concepts is not None):
+        raise UserValueError(
+            "--attribute_rules make contexts and concepts from the columns of a dataset: they go with --dataset_name, "
+            "and without --train_data_dir and --concepts."
+        )
+    if folder is None:
+        return
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(
+            f"--train_data_dir: {folder!r} is not a folder. Give the folder that holds one folder per context, such as "
+            f"'{arguments.observational_name}', 'thick' and 'thick+slant'."
+        )
+    for name, unset in _OF_DATASETS.items():
+        value = getattr(arguments, name, unset[0])
+        if value not in unset:
+            raise UserValueError(
+                f"--{name}={value!r} is for datasets, and has no effect beside --train_data_dir. Leave one of them out."
+            )

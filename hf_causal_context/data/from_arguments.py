@@ -17,7 +17,7 @@ from . import (
     texts_from_attributes,
     texts_from_dataset,
 )
-from .arguments import AnyDataArguments, ContextDataArguments, DataArguments, TextDataArguments
+from .arguments import AnyDataArguments, ContextDataArguments, DataArguments, TextDataArguments, check_source
 from .captions import METADATA
 from .columns import Rows, known_features
 from .folders import IMAGE_SUFFIXES, visible_files
@@ -30,7 +30,7 @@ def load_data(arguments: DataArguments) -> InterventionalData:
     Raises:
         ValueError: for none or two sources, and what the loaders in `data` raise.
     """
-    _require_one_source(arguments)
+    check_source(arguments)
     if arguments.train_data_dir is not None:
         if arguments.mask_column is not None:
             raise UserValueError(
@@ -55,7 +55,7 @@ def load_text_data(arguments: TextDataArguments) -> InterventionalData:
     Raises:
         ValueError: for none or two sources, and what the loaders in `data` raise.
     """
-    _require_one_source(arguments)
+    check_source(arguments)
     if arguments.train_data_dir is not None:
         return load_text_folders(arguments.train_data_dir, **_folder_options(arguments))
     column = arguments.text_column
@@ -74,7 +74,7 @@ def load_any_data(arguments: AnyDataArguments) -> InterventionalData:
     Raises:
         ValueError: see `load_data`.
     """
-    _require_one_source(arguments)
+    check_source(arguments)
     if arguments.train_data_dir is not None:
         texts = _holds_texts(Path(arguments.train_data_dir))
     elif arguments.text_column:
@@ -85,20 +85,6 @@ def load_any_data(arguments: AnyDataArguments) -> InterventionalData:
     if not texts:
         return load_data(arguments)
     return load_text_data(replace(arguments, text_column=arguments.text_column or "text"))
-
-
-def _require_one_source(arguments: ContextDataArguments) -> None:
-    if (arguments.train_data_dir is None) == (arguments.dataset_name is None):
-        raise UserValueError(
-            "Give the data as either --train_data_dir (a folder with one sub-folder per context) or --dataset_name (a "
-            f"dataset with a column of contexts); received {arguments.train_data_dir!r} and "
-            f"{arguments.dataset_name!r}."
-        )
-    if arguments.attribute_rules and (arguments.train_data_dir is not None or arguments.concepts is not None):
-        raise UserValueError(
-            "--attribute_rules make contexts and concepts from the columns of a dataset: they go with --dataset_name, "
-            "and without --train_data_dir and --concepts."
-        )
 
 
 def _open(arguments: ContextDataArguments) -> Rows:

@@ -209,6 +209,7 @@ def wanted_combinations(names: Sequence[str], concepts: ConceptSet) -> list[Cont
         raise UserValueError(
             f"{sorted(shorthand)[0]!r} stands alone; received {list(names)}. Name it, or combinations."
         )
+    concepts.check_words(names, ("pairs", "all"))
     wanted = [Context.parse(name) for name in names]
     concepts.mask(wanted)  # refuses unknown names
     for context in wanted:

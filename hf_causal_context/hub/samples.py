@@ -202,6 +202,6 @@ def _draw_influence(model: nn.Module, folder: Path) -> str | None:
         draw = effects.plot_layers if config.mechanism == "independent" else effects.plot
         draw(folder / "influence.png")
     except ImportError as error:
-        print(f"No image of the read-out: {error}", flush=True)
+        print(f"The card has no image of what the concepts change: {error}", flush=True)
         return None
     return "influence.png"

@@ -95,6 +95,7 @@ def lora_paths(
         "pairs": [Context(*pair) for pair in combinations(concepts, 2)],
         "obs": [Context()],
     }
+    concepts.check_words(names, words)
     wanted: dict[Context, None] = {}  # a context that is given twice is one file
     for name in names:
         wanted |= dict.fromkeys(words[name] if name in words and name not in concepts else [Context.parse(name)])

@@ -75,7 +75,7 @@ class OptimizationArguments:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise UserValueError(f"--{name}={getattr(self, name)} must be positive.")
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserValueError(f"--{name}={getattr(self, name)} must be at least 0 and below 1.")
         if not self.output_dir:
@@ -330,7 +330,6 @@ _MINIMA: dict[str, float] = {
     "snr_gamma": 0,
     "adam_weight_decay": 0,
     "adam_epsilon": 0,
-    "ema_decay": 0,
     "seed": 0,
     "validation_steps": 1,
     "num_validation_images": 0,

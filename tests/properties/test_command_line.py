@@ -59,6 +59,8 @@ OPTIONS = {name: [f"--{field.name}" for field in dataclasses.fields(kind)] for n
         "--top_p",
     ],
     "export": [*ADAPTER, "--context", "--format"],
+    "merge": [*ADAPTER, "--context", "--adapter_revision", "--quantization"],
+    "info": [*ADAPTER[:3], "--json", "--adapter_revision"],
     "push": [*ADAPTER, *IMAGES, "--repo_id", "--private", "--branch", "--evaluation", "--license", "--contexts"],
     "demo": ["--adapter", "--pretrained_model_name_or_path", "--share", "--port"],
 }
@@ -73,6 +75,8 @@ REQUIRED = {
     "generate": ["--adapter", "nowhere", "--contexts", "a", "--output_dir", "out"],
     "generate-text": ["--adapter", "nowhere", "--contexts", "a", "--prompt", "p", "--output_file", "out.jsonl"],
     "export": ["--adapter", "broken", "--context", "a", "--format", "peft", "--output_dir", "out"],
+    "merge": ["broken", "--context", "a", "--output_dir", "out"],
+    "info": ["broken"],
     "push": ["--adapter", "broken", "--repo_id", "user/name"],
     "demo": ["--adapter", "nowhere"],
 }

@@ -5,7 +5,7 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 
 from hf_causal_context.bases.gap import BaseGap
-from hf_causal_context.commands.check_data import gap_of
+from hf_causal_context.commands.base_gap import gap_of
 from hf_causal_context.data import from_dataset, texts_from_dataset
 from hf_causal_context.data.arguments import AnyDataArguments
 from hf_causal_context.training.arguments import TrainingArguments

@@ -58,18 +58,8 @@ def download(
         ConnectionError: for a server that cannot be reached, or fails.
     """
     source = str(repo_or_folder)
-    if source and Path(source).is_dir():
-        return Path(source, subfolder or "")
-    if Path(source).is_file():
-        raise FileNotFoundError(f"{source} is a file. Give the folder with an {CONFIG} that it lies in.")
-    try:
-        validate_repo_id(source)
-        if Path(source).is_absolute() or source.startswith("."):
-            raise HFValidationError
-    except HFValidationError:
-        raise FileNotFoundError(
-            f"{source} is no folder here, and no id of a repository. Give a folder, or an id such as user/name."
-        ) from None
+    if (folder := local_folder(source)) is not None:
+        return folder / (subfolder or "")
     patterns = [place + file for place in places for file in (CONFIG, WEIGHTS)]
     patterns += TOKENIZER_FILES if tokenizer else ()
     inside = f"{subfolder.strip('/')}/" if subfolder else ""
@@ -98,6 +88,27 @@ def download(
             f"whole, and the Hub could not be read ({_cause(error)}). Try again when it can be reached (and "
             "HF_HUB_OFFLINE is not set), or give a folder."
         ) from error
+
+
+def local_folder(source: str) -> Path | None:
+    """The folder of this machine that is meant, or None where it can only be a repository of the Hub.
+
+    Raises:
+        FileNotFoundError: for what is neither.
+    """
+    if source and Path(source).is_dir():
+        return Path(source)
+    if Path(source).is_file():
+        raise FileNotFoundError(f"{source} is a file. Give the folder with an {CONFIG} that it lies in.")
+    try:
+        validate_repo_id(source)
+        if Path(source).is_absolute() or source.startswith("."):
+            raise HFValidationError
+    except HFValidationError:
+        raise FileNotFoundError(
+            f"{source} is no folder here, and no id of a repository. Give a folder, or an id such as user/name."
+        ) from None
+    return None
 
 
 _LOG_IN = "log in with `hf auth login`, set HF_TOKEN, or pass token="

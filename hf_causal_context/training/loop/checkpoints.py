@@ -131,6 +131,19 @@ def writing(path: Path, output_dir: Path) -> Iterator[None]:
         ) from error
 
 
+def check_unused(output_dir: Path) -> None:
+    """Refuse the folder of another run.
+
+    Raises:
+        FileExistsError: for checkpoints in it.
+    """
+    if checkpoint_steps(output_dir):
+        raise FileExistsError(
+            f"{output_dir} holds checkpoints of another run. Go on with it by --resume_from_checkpoint latest, "
+            "remove them, or choose another --output_dir."
+        )
+
+
 def open_output_dir(
     accelerator: Accelerator, model: nn.Module, arguments: OptimizationArguments
 ) -> tuple[int, Path] | None:
@@ -150,11 +163,8 @@ def open_output_dir(
         for pattern in (PARTIAL, ".checkpoint-*.unfinished", ".checkpoint-*.removed"):  # of a killed run
             for path in output_dir.glob(pattern):
                 shutil.rmtree(path)
-        if not wanted and checkpoint_steps(output_dir):
-            raise FileExistsError(
-                f"{output_dir} holds checkpoints of another run. Go on with it by --resume_from_checkpoint latest, "
-                "remove them, or choose another --output_dir."
-            )
+        if not wanted:
+            check_unused(output_dir)
         check_space(output_dir, model, arguments)
         arguments.save(output_dir)
     return found

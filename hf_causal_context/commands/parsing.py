@@ -1,0 +1,119 @@
+"""The options of a command: read from its command line and settings file, and listed in groups by `--help`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from .._messages import nearest
+from ..errors import UserValueError
+from .settings_file import options_in
+
+_REQUIRED = "Required. "
+_OWN = "options of this command"
+# Groups in the order of --help -> their options, or the classes that these come from; others are the command's own.
+_GROUPS = {
+    "required": (),
+    "the data": ("ContextDataArguments", "DataArguments", "TextDataArguments"),
+    "the adapter and its base": ("BaseWeights", "AdapterSource", "RevisionArguments", "AdapterArguments"),
+    _OWN: (),
+    "sampling": ("ImageArguments",),
+    "training": ("OptimizationArguments",),
+    "watching and resuming": (
+        *("validation_steps", "validation_contexts", "validation_prompt", "num_validation_images"),
+        *("num_validation_texts", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
+        *("report_to", "logging_dir", "dry_run"),
+    ),
+    "the Hub": ("push_to_hub", "hub_model_id"),
+    "general": ("help", "config"),
+}
+_TITLES = {name: title for title, names in _GROUPS.items() for name in names}
+
+
+def option_names(settings: type) -> list[str]:
+    """The options of a command, without dashes."""
+    return [field.name for field in dataclasses.fields(settings) if field.init]
+
+
+def parse(command: str, settings: type, given: Sequence[str]) -> Any:
+    """Return the settings of a command, which are a dataclass, from its command line.
+
+    An adapter may stand first, without its option.
+
+    Raises:
+        ValueError: for unknown options, and what the settings refuse.
+        OSError: for a settings file that cannot be read.
+    """
+    options = option_names(settings)
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", metavar="FILE", help="YAML or JSON with these options; others override it.")
+    parser = HfArgumentParser(
+        settings,
+        prog=f"hf-causal-context {command}",
+        allow_abbrev=False,
+        parents=[files],
+        formatter_class=_Formatter,
+    )
+    _group(parser, settings)
+    if "adapter" in options and given and not given[0].startswith("-"):
+        given = ["--adapter", *given]
+    file, given = files.parse_known_args(given)
+    if file.config is not None:
+        given = [*options_in(file.config, options), *given]
+    parsed, *_, unknown = parser.parse_args_into_dataclasses(list(given), return_remaining_strings=True)
+    if unknown:
+        guess = nearest(unknown[0].lstrip("-").partition("=")[0], options)
+        raise UserValueError(
+            f"Unknown arguments: {' '.join(unknown)}.{guess} hf-causal-context {command} --help lists what there is."
+        )
+    return parsed
+
+
+def _group(parser: argparse.ArgumentParser, settings: type) -> None:
+    """Put the options into groups, those that are required first."""
+    groups: dict[str, list[argparse.Action]] = {title: [] for title in _GROUPS}
+    for action in parser._actions:
+        required = action.required or (action.help or "").startswith(_REQUIRED)
+        title = _TITLES.get(action.dest) or _TITLES.get(_origin(settings, action.dest), _OWN)
+        groups["required" if required else title].append(action)
+    required = [_Formatter(parser.prog).option(action) for action in groups["required"]]
+    parser.usage = " ".join([parser.prog, *required, "[--option value ...]"])
+    parser._action_groups.clear()
+    for title, actions in groups.items():
+        if actions:
+            parser.add_argument_group(title)._group_actions.extend(actions)
+
+
+def _origin(settings: type, name: str) -> str:
+    """The class that an option comes from, which others may have changed."""
+    return next((cls.__name__ for cls in reversed(settings.__mro__) if name in inspect.get_annotations(cls)), "")
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Shows an option in one spelling, with its default."""
+
+    def option(self, action: argparse.Action) -> str:
+        """An option with the form of its value."""
+        flag = next(name for name in action.option_strings if name.startswith("--"))
+        if action.nargs in (0, "?"):
+            return flag
+        if action.metavar or action.choices:
+            value = str(action.metavar or "{" + ",".join(map(str, action.choices or ())) + "}")
+        else:
+            value = {int: "N", float: "X"}.get(action.type, "TEXT")  # type: ignore[arg-type]
+        return f"{flag} {value}{' ...' if action.nargs == '+' else ''}"
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        return self.option(action)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = (action.help or "").removeprefix(_REQUIRED), action.default
+        if default is None or default is False or default in ("", [], argparse.SUPPRESS) or action.required:
+            return text.replace("%", "%%")
+        shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+        return f"{text} Default: {shown}".replace("%", "%%")

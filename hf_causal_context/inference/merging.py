@@ -1,0 +1,63 @@
+"""The base of an adapter with one context in its weights: what `hf-causal-context merge` writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .._files import complete_or_absent
+from ..adapter.intervene import intervene
+from ..adapter.layer import CausalContextLayer
+from ..adapter.lookup import adapted_layers, conditionings
+from ..bases.diffusion_base import DiffusionBase
+from ..contexts import Context
+from .adapted import StoredAdapter
+
+
+def write_merged(
+    stored: StoredAdapter, context: Context, output_dir: Path, *, variant: str | None = None, **weights: Any
+) -> None:
+    """Write the base of an adapter with a context in its weights, as a folder that needs neither PEFT nor this package.
+
+    It appears complete or not at all. `weights` say how the base is held; see `StoredAdapter`.
+
+    Raises:
+        FileExistsError: for a folder that is not empty.
+        ValueError, OSError: for what `StoredAdapter` refuses, and a mechanism or weights that cannot be merged.
+    """
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise FileExistsError(f"{output_dir} exists and is not empty. Choose another --output_dir, or remove it.")
+    if stored.is_of_language_model:
+        model, tokenizer = stored.language_model([context], **weights)
+        with intervene(model, context):
+            merged: Any = model.merge_and_unload(safe_merge=True)
+        saved = (merged, tokenizer)
+    else:
+        base = stored.pipeline([context], variant=variant, **weights)
+        _merge(base, context)
+        saved = (base.pipe,)
+    with complete_or_absent(output_dir) as unfinished:
+        for part in saved:
+            part.save_pretrained(unfinished)
+
+
+def _merge(base: DiffusionBase, context: Context) -> None:
+    """Put the adapter "default" in a context into the weights of a pipeline for good, in place."""
+    modules = [part for part in base.pipe.components.values() if isinstance(part, nn.Module) and conditionings(part)]
+    with intervene(base.pipe, context):
+        for module in modules:
+            for layer in adapted_layers(module).values():
+                layer.merge(safe_merge=True)
+    for module in modules:
+        for owner in conditionings(module):
+            owner.remove(module)
+        for path, inner in list(module.named_modules()):
+            if isinstance(inner, CausalContextLayer):
+                module.set_submodule(path, inner.base_layer)
+            elif isinstance(inner, AuxiliaryTrainingWrapper):
+                module.set_submodule(path, cast(Any, inner).modules_to_save["default"])
+        for attribute in ("peft_config", "_hf_peft_config_loaded"):
+            module.__dict__.pop(attribute, None)

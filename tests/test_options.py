@@ -1,0 +1,170 @@
+"""What a command line says of its options: in --help, and in errors."""
+
+import subprocess
+import sys
+
+import pytest
+
+import hf_causal_context
+from hf_causal_context._messages import in_options
+from hf_causal_context.cli import COMMANDS, main
+from hf_causal_context.contexts import ConceptSet
+from hf_causal_context.training import finetune
+from tests.data.small import write_folders
+
+
+def helped(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    return capsys.readouterr().out
+
+
+def refused(arguments, capsys):
+    assert main(arguments) == 1
+    return capsys.readouterr().err
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"hf-causal-context {hf_causal_context.__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_every_option_once(command, capsys):
+    lines = helped(command, capsys).partition("\n\n")[2].splitlines()
+    options = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert "--config" in options
+    assert len(set(options)) == len(options)
+    assert not [option for option in options if "-" in option[2:]]
+
+
+def test_help_is_in_groups_with_what_is_required_first(capsys):
+    text = helped("train", capsys)
+    groups = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert groups == [
+        *("required:", "the data:", "the adapter and its base:", "options of this command:", "training:"),
+        *("watching and resuming:", "the Hub:", "general:"),
+    ]
+    assert text.startswith("usage: hf-causal-context train --output_dir TEXT --pretrained_model_name_or_path TEXT [--")
+    assert text.index("--train_data_dir TEXT\n") < text.index("the adapter and its base:")
+    assert text.index("the Hub:") < text.index("--push_to_hub") < text.index("general:")
+
+
+def test_help_shows_defaults(capsys):
+    text = " ".join(helped("generate", capsys).split())
+    assert "One image per context and seed. Default: 0 1 2 3 4 5 6 7 --grid" in text
+    assert "Images per call of the pipeline. Default: 8" in text
+    assert "--guidance_scale X By default the pipeline's. --" in text
+    assert "--seed N Of the samples. Default: 0" in " ".join(helped("push", capsys).split())
+
+
+def test_an_unknown_command_is_guessed(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["trian"])
+    assert "unknown command 'trian'. Did you mean 'train'? Allowed: quickstart, " in capsys.readouterr().err
+
+
+def test_an_unknown_concept_is_guessed():
+    with pytest.raises(ValueError, match=r"Unknown concept 'glases'.*'hat'\. Did you mean 'glasses'\? Correct"):
+        ConceptSet(("glasses", "hat")).index("glases")
+
+
+def test_a_word_for_several_contexts_is_guessed():
+    concepts = ConceptSet(("hat", "repairs"))
+    concepts.check_words(["pairs", "hat", "repairs", "hat=0.5", "unlike"], ["singles", "pairs"])
+    with pytest.raises(ValueError, match=r"'pair'\. Did you mean 'pairs' or 'repairs'\? Allowed: 'singles', 'pairs'"):
+        concepts.check_words(["pair"], ["singles", "pairs"])
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("name them with concepts=.", "name them with --concepts."),
+        ("held_out_contexts= names 'a'", "--held_out_contexts names 'a'"),
+        ("caption_column='text' was given", "--caption_column='text' was given"),
+        ("--concepts=a is", "--concepts=a is"),
+        ("the context 'concepts=2+a,concepts=1'", "the context 'concepts=2+a,concepts=1'"),
+        ("call `f(x, concepts=1)` or g(concepts==1)", "call `f(x, concepts=1)` or g(concepts==1)"),
+        ("Name another content_column=, or", "Name another --image_column, or"),
+        ("other=1 and other=", "other=1 and other="),
+    ],
+)
+def test_errors_name_options(message, shown):
+    options = ("concepts", "held_out_contexts", "caption_column", "image_column")
+    assert in_options(message, options) == shown
+
+
+def test_errors_of_the_data_name_options(tmp_path, capsys):
+    write_folders(tmp_path, {"obs": 1, "a": 1, "b": 1})
+    command = ["check-data", "--train_data_dir", str(tmp_path)]
+    assert "--held_out_contexts names 'c', which has no rows" in refused([*command, "--held_out_contexts", "c"], capsys)
+    assert "--caption_column='text' was given, but" in refused([*command, "--caption_column", "text"], capsys)
+
+
+MISTAKES = [
+    ("check-data", "received neither"),
+    ("check-data --train_data_dir a --dataset_name b", "received both, 'a' and 'b'"),
+    ("train TRAIN --train_data_dir nowhere", "--train_data_dir: 'nowhere' is not a folder"),
+    ("train TRAIN --train_data_dir . --image_column photo", "--image_column='photo' is for datasets"),
+    ("train-text TRAIN --train_data_dir . --text_column body", "--text_column='body' is for datasets"),
+    ("train TRAIN --train_data_dir . --ema_decay 2", "--ema_decay=2.0 must be at least 0 and below 1"),
+    ("train TRAIN --train_data_dir . --output_dir file", "--output_dir: file is a file"),
+    ("train TRAIN --train_data_dir . --pretrained_model_name_or_path ./b", "There is no base './b'"),
+    ("train-autoencoder --output_dir o --dataset_name d --mod frozen", "Did you mean 'mode'?"),
+    ("evaluate . --output_dir o", "received neither"),
+    ("generate nowhere/at/all --contexts a --output_dir o", "nowhere/at/all is no folder here"),
+    ("generate . --context a --output_dir file", "--output_dir: file is a file"),
+    ("export . --contexts a --format peft --output_dir file", "--output_dir: file is a file"),
+    ("merge . --context a --output_dir file", "--output_dir: file is a file"),
+    ("push . --output_dir file", "--output_dir: file is a file"),
+    ("info ./nowhere", "./nowhere is no folder here"),
+]
+
+
+def test_mistakes_are_told_before_what_takes_long_is_imported(tmp_path):
+    (tmp_path / "file").touch()
+    required = "--pretrained_model_name_or_path b --output_dir o"
+    lines = [line.replace("TRAIN", required).split() for line, _ in MISTAKES]
+    code = f"""
+import sys
+from hf_causal_context.cli import main
+for line in {lines}:
+    assert main(line) == 1, line
+    assert not {{"datasets", "diffusers", "gradio"}} & set(sys.modules), line
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == len(MISTAKES)
+    for line, (_, message) in zip(said, MISTAKES, strict=True):
+        assert message in line
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "resume", "message"),
+    [
+        (None, [], "There is no checkpoint yet. Go on by running the same command again."),
+        (3, [], "The last complete checkpoint is {}. Go on by running the same command with --resume_from_checkpoint"),
+        (3, ["--resume_from_checkpoint", "latest"], "checkpoint is {}. Go on by running the same command again."),
+    ],
+)
+def test_an_interruption_between_steps_says_how_to_go_on(checkpoint, resume, message, tmp_path, monkeypatch, capsys):
+    def interrupted(_):
+        if checkpoint is not None:
+            (tmp_path / f"checkpoint-{checkpoint}").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "train", interrupted)
+    required = ["--pretrained_model_name_or_path", "base", "--train_data_dir", ".", "--output_dir", str(tmp_path)]
+    assert main(["train", *required, *resume]) == 130
+    assert message.format(tmp_path / f"checkpoint-{checkpoint}") in capsys.readouterr().err
+
+
+def test_the_folder_of_another_run_is_refused_before_the_base_and_the_data_are_read(tmp_path, capsys):
+    (tmp_path / "checkpoint-3").mkdir()
+    required = ["--pretrained_model_name_or_path", "no-base", "--dataset_name", "no-data"]
+    for command in ("train", "train-text"):
+        assert "holds checkpoints of another run" in refused(
+            [command, *required, "--output_dir", str(tmp_path)], capsys
+        )
