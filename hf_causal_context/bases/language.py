@@ -17,8 +17,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from ..errors import UserValueError
+from .names import check_there, unpacked, why_unread
 from .quantization import quantization_config
 
 
@@ -83,13 +85,19 @@ def check_language_model(name_or_path: str, revision: str | None, token: str | b
         OSError: for something that transformers cannot read.
         ValueError: for a model that does not write text.
     """
+    check_there(name_or_path)
     try:
         config = AutoConfig.from_pretrained(name_or_path, revision=revision, token=token)
     except (OSError, ValueError) as error:
+        if _is_pipeline(name_or_path, revision):
+            raise OSError(
+                f"{name_or_path!r} could not be read as a model of transformers: it is a diffusers pipeline. An "
+                "adapter of one is trained by `hf-causal-context train`."
+            ) from error
         raise OSError(
-            f"{name_or_path!r} could not be read as a model of transformers: {error} The base of train-text is a "
-            "causal or encoder-decoder language model. An adapter of a diffusers pipeline is trained by "
-            "`hf-causal-context train`."
+            f"{name_or_path!r} could not be read as a model of transformers: {why_unread(name_or_path, error)} The "
+            "base of train-text is a causal or encoder-decoder language model. An adapter of a diffusers pipeline "
+            "is trained by `hf-causal-context train`."
         ) from error
     mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) not in mapping:
@@ -98,3 +106,11 @@ def check_language_model(name_or_path: str, revision: str | None, token: str | b
             "model. Choose a base that writes text."
         )
     return config
+
+
+def _is_pipeline(name_or_path: str, revision: str | None) -> bool:
+    """Whether a folder or repository holds a pipeline of diffusers."""
+    try:
+        return cached_file(unpacked(name_or_path), "model_index.json", revision=revision) is not None
+    except (OSError, ValueError):
+        return False

@@ -12,7 +12,7 @@ from .._messages import quoted
 from ..errors import UserValueError
 from .diffusion_base import DiffusionBase
 from .families import FAMILIES
-from .names import unpacked
+from .names import check_there, unpacked, why_unread
 from .quantization import pipeline_quantization
 
 
@@ -79,6 +79,7 @@ def check_base(name_or_path: str, revision: str | None = None, token: str | bool
 
 
 def _read_index(name_or_path: str, revision: str | None, token: str | bool | None) -> dict[str, Any]:
+    check_there(name_or_path)
     name_or_path = unpacked(name_or_path)
     try:
         return cast(Any, DiffusionPipeline.load_config(name_or_path, revision=revision, token=token))
@@ -89,9 +90,9 @@ def _read_index(name_or_path: str, revision: str | None, token: str | bool | Non
                 "model is trained by `hf-causal-context train-text`."
             ) from error
         raise OSError(
-            f"{str(name_or_path)!r} is not a saved diffusers pipeline: {error} A base is a folder or Hub repository "
-            "with a model_index.json. For a bare denoiser (a config.json and weights) save a pipeline around it, for "
-            "example DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)."
+            f"{str(name_or_path)!r} is not a saved diffusers pipeline: {why_unread(name_or_path, error)} A base is a "
+            "folder or Hub repository with a model_index.json. For a bare denoiser (a config.json and weights) save a pipeline around "
+            "it, for example DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)."
         ) from error
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
+from .._files import first_line
+
 _PACKAGE = Path(str(files("hf_causal_context")))
 _PACKAGED = "hf_causal_context/models/"
 
@@ -30,6 +32,13 @@ def check_there(name: str) -> None:
             f"There is no base {name!r}: such a folder does not exist. Give a folder that does, or the id of a "
             "repository on the Hub, user/name."
         )
+
+
+def why_unread(name: str, error: Exception) -> str:
+    """Return why a base could not be read, on one line."""
+    if Path(unpacked(name)).exists():
+        return str(error)
+    return f"There is no such folder here, and the Hub could not be asked or does not have it ({first_line(error)})."
 
 
 def unpacked(name: str) -> str:

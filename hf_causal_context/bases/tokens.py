@@ -54,7 +54,7 @@ class Tokenization:
     chat template says. An encoder-decoder reads the prompt and learns the completion.
 
     Args:
-        tokenizer: with a padding token.
+        tokenizer: the model's.
         content_column: "text", "messages" or "prompt".
         encoder_decoder: whether the model is one.
         max_length: tokens per row, of an encoder-decoder on each side.
@@ -249,10 +249,10 @@ class Tokenization:
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, pad_token: str | None) -> None:
-    """Give the tokenizer its padding token, and check that it fits the model.
+    """Give the tokenizer the padding token that was asked for, and check that it fits the model.
 
     Raises:
-        ValueError: without a padding token, with an unknown one, or for more tokens than the model has.
+        ValueError: for an unknown padding token, or more tokens than the model has.
     """
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
@@ -261,18 +261,18 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
                 f"{quoted(tokenizer.all_special_tokens)}. Name one of its tokens."
             )
         tokenizer.pad_token = pad_token
-    if tokenizer.pad_token_id is None:
-        raise UserValueError(
-            "The tokenizer has no padding token. Name one of its tokens: --pad_token (tokenizer.pad_token in Python); "
-            f"its special tokens: {quoted(tokenizer.all_special_tokens)}. Padding is never learned, so the "
-            "end-of-sequence token does."
-        )
     embeddings: Any = model.get_input_embeddings()
     if len(tokenizer) > embeddings.num_embeddings:
         raise UserValueError(
             f"The tokenizer has {len(tokenizer)} tokens, the model's embeddings {embeddings.num_embeddings}. Take the "
             "tokenizer that belongs to the model."
         )
+
+
+def filler(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id that fills rows up: any does where the tokenizer has no padding token, since it is masked."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((cast(int, each) for each in ids if each is not None), 0)
 
 
 def known_positions(model: PreTrainedModel | PeftModel) -> int | None:

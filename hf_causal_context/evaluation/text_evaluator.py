@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from ..bases.token_batches import Collation
-from ..bases.tokens import Tokenization, room_after, row_length
+from ..bases.tokens import Tokenization, filler, room_after, row_length
 from ..contexts import ConceptSet, Context, ContextLike, as_context
 from ..data import InterventionalData
 from ..data.text_rows import prompt_of
@@ -91,9 +91,8 @@ def evaluate_texts(
     # A prompt of plain texts is how they begin; others are not what the model writes.
     beginning = (prompt or "") if data.content_column == "text" else ""
     sampler = TextSampler(model, tokenizer, prompts, length, batch_size, beginning)
-    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     collate = Collation(
-        cast(int, filler or 0),  # what it is does not matter: it is masked
+        filler(tokenizer),
         model.device,
         decoder_inputs=base.prepare_decoder_input_ids_from_labels if encoder_decoder else None,
     )

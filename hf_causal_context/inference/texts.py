@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapter.intervene import intervene
-from ..bases.tokens import Tokenization, known_positions, room_after
+from ..bases.tokens import Tokenization, filler, known_positions, room_after
 from ..contexts import Context
 from ..errors import UserValueError
 
@@ -69,7 +69,7 @@ def generate_texts(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": seed is not None}
     options |= {name: value for name, value in (("temperature", temperature), ("top_p", top_p)) if value is not None}
     # What follows the end of shorter texts; nothing is padded before.
-    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    filling = filler(tokenizer)
     results = []
     with (
         torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
@@ -80,7 +80,7 @@ def generate_texts(
             if seed is not None:
                 torch.manual_seed(seed)
             output = cast(Any, model).generate(
-                input_ids=batch, attention_mask=torch.ones_like(batch), pad_token_id=filler, **options
+                input_ids=batch, attention_mask=torch.ones_like(batch), pad_token_id=filling, **options
             )
             written = output if encoder_decoder else output[:, len(ids) :]
             results.append(tokenizer.batch_decode(written, skip_special_tokens=True))

@@ -292,7 +292,7 @@ class TextArguments(AdapterArguments, TextDataArguments):
     pretrained_model_name_or_path: str = argument(
         "", "Required. Base: a causal or encoder-decoder model of transformers, as a folder or a Hub id."
     )
-    pad_token: str | None = argument(None, "Token to pad with, where the tokenizer has none.")
+    pad_token: str | None = argument(None, "Token to pad with, where the tokenizer has none; by default the end's.")
     max_length: int | None = argument(
         None, "Tokens per row; longer texts are cut. By default 1024, or what the model allows."
     )

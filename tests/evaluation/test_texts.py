@@ -362,7 +362,7 @@ def test_bad_input_is_an_error_that_says_what_to_do(adapter, folder, tmp_path, c
     )
     assert "Unknown concept 'color' in context 'color'" in error("--contexts", "color")
     assert "--max_new_tokens=0 must be at least 1" in error("--max_new_tokens", "0")
-    assert "so max_new_tokens=99 is too much. Give at most" in error("--max_new_tokens", "99")
+    assert "so --max_new_tokens=99 is too much. Give at most" in error("--max_new_tokens", "99")
     (folder / "loud" / "texts.txt").write_text("\n".join(texts()[LOUD][:9]))
     assert "The context 'loud' has 9 real rows. At least 10" in error()
     (folder / "loud").rename(folder / "calm")

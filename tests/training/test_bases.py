@@ -1,6 +1,7 @@
 """What the trainer knows about families of bases, against what their own pipelines do."""
 
 import inspect
+import re
 
 import diffusers
 import pytest
@@ -8,7 +9,8 @@ import torch
 from peft import get_peft_model
 
 from hf_causal_context import CausalContextConfig
-from hf_causal_context.bases.loading import as_base, load_base
+from hf_causal_context.bases.language import check_language_model
+from hf_causal_context.bases.loading import as_base, check_base, load_base
 
 from .packing import NO_GUIDANCE, scheduler_time, unpacked, velocity
 from .tiny_pipelines import NEWER, PIPELINES, ddpm, projection, side, stable_diffusion_xl, usually
@@ -234,6 +236,21 @@ def test_a_bare_denoiser_is_no_base(tmp_path):
         load_base(str(tmp_path))
     with pytest.raises(OSError, match="is not a saved diffusers pipeline"):
         load_base("nobody/nothing")
+
+
+@pytest.mark.parametrize("check", [check_base, lambda name: check_language_model(name, None)])
+@pytest.mark.parametrize("name", ["/no/where", "./nowhere", "~/nowhere", "no/where/at/all"])
+def test_a_folder_that_does_not_exist_is_told_without_a_word_of_the_network(check, name):
+    with pytest.raises(FileNotFoundError, match=f"There is no base '{re.escape(name)}': such a folder does"):
+        check(name)
+
+
+@pytest.mark.parametrize("check", [check_base, lambda name: check_language_model(name, None)])
+@pytest.mark.parametrize("name", ["nowhere", "nobody/nothing"])
+def test_a_name_that_may_be_of_the_hub_is_told_on_one_line(check, name):
+    with pytest.raises(OSError, match="There is no such folder here, and the Hub could not be asked or") as found:
+        check(name)
+    assert "\n" not in str(found.value)
 
 
 def test_unsupported_pipelines_and_schedulers(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoTokenizer
 
 from hf_causal_context.bases.language import load_language_model
 from hf_causal_context.bases.likelihoods import negative_log_likelihoods, perplexity
@@ -88,6 +89,19 @@ class TestTraining:
         assert perplexity(model, [batch]) == pytest.approx(logged.value, rel=1e-4)
         output = model.generate(**tokenizer(["a cat"], return_tensors="pt"), context="formal+loud", max_new_tokens=3)
         assert output.shape[0] == 1
+
+    @pytest.mark.parametrize(("name", "shape"), [("llama", "text"), ("t5", "prompt")])
+    def test_a_tokenizer_without_a_padding_token_trains_the_same_adapter(self, name, shape, tmp_path):
+        weights = []
+        for pad in ("<pad>", None):
+            tokenizer = word_tokenizer()
+            tokenizer.pad_token = pad
+            given = arguments(tmp_path / str(pad), max_train_steps=2, num_validation_texts=1, max_new_tokens=3)
+            folder = train_text(given, language_model(name), tokenizer, text_data(shape))
+            weights.append(adapter_weights(folder))
+            assert AutoTokenizer.from_pretrained(folder).pad_token == pad
+        for key, tensor in weights[0].items():
+            assert torch.equal(tensor, weights[1][key]), key
 
     def test_texts_become_likely_in_their_contexts(self, tmp_path):
         base = language_model("llama")
@@ -260,7 +274,9 @@ class TestCommand:
         language_model("llama").save_pretrained(tmp_path / "base")
         rest = ["--train_data_dir", str(texts), "--output_dir", str(tmp_path / "out")]
         assert main(["train-text", "--pretrained_model_name_or_path", pipeline_folder("ddpm"), *rest]) == 1
-        assert "could not be read as a model of transformers" in (error := capsys.readouterr().err)
+        assert "could not be read as a model of transformers: it is a diffusers pipeline" in (
+            error := capsys.readouterr().err
+        )
         assert "by `hf-causal-context train`" in error
         assert main(["train", "--pretrained_model_name_or_path", str(tmp_path / "base"), *rest]) == 1
         assert "is a model of transformers, not a diffusers pipeline" in (error := capsys.readouterr().err)

@@ -20,6 +20,7 @@ from hf_causal_context.bases.tokens import (
     Tokenization,
     TokenRow,
     check_packing,
+    filler,
     known_positions,
     pack,
     prepare_tokenizer,
@@ -212,15 +213,23 @@ class TestEncoderDecoder:
 
 
 class TestTokenizer:
-    def test_it_needs_a_padding_token_that_it_knows(self):
+    def test_a_padding_token_that_is_named_is_one_of_its_tokens(self):
         tokenizer, model = word_tokenizer(), language_model("llama")
         tokenizer.pad_token = None
-        with pytest.raises(ValueError, match="no padding token. Name one of its tokens: --pad_token .*'</s>'"):
-            prepare_tokenizer(tokenizer, model, None)
         with pytest.raises(ValueError, match="--pad_token='<fill>' is not in the tokenizer's vocabulary"):
             prepare_tokenizer(tokenizer, model, "<fill>")
         prepare_tokenizer(tokenizer, model, "</s>")
         assert tokenizer.pad_token_id == 2
+
+    def test_without_a_padding_token_another_fills_rows_up(self):
+        tokenizer, model = word_tokenizer(), language_model("llama")
+        assert filler(tokenizer) == 0
+        tokenizer.pad_token = None
+        prepare_tokenizer(tokenizer, model, None)
+        assert tokenizer.pad_token is None
+        assert filler(tokenizer) == 2
+        tokenizer.eos_token = None
+        assert filler(tokenizer) == 0
 
     def test_it_must_fit_the_model(self):
         tokenizer = word_tokenizer()

@@ -18,7 +18,7 @@ from ...bases.gap import BaseGap
 from ...bases.language import check_language_model, load_language_model, load_tokenizer
 from ...bases.names import resolve_base_name
 from ...bases.token_batches import Collation, tokenize_all
-from ...bases.tokens import Tokenization, TokenRow, check_packing, prepare_tokenizer, row_length
+from ...bases.tokens import Tokenization, TokenRow, check_packing, filler, prepare_tokenizer, row_length
 from ...contexts import ConceptSet
 from ...data import InterventionalData
 from ...data.from_arguments import load_text_data
@@ -195,8 +195,7 @@ class LanguageFineTuning(FineTuning[TextArguments]):
     def _collation(self, packed: bool = False) -> Collation:
         encoder_decoder = self.base.config.is_encoder_decoder
         decoder_inputs = cast(Any, self.base).prepare_decoder_input_ids_from_labels if encoder_decoder else None
-        pad = cast(int, self.tokenizer.pad_token_id)
-        return Collation(pad, self.accelerator.device, packed=packed, decoder_inputs=decoder_inputs)
+        return Collation(filler(self.tokenizer), self.accelerator.device, packed=packed, decoder_inputs=decoder_inputs)
 
 
 def _features(

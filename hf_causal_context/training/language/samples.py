@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..._markdown import text_cell
-from ...bases.tokens import Tokenization, room_after
+from ...bases.tokens import Tokenization, filler, room_after
 from ...contexts import Context
 from ...data import InterventionalData
 from ...data.text_rows import prompt_of
@@ -71,7 +71,7 @@ def sample_texts(
                 context=context,
                 do_sample=True,
                 max_new_tokens=room,
-                pad_token_id=tokenize.tokenizer.pad_token_id,
+                pad_token_id=filler(tokenize.tokenizer),
             )
         written = output if tokenize.encoder_decoder else output[:, len(prompt) :]
         texts.append(tokenize.tokenizer.batch_decode(written, skip_special_tokens=True))
