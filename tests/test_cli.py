@@ -63,6 +63,27 @@ def test_check_data_says_what_is_wrong(images, capsys):
     assert "Give the data as either --train_data_dir" in capsys.readouterr().err
 
 
+def test_check_data_draws_some_images_of_every_context(images, tmp_path, capsys):
+    for context, color in (("obs", (0, 0, 0)), ("slant+thick", (255, 0, 0))):
+        for path in (images / context).iterdir():
+            Image.new("RGB", (30, 10), color).save(path)
+    sheet = tmp_path / "check.png"
+    assert main(["check-data", "--train_data_dir", str(images), "--contact_sheet", str(sheet)]) == 0
+    assert f"Look at {sheet}" in capsys.readouterr().out
+    with Image.open(sheet) as grid:
+        assert grid.height == 4 + 4 * (128 + 4)  # four contexts
+        last = [grid.getpixel((grid.width - 4 - 64, 4 + row * 132 + 64)) for row in range(4)]
+        assert (last[0], last[3]) == ((0, 0, 0), (255, 0, 0))
+        assert grid.getpixel((grid.width - 4 - 64, 4 + 8)) == (255, 255, 255)  # above an image that is wide
+
+    (tmp_path / "texts" / "obs").mkdir(parents=True)
+    (tmp_path / "texts" / "obs" / "a.txt").write_text("one\n")
+    (tmp_path / "texts" / "rude").mkdir()
+    (tmp_path / "texts" / "rude" / "a.txt").write_text("two\n")
+    assert main(["check-data", "--train_data_dir", str(tmp_path / "texts"), "--contact_sheet", str(sheet)]) == 1
+    assert "is for images, and the data holds texts" in capsys.readouterr().err
+
+
 def test_check_data_of_texts(tmp_path, capsys):
     for context in ("obs", "rude"):
         (tmp_path / "texts" / context).mkdir(parents=True)

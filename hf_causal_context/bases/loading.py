@@ -91,8 +91,8 @@ def _read_index(name_or_path: str, revision: str | None, token: str | bool | Non
             ) from error
         raise OSError(
             f"{str(name_or_path)!r} is not a saved diffusers pipeline: {why_unread(name_or_path, error)} A base is a "
-            "folder or Hub repository with a model_index.json. For a bare denoiser (a config.json and weights) save a pipeline around "
-            "it, for example DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)."
+            "folder or Hub repository with a model_index.json. For a bare denoiser (a config.json and weights) save a "
+            "pipeline around it, for example DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)."
         ) from error
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import fsspec
+import PIL.Image
 from datasets import Image, IterableDataset
 from tqdm.auto import tqdm
 
@@ -19,6 +20,7 @@ from ..contexts import Context
 from ..errors import UserError, UserValueError
 from .columns import BATCH_ROWS, Rows, known_features
 from .interventional import InterventionalData
+from .look_alikes import LookAlikes, Place
 from .masks import plain_mask
 from .text_rows import columns_of, row_problem
 
@@ -108,18 +110,21 @@ class _Seen:
         self.texts = texts
         self.noun = "texts" if texts else "images"
         self.unreadable: list[str] = []
+        self.look_alikes = LookAlikes()
         self.remarks: defaultdict[str, list[str]] = defaultdict(list)  # -> names of images
         # Digest of a row's content -> the first row with it; every later one adds a pair.
-        self.first: dict[bytes, tuple[str, str, str]] = {}
-        self.pairs: list[tuple[tuple[str, str, str], tuple[str, str, str]]] = []
+        self.first: dict[bytes, Place] = {}
+        self.pairs: list[tuple[Place, Place]] = []
 
-    def add(self, content: bytes, role: str, context: str, name: str) -> None:
-        place = (role, context, name)
-        first = self.first.setdefault(hashlib.blake2b(content, digest_size=16).digest(), place)
+    def add(self, content: bytes, place: Place, image: PIL.Image.Image | None) -> None:
+        digest = hashlib.blake2b(content, digest_size=16).digest()
+        first = self.first.setdefault(digest, place)
         if first[:2] != place[:2]:
             self.pairs.append((first, place))
+        if image is not None:
+            self.look_alikes.add(image, digest, place)
 
-    def leaks(self) -> list[tuple[tuple[str, str, str], tuple[str, str, str]]]:
+    def leaks(self) -> list[tuple[Place, Place]]:
         """Pairs of which one row is trained on and the other held out."""
         return [pair for pair in self.pairs if {pair[0][0], pair[1][0]} == {TRAIN, HELD_OUT}]
 
@@ -135,6 +140,7 @@ def _read(
         counts[context] += 1
         path = values[0].get("path") if isinstance(values[0], dict) else None
         name = str(path or f"row {number} of {repr(context) if context else 'the observational context'} ({role})")
+        image = None
         # Decoders raise whatever they like, and a damaged file must not hide the others.
         try:
             content = _text(dict(zip(seen.texts, values, strict=True))) if seen.texts else _content(values[0])
@@ -144,12 +150,11 @@ def _read(
                     seen.remarks[remark].append(name)
                 if data.has_masks and values[1] is not None:
                     plain_mask(opener.decode_example({"bytes": _content(values[1]), "path": None}), image)
+            seen.add(content, (role, context, name), image)
         except Exception as error:
             seen.unreadable.append(
                 f"{name} ({error if seen.texts or isinstance(error, UserError) else type(error).__name__})"
             )
-        else:
-            seen.add(content, role, context, name)
     return counts
 
 
@@ -255,11 +260,16 @@ def _duplicate_warnings(seen: _Seen) -> Iterator[str]:
 
 
 def _image_warnings(seen: _Seen) -> Iterator[str]:
+    if alike := seen.look_alikes.pairs():
+        yield (
+            f"{len(alike)} images look like one of another context: {_examples(_same(alike))}. Look at them: small "
+            "edits are right; edits that did nothing, and copies, spoil what is learned."
+        )
     for remark, names in seen.remarks.items():
         yield f"{len(names)} images ({_examples(names)}) {remark}"
 
 
-def _same(pairs: Sequence[tuple[tuple[str, str, str], tuple[str, str, str]]]) -> list[str]:
+def _same(pairs: Sequence[tuple[Place, Place]]) -> list[str]:
     return [
         f"{first[2]} ({first[1] or 'observational'}) = {second[2]} ({second[1] or 'observational'})"
         for first, second in pairs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,7 @@ def load_folders(
         training_contexts=training_contexts,
     )
     warnings = [*data.warnings, *skipped([file for file in others if file not in caption_files], root)]
+    warnings += merged({folders[context]: own for context, own in images.items()})
     if masks and len(masks) < len(captionable):
         warnings.append(f"{len(masks)} of {len(captionable)} images have a mask. Of the others, all counts.")
     data = replace(data, warnings=tuple(warnings))
@@ -153,6 +154,16 @@ def skipped(files: Sequence[Path], root: Path) -> Iterator[str]:
             for suffix, names in by_suffix.items()
         )
         yield f"Files that are not read: {listed}."
+
+
+def merged(read: Mapping[Path, Sequence[Path]]) -> Iterator[str]:
+    """Say which sub-folders are read as a part of their folder, if there are any; `read` is folder -> files in use."""
+    inner = {
+        folder: sorted({str(file.parent.relative_to(folder)) for file in files if file.parent != folder})
+        for folder, files in read.items()
+    }
+    if listed := "; ".join(f"{folder.name}: {', '.join(names)}" for folder, names in inner.items() if names):
+        yield f"Sub-folders are read as part of their context ({listed}). Where they are contexts, put them beside it."
 
 
 def files_in(root: Path) -> Iterator[Path]:

@@ -14,7 +14,7 @@ from datasets.exceptions import DatasetsError
 from numpy.typing import NDArray
 
 from .._files import first_line
-from .._messages import quoted
+from .._messages import nearest, quoted
 from ..contexts import ConceptSet, Context, ContextLike, context_text
 from ..errors import UserTypeError, UserValueError
 from .columns import STREAM_BATCH_ROWS, Rows, known_features, of_contexts, require_columns, with_text_column
@@ -180,12 +180,23 @@ def _context_reader(feature: object, observational_name: str, known: ConceptSet 
         text = context_text(value, observational_name)
         if known is not None:
             for target in Context.parse(text).targets:
-                known.index(target, where=f"context {text!r}")
+                _check_named(target, text, known)
         if isinstance(value, str):
             texts[value] = text
         return text
 
     return read
+
+
+def _check_named(target: str, context: str, known: ConceptSet) -> None:
+    try:
+        known.index(target, where=f"context {context!r}")
+    except UserValueError as error:
+        if not nearest(target, known):
+            raise
+        raise UserValueError(
+            f"{error} The data says {target!r}, and concepts= does not: one of the two is misspelled."
+        ) from None
 
 
 def _check_captions(features: Features, caption_column: str | None) -> None:

@@ -15,7 +15,7 @@ from ..contexts import ConceptSet, ContextLike
 from ..errors import UserValueError
 from .captions import METADATA
 from .columns import Rows, known_features, require_columns
-from .folders import context_folders, files_in, skipped, visible_files
+from .folders import context_folders, files_in, merged, skipped, visible_files
 from .interventional import InterventionalData, from_dataset
 from .text_rows import TEXT_SUFFIXES, holds_messages, is_text, read_texts, row_features, text_columns
 
@@ -48,7 +48,8 @@ def load_text_folders(
     root = Path(root)
     folders = context_folders(root, observational_name, joint_separator, "texts")
     found = {context: sorted(visible_files(folder)) for context, folder in folders.items()}
-    places = [(str(file), context) for context, files in found.items() for file in _texts_of(folders[context], files)]
+    texts = {context: _texts_of(folders[context], files) for context, files in found.items()}
+    places = [(str(file), context) for context, own in texts.items() for file in own]
     others = [file for files in (files_in(root), *found.values()) for file in files if not _is_text(file)]
     features = _common_features([file for file, _ in places])
     # Contexts are told apart and checked before the texts are read: file by file instead of row by row.
@@ -61,12 +62,13 @@ def load_text_folders(
         training_contexts=training_contexts,
     )
     rows = _read(files.rows, features, streaming)
+    inside = merged({folders[context]: own for context, own in texts.items()})
     return replace(
         files,
         rows=rows,
         held_out={context: _read(chosen, features, streaming) for context, chosen in files.held_out.items()},
         counts=dict(Counter(rows["context"][:])) if isinstance(rows, Dataset) else None,
-        warnings=(*files.warnings, *skipped(others, root)),
+        warnings=(*files.warnings, *skipped(others, root), *inside),
         content_column=next(iter(features)),
     )
 

@@ -1,10 +1,13 @@
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from datasets import Dataset
+from PIL import Image
 
-from hf_causal_context.data import check_data, from_dataset, load_folders
+from hf_causal_context.data import check_data, from_dataset, load_folders, load_text_folders
+from hf_causal_context.quickstart import digit_data
 from tests.data.small import write_folders
 
 COUNTS = {"obs": 60, "a": 55, "b": 50, "a+b": 3}
@@ -135,3 +138,58 @@ def test_payloads_that_are_not_images():
 
 def test_warnings_of_the_data_are_kept(root):
     assert "from elsewhere" in check_data(replace(load_folders(root), warnings=("from elsewhere",))).warnings
+
+
+def photo(seed):
+    """An image of smooth spots, as photos are."""
+    values = np.random.default_rng(seed).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(values).resize((256, 256), Image.Resampling.BICUBIC)
+
+
+@streamed
+def test_images_that_look_alike_in_two_contexts(root, streaming):
+    for number in range(30):
+        photo(number).save(root / "obs" / f"photo{number}.png")
+    photo(3).save(root / "a" / "copy.jpg", quality=80)
+    photo(4).resize((200, 200), Image.Resampling.LANCZOS).save(root / "b" / "smaller.png")
+    shutil.copy(root / "obs" / "photo5.png", root / "b" / "same.png")  # which is told as what it is
+    photo(6).save(root / "obs" / "again.jpg", quality=80)  # in one context
+    edited = photo(7)
+    edited.paste("black", (64, 64, 128, 128))
+    edited.save(root / "a" / "edited.png")
+    report = check_data(load_folders(root, streaming=streaming))
+    assert report.errors == ()
+    (warning,) = (text for text in report.warnings if "look like" in text)
+    names = f"{root / 'a' / 'copy.jpg'} (a) = {root / 'obs' / 'photo3.png'} (observational), "
+    names += f"{root / 'b' / 'smaller.png'} (b) = {root / 'obs' / 'photo4.png'} (observational)"
+    assert warning == (
+        f"2 images look like one of another context: {names}. Look at them: small edits are right; edits that did "
+        "nothing, and copies, spoil what is learned."
+    )
+
+
+def test_digits_of_a_kind_do_not_look_alike():
+    data = digit_data(40, 0)
+    assert not [text for text in check_data(data).warnings if "look like" in text]
+
+
+def test_sub_folders_that_are_read_as_part_of_a_context(root, tmp_path):
+    write_folders(root / "a", {"day": 1, "night": 2})
+    (warning,) = load_folders(root).warnings
+    assert warning == (
+        "Sub-folders are read as part of their context (a: day, night). Where they are contexts, put them beside it."
+    )
+    for file in ("obs/b.txt", "a/deep/down/b.txt"):
+        (tmp_path / "texts" / file).parent.mkdir(parents=True)
+        (tmp_path / "texts" / file).write_text("one\n")
+    assert "(a: deep/down)" in load_text_folders(tmp_path / "texts").warnings[0]
+
+
+def test_a_concept_that_is_misspelled_is_told_beside_what_the_data_says(root):
+    message = r"Unknown concept 'a' in .*Known concepts: 'aa', 'b'"
+    with pytest.raises(ValueError, match=message):
+        load_folders(root, concepts=("aa", "b"))
+    shutil.move(root / "a", root / "glasses")
+    shutil.rmtree(root / "a+b")
+    with pytest.raises(ValueError, match=r"'glasses', and concepts= does not: one of the two is misspelled\.$"):
+        load_folders(root, concepts=("glases", "b"))

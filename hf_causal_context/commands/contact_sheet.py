@@ -1,0 +1,33 @@
+"""Images of every context side by side, to look at before a training."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image, ImageOps
+
+from .._pixels import plain
+from ..bases.images import image_grid
+from ..data import InterventionalData
+from ..training.few_rows import few_rows
+
+NUM_IMAGES = 8
+_SIDE = 128
+
+
+def contact_sheet(data: InterventionalData, observational_name: str) -> Image.Image:
+    """Return an image with a row for each context, those held out too: some of its images, drawn at random."""
+    contexts = (*data.contexts, *data.held_out)
+    rows = [
+        [_tensor(row[data.content_column]) for row in few_rows(data, context, NUM_IMAGES, seed=0)]
+        for context in contexts
+    ]
+    filled = [
+        (torch.stack(row), context or observational_name) for row, context in zip(rows, contexts, strict=True) if row
+    ]
+    return image_grid([row for row, _ in filled], [label for _, label in filled])
+
+
+def _tensor(image: Image.Image) -> torch.Tensor:
+    """Return an image of any kind as (3, H, W) in [0, 1], whole, on a white square."""
+    square = ImageOps.pad(plain(image).convert("RGB"), (_SIDE, _SIDE), color="white")
+    return torch.tensor(list(square.tobytes()), dtype=torch.float32).view(_SIDE, _SIDE, 3).permute(2, 0, 1) / 255
