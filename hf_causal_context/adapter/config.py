@@ -27,6 +27,7 @@ from ..layers import (
     StructuralLayer,
 )
 from .peft_type import CAUSAL_CONTEXT
+from .plain_card import replace_card
 from .storage import fields
 from .storage.files import check_beside, read_fields
 from .storage.layout import AdapterError, Layout
@@ -260,6 +261,18 @@ class CausalContextConfig(PeftConfig):
             anchored=self.anchored,
             observational_rank=part,
             identity=self.init_weights,
+        )
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, and a card in place of the one that PEFT has just made, which says nothing."""
+        super().save_pretrained(save_directory, **kwargs)
+        replace_card(
+            Path(save_directory),
+            concepts=self.concepts,
+            base=self.base_model_name_or_path,
+            mechanism=self.mechanism,
+            rank=self.concept_rank,
+            observational_rank=self.observational_rank or 0,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import EvalResult
 
 from .._files import CARD, REPORT, RESULTS, RESULTS_IMAGE, complete_or_absent
+from ..adapter.plain_card import is_replaceable
 from ..bases.gap import BaseGap
 from ..bases.names import is_folder, is_packaged
 from .card_code import python_literal, usage_code
@@ -44,7 +45,7 @@ def write_card(folder: Path) -> None:
         OSError: for files that are not there or cannot be written.
     """
     path = folder / CARD
-    if path.exists() and is_edited(path.read_text(encoding="utf-8")) and not _is_of_peft(path):
+    if path.exists() and is_edited(text := path.read_text(encoding="utf-8")) and not is_replaceable(text):
         return
     with complete_or_absent(path) as unfinished:
         unfinished.write_text(render_card(folder), encoding="utf-8", newline="\n")
@@ -250,8 +251,3 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.rstrip("\n").encode()).hexdigest()[:16]
-
-
-def _is_of_peft(path: Path) -> bool:
-    """Whether it is the generic card that `save_pretrained` of PEFT writes."""
-    return "[More Information Needed]" in path.read_text(encoding="utf-8")
