@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("command", help="see below; each has a --help of its own")
     parser.add_argument(
-        "--version", action="version", version=f"hf-causal-context {importlib.import_module(__package__).__version__}"
+        "--version",
+        action="version",
+        version=f"hf-causal-context {importlib.import_module('hf_causal_context').__version__}",
     )
     parser.add_argument(_DEBUG, action="store_true", help="show the traceback of every error")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)

@@ -104,7 +104,7 @@ def test_errors_of_the_data_name_options(tmp_path, capsys):
 
 MISTAKES = [
     ("check-data", "received neither"),
-    ("check-data --train_data_dir a --dataset_name b", "received both, 'a' and 'b'"),
+    ("check-data --train_data_dir a --dataset_name b", "received 'a' and 'b', which is one too many"),
     ("train TRAIN --train_data_dir nowhere", "--train_data_dir: 'nowhere' is not a folder"),
     ("train TRAIN --train_data_dir . --image_column photo", "--image_column='photo' is for datasets"),
     ("train-text TRAIN --train_data_dir . --text_column body", "--text_column='body' is for datasets"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard
 
@@ -68,7 +69,7 @@ def replace_card(
     if not path.is_file() or not is_replaceable(text := path.read_text(encoding="utf-8")):
         return
     local = base is not None and (Path(base).is_absolute() or Path(base).exists())
-    data = ModelCard(text, ignore_metadata_errors=True).data
+    data: Any = ModelCard(text, ignore_metadata_errors=True).data
     tags = {*(data.tags or ()), *_TAGS}
     if local:
         tags -= {f"base_model:adapter:{base}"}

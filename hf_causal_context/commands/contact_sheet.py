@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from PIL import Image, ImageOps
 
@@ -18,7 +20,7 @@ def contact_sheet(data: InterventionalData, observational_name: str) -> Image.Im
     """Return an image with a row for each context, those held out too: some of its images, drawn at random."""
     contexts = (*data.contexts, *data.held_out)
     rows = [
-        [_tensor(row[data.content_column]) for row in few_rows(data, context, NUM_IMAGES, seed=0)]
+        [_tensor(cast(Any, row)[data.content_column]) for row in few_rows(data, context, NUM_IMAGES, seed=0)]
         for context in contexts
     ]
     filled = [

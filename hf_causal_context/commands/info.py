@@ -59,7 +59,8 @@ def describe(arguments: Arguments) -> dict[str, Any]:
     config = stored.config
     tensors = read_header(stored.folder, config.layout(), stored.source)
     card, data = (_beside(stored, name, arguments.adapter_revision) for name in (CARD_CONTENTS, DATA_RECORD))
-    descriptions = card.get("descriptions") if isinstance(card.get("descriptions"), dict) else {}
+    given = card.get("descriptions")
+    descriptions = given if isinstance(given, dict) else {}
     found: dict[str, Any] = {
         "adapter": stored.source,
         "concepts": {name: str(descriptions.get(name, "")) for name in config.concepts},

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from transformers import HfArgumentParser
 
@@ -53,7 +53,7 @@ def parse(command: str, settings: type, given: Sequence[str]) -> Any:
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     files.add_argument("--config", metavar="FILE", help="YAML or JSON with these options; others override it.")
     parser = HfArgumentParser(
-        settings,
+        cast(Any, settings),
         prog=f"hf-causal-context {command}",
         allow_abbrev=False,
         parents=[files],

@@ -85,7 +85,7 @@ def check_source(arguments: ContextDataArguments) -> None:
     """
     folder, dataset = arguments.train_data_dir, arguments.dataset_name
     if (folder is None) == (dataset is None):
-        received = "neither" if folder is None else f"both, {folder!r} and {dataset!r}"
+        received = "neither" if folder is None else f"{folder!r} and {dataset!r}, which is one too many"
         raise UserValueError(
             "Give the data as either --train_data_dir (a folder with one sub-folder per context) or --dataset_name (a "
             f"dataset with a column of contexts); received {received}."
