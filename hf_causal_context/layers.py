@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
 from typing import ClassVar, Literal, TypeAlias, cast, get_args
 
@@ -92,6 +93,12 @@ class ConceptGraph:
             self.total[k] = self.direct[k] | self.total[causes].any(0)
             depth[k] = 1 + max((depth[p] for p in causes), default=-1)
         self.longest_path = max(depth.values())
+
+    @lru_cache(maxsize=8)  # noqa: B019 (graphs are few; all layers of an adapter ask for the same)
+    def mask(self, effects: Literal["direct", "total"], width: int) -> Tensor:
+        """1 where a matrix (R, R) of effects may have an entry, with `width` coordinates for each concept; else 0."""
+        allowed: Tensor = getattr(self, effects)
+        return allowed.repeat_interleave(width, 0).repeat_interleave(width, 1).float()
 
 
 class RepresentationLayer(nn.Module):
@@ -249,7 +256,7 @@ class _MixingLayer(CausalLayer):
         identity: the matrices begin at zero, so that nothing is mixed; else they are random.
     """
 
-    _effects: ClassVar[str]  # which of the graph's
+    _effects: ClassVar[Literal["direct", "total"]]  # which of the graph's
     _matrices: ClassVar[tuple[str, ...]]  # names of the parameters (R, R)
 
     def __init__(
@@ -266,11 +273,9 @@ class _MixingLayer(CausalLayer):
         super().__init__(num_concepts, width, anchored, observational_rank)
         # U_ivn - U_obs = 1: without mixing, c(m) = (1 + m) z, and anchored c(m) = m z: it starts as `independent`.
         self.shift = nn.Parameter(torch.eye(width).repeat(num_concepts, 1, 1))
-        allowed: Tensor = getattr(graph, self._effects)
         self._allowed: Tensor
         # A buffer moves with the model; made by the first call, a move would compile that call twice.
-        wide = allowed.repeat_interleave(width, 0).repeat_interleave(width, 1).float()
-        self.register_buffer("_allowed", wide, persistent=False)
+        self.register_buffer("_allowed", graph.mask(self._effects, width), persistent=False)
         self.perfect_interventions = perfect_interventions
         self.steps = graph.longest_path
         self.kind = (*self.kind, perfect_interventions, self.steps)

@@ -141,6 +141,9 @@ class CausalContextModel(BaseTuner):
         layer.train(target.training)  # else attaching to a model in eval mode would make it half a model in training
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)  # whose adapter is where its base is; PEFT would move it again
+
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """Return the name of a tensor in a file, which knows nothing of other adapters (PEFT inverts it to load)."""

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from ..peft_type import PREFIX
 from .layout import AdapterError
 
-# Conditioning of each base model -> the last call of load_state_dict on it, known by the list of missing keys that it
-# fills, and which adapters it has brought weights for. (A layer sees no keys but its own.)
-_CALLS: WeakKeyDictionary[object, tuple[list[str], set[str]]] = WeakKeyDictionary()
+
+@dataclass
+class _Call:
+    """A call of `load_state_dict` on a model, of which a layer sees no keys but its own."""
+
+    missing_keys: list[str]  # which it fills: by this list it is known
+    brought: set[str] = field(default_factory=set)  # adapters that it has weights for
+    lacking: dict[str, str] = field(default_factory=dict)  # adapter -> the first weight that it has not
+
+
+# Conditioning of each base model -> the last call on it.
+_CALLS: WeakKeyDictionary[object, _Call] = WeakKeyDictionary()
 
 
 def check_loaded(
@@ -34,31 +43,25 @@ def check_loaded(
         AdapterError: for weights that are missing, not finite, or not of a floating-point type.
     """
     owner = cast(Any, layer).conditioning
-    call, brought = _CALLS.get(owner, (None, set()))
-    if call is not missing_keys:
-        _CALLS[owner] = missing_keys, (brought := set())
+    call = _CALLS.get(owner)
+    if call is None or call.missing_keys is not missing_keys:
+        call = _CALLS[owner] = _Call(missing_keys)
     adapters: dict[str, dict[str, torch.dtype]] = {}
-    for name, parameter in layer.named_parameters():
-        if name.startswith(PREFIX):
-            adapters.setdefault(_adapter_of(f".{name}"), {})[prefix + name] = parameter.dtype
+    for part in cast(Any, layer).adapter_layer_names:
+        for name, parameter in getattr(layer, part).named_parameters():
+            adapters.setdefault(name.partition(".")[0], {})[f"{prefix}{part}.{name}"] = parameter.dtype
     for adapter, dtypes in adapters.items():
-        missing = [key for key in dtypes if key not in state_dict]
-        if len(missing) < len(dtypes):
-            brought.add(adapter)
-            missing += [key for key in missing_keys if _adapter_of(key) == adapter]  # of the layers before
-        if missing and adapter in brought:
+        for key, dtype in dtypes.items():
+            if key in state_dict:
+                call.brought.add(adapter)
+                _check_values(key, state_dict[key], dtype)
+            else:
+                call.lacking.setdefault(adapter, key)
+        if adapter in call.brought and adapter in call.lacking:
             raise AdapterError(
-                f"The stored adapter {adapter!r} is not whole: it lacks {missing[0]!r}. It was trained for another "
-                "base, or saved in part."
+                f"The stored adapter {adapter!r} is not whole: it lacks {call.lacking[adapter]!r}. It was trained for "
+                "another base, or saved in part."
             )
-        for key in dtypes.keys() & state_dict.keys():
-            _check_values(key, state_dict[key], dtypes[key])
-
-
-def _adapter_of(key: str) -> str:
-    """Return the name in '...causal_context_down.default.weight'; '' for a weight of the base."""
-    parts = key.rpartition(f".{PREFIX}")[2].split(".")
-    return parts[1] if f".{PREFIX}" in key and len(parts) > 1 else ""
 
 
 def _check_values(key: str, tensor: Tensor, dtype: torch.dtype) -> None:
