@@ -29,6 +29,7 @@ from .data_record import record_data
 from .dry_run import MEASURED_STEPS, dry_run
 from .gap_report import record_gap, report_gap
 from .grids import validation_contexts
+from .loop.checkpoints import check_unused
 from .loop.memory import memory_for_base
 from .loop.objective import Objective
 from .loop.processes import main_process_first
@@ -156,6 +157,8 @@ class FineTuning(ABC, Generic[AnyArguments]):
         """Fine-tune, and return the folder that holds the result; of a dry run, say what that would take."""
         arguments, accelerator, output_dir = self.arguments, self.accelerator, Path(self.arguments.output_dir)
         check_observational_set(arguments)
+        if arguments.resume_from_checkpoint is None and not arguments.dry_run:
+            check_unused(output_dir)
         self.check_base()
         self._data = self._data if self._data is not None else self.load_data()
         if self.data.streaming and arguments.max_train_steps is None:

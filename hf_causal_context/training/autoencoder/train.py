@@ -17,6 +17,7 @@ from ...errors import UserValueError
 from ...models.context_autoencoder import ContextAutoencoder
 from ...models.encoder_decoders import KLAutoencoder
 from ..grids import validation_contexts, write_grid
+from ..loop.checkpoints import check_unused
 from ..loop.early_stopping import EarlyStopping
 from ..loop.processes import make_accelerator
 from ..loop.trainer import fit
@@ -43,9 +44,12 @@ def train_autoencoder(
 
     Raises:
         ValueError: for data that cannot be trained on, or arguments that do not fit the model.
+        FileExistsError: for a folder with checkpoints of another run.
         TrainingDivergedError, TrainingMemoryError, TrainingInterrupted, CheckpointError, FileNotFoundError: see `fit`.
     """
     accelerator = make_accelerator(arguments)
+    if arguments.resume_from_checkpoint is None:
+        check_unused(Path(arguments.output_dir))
     set_seed(arguments.seed)  # the initial weights
     if images is None:
         data = load_data(arguments)

@@ -18,7 +18,7 @@ from torch.distributed import DistError
 
 from ...errors import UserValueError
 from ..arguments import OptimizationArguments
-from .checkpoints import check_unused, check_writable, last_checkpoint
+from .checkpoints import check_writable, last_checkpoint
 from .sharding import check_configuration, check_processes
 
 # How gloo, whose errors have no class of their own, says that a process is gone or silent.
@@ -36,14 +36,11 @@ def make_accelerator(arguments: OptimizationArguments) -> Accelerator:
         ValueError: for a tracker that is unknown or not installed, fp16 without a GPU, or a way to shard that is not
             supported.
         CheckpointError: for an `output_dir` that cannot be written to.
-        FileExistsError: for one with checkpoints of another run.
     """
     trackers = list(map(str, LoggerType))
     if arguments.report_to and arguments.report_to not in trackers:
         raise UserValueError(f"--report_to={arguments.report_to} is unknown. Allowed: {', '.join(trackers)}.")
     check_writable(Path(arguments.output_dir))
-    if arguments.resume_from_checkpoint is None and not getattr(arguments, "dry_run", False):
-        check_unused(Path(arguments.output_dir))
     check_configuration(arguments)
     # Under torchrun without an accelerator, Accelerate runs every process on its own unless told to use the CPU.
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
