@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .._files import complete_or_absent
 from ..adapter.intervene import intervene
-from ..adapter.layer import CausalContextLayer
 from ..adapter.lookup import adapted_layers, conditionings
 from ..bases.diffusion_base import DiffusionBase
 from ..contexts import Context
 from .adapted import StoredAdapter
+from .pipelines import unwrap
 
 
 def write_merged(
@@ -52,12 +51,5 @@ def _merge(base: DiffusionBase, context: Context) -> None:
             for layer in adapted_layers(module).values():
                 layer.merge(safe_merge=True)
     for module in modules:
-        for owner in conditionings(module):
-            owner.remove(module)
-        for path, inner in list(module.named_modules()):
-            if isinstance(inner, CausalContextLayer):
-                module.set_submodule(path, inner.base_layer)
-            elif isinstance(inner, AuxiliaryTrainingWrapper):
-                module.set_submodule(path, cast(Any, inner).modules_to_save["default"])
-        for attribute in ("peft_config", "_hf_peft_config_loaded"):
-            module.__dict__.pop(attribute, None)
+        del cast(Any, module).peft_config["default"]
+        unwrap(module, conditionings(module), keep="default")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .._files import CONFIG
 from .._messages import quoted
 from ..adapter.compatibility import check_fits
+from ..adapter.conditioning.hooks import Conditioning
 from ..adapter.config import CausalContextConfig
 from ..adapter.followed_pipeline import follow, unfollow
 from ..adapter.layer import CausalContextLayer
@@ -275,23 +276,32 @@ def _attach(
 
 
 def _detach(module: nn.Module, adapter_name: str) -> None:
-    owners = conditionings(module)
+    owners = conditionings(module)  # without adapters, layers do not show them
     layers = adapted_layers(module).values()
     for layer in layers:
         if adapter_name in layer.causal_context_down:
             layer.delete_adapter(adapter_name)
     configs: dict[str, PeftConfig] = getattr(module, "peft_config", {})
     configs.pop(adapter_name, None)
-    if any(layer.causal_context_down for layer in layers):
-        return
+    if not any(layer.causal_context_down for layer in layers):
+        unwrap(module, owners)
+
+
+def unwrap(module: nn.Module, owners: Iterable[Conditioning], keep: str | None = None) -> None:
+    """Take adapted layers off a network, and what else PEFT put around its modules if no config of an adapter is left.
+
+    `owners` are its conditionings; `keep` is the adapter whose copies of whole modules (`modules_to_save`) stay in
+    place of the base's.
+    """
     for owner in owners:
         owner.remove(module)
     for path, inner in list(module.named_modules()):
         if isinstance(inner, CausalContextLayer):
             module.set_submodule(path, inner.base_layer)
-    if not configs:
+    if not getattr(module, "peft_config", {}):
         for path, inner in list(module.named_modules()):
             if isinstance(inner, AuxiliaryTrainingWrapper):
-                module.set_submodule(path, cast(nn.Module, inner.original_module))
+                copies = cast(Any, inner)
+                module.set_submodule(path, copies.modules_to_save[keep] if keep else copies.original_module)
         for attribute in ("peft_config", "_hf_peft_config_loaded"):
             module.__dict__.pop(attribute, None)
