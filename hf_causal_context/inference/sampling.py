@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict, Unpack, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -25,7 +25,7 @@ NUM_INFERENCE_STEPS, BATCH_SIZE = 25, 8
 
 
 class SamplingOptions(TypedDict, total=False):
-    """How `generate` samples, for functions that hand it on; see there."""
+    """How images are sampled, for functions that hand it on; see `generate_jobs`."""
 
     prompt: str | None
     class_label: int | None
@@ -40,12 +40,7 @@ def generate(
     contexts: Sequence[ContextLike],
     *,
     seeds: Sequence[int],
-    prompt: str | None = None,
-    class_label: int | None = None,
-    num_inference_steps: int = NUM_INFERENCE_STEPS,
-    guidance_scale: float | None = None,
-    resolution: int | None = None,
-    batch_size: int = BATCH_SIZE,
+    **sampling: Unpack[SamplingOptions],
 ) -> list[Tensor]:
     """Images (S, C, H, W) in [0, 1] for every context, on the CPU.
 
@@ -56,12 +51,7 @@ def generate(
         base: a pipeline, or a `DiffusionBase`.
         contexts: () is the observational one.
         seeds: one image of each context for each.
-        prompt: for bases that take text.
-        class_label: for class-conditional bases.
-        num_inference_steps: denoising steps.
-        guidance_scale: the pipeline's default if None.
-        resolution: height and width; the pipeline's default if None.
-        batch_size: images per call of the pipeline; fewer where memory does not suffice for them.
+        sampling: as of `generate_jobs`.
 
     Raises:
         TypeError: for a single context in place of a sequence of them, or something that is no context.
@@ -72,6 +62,7 @@ def generate(
         raise UserTypeError(
             f"contexts={contexts!r} is a single context. Pass a list of contexts, such as [(), 'thick']."
         )
+    batch_size = sampling.get("batch_size", BATCH_SIZE)
     if not contexts or not seeds or batch_size < 1:
         raise UserValueError(
             f"Nothing to generate: {len(contexts)} contexts, {len(seeds)} seeds, batch_size={batch_size}. Give at "
@@ -80,12 +71,7 @@ def generate(
     batches = generate_jobs(
         base if isinstance(base, DiffusionBase) else as_base(base),
         [(context, seed) for context in map(as_context, contexts) for seed in seeds],
-        prompt=prompt,
-        class_label=class_label,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        resolution=resolution,
-        batch_size=batch_size,
+        **sampling,
     )
     return list(torch.cat(list(batches)).split(len(seeds)))
 
@@ -104,7 +90,18 @@ def generate_jobs(
 ) -> Iterator[Tensor]:
     """Yield the images of each context and seed, in their order, in batches (n, C, H, W); see `generate`.
 
-    Where memory does not suffice for a batch, it and those that follow are half as large.
+    Args:
+        base: the pipeline.
+        jobs: contexts with a seed each.
+        prompt: for bases that take text.
+        class_label: for class-conditional bases.
+        num_inference_steps: denoising steps.
+        guidance_scale: the pipeline's default if None.
+        resolution: height and width; the pipeline's default if None.
+        batch_size: images per call of the pipeline; half as many from where memory does not suffice for them.
+
+    Raises:
+        ValueError: as `generate`.
     """
     check_conditions(base, prompt, class_label, guidance_scale, resolution)
     for name, number in (("num_inference_steps", num_inference_steps), ("batch_size", batch_size)):
