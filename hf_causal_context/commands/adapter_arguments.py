@@ -39,16 +39,6 @@ class AdapterSource(BaseWeights):
     adapter: str = field(metadata={"help": "Folder or Hub id of the adapter."})
     pretrained_model_name_or_path: str | None = argument(None, "Its base; by default the one it names.")
     revision: str | None = argument(None, "Revision of the base on the Hub.")
-    dtype: str = argument("float32", "Of the base, and of files: " + ", ".join(DTYPES) + ".", choices=DTYPES)
-
-    quantization: str | None = argument(
-        None, "Of the base's weights: " + ", ".join(QUANTIZATIONS) + ".", choices=[*QUANTIZATIONS]
-    )
-
-    @property
-    def weights(self) -> dict[str, Any]:
-        """How the base's weights are held."""
-        return {"dtype": self.dtype, "quantization": self.quantization}
 
     def open(self) -> StoredAdapter:
         """Return the adapter with its config; see `StoredAdapter.open` for what it raises."""

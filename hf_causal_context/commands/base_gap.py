@@ -15,6 +15,7 @@ from ..data import InterventionalData
 from ..data.arguments import AnyDataArguments
 from ..data.checks import STREAM_ROWS
 from ..data.text_rows import columns_of
+from ..inference.adapted import device
 from ..training.arguments import TrainingArguments
 from ..training.denoiser import gap as denoiser_gap
 from ..training.denoiser.batches import DenoiserBatches
@@ -32,7 +33,7 @@ def gap_of(data: InterventionalData, arguments: AnyDataArguments) -> BaseGap:
         OSError, ValueError: for a base that cannot be read, or that the data does not fit.
     """
     measure = _gap_of_texts if columns_of(data.content_column) else _gap_of_images
-    return measure(data, arguments, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return measure(data, arguments, torch.device(device()))
 
 
 def _gap_of_images(data: InterventionalData, arguments: AnyDataArguments, device: torch.device) -> BaseGap:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageOps
 
 from .._pixels import plain
-from ..bases.images import image_grid
+from ..bases.images import image_grid, read_image
 from ..data import InterventionalData
 from ..training.few_rows import few_rows
 
@@ -32,4 +32,4 @@ def contact_sheet(data: InterventionalData, observational_name: str) -> Image.Im
 def _tensor(image: Image.Image) -> torch.Tensor:
     """Return an image of any kind as (3, H, W) in [0, 1], whole, on a white square."""
     square = ImageOps.pad(plain(image).convert("RGB"), (_SIDE, _SIDE), color="white")
-    return torch.tensor(list(square.tobytes()), dtype=torch.float32).view(_SIDE, _SIDE, 3).permute(2, 0, 1) / 255
+    return torch.from_numpy(read_image(square, 3, _SIDE)) / 255
