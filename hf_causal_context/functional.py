@@ -152,7 +152,7 @@ def structural(
 def reduced_matrices(
     mask_CR: Tensor, shift_LKWW: Tensor, observational_LRR: Tensor, interventional_LRR: Tensor, perfect: bool
 ) -> Tensor:
-    """Return M(m) of `functional.reduced` after `functional.intervened`, (L, C, R, R)."""
+    """Return M(m) of `reduced` after `intervened`, (L, C, R, R)."""
     cut = mask_CR.clamp(0, 1)
     open_ = 1 - cut
     observed = open_[:, :, None] * observational_LRR[:, None] * open_[:, None]
@@ -165,7 +165,7 @@ def reduced_matrices(
 def structural_matrices(
     mask_CR: Tensor, shift_LKWW: Tensor, coefficients_LRR: Tensor, steps: int, perfect: bool
 ) -> Tensor:
-    """Return M(m) of `functional.structural` after `functional.intervened`, (L, C, R, R)."""
+    """Return M(m) of `structural` after `intervened`, (L, C, R, R)."""
     shifted = _shifted(mask_CR, shift_LKWW)
     effects = coefficients_LRR[:, None]
     if perfect:
