@@ -33,7 +33,12 @@ UNET = {"layers_per_block": 4, "block_out_channels": (32, 64)}
 def language_model(sizes: dict[str, int]) -> LlamaForCausalLM:
     """A Llama of random weights."""
     config = LlamaConfig(
-        vocab_size=64, intermediate_size=2 * sizes["hidden_size"], num_attention_heads=4, num_key_value_heads=4, **sizes
+        vocab_size=64,
+        hidden_size=sizes["hidden_size"],
+        num_hidden_layers=sizes["num_hidden_layers"],
+        intermediate_size=2 * sizes["hidden_size"],
+        num_attention_heads=4,
+        num_key_value_heads=4,
     )
     return LlamaForCausalLM(config)
 
@@ -49,13 +54,9 @@ def pipeline() -> StableDiffusionPipeline:
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         **UNET,
     )
-    missing = ("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor")
-    return StableDiffusionPipeline(
-        unet=unet,
-        scheduler=DDPMScheduler(clip_sample=False, steps_offset=1),
-        requires_safety_checker=False,
-        **dict.fromkeys(missing),
-    )
+    scheduler: Any = DDPMScheduler(clip_sample=False, steps_offset=1)
+    missing: dict[str, Any] = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    return StableDiffusionPipeline(unet=unet, scheduler=scheduler, requires_safety_checker=False, **missing)
 
 
 def config(method: str, targets: list[str]) -> PeftConfig:
@@ -76,7 +77,7 @@ def language_case(sizes: dict[str, int], folder: Path) -> dict[str, Callable[[],
     cases = {}
     for method in ("LoRA", *MECHANISMS):
         targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-        get_peft_model(language_model(sizes), config(method, targets)).save_pretrained(folder / method)
+        get_peft_model(language_model(sizes), config(method, targets)).save_pretrained(str(folder / method))
 
         def prepare(path: Path = folder / method) -> Callable[[], object]:
             base: Any = language_model(sizes)
@@ -94,13 +95,14 @@ def pipeline_case(folder: Path) -> dict[str, Callable[[], Callable[[], object]]]
         own = config(method, ["to_q", "to_k", "to_v", "to_out.0"])
         if method == "LoRA":
             unet.add_adapter(own)
-            StableDiffusionPipeline.save_lora_weights(folder / method, get_peft_model_state_dict(unet))
+            weights: Any = get_peft_model_state_dict(unet)
+            StableDiffusionPipeline.save_lora_weights(folder / method, weights)
         else:
-            get_peft_model(unet, own).save_pretrained(folder / method)
+            get_peft_model(unet, own).save_pretrained(str(folder / method))
 
         def prepare(path: Path = folder / method, is_lora: bool = method == "LoRA") -> Callable[[], object]:
             pipe = pipeline()
-            return lambda: pipe.load_lora_weights(path) if is_lora else load_context_adapter(pipe, path)
+            return lambda: pipe.load_lora_weights(str(path)) if is_lora else load_context_adapter(pipe, path)
 
         cases[method] = prepare
     return cases
