@@ -20,6 +20,7 @@ COMMANDS = {
     "info": "say what an adapter holds, and whether it fits a base",
     "generate": "make images in chosen contexts",
     "generate-text": "write texts in chosen contexts",
+    "edit": "show what given images would have been in other contexts",
     "evaluate": "measure an adapter on its data: does it compose?",
     "demo": "show an adapter on a web page",
     "export": "write contexts as plain LoRA files for other tools",

@@ -52,6 +52,7 @@ SHORTER = {
     },
     "push": {"num_inference_steps": 2},
     "export": {},
+    "edit": {"num_inference_steps": 2},
     "merge": {},
     "quickstart": {},
 }

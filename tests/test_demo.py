@@ -19,6 +19,7 @@ from hf_causal_context import CausalContextConfig, Context
 from hf_causal_context.adapter.lookup import conditionings
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.cli import main
+from hf_causal_context.inference import counterfactuals
 from hf_causal_context.inference.sampling import generate
 
 from .training.conftest import pipeline_folder  # noqa: F401 (a fixture)
@@ -178,7 +179,7 @@ def test_an_inversion_that_did_not_hold_is_a_warning(adapted):
     noise = Image.effect_noise((300, 200), 100)  # of another size, and gray
     html = studio.counterfactual(noise, "slant", "1", 1.0, 0.0, "a digit", *SMALL)
     error = float(html.split("Reconstruction error ")[1].split(" ")[0])
-    assert ("did not hold" in html) == ("cc-warning" in html) == (error > demo_module.VISIBLE_ERROR)
+    assert ("did not hold" in html) == ("cc-warning" in html) == (error > counterfactuals.VISIBLE_ERROR)
     studio.base.decode_images = lambda latents: torch.rand(len(latents), 3, 16, 16)
     assert "did not hold" in studio.counterfactual(noise, "slant", "1", 1.0, 0.0, "a digit", *SMALL)
 

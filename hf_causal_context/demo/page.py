@@ -45,8 +45,6 @@ from .views import (
 )
 
 MOST_STRENGTHS, MOST_COMBINED = 12, 4
-# Root mean square, of images in [0, 1]: what an eye sees when it compares.
-VISIBLE_ERROR = 0.05
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ class DemoBackend:
 
     def counterfactual(self, image: Image.Image | None, made_in: str, strengths: str, *values: Any) -> str:
         """Return what the image would have been in the sliders' context, and how well it could be taken apart."""
-        from ..inference.counterfactuals import counterfactual
+        from ..inference.counterfactuals import counterfactual, doubt
 
         settings, numbers = self._settings(values), _numbers(strengths)
         source = Context.parse(made_in)
@@ -147,15 +145,11 @@ class DemoBackend:
             f"Reconstruction error {error:.4f} (root mean square; images go from 0 to 1). "
             f"Way to go: 0 is {legible(source)}, 1 is {legible(settings.context)}."
         )
-        if not error <= VISIBLE_ERROR:
-            text = (
-                f"The inversion did not hold: the reconstruction is visibly another image (error above "
-                f"{VISIBLE_ERROR:g}), so these are no counterfactuals of yours. The image may be unlike what the "
-                f"base draws, or made in another context than you say; more steps help sometimes. {text}"
-            )
+        if doubted := doubt(error):
+            text = f"{doubted} {text}"
         labels = ["reconstruction", *(f"{number:g} of the way" for number in numbers)]
         rows = [found.reconstruction, *found.images]
-        return note(text, warning=not error <= VISIBLE_ERROR) + grid_html(labels, rows, range(1), flow=True)
+        return note(text, warning=bool(doubted)) + grid_html(labels, rows, range(1), flow=True)
 
     def read_out(self) -> str:
         """Return the heat maps of learned influence, or why there are none."""

@@ -33,6 +33,7 @@ from .sampling import check_conditions, eval_mode
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+VISIBLE_ERROR = 0.05  # root mean square, of images in [0, 1]: what an eye sees when it compares
 _SMALLEST_SNR = 1e-4
 _MAX_ITERATIONS = 50
 _TOLERANCE = 1e-4  # of x', root mean square; data have about unit variance
@@ -120,6 +121,17 @@ def counterfactual(
         images = weights * images + (1 - weights) * pixels
     error = (reconstruction - shown).square().flatten(1).mean(1).sqrt()
     return Counterfactual(images, reconstruction, error, path[-1].cpu())
+
+
+def doubt(reconstruction_error: float) -> str:
+    """Return why an edit with this error is not to be trusted, and nothing where it is."""
+    if reconstruction_error <= VISIBLE_ERROR:
+        return ""
+    return (
+        f"The inversion did not hold: the reconstruction is visibly another image (error above {VISIBLE_ERROR:g}), so "
+        "this is no counterfactual of yours. The image may be unlike what the base draws, or made in another context "
+        "than you say; more steps help sometimes."
+    )
 
 
 class Sampler:

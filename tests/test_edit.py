@@ -1,0 +1,86 @@
+"""The command `edit`."""
+
+import numpy as np
+import pytest
+import torch
+from peft import get_peft_model
+from PIL import Image
+
+from hf_causal_context import CausalContextConfig, counterfactual
+from hf_causal_context.bases.images import to_image
+from hf_causal_context.bases.loading import load_base
+from hf_causal_context.cli import main
+
+from .training.conftest import pipeline_folder  # noqa: F401 (a fixture)
+
+STEPS = ["--num_inference_steps", "3"]
+
+
+@pytest.fixture
+def base(pipeline_folder, tmp_path, monkeypatch):  # noqa: F811
+    """A base with an adapter, which is stored in the folder `adapter` beside two images."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    base = load_base(pipeline_folder("ddpm"))
+    config = CausalContextConfig(concepts=("thick", "slant"), init_weights=False)
+    model = get_peft_model(base.denoiser, config).eval()
+    model.peft_config["default"].base_model_name_or_path = str(pipeline_folder("ddpm"))
+    model.save_pretrained("adapter")
+    for seed, name in enumerate(("one", "two")):
+        pixels = np.random.default_rng(seed).integers(256, size=(base.default_resolution,) * 2 + (3,), dtype=np.uint8)
+        Image.fromarray(pixels).convert("L").save(f"{name}.png")
+    return base
+
+
+def edit(*arguments):
+    return main(["edit", "adapter", *STEPS, "--output_dir", "edits", *map(str, arguments)])
+
+
+@pytest.mark.filterwarnings("ignore:.*the inversion did not hold|.*The inversion did not hold")
+def test_the_files_are_what_counterfactual_returns(base, tmp_path, capsys):
+    images = ["--images", "one.png", "two.png"]
+    assert edit(*images, "--contexts", "thick", "slant+thick", "--from_context", "slant", "--strengths", 0.5, 1) == 0
+    said = capsys.readouterr().out.splitlines()
+    names = {f"{name}-{end}.png" for name in ("one", "two") for end in ("thick", "thick-0.5", "reconstruction")}
+    names |= {f"{name}-slant+thick{end}.png" for name in ("one", "two") for end in ("", "-0.5")}
+    assert {path.name for path in (tmp_path / "edits").iterdir()} == names
+    assert {f"edits/{name}" for name in names} <= set(said)
+    given = [Image.open("one.png"), Image.open("two.png")]
+    for context in ("thick", "slant+thick"):
+        found = counterfactual(base, given, context, "slant", strengths=[0.5, 1.0], num_inference_steps=3)
+        for end, edits in zip(("-0.5", ""), found.images, strict=True):
+            for name, expected in zip(("one", "two"), edits, strict=True):
+                made = np.asarray(Image.open(f"edits/{name}-{context}{end}.png"), dtype=int)
+                assert np.abs(made - np.asarray(to_image(expected))).max() <= 1
+        assert f"one: reconstruction error {float(found.reconstruction_error[0]):.4f}" in "\n".join(said)
+
+
+def test_a_mask_keeps_the_rest_of_an_image(base, monkeypatch):
+    side = base.default_resolution
+    mask = np.zeros((side, side), dtype=np.uint8)
+    mask[:, side // 2 :] = 255
+    Image.fromarray(mask).save("mask.png")
+    monkeypatch.setattr("hf_causal_context.inference.counterfactuals.VISIBLE_ERROR", -1.0)
+    with pytest.warns(UserWarning, match=r"one: The inversion did not hold.*one-reconstruction\.png"):
+        assert edit("--image", "one.png", "--context", "thick", "--mask", "mask.png") == 0
+    given, made = (np.asarray(Image.open(path).convert("RGB")) for path in ("one.png", "edits/one-thick.png"))
+    assert (made[mask == 0] == given[mask == 0]).all()
+    assert (made[mask > 0] != given[mask > 0]).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--images", "one.png", "sub/one.png", "--context", "thick"], "one: several images have this name"),
+        (["--image", "nowhere.png", "--context", "thick"], "nowhere.png"),
+        (["--image", "adapter/adapter_config.json", "--context", "thick"], "cannot identify image file"),
+        (["--image", "one.png", "--context", "thik"], "thik"),
+        (["--image", "one.png", "--context", "thick", "--from_context", "thik"], "thik"),
+        (["--image", "one.png", "--context", "thick", "--batch_size", "0"], "--batch_size 0 must be at least 1"),
+        (["--image", "one.png", "--context", "thick", "--num_inference_steps", "0"], "must be at least 1"),
+    ],
+)
+def test_what_cannot_be_edited_is_refused_and_nothing_is_written(base, tmp_path, capsys, arguments, message):
+    assert edit(*arguments) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "edits").exists()
