@@ -165,10 +165,19 @@ def _relative_changes(layer: CausalContextLayer, adapter_name: str, nothing: Ten
         [_mixing(layer, adapter_name, mask) - _mixing(layer, adapter_name, nothing) for mask in each]
     )
     squares = torch.einsum("ab,kbc,cd,kad->k", up_gram, differences, down_gram, differences)
-    frozen = dequantize_module_weight(layer.get_base_layer()).double().norm()
+    frozen = _frozen_weight(layer).double().norm()
     # Nothing to relate to where the frozen weight is zero.
     relative = squares.clamp(min=0).sqrt() * abs(layer.scaling[adapter_name]) / (frozen if frozen > 0 else 1)
     return relative.float().cpu()
+
+
+def _frozen_weight(layer: CausalContextLayer) -> Tensor:
+    weight = dequantize_module_weight(layer.get_base_layer())
+    if type(weight).__name__ == "GGUFParameter":  # which PEFT does not know
+        from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
+
+        return dequantize_gguf_tensor(weight)
+    return weight
 
 
 def _weights(layer: CausalContextLayer, adapter_name: str) -> tuple[Tensor, Tensor]:

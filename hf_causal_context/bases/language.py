@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from ..errors import UserValueError
+from .gguf import check_gguf, load_language_weights
 from .names import check_there, unpacked, why_unread
 from .quantization import quantization_config
 
@@ -29,6 +30,7 @@ def load_language_model(
     revision: str | None,
     dtype: torch.dtype | str | None,
     quantization: str | None = None,
+    gguf_file: str | None = None,
     token: str | bool | None = None,
     **options: Any,
 ) -> PreTrainedModel:
@@ -39,12 +41,14 @@ def load_language_model(
         revision: of the base.
         dtype: None for transformers' own choice.
         quantization: one of `QUANTIZATIONS`.
+        gguf_file: with the weights, instead of its own; see `find_gguf`.
         token: for a private one.
         options: further ones of transformers' `from_pretrained`.
 
     Raises:
-        OSError, ValueError: what `check_language_model` raises.
+        OSError, ValueError: what `check_language_model`, `check_gguf` and `load_language_weights` raise.
     """
+    check_gguf(gguf_file, quantization)
     config = check_language_model(name_or_path, revision, token)
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     options = {"use_safetensors": True, "revision": revision, "token": token, **options}
@@ -53,6 +57,8 @@ def load_language_model(
     if quantization is not None:
         assert isinstance(dtype, torch.dtype)
         options["quantization_config"] = quantization_config(quantization, "transformers", dtype)
+    if gguf_file is not None:
+        return load_language_weights(auto_class, gguf_file, name_or_path, config=config, **options)
     try:
         return auto_class.from_pretrained(name_or_path, **options)
     except (ValueError, ImportError, SafetensorError) as error:  # a package that it needs, a damaged file

@@ -12,6 +12,7 @@ from .._messages import quoted
 from ..errors import UserValueError
 from .diffusion_base import DiffusionBase
 from .families import FAMILIES
+from .gguf import check_gguf, load_denoiser
 from .names import check_there, unpacked, why_unread
 from .quantization import pipeline_quantization
 
@@ -23,17 +24,31 @@ def load_base(
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
     quantization: str | None = None,
+    gguf_file: str | None = None,
     token: str | bool | None = None,
 ) -> DiffusionBase:
     """Load a pipeline that can be trained and measured, from a folder or the Hub; see `load_pipeline`.
 
+    Args:
+        name_or_path: folder or Hub id.
+        revision: of the base.
+        variant: of its files, such as "fp16".
+        dtype: of all components.
+        quantization: one of `QUANTIZATIONS`.
+        gguf_file: with the transformer's weights, instead of its own; see `find_gguf`.
+        token: for a private one.
+
     Raises:
-        OSError, ValueError: what `check_base` raises.
+        OSError, ValueError: what `check_base`, `check_gguf` and `load_denoiser` raise.
     """
+    check_gguf(gguf_file, quantization)
     components = check_base(name_or_path, revision, token)  # before the weights, which may be many gigabytes
     options: dict[str, Any] = {"revision": revision, "variant": variant, "dtype": dtype, "token": token}
     if quantization is not None:
         options["quantization_config"] = pipeline_quantization(quantization, components, dtype)
+    if gguf_file is not None:
+        base = unpacked(name_or_path)
+        options |= load_denoiser(gguf_file, base, components, dtype=dtype, revision=revision, token=token)
     return as_base(_load(name_or_path, **options))
 
 

@@ -15,7 +15,7 @@ import torch
 from ..errors import MissingPackageError, UserValueError
 
 # Name -> the package that does it.
-QUANTIZATIONS = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
+QUANTIZATIONS = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes", "llm_int8": "bitsandbytes"}
 _TORCHAO = {"int8": "Int8WeightOnlyConfig", "fp8": "Float8WeightOnlyConfig"}
 _DENOISERS = ("unet", "transformer", "transformer_2")
 
@@ -47,6 +47,8 @@ def quantization_config(name: str, library: Literal["diffusers", "transformers"]
     classes = import_module(library)
     if name in _TORCHAO:
         return classes.TorchAoConfig(getattr(import_module("torchao.quantization"), _TORCHAO[name])())
+    if name == "llm_int8":
+        return classes.BitsAndBytesConfig(load_in_8bit=True)
     return classes.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=name, bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
     )

@@ -25,11 +25,14 @@ class BaseWeights:
     quantization: str | None = argument(
         None, "Of the base's weights: " + ", ".join(QUANTIZATIONS) + ".", choices=[*QUANTIZATIONS]
     )
+    gguf_file: str | None = argument(
+        None, "File with the base's weights instead of its own: a path, or user/repository/file.gguf on the Hub."
+    )
 
     @property
     def weights(self) -> dict[str, Any]:
         """The same as arguments of `StoredAdapter`'s methods."""
-        return {"dtype": self.dtype, "quantization": self.quantization}
+        return {"dtype": self.dtype, "quantization": self.quantization, "gguf_file": self.gguf_file}
 
 
 @dataclass(kw_only=True)

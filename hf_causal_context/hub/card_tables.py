@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from .._markdown import table
@@ -23,6 +24,7 @@ _SETTINGS = {
     "use_ema": "moving average of the weights",
     "mixed_precision": "precision",
     "quantization": "quantization of the base",
+    "gguf_file": "GGUF file of the base's weights",
     "optimizer": "optimizer",
     "resolution": "resolution",
     "context_weights": "weights of contexts",
@@ -58,7 +60,7 @@ def settings_table(arguments: Mapping[str, Any], config: Mapping[str, Any]) -> s
     if not arguments:
         return ""
     rows = [
-        (name, markdown_text(", ".join(value) if isinstance(value, list) else str(value)))
+        (name, markdown_text(", ".join(value) if isinstance(value, list) else _public(str(value))))
         for key, name in _SETTINGS.items()
         if (value := arguments.get(key)) not in (None, False, "", [])
     ]
@@ -142,6 +144,11 @@ def evaluation_results(report: Mapping[str, Any], dataset: object) -> Iterator[d
                     "metric_name": name,
                     "metric_value": round(summary[column], 4),
                 }
+
+
+def _public(value: str) -> str:
+    """Return a setting without the folders of a machine."""
+    return Path(value).name if Path(value).is_absolute() else value
 
 
 def _rows(count: int | None) -> str:

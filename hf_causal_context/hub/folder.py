@@ -37,7 +37,7 @@ from .samples import show_images, show_texts
 
 _EVALUATION = ("report.json", "report.md", "report.png", "samples.png")
 # Settings that are folders of a machine, where they are no ids of the Hub.
-_PATHS = ("train_data_dir", "dataset_name", "output_dir", "resume_from_checkpoint")
+_PATHS = ("gguf_file", "train_data_dir", "dataset_name", "output_dir", "resume_from_checkpoint")
 
 
 def save(
@@ -53,6 +53,7 @@ def save(
     variant: str | None = None,
     dtype: str = "float32",
     quantization: str | None = None,
+    gguf_file: str | None = None,
     seed: int = 0,
     prompt: str | None = None,
     class_label: int | None = None,
@@ -77,7 +78,8 @@ def save(
         revision: of the base.
         variant: of its files, such as "fp16".
         dtype: of the base: "float32", "float16" or "bfloat16".
-        quantization: of the base's weights while samples are made: "int8", "fp8" or "nf4".
+        quantization: of the base's weights while samples are made: "int8", "fp8", "nf4" or "llm_int8".
+        gguf_file: with the base's weights while samples are made, instead of its own.
         seed: of the samples.
         prompt: of the samples, for bases that take text; by default that of the training's own samples.
         class_label: for class-conditional bases, by default 0.
@@ -118,7 +120,7 @@ def save(
     with complete_or_absent(output_dir) as folder:
         folder.mkdir()
         if language:
-            model, tokenizer = stored.language_model(dtype=dtype, quantization=quantization)
+            model, tokenizer = stored.language_model(dtype=dtype, quantization=quantization, gguf_file=gguf_file)
             tokenizer.save_pretrained(folder)
             made = show_texts(
                 model,
@@ -131,7 +133,7 @@ def save(
                 max_new_tokens=max_new_tokens or 40,
             )
         else:
-            base = stored.pipeline(variant=variant, dtype=dtype, quantization=quantization)
+            base = stored.pipeline(variant=variant, dtype=dtype, quantization=quantization, gguf_file=gguf_file)
             call: dict[str, Any] = {"prompt": default_prompt if prompt is None and base.takes_captions else prompt}
             call |= {"num_inference_steps": num_inference_steps or 25}
             call |= {"guidance_scale": guidance_scale, "resolution": resolution}

@@ -149,6 +149,7 @@ class StoredAdapter:
         variant: str | None = None,
         dtype: str = "float32",
         quantization: str | None = None,
+        gguf_file: str | None = None,
     ) -> DiffusionBase:
         """Load the base, a diffusers pipeline, with the adapter attached, onto the GPU if there is one.
 
@@ -156,7 +157,8 @@ class StoredAdapter:
             contexts: what it will be used in, to be checked before anything is loaded.
             variant: of the base's files, such as "fp16".
             dtype: of the base: "float32", "float16" or "bfloat16".
-            quantization: of the base's weights: "int8", "fp8" or "nf4".
+            quantization: of the base's weights: "int8", "fp8", "nf4" or "llm_int8".
+            gguf_file: with the base's weights, instead of its own; see `find_gguf`.
 
         Raises:
             ValueError: for another kind of adapter or base, or contexts with concepts that the adapter lacks.
@@ -167,7 +169,7 @@ class StoredAdapter:
         self._check_makes_images()
         name, revision = self.base
         context_strengths(self.config, contexts)
-        weights: dict[str, Any] = {"dtype": getattr(torch, dtype), "quantization": quantization}
+        weights: dict[str, Any] = {"dtype": getattr(torch, dtype), "quantization": quantization, "gguf_file": gguf_file}
         base = load_base(name, revision=revision, variant=variant, token=self.token, **weights)
         base.pipe.to(device())
         attach(base.pipe, self.folder, self.source)
@@ -196,7 +198,12 @@ class StoredAdapter:
             )
 
     def language_model(
-        self, contexts: Sequence[Context] = (), *, dtype: str = "float32", quantization: str | None = None
+        self,
+        contexts: Sequence[Context] = (),
+        *,
+        dtype: str = "float32",
+        quantization: str | None = None,
+        gguf_file: str | None = None,
     ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
         """Load the base, a language model, with the adapter attached, onto the GPU if there is one.
 
@@ -205,7 +212,8 @@ class StoredAdapter:
         Args:
             contexts: what it will be used in, to be checked before anything is loaded.
             dtype: of the base: "float32", "float16" or "bfloat16".
-            quantization: of the base's weights: "int8", "fp8" or "nf4".
+            quantization: of the base's weights: "int8", "fp8", "nf4" or "llm_int8".
+            gguf_file: with the base's weights, instead of its own; see `find_gguf`.
 
         Raises:
             ValueError: for another kind of adapter or base, or contexts with concepts that the adapter lacks.
@@ -213,7 +221,8 @@ class StoredAdapter:
         """
         self._check_writes_texts()
         context_strengths(self.config, contexts)
-        model = self.stock_language_model(dtype=getattr(torch, dtype), quantization=quantization)
+        weights: dict[str, Any] = {"quantization": quantization, "gguf_file": gguf_file}
+        model = self.stock_language_model(dtype=getattr(torch, dtype), **weights)
         return model.to(device()).eval(), self._tokenizer(*self.base)
 
     def stock_language_model(

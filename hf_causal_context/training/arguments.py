@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .._files import ARGUMENTS
+from ..bases.gguf import check_gguf
 from ..bases.quantization import QUANTIZATIONS, check_quantization
 from ..data.arguments import ContextDataArguments, DataArguments, TextDataArguments, argument
 from ..errors import UserValueError
@@ -143,6 +144,11 @@ class AdapterArguments(OptimizationArguments, ContextDataArguments):
     quantization: str | None = argument(
         None, "Bits of the frozen base's weights: " + ", ".join(QUANTIZATIONS) + "; the adapter keeps all of its own."
     )
+    gguf_file: str | None = argument(
+        None,
+        "GGUF file with the frozen weights of the transformer or language model, instead of the base's own: a path, or "
+        "user/repository/file.gguf on the Hub.",
+    )
     shard_base: bool = argument(False, "Cut the frozen base into one piece per process (FSDP2): for large bases.")
     reweighted_contexts: list[str] = argument(
         [], "Combinations also trained on rows drawn from the single interventions: pairs, all, or a list of them."
@@ -170,12 +176,14 @@ class AdapterArguments(OptimizationArguments, ContextDataArguments):
                 f"--observational_steps={self.observational_steps} would train nothing, since there is no "
                 "observational part (--observational_rank=0). Leave one of them out."
             )
-        if self.quantization and self.shard_base:
+        fewer_bits = "--quantization" if self.quantization else "--gguf_file"
+        if (self.quantization or self.gguf_file) and self.shard_base:
             raise UserValueError(
-                "--quantization and --shard_base are two ways to fit a large base, not made to work together. "
+                f"{fewer_bits} and --shard_base are two ways to fit a large base, not made to work together. "
                 "Leave one of them out."
             )
         check_quantization(self.quantization)
+        check_gguf(self.gguf_file, self.quantization)
         if self.push_to_hub and self.shard_base:
             raise UserValueError(
                 "--push_to_hub makes samples with a whole base on one device. Leave it out, and push the adapter "

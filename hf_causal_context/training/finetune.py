@@ -94,6 +94,7 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
             variant=arguments.variant,
             dtype=DTYPES[self.accelerator.mixed_precision],
             quantization=arguments.quantization,
+            gguf_file=arguments.gguf_file,
         )
         if arguments.train_text_encoder and not self.base.takes_captions:
             raise UserValueError(

@@ -43,6 +43,7 @@ def _publish(arguments: AdapterArguments, folder: Path, repo_id: str) -> None:
             revision=arguments.revision,
             dtype=_DTYPES.get(arguments.mixed_precision or "", "float32"),
             quantization=arguments.quantization,
+            gguf_file=arguments.gguf_file,
             **image_options,
         )
         print(f"Pushed: {push(made, repo_id)}", flush=True)

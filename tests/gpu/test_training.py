@@ -52,9 +52,10 @@ def train_digits(digits, tmp_path):
 
 
 @needs_gpu
-def test_a_base_of_four_bits_trains_and_resumes_bit_for_bit(train_digits):
+@pytest.mark.parametrize("quantization", ["nf4", "llm_int8"])
+def test_a_base_of_fewer_bits_trains_and_resumes_bit_for_bit(train_digits, quantization):
     pytest.importorskip("bitsandbytes")
-    options = {"mixed_precision": "bf16", "quantization": "nf4"}
+    options = {"mixed_precision": "bf16", "quantization": quantization}
     whole = adapter_weights(train_digits("whole", **options))
     train_digits("cut", steps=3, **options)
     resumed = adapter_weights(train_digits("cut", resume_from_checkpoint="latest", **options))

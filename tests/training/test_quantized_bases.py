@@ -5,10 +5,12 @@ import sys
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from peft.utils.integrations import dequantize_module_weight
 
-from hf_causal_context import save_baked
+from hf_causal_context import causal_effects, save_baked
 from hf_causal_context.bases.language import load_language_model
 from hf_causal_context.bases.loading import load_base
+from hf_causal_context.bases.quantization import quantization_config
 from hf_causal_context.cli import main
 from hf_causal_context.inference.adapted import StoredAdapter
 from hf_causal_context.training.arguments import TrainingArguments
@@ -90,17 +92,53 @@ def test_language_models_take_it(tmp_path, quantization):
     assert type(plain.model.layers[0].self_attn.q_proj.weight.data) is torch.Tensor
 
 
-def test_a_missing_package_is_named_before_anything_is_loaded(tmp_path, monkeypatch):
+def test_eight_bits_of_bitsandbytes_are_trained_and_measured_as_their_values(tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    for module in ("bases.quantization", "training.arguments"):  # slow on a CPU, but not for so small a model
+        monkeypatch.setattr(f"hf_causal_context.{module}.check_quantization", lambda name: None)
+    for name in ("base", "rounded"):
+        language_model("llama").save_pretrained(tmp_path / name)
+        word_tokenizer().save_pretrained(tmp_path / name)
+    packed = load_language_model(str(tmp_path / "base"), None, torch.float32, "llm_int8")
+    rounded = language_model("llama")
+    for module, same in zip(rounded.modules(), packed.modules(), strict=True):
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data = dequantize_module_weight(same).data.clone()
+    rounded.save_pretrained(tmp_path / "rounded")
+    assert packed.model.layers[0].self_attn.q_proj.weight.dtype == torch.int8
+    given = {"pretrained_model_name_or_path": str(tmp_path / "base"), "quantization": "llm_int8"}
+    folder = train_text(arguments(tmp_path, **given), data=text_data())
+    given = {"pretrained_model_name_or_path": str(tmp_path / "rounded")}
+    expected = train_text(arguments(tmp_path / "expected", **given), data=text_data())
+    assert_close_to_largest(adapter_weights(folder), adapter_weights(expected), 1e-2)  # activations are rounded, too
+    small, _ = StoredAdapter.open(folder).language_model(quantization="llm_int8")
+    plain, _ = StoredAdapter.open(folder, str(tmp_path / "rounded")).language_model()
+    assert torch.allclose(causal_effects(small).changes, causal_effects(plain).changes, rtol=1e-5)
+    save_baked(small, "formal", tmp_path / "baked")
+
+
+@pytest.mark.parametrize("name", ["nf4", "llm_int8"])
+def test_a_missing_package_is_named_before_anything_is_loaded(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ImportError, match="--quantization=nf4 needs bitsandbytes: pip install bitsandbytes"):
-        TrainingArguments(pretrained_model_name_or_path="x", output_dir=str(tmp_path), quantization="nf4")
+    with pytest.raises(ImportError, match=f"--quantization={name} needs bitsandbytes: pip install bitsandbytes"):
+        TrainingArguments(pretrained_model_name_or_path="x", output_dir=str(tmp_path), quantization=name)
 
 
-def test_what_needs_a_gpu_is_refused_without_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("library", ["diffusers", "transformers"])
+@pytest.mark.parametrize(("name", "bits"), [("nf4", "load_in_4bit"), ("llm_int8", "load_in_8bit")])
+def test_bitsandbytes_is_asked_for_the_bits_of_the_name(monkeypatch, name, bits, library):
+    monkeypatch.setattr("hf_causal_context.bases.quantization.check_quantization", lambda name: None)
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "0.50.2")
+    asked = quantization_config(name, library, torch.bfloat16).to_dict()
+    assert {key for key in ("load_in_4bit", "load_in_8bit") if asked[key]} == {bits}
+
+
+@pytest.mark.parametrize("name", ["nf4", "llm_int8"])
+def test_what_needs_a_gpu_is_refused_without_one(tmp_path, monkeypatch, name):
     monkeypatch.setattr("hf_causal_context.bases.quantization.find_spec", lambda package: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="--quantization=nf4 needs a GPU. Allowed without one: int8, fp8"):
-        TrainingArguments(pretrained_model_name_or_path="x", output_dir=str(tmp_path), quantization="nf4")
+    with pytest.raises(ValueError, match=f"--quantization={name} needs a GPU. Allowed without one: int8, fp8"):
+        TrainingArguments(pretrained_model_name_or_path="x", output_dir=str(tmp_path), quantization=name)
 
 
 @pytest.mark.parametrize(

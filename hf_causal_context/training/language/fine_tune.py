@@ -105,7 +105,8 @@ class LanguageFineTuning(FineTuning[TextArguments]):
         arguments, data = self.arguments, self.data
         name, revision = arguments.pretrained_model_name_or_path, arguments.revision
         dtype = DTYPES[self.accelerator.mixed_precision]
-        self._base = self._base or load_language_model(name, revision, dtype, arguments.quantization)
+        weights = {"quantization": arguments.quantization, "gguf_file": arguments.gguf_file}
+        self._base = self._base or load_language_model(name, revision, dtype, **weights)
         self._tokenizer = self._tokenizer or load_tokenizer(name, revision)
         prepare_tokenizer(self.tokenizer, self.base, arguments.pad_token)
         self.tokenize = Tokenization(
