@@ -16,6 +16,7 @@ from peft import get_peft_model
 from PIL import Image
 
 from hf_causal_context import CausalContextConfig, Context
+from hf_causal_context._install import installation
 from hf_causal_context.adapter.lookup import conditionings
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.cli import main
@@ -233,7 +234,7 @@ def test_the_command_says_what_is_missing(tmp_path, monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, f"hf_causal_context.{name}")
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["demo", "--adapter", str(tmp_path)]) == 1
-    assert "pip install 'hf-causal-context[demo]'" in capsys.readouterr().err
+    assert f"The demo needs gradio: {installation('demo')}" in capsys.readouterr().err
 
 
 def test_the_command_serves(adapter, monkeypatch):

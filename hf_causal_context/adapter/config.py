@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from .._files import CONFIG
+from .._install import installation
 from .._messages import short_repr
 from ..contexts import ConceptSet
 from ..errors import UserTypeError, UserValueError
@@ -297,5 +298,5 @@ def _check_format_version(version: object) -> None:
     if version > FORMAT_VERSION:
         raise UserValueError(
             f"This adapter has format version {short_repr(version)}; the installed hf_causal_context reads up to "
-            f"{FORMAT_VERSION}. Upgrade it: pip install --upgrade hf-causal-context."
+            f"{FORMAT_VERSION}. Upgrade it: {installation(upgrade=True)}"
         )

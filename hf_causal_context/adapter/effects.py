@@ -14,6 +14,7 @@ import torch
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
+from .._install import installation
 from ..errors import MissingPackageError, UserValueError
 from ..layers import OutputLayer, RepresentationLayer
 from .layer import CausalContextLayer
@@ -99,7 +100,7 @@ def _figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingPackageError("Plots need matplotlib: pip install 'hf-causal-context[plot]'.") from error
+        raise MissingPackageError(f"Plots need matplotlib: {installation('plot')}") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 

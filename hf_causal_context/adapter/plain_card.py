@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from .._files import CARD, complete_or_absent
+from .._install import installation
 from .._markdown import text_cell
 
 # Cards with one of these may be replaced: PEFT's own, which says nothing, and this one.
@@ -23,12 +24,12 @@ _TEXT = """
 {mark}
 
 One adapter for the concepts {concepts}, which combine in any combination and at any strength. It is for {base}, and was
-made with [hf_causal_context](https://pypi.org/project/hf-causal-context/), a PEFT method.
+made with hf_causal_context, a PEFT method.
 
 ## Use
 
 ```sh
-pip install hf-causal-context
+{installation}
 ```
 
 ```python
@@ -78,6 +79,7 @@ def replace_card(
     shown = "the model that it was trained on" if not base else f"`{Path(base).name if local else base}`"
     body = _TEXT.format(
         mark=_MARK,
+        installation=installation(),
         concepts=", ".join(f"*{text_cell(name)}*" for name in concepts),
         base=shown,
         context="+".join(concepts[:2]),

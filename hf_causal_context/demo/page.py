@@ -15,12 +15,13 @@ from typing import Any
 
 from PIL import Image
 
+from .._install import installation
 from ..errors import MissingPackageError, UserValueError
 
 try:
     import gradio as gr
 except ImportError as error:
-    raise MissingPackageError("The demo needs gradio: pip install 'hf-causal-context[demo]'.") from error
+    raise MissingPackageError(f"The demo needs gradio: {installation('demo')}") from error
 
 from .._messages import quoted
 from ..adapter.effects import causal_effects

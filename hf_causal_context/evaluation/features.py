@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from .._install import installation
 from ..errors import MissingPackageError, UserValueError
 
 _LARGEST_SUBSET = 1000
@@ -28,7 +29,7 @@ def require_torchmetrics() -> None:
     try:
         import torchmetrics  # noqa: F401
     except ImportError as error:
-        raise MissingPackageError("FID and KID need torchmetrics: pip install 'hf-causal-context[metrics]'.") from error
+        raise MissingPackageError(f"FID and KID need torchmetrics: {installation('metrics')}") from error
 
 
 def frechet_and_kernel_distance(samples: Tensor, reference: Tensor) -> tuple[float, float]:

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from .._install import installation
 from ..errors import MissingPackageError
 from .metrics import Estimate
 from .results import EvaluationReport, Leakage
@@ -27,7 +28,7 @@ def draw_report(report: EvaluationReport, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingPackageError("Plots need matplotlib: pip install 'hf-causal-context[plot]'.") from error
+        raise MissingPackageError(f"Plots need matplotlib: {installation('plot')}") from error
 
     K = len(report.concepts)
     heights = (0.9 + 0.42 * len(report.contexts), 2.2 + 0.42 * K, 3.0)

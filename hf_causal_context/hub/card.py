@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import EvalResult
 
 from .._files import CARD, REPORT, RESULTS, RESULTS_IMAGE, complete_or_absent
+from .._install import installation
 from ..adapter.plain_card import is_replaceable
 from ..bases.gap import BaseGap
 from ..bases.names import is_folder, is_packaged
@@ -76,7 +77,7 @@ def render_card(folder: Path, repo_id: str | None = None, branch: str | None = N
         "base_gap": _base_gap(folder, stored),
         "grid": _image(contents.grid, "Samples in each context", _grid_note(contents, data)),
         "concepts": _concepts(concepts, contents),
-        "package": '"hf-causal-context[diffusers]"' if contents.library == "diffusers" else "hf-causal-context",
+        "installation": installation("diffusers" if contents.library == "diffusers" else ""),
         "usage": usage_code(contents, name, branch, example_context(contents, concepts)),
         "usage_note": _usage_note(contents, concepts),
         "strengths": "\n" + _image(contents.strengths, "Each concept at growing strength", _STRENGTHS_NOTE),

@@ -1,5 +1,6 @@
 """FID and KID with a model of the user's choice."""
 
+import re
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ import transformers
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from hf_causal_context._install import installation
 from hf_causal_context.errors import UserValueError
 from hf_causal_context.evaluation.evaluator import evaluate_samples
 from hf_causal_context.evaluation.features import frechet_and_kernel_distance, load_vision_features
@@ -73,7 +75,7 @@ def test_vectors_and_other_shapes_are_refused():
 
 def test_without_torchmetrics_it_says_so_at_once(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
-    with pytest.raises(ImportError, match=r"FID and KID need torchmetrics: pip install 'hf-causal-context\[metrics\]'"):
+    with pytest.raises(ImportError, match="FID and KID need torchmetrics: " + re.escape(installation("metrics"))):
         report(feature_extractor=Quadrants())
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hf_causal_context._install import installation
 from hf_causal_context.evaluation import classifiers, metrics
 from hf_causal_context.evaluation import report as report_module
 from hf_causal_context.evaluation.evaluator import evaluate_samples
@@ -57,7 +58,7 @@ def test_without_matplotlib_the_rest_is_written(found, tmp_path, monkeypatch, ca
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert [path.name for path in write_report(found, tmp_path)] == ["report.json", "report.md"]
-    assert "No report.png: Plots need matplotlib: pip install 'hf-causal-context[plot]'." in capsys.readouterr().out
+    assert f"No report.png: Plots need matplotlib: {installation('plot')}\n" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md"}
 
 

@@ -16,6 +16,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..._install import installation
 from ..._messages import quoted
 from ...errors import MissingPackageError, UserValueError
 from ..arguments import OptimizationArguments
@@ -59,8 +60,8 @@ def make_optimizer(
         optimizer = getattr(import_module(module), name)
     except ImportError as error:
         raise MissingPackageError(
-            f"--optimizer={arguments.optimizer} needs {package}: pip install {package}, or all of them by pip install "
-            "'hf-causal-context[optimizers]'."
+            f"--optimizer={arguments.optimizer} needs {package}: pip install {package}, or all of them: "
+            f"{installation('optimizers')}"
         ) from error
     settings: dict[str, Any] = {"lr": arguments.learning_rate}
     if arguments.optimizer.startswith("adamw"):
