@@ -8,26 +8,15 @@ import sys
 from collections.abc import Sequence
 
 from ._messages import in_options, nearest
+from .commands import COMMANDS
 from .errors import UserError
 
-# Each is a module of `commands` with its settings, `Arguments`, and a function `run`.
-COMMANDS = {
-    "quickstart": "train, compose and score an adapter on handwritten digits, in minutes on a CPU",
-    "check-data": "count contexts and find what would spoil a training",
-    "train": "fine-tune an adapter on a diffusers pipeline",
-    "train-text": "fine-tune an adapter on a language model of transformers",
-    "train-autoencoder": "train the paper's autoencoder on images in contexts",
-    "info": "say what an adapter holds, and whether it fits a base",
-    "generate": "make images in chosen contexts",
-    "generate-text": "write texts in chosen contexts",
-    "edit": "show what given images would have been in other contexts",
-    "evaluate": "measure an adapter on its data: does it compose?",
-    "demo": "show an adapter on a web page",
-    "export": "write contexts as plain LoRA files for other tools",
-    "merge": "write the base with one context in its weights",
-    "push": "put an adapter on the Hub, with samples and a card",
+# They may stand anywhere.
+_FLAGS = {
+    "--quiet": "results, warnings and errors only: no messages, no progress bars",
+    "--verbose": "also what transformers, diffusers, datasets and the Hub's client log",
+    "--debug": "show the traceback of every error",
 }
-_DEBUG = "--debug"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is a bug and keeps its traceback.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = _DEBUG in given
+    quiet, verbose, debug = (flag in given for flag in _FLAGS)
     parser = argparse.ArgumentParser(
         prog="hf-causal-context",
         description="LoRA for causal concepts.",
@@ -50,18 +39,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="version",
         version=f"hf-causal-context {importlib.import_module('hf_causal_context').__version__}",
     )
-    parser.add_argument(_DEBUG, action="store_true", help="show the traceback of every error")
+    for flag, text in _FLAGS.items():
+        parser.add_argument(flag, action="store_true", help=text)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    chosen = parser.parse_args([argument for argument in given if argument != _DEBUG])
+    chosen = parser.parse_args([argument for argument in given if argument not in _FLAGS])
     if chosen.command not in COMMANDS:
         guess = nearest(chosen.command, COMMANDS)
         parser.error(f"unknown command {chosen.command!r}.{guess} Allowed: {', '.join(COMMANDS)}")
+    if quiet and verbose:
+        parser.error("--quiet and --verbose contradict each other. Give one of them.")
     options: list[str] = []
     try:
         command = importlib.import_module(f".commands.{chosen.command.replace('-', '_')}", __package__)
         from .commands.early_checks import check_places
         from .commands.parsing import option_names, parse
+        from .commands.verbosity import set_verbosity
 
+        set_verbosity(quiet, verbose)
         options = option_names(command.Arguments)
         parsed = parse(chosen.command, command.Arguments, chosen.arguments)
         check_places(parsed)

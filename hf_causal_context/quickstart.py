@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ._files import RESULTS, RESULTS_IMAGE
+from ._progress import say
 from .bases.diffusion_base import DiffusionBase
 from .bases.images import image_grid
 from .bases.loading import load_base
@@ -122,11 +123,11 @@ def quickstart(output_dir: Path, seed: int = 0) -> None:
         RuntimeError: if the reloaded adapter gives other images.
     """
     start = time.perf_counter()
-    print("Base: a small diffusion model of handwritten digits. Concepts:", ", ".join(CONCEPTS), flush=True)
+    say(f"Base: a small diffusion model of handwritten digits. Concepts: {', '.join(CONCEPTS)}")
     base = load_base(str(BASE))
     train(training_arguments(output_dir, seed), base, digit_data(seed=seed))
     trained = time.perf_counter()
-    print(f"\nTrained in {trained - start:.0f} s. Sampling {len(CONTEXTS)} contexts ...", flush=True)
+    say(f"\nTrained in {trained - start:.0f} s. Sampling {len(CONTEXTS)} contexts ...")
     samples = sample(base, CONTEXTS, NUM_SAMPLES)
     table = results_table(samples)
     print("\n" + table, flush=True)
@@ -138,7 +139,7 @@ def quickstart(output_dir: Path, seed: int = 0) -> None:
     identical = torch.equal(sample(again, PAIRS[:1], NUM_SAMPLES)[PAIRS[0]], samples[PAIRS[0]])
     if not identical:
         raise RuntimeError(f"The adapter reloaded from {output_dir} gives other images than the trained one.")
-    print("Reloaded with load_context_adapter: identical images.")
+    say("Reloaded with load_context_adapter: identical images.")
     seconds = time.perf_counter() - start
     print(f"Adapter, card and images are in {output_dir}/ (look at {RESULTS_IMAGE}). {seconds:.0f} s.")
 

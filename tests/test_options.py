@@ -1,13 +1,20 @@
 """What a command line says of its options: in --help, and in errors."""
 
+import logging
 import subprocess
 import sys
 
+import datasets
+import diffusers
+import huggingface_hub
 import pytest
+import transformers
 
 import hf_causal_context
 from hf_causal_context._messages import in_options
-from hf_causal_context.cli import COMMANDS, main
+from hf_causal_context._progress import ProgressBar, say, set_quiet
+from hf_causal_context.cli import main
+from hf_causal_context.commands import COMMANDS
 from hf_causal_context.contexts import ConceptSet
 from hf_causal_context.training import finetune
 from tests.data.small import write_folders
@@ -168,3 +175,77 @@ def test_the_folder_of_another_run_is_refused_before_the_base_and_the_data_are_r
         assert "holds checkpoints of another run" in refused(
             [command, *required, "--output_dir", str(tmp_path)], capsys
         )
+
+
+@pytest.fixture
+def completed(tmp_path, capsys):
+    """The words that bash offers for the last one of a line."""
+    assert main(["completion"]) == 0
+    (tmp_path / "completion").write_text(capsys.readouterr().out)
+
+    def words(*line):
+        code = '. ./completion; COMP_WORDS=("$@"); COMP_CWORD=$(($#-1)); _hf_causal_context; echo "${COMPREPLY[@]}"'
+        command = ["bash", "-c", code, "bash", "hf-causal-context", *line]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
+
+    return words
+
+
+def test_completion_knows_commands_options_and_their_choices(completed):
+    assert completed("tr") == ["train", "train-text", "train-autoencoder"]
+    assert completed("export", "--for") == ["--format"]
+    assert completed("export", "--format", "") == ["peft", "diffusers", "kohya"]
+    assert completed("export", "--format", "peft", "--co") == ["--config", "--contexts"]
+    assert completed("export", "--output_dir", "") == []  # bash then offers files
+
+
+@pytest.fixture
+def restored():
+    """The libraries say afterwards what they said before."""
+    logs = (*(library.utils.logging for library in (transformers, diffusers, datasets, huggingface_hub)),)
+    before = [log.get_verbosity() for log in logs]
+    yield
+    set_quiet(False)
+    for log, level in zip(logs, before, strict=True):
+        log.set_verbosity(level)
+    transformers.utils.logging.enable_progress_bar()
+    diffusers.utils.logging.enable_progress_bar()
+    datasets.utils.enable_progress_bars()
+    huggingface_hub.utils.enable_progress_bars()
+
+
+def say_something(arguments):
+    print("the result")
+    say("a message")
+    for _ in ProgressBar(range(2), desc="work", delay=0):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("flags", "out", "bar", "level"),
+    [
+        ([], "the result\na message\n", True, None),
+        (["--quiet"], "the result\n", False, "ERROR"),
+        (["--verbose"], "the result\na message\n", True, "INFO"),
+    ],
+)
+def test_how_much_a_command_says(flags, out, bar, level, restored, monkeypatch, capsys):
+    monkeypatch.setattr("hf_causal_context.commands.completion.run", say_something)
+    before = transformers.utils.logging.get_verbosity()
+    assert main(["completion", *flags]) == 0
+    said = capsys.readouterr()
+    assert said.out == out
+    assert ("work: 100%" in said.err) == bar
+    expected = before if level is None else getattr(logging, level)
+    for library in (transformers, diffusers, datasets, huggingface_hub):
+        if level is not None or library is transformers:
+            assert library.utils.logging.get_verbosity() == expected
+    assert (
+        huggingface_hub.utils.are_progress_bars_disabled() == datasets.utils.are_progress_bars_disabled() == (not bar)
+    )
+
+
+def test_quiet_and_verbose_contradict_each_other(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["completion", "--quiet", "--verbose"])
+    assert "--quiet and --verbose contradict each other" in capsys.readouterr().err

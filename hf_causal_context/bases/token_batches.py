@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from tqdm import tqdm
 
+from .._progress import ProgressBar
 from ..errors import UserValueError
 from .tokens import IGNORED, Tokenization, TokenRow
 
@@ -79,7 +79,7 @@ def tokenize_all(rows: Dataset, tokenize: Tokenization, quiet: bool = False) -> 
     Raises:
         ValueError: for a row that cannot be tokenized, naming it.
     """
-    bar = tqdm(rows.with_format(None), desc="tokenize", unit="row", delay=3, disable=quiet)
+    bar = ProgressBar(rows.with_format(None), desc="tokenize", unit="row", disable=quiet)
     return list(tokenized(cast(Iterable[dict], bar), tokenize))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import complete_or_absent
+from .._progress import ProgressBar
 from ..data.arguments import argument
 from ..errors import UserValueError
 from .adapter_arguments import ContextArguments, RevisionArguments
@@ -57,7 +58,8 @@ def generate_text_file(arguments: Arguments) -> list[dict[str, Any]]:
     model, tokenizer = arguments.open().language_model(contexts, **arguments.weights)
     prompts: list[Prompt] = [[{"role": "user", "content": prompt}] if arguments.chat else prompt]
     rows = []
-    for seed in (None,) if arguments.greedy else arguments.seeds:
+    seeds = (None,) if arguments.greedy else arguments.seeds
+    for seed in ProgressBar(seeds, desc="write", unit="seed"):
         [texts] = generate_texts(
             model, tokenizer, prompts, contexts, max_new_tokens=arguments.max_new_tokens, seed=seed, **sampling
         )

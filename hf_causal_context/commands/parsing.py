@@ -40,6 +40,19 @@ def option_names(settings: type) -> list[str]:
     return [field.name for field in dataclasses.fields(settings) if field.init]
 
 
+def make_parser(command: str, settings: type) -> HfArgumentParser:
+    """Return the parser of a command, whose settings are a dataclass."""
+    parser = HfArgumentParser(
+        cast(Any, settings),
+        prog=f"hf-causal-context {command}",
+        allow_abbrev=False,
+        parents=[_files()],
+        formatter_class=_Formatter,
+    )
+    _group(parser, settings)
+    return parser
+
+
 def parse(command: str, settings: type, given: Sequence[str]) -> Any:
     """Return the settings of a command, which are a dataclass, from its command line.
 
@@ -50,28 +63,31 @@ def parse(command: str, settings: type, given: Sequence[str]) -> Any:
         OSError: for a settings file that cannot be read.
     """
     options = option_names(settings)
-    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    files.add_argument("--config", metavar="FILE", help="YAML or JSON with these options; others override it.")
-    parser = HfArgumentParser(
-        cast(Any, settings),
-        prog=f"hf-causal-context {command}",
-        allow_abbrev=False,
-        parents=[files],
-        formatter_class=_Formatter,
-    )
-    _group(parser, settings)
     if "adapter" in options and given and not given[0].startswith("-"):
         given = ["--adapter", *given]
-    file, given = files.parse_known_args(given)
+    file, given = _files().parse_known_args(given)
     if file.config is not None:
         given = [*options_in(file.config, options), *given]
-    parsed, *_, unknown = parser.parse_args_into_dataclasses(list(given), return_remaining_strings=True)
+    parsed, *_, unknown = make_parser(command, settings).parse_args_into_dataclasses(
+        list(given), return_remaining_strings=True
+    )
     if unknown:
         guess = nearest(unknown[0].lstrip("-").partition("=")[0], options)
         raise UserValueError(
             f"Unknown arguments: {' '.join(unknown)}.{guess} hf-causal-context {command} --help lists what there is."
         )
     return parsed
+
+
+def shown_name(action: argparse.Action) -> str:
+    """Return the one spelling of an option that users are told."""
+    return next(name for name in action.option_strings if name.startswith("--"))
+
+
+def _files() -> argparse.ArgumentParser:
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", metavar="FILE", help="YAML or JSON with these options; others override it.")
+    return files
 
 
 def _group(parser: argparse.ArgumentParser, settings: type) -> None:
@@ -99,7 +115,7 @@ class _Formatter(argparse.HelpFormatter):
 
     def option(self, action: argparse.Action) -> str:
         """An option with the form of its value."""
-        flag = next(name for name in action.option_strings if name.startswith("--"))
+        flag = shown_name(action)
         if action.nargs in (0, "?"):
             return flag
         if action.metavar or action.choices:

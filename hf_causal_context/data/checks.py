@@ -12,10 +12,10 @@ from typing import Any
 import fsspec
 import PIL.Image
 from datasets import Image, IterableDataset
-from tqdm.auto import tqdm
 
 from .._messages import quoted
 from .._pixels import remarks
+from .._progress import ProgressBar
 from ..contexts import Context
 from ..errors import UserError, UserValueError
 from .columns import BATCH_ROWS, Rows, known_features
@@ -168,8 +168,7 @@ def _payloads(
     for name in names:
         if isinstance(columns.features[name], Image):
             columns = columns.cast_column(name, Image(decode=False))
-    # Shown only where the wait is felt.
-    with tqdm(total=len(rows), desc=f"Checking ({role})", unit="row", delay=3) as progress:
+    with ProgressBar(total=len(rows), desc=f"Checking ({role})", unit="row") as progress:
         number = 0
         for batch in columns.iter(BATCH_ROWS):
             assert isinstance(batch, dict)

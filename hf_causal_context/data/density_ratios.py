@@ -23,7 +23,8 @@ import math
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+
+from .._progress import ProgressBar
 
 NUM_MODELS = 2
 NUM_FOLDS = 2
@@ -69,7 +70,7 @@ def estimate_log_ratios(
     generator = torch.Generator().manual_seed(seed)
     ratios = torch.empty(NUM_MODELS, len(codes), num_concepts)
     jobs = [(model, fold) for model in range(NUM_MODELS) for fold in range(NUM_FOLDS)]
-    for number, (model, fold) in enumerate(tqdm(jobs, desc="estimate density ratios", delay=3)):
+    for number, (model, fold) in enumerate(ProgressBar(jobs, desc="estimate density ratios")):
         if fold == 0:
             for code in range(num_concepts + 1):
                 rows = torch.nonzero(codes == code)[:, 0]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._progress import ProgressBar
 from ..contexts import ConceptSet, Context
 
 RELIABLE_ACCURACY = 0.8
@@ -95,7 +96,7 @@ def train_classifier(
         )
         rate = _LINEAR_LEARNING_RATE if linear else _LEARNING_RATE
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
-        for _ in range(steps):
+        for _ in ProgressBar(range(steps), desc="train a classifier", unit="step"):
             batch = torch.multinomial(chances, _BATCH_SIZE, replacement=True)
             context = of_row[batch]
             loss = F.binary_cross_entropy_with_logits(classifier(values[batch]), answers[context], weights[context])

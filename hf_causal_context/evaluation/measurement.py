@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .._progress import ProgressBar
 from ..contexts import ConceptSet, Context
 from .classifiers import RELIABLE_ACCURACY, ConceptClassifier, balanced_accuracy, train_classifier
 from .comparison import gap_closed, means
@@ -41,7 +42,8 @@ def measure(evidence: EvaluationInputs, seed: int = 0) -> EvaluationReport:
         real={context: classifier.read(rows) for context, rows in judged.items()},
     )
     accuracy = balanced_accuracy(logits.real, concepts)
-    results = tuple(context_result(evidence, context, logits, seed) for context in evidence.samples)
+    bar = ProgressBar(evidence.samples, desc="measure", unit="context")
+    results = tuple(context_result(evidence, context, logits, seed) for context in bar)
     told_apart = None
     if evidence.holds_texts:
         told_apart = _told_apart(evidence, learned[Context()], judged[Context()], seed)

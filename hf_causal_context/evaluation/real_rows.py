@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,8 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
+from .._progress import ProgressBar
 from ..bases.images import read_image
 from ..contexts import Context
 from ..data import InterventionalData
@@ -43,7 +44,7 @@ def read_real_rows(
         num_examples = 0 if readings[context] else len(images)
         readings[context].append(read(images, f"Real images of context {context!r}", num_examples))
 
-    for context, row in tqdm(rows_of_contexts(data, MAX_REAL_ROWS, seed), desc="read real images", unit="image"):
+    for context, row in rows_of_contexts(data, MAX_REAL_ROWS, seed, unit="image"):
         image = row[data.content_column]
         if not isinstance(image, Image.Image):
             raise UserValueError(
@@ -58,11 +59,15 @@ def read_real_rows(
     return {Context.parse(context): Measurements.cat(parts) for context, parts in readings.items()}
 
 
-def rows_of_contexts(data: InterventionalData, maximum: int, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Contexts, trained and held out, each with some of its rows; of a stream the first ones."""
-    yield from _rows_of(data.rows, data.contexts, maximum, seed)
-    for context, rows in data.held_out.items():
-        yield from _rows_of(rows, (context,), maximum, seed)
+def rows_of_contexts(
+    data: InterventionalData, maximum: int, seed: int, unit: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Contexts, trained and held out, each with some of its rows; of a stream the first ones. With a progress bar."""
+    parts = [(data.rows, data.contexts), *((own, (context,)) for context, own in data.held_out.items())]
+    rows = chain.from_iterable(_rows_of(own, contexts, maximum, seed) for own, contexts in parts)
+    sizes = [*(data.counts or {}).values(), *(len(own) for own in data.held_out.values() if isinstance(own, Dataset))]
+    total = sum(min(maximum, size) for size in sizes) or None
+    yield from ProgressBar(rows, total=total, desc=f"read real {unit}s", unit=unit)
 
 
 def _rows_of(rows: Rows, contexts: Sequence[str], maximum: int, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 from peft import PeftModel
-from tqdm import tqdm
 
+from .._progress import ProgressBar
 from ..bases.likelihoods import perplexity
 from ..bases.token_batches import Collation, TextBatch, tokenized
 from ..bases.tokens import Tokenization, TokenRow
@@ -50,7 +50,7 @@ def read_real_texts(data: InterventionalData, tokenize: Tokenization, seed: int 
         ValueError: for a row that cannot be tokenized.
     """
     real: defaultdict[Context, RealTexts] = defaultdict(RealTexts)
-    for name, row in tqdm(rows_of_contexts(data, MAX_REAL_TEXTS, seed), desc="read real texts", unit="text"):
+    for name, row in rows_of_contexts(data, MAX_REAL_TEXTS, seed, unit="text"):
         own = real[Context.parse(name)]
         own.texts.append(_written(row, data.content_column))
         own.prompts.append(prompt_of(row, data.content_column))
@@ -79,7 +79,9 @@ def perplexities(
 ) -> dict[Context, Perplexity]:
     """Of the real rows of every context: in it, in the empty context, and under the base without its adapter."""
     scored = {}
-    with tqdm(total=3 * sum(len(own.rows) for own in real.values()), desc="score real texts", unit="text") as bar:
+    with ProgressBar(
+        total=3 * sum(len(own.rows) for own in real.values()), desc="score real texts", unit="text"
+    ) as bar:
 
         def measured(own: RealTexts, context: Context) -> float:
             value = perplexity(model, _batches(own.rows, context, collate, concepts, batch_size))

@@ -14,8 +14,8 @@ from itertools import islice
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from .._progress import ProgressBar
 from ..bases.diffusion_base import DiffusionBase
 from ..contexts import ConceptSet, Context
 from .readings import NUM_EXAMPLES, Measurements, Reader
@@ -142,7 +142,7 @@ def sample_all(
     total = (len(contexts) + 1) * sum(map(len, groups)) + len(concepts) * len(between) * len(few)
     change = PixelChange()
     others = [context for context in contexts if context]
-    with tqdm(total=total, desc="sample", unit="image") as bar:
+    with ProgressBar(total=total, desc="sample", unit="image") as bar:
         sampler.advance = bar.update
         empty, base = sampler.empty_and_base(groups, change)
         drawn = iter(

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from peft import PeftModel
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .._progress import ProgressBar
 from ..contexts import ConceptSet, Context
 from ..inference.texts import Prompt, generate_texts
 from .sampling import MAX_CURVE_SAMPLES, STRENGTHS, adapters_disabled
@@ -44,7 +44,7 @@ class TextSampler:
     batch_size: int
     beginning: str = ""
 
-    def __call__(self, jobs: Sequence[tuple[Context, int]], bar: tqdm) -> dict[tuple[Context, int], str]:
+    def __call__(self, jobs: Sequence[tuple[Context, int]], bar: ProgressBar) -> dict[tuple[Context, int], str]:
         """The text of each context and number of a sample. Jobs of one prompt share batches, so nothing is padded."""
         by_prompt: defaultdict[int, list[tuple[Context, int]]] = defaultdict(list)
         for context, number in jobs:
@@ -82,7 +82,7 @@ def sample_all_texts(
     between = [c for curve in curves.values() for strength, c in curve.items() if strength not in (0, 1)]
     jobs = [(context, number) for context in contexts for number in every]
     jobs += [(context, number) for context in between for number in few]
-    with tqdm(total=len(jobs) + len(every), desc="sample", unit="text") as bar:
+    with ProgressBar(total=len(jobs) + len(every), desc="sample", unit="text") as bar:
         written = sample(sorted(jobs, key=lambda job: job[1]), bar)
         with adapters_disabled(sample.model):
             of_base = sample([(Context(), number) for number in every], bar)

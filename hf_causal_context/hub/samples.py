@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from .._progress import ProgressBar
 from ..adapter.baking import adapter_config, save_baked
 from ..adapter.effects import causal_effects
 from ..bases.tokens import Tokenization
@@ -134,7 +135,7 @@ def show_texts(
     inputs = inputs.to(model.device)
     call: dict[str, Any] = {"do_sample": True, "max_new_tokens": max_new_tokens}
     texts = {}
-    for context in contexts:
+    for context in ProgressBar(contexts, desc="write", unit="context"):
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(seed)
             tokens = cast(Any, model).generate(**inputs, context=context, **call)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .._files import complete_or_absent
 from .._messages import quoted
+from .._progress import ProgressBar
 from ..adapter.baking import adapter_config, bake, context_strengths
 from ..adapter.config import CausalContextConfig
 from ..adapter.layer import CausalContextLayer
@@ -67,7 +68,7 @@ def export_contexts(
     files = lora_paths(adapter_config(base.denoiser), contexts, output_dir, file_format)
     if file_format != "peft":
         _check_format(base, models, file_format)
-    for path, context in files.items():
+    for path, context in ProgressBar(files.items(), desc="export", unit="context"):
         if file_format == "peft":
             baked = {name: bake(model, context) for name, model in models.items()}  # refuses before anything is written
             with complete_or_absent(path) as unfinished:

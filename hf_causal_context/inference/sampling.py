@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from .._progress import ProgressBar
 from ..adapter.intervene import intervene
 from ..adapter.lookup import conditionings
 from ..bases.diffusion_base import DiffusionBase
@@ -68,12 +69,13 @@ def generate(
             f"Nothing to generate: {len(contexts)} contexts, {len(seeds)} seeds, batch_size={batch_size}. Give at "
             "least one of each; the observational context is ()."
         )
-    batches = generate_jobs(
-        base if isinstance(base, DiffusionBase) else as_base(base),
-        [(context, seed) for context in map(as_context, contexts) for seed in seeds],
-        **sampling,
-    )
-    return list(torch.cat(list(batches)).split(len(seeds)))
+    jobs = [(context, seed) for context in map(as_context, contexts) for seed in seeds]
+    made = []
+    with ProgressBar(total=len(jobs), desc="sample", unit="image") as bar:
+        for images in generate_jobs(base if isinstance(base, DiffusionBase) else as_base(base), jobs, **sampling):
+            made.append(images)
+            bar.update(len(images))
+    return list(torch.cat(made).split(len(seeds)))
 
 
 @torch.no_grad()

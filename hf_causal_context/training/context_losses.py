@@ -8,6 +8,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from .._progress import ProgressBar, say
 from .arguments import AdapterArguments
 from .loop.checkpoints import earlier_run, write_file
 
@@ -53,11 +54,12 @@ class ContextLosses:
         Raises:
             CheckpointError: when they cannot be kept.
         """
-        losses = {context: measure() for context, measure in self._measures.items()}
+        bar = ProgressBar(self._measures.items(), desc="measure losses", unit="context")
+        losses = {context: measure() for context, measure in bar}
         if not losses or not self._accelerator.is_main_process:
             return
         earlier = [known for known in self._history if known < step]  # a resumed run tells the last ones again
-        self._accelerator.print(self._table(step, losses, max(earlier, default=None)))
+        say(self._table(step, losses, max(earlier, default=None)))
         tag = f"validation_{self._name.replace(' ', '_')}" + ("" if self._held_out else "_of_trained")
         self._accelerator.log({f"{tag}/{context}": loss for context, loss in losses.items()}, step=step)
         self._history = {known: self._history[known] for known in earlier} | {step: losses}

@@ -9,6 +9,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from .._files import BASE_GAP, first_line
+from .._progress import say
 from ..bases.gap import BaseGap
 from ..errors import is_out_of_memory
 from .arguments import AdapterArguments
@@ -31,9 +32,9 @@ def report_gap(accelerator: Accelerator, arguments: AdapterArguments, measure: C
     try:
         gap = gap or _measured(arguments, measure)
     except NotMeasuredError as reason:
-        print(f"The base was not compared with your observational set ({reason}).", flush=True)
+        say(f"The base was not compared with your observational set ({reason}).")
         return None
-    print(gap.advice(arguments.observational_rank), flush=True)
+    say(gap.advice(arguments.observational_rank))
     return gap
 
 

@@ -15,6 +15,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from .._progress import say
 from ..adapter.config import CausalContextConfig
 from ..bases.gap import BaseGap
 from ..bases.names import resolve_base_name
@@ -165,7 +166,7 @@ class FineTuning(ABC, Generic[AnyArguments]):
             raise UserValueError("A stream has no known length, so it has no epochs. Give --max_train_steps.")
         if accelerator.is_main_process:
             report = check_data(self.data)
-            print(report.table(), flush=True)
+            say(report.table())
             report.raise_for_errors()
         base = self.load_base()
         with memory_for_base(accelerator.device, arguments):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .._files import checkpoint_steps
 from .._messages import quoted
+from .._progress import say
 from ..data import InterventionalData
 from ..data.reweighting import ReweightedContext, check_sets, reweight, wanted_combinations
 from ..errors import UserValueError
@@ -120,7 +121,7 @@ def add_reweighted_contexts(
             dropout=_DROPOUT,
             device=accelerator.device,
         )
-        print(table(drawn), flush=True)
+        say(table(drawn))
         stored = {"made_from": key, "contexts": {str(d.context): _to_json(d) for d in drawn}}
         text = json.dumps(stored) + "\n"
         write_file(path, output_dir, lambda unfinished: unfinished.write_text(text))

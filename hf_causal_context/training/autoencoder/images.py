@@ -14,9 +14,9 @@ import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from ..._messages import quoted
+from ..._progress import ProgressBar
 from ...bases.images import read_image
 from ...contexts import ConceptSet, Context, ContextLike, as_context
 from ...data import ContextSampler, InterventionalData, slots_of
@@ -66,7 +66,7 @@ class ImageSet:
             raise UserTypeError("A stream cannot be kept in memory. Load the data with streaming=False.")
         rows = data.rows.select_columns([data.content_column, "context"])
         images = np.empty((len(rows), channels, size, size), dtype=np.uint8)
-        for i, row in enumerate(tqdm(rows, desc="read images", disable=len(rows) < 2000)):
+        for i, row in enumerate(ProgressBar(rows, desc="read images")):
             images[i] = read_image(cast(Any, row)[data.content_column], channels, size)
         contexts = np.array(rows["context"][:], dtype=object)
         return cls(torch.from_numpy(images), contexts, data.concepts)

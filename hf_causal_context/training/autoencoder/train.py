@@ -10,6 +10,7 @@ from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
 
 from ..._messages import quoted
+from ..._progress import say
 from ...contexts import ConceptSet
 from ...data import check_data
 from ...data.from_arguments import load_data
@@ -59,7 +60,8 @@ def train_autoencoder(
             )
         model = model or make_autoencoder(arguments, data.concepts)  # before images are read: it may be refused
         report = check_data(data)
-        accelerator.print(report.table())
+        if accelerator.is_main_process:
+            say(report.table())
         report.raise_for_errors()
         images = ImageSet.of_data(data, model.backbone.size, model.backbone.channels)
         held_out = tuple(data.held_out)

@@ -14,8 +14,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
+from ..._progress import ProgressBar, say
 from ...bases.diffusion_base import DiffusionBase
 from ...contexts import Context
 from ...data import ContextSampler, InterventionalData, slots_of, stream_batches
@@ -68,10 +68,9 @@ class DenoiserBatches:
         self._captions: dict[str, dict[str, Tensor]] = {}
         check_conditions(base, data, arguments)
         if rank == 0 and base.takes_captions and not data.has_captions and not arguments.instance_prompt:
-            print(
+            say(
                 "The data has no captions: the empty prompt is used. Caption the images (of a dataset: name the "
-                "--caption_column), or caption all alike with --instance_prompt.",
-                flush=True,
+                "--caption_column), or caption all alike with --instance_prompt."
             )
         self._flips = Flips(arguments, data.concepts)
         self._reader = self._reader_of((self._resolution, self._resolution))
@@ -101,7 +100,7 @@ class DenoiserBatches:
         nearest = np.array([nearest_bucket(size, sizes) for size in upright_sizes(rows, self._data.content_column)])
         used = [(sizes[number], np.flatnonzero(nearest == number)) for number in np.unique(nearest)]
         if self._rank == 0:
-            print(told(used, rows["context"][:], self._arguments.train_batch_size * self._world_size), flush=True)
+            say(told(used, rows["context"][:], self._arguments.train_batch_size * self._world_size))
         return [Bucket(self._reader_of(size), numbers) for size, numbers in used]
 
     def _keep_latents(self, rows: Dataset) -> None:
@@ -203,7 +202,7 @@ class DenoiserBatches:
 
     def _encode_captions(self, captions: Iterable[str]) -> None:
         pending = sorted(captions)
-        bar = tqdm(range(0, len(pending), ENCODED_AT_ONCE), desc="encode captions", disable=len(pending) < 200)
+        bar = ProgressBar(range(0, len(pending), ENCODED_AT_ONCE), desc="encode captions")
         for start in bar:
             some = pending[start : start + ENCODED_AT_ONCE]
             encoded = {name: tensor.cpu() for name, tensor in self._base.encode_captions(some).items()}

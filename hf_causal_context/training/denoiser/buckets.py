@@ -16,9 +16,9 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from ..._messages import quoted
+from ..._progress import ProgressBar
 from ...data import ContextSampler, slots_of
 from ...data.sampling import schedule
 
@@ -53,7 +53,7 @@ def nearest_bucket(size: Size, sizes: Sequence[Size]) -> int:
 def upright_sizes(rows: Dataset, image_column: str) -> Iterator[Size]:
     """Sizes of the images of rows as one sees them; the images are not decoded."""
     images = rows.with_format(None).select_columns([image_column]).cast_column(image_column, ImageFeature(decode=False))
-    for row in tqdm(images, desc="look at sizes", delay=3):
+    for row in ProgressBar(images, desc="look at sizes"):
         value = row[image_column]  # type: ignore[index, call-overload]
         with Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])) as image:
             width, height = image.size

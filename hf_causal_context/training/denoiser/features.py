@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from ..._progress import ProgressBar
 from ...bases.diffusion_base import DiffusionBase
 from ...bases.images import read_image
 
@@ -50,7 +50,7 @@ def denoiser_features(
     model.eval()
     conditions = _conditions(base)
     with _watched_blocks(base) as seen:
-        for batch in tqdm(_batches(images), desc="look at images", total=-(-len(images) // _BATCH_SIZE), delay=3):
+        for batch in ProgressBar(_batches(images), desc="look at images", total=-(-len(images) // _BATCH_SIZE)):
             read = [torch.tensor(read_image(image, base.image_channels, resolution)) for image in batch]
             clean = base.encode_images(torch.stack(read).to(device).float() / 127.5 - 1)
             times = torch.full((len(batch),), time, device=device)

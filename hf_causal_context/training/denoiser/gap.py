@@ -15,6 +15,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor, nn
 
+from ..._progress import ProgressBar
 from ...bases.diffusion_base import DiffusionBase
 from ...bases.gap import BaseGap
 from ...inference.sampling import eval_mode
@@ -51,7 +52,7 @@ def denoiser_gap(base: DiffusionBase, rows: Batch, seed: int) -> BaseGap:
     device = next(base.denoiser.parameters()).device
     losses = torch.zeros(2, len(LEVELS), dtype=torch.float64)
     with eval_mode(base.denoiser):
-        for start in range(0, len(rows.clean), _AT_ONCE):
+        for start in ProgressBar(range(0, len(rows.clean), _AT_ONCE), desc="compare with the base", unit="batch"):
             slots = range(start, min(start + _AT_ONCE, len(rows.clean)))
             # A sample begins with other noise than the one it is judged with, which its base would know.
             others = range(slots.start + len(rows.clean), slots.stop + len(rows.clean))

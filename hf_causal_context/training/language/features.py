@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor
-from tqdm import tqdm
 
+from ..._progress import ProgressBar
 from ...bases.token_batches import Collation
 from ...bases.tokens import Ids, TokenRow
 from ..denoiser.features import principal_components
@@ -75,7 +75,7 @@ def _hidden_states(
     training, features = model.training, []
     model.eval()
     order = list(_batches(lengths_SN.amax(0).numpy()))
-    with tqdm(total=len(rows), desc="look at texts", unit="row", delay=3) as bar:
+    with ProgressBar(total=len(rows), desc="look at texts", unit="row") as bar:
         for numbers in order:
             some = [rows[number] for number in numbers]
             # No context is the observational one.

@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..._markdown import text_cell
+from ..._progress import ProgressBar
 from ...bases.tokens import Tokenization, filler, room_after
 from ...contexts import Context
 from ...data import InterventionalData
@@ -62,7 +63,7 @@ def sample_texts(
     ids = torch.tensor([list(prompt)] * arguments.num_validation_texts, device=model.device)
     room = min(arguments.max_new_tokens, room_after(model, prompt))
     texts = []
-    for context in contexts:
+    for context in ProgressBar(contexts, desc="write", unit="context"):
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(arguments.seed)
             output = model.generate(

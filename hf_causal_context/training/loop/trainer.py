@@ -14,9 +14,9 @@ from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..._files import checkpoint_steps
+from ..._progress import ProgressBar, say
 from ...errors import UserError, UserValueError, is_out_of_memory
 from ..arguments import OptimizationArguments
 from .checkpoints import (
@@ -168,8 +168,8 @@ class Run:
         if self.ema is not None:
             self.ema.to(self.accelerator.device)
         set_learning_rates(self.schedule, self.arguments)
-        self.accelerator.print(f"Resumed from {checkpoint}.")
         if self.accelerator.is_main_process:
+            say(f"Resumed from {checkpoint}.")
             for later, folder in checkpoint_steps(self.output_dir).items():
                 if later > step:
                     remove_checkpoint(folder)
@@ -180,7 +180,9 @@ class Run:
         self.optimizer.train()
         self.stream = batches(self.done * self.arguments.gradient_accumulation_steps)
         hidden = not self.accelerator.is_local_main_process
-        self.bar = tqdm(total=self.num_steps, initial=self.done, desc="train", unit="step", disable=hidden)
+        self.bar = ProgressBar(
+            total=self.num_steps, initial=self.done, desc="train", unit="step", delay=0, disable=hidden
+        )
         # A checkpoint is written before its step's validation, so a resumed run begins with that.
         stopping = self.validation_is_due() and self.validate()
         with noted_interruptions() as self.interruption, self.bar:
@@ -198,9 +200,8 @@ class Run:
                         f"by running the same command {'again' if again else 'with --resume_from_checkpoint latest'}."
                     )
                 stopping = self.validation_is_due() and self.validate()
-        if stopping:
-            text = f"Validation no longer improves: stopped after step {self.done} of {self.num_steps}."
-            self.accelerator.print(text)
+        if stopping and self.accelerator.is_main_process:
+            say(f"Validation no longer improves: stopped after step {self.done} of {self.num_steps}.")
         if report := self.untrained.report():
             self.accelerator.print(report)
 
