@@ -53,6 +53,15 @@ def linear(features: Tensor, weight: Tensor) -> Tensor:
     return rows.view(*features.shape[:-1], weight.shape[0])
 
 
+def views_of_rows(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the features (..., in) twice, for two products, so that compiled code adds their gradients in a product.
+
+    Compilers fuse an addition into a product of matrices where nothing lies in between, such as a view of the result.
+    """
+    rows = features.reshape(-1, features.shape[-1])
+    return rows.view(features.shape), rows.view(features.shape)
+
+
 def row_linear(features_BTR: Tensor, weights_BRR: Tensor) -> Tensor:
     """Return features W_b, with a matrix for each row b or one for all: (B, T, R), (B or 1, R, R) -> (B, T, R)."""
     if len(weights_BRR) == 1:

@@ -5,9 +5,13 @@
 Small operations cost a GPU the time of their launch, whatever they compute, and adapters consist of small operations.
 Counted are those of a training step, forward and backward, and of a forward pass in generation, less those of the base;
 views launch nothing and are left out. All methods have the same rank in total.
+
+`--compiled` counts the kernels that torch.compile makes of a training step on a CPU, its products of matrices included:
+of one more layer, whose own product without an adapter is one forward and one backward.
 """
 
 import argparse
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -15,6 +19,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_causal_context import CausalContextConfig, intervene
@@ -38,6 +43,8 @@ NO_LAUNCH = (
     torch.ops.aten.new_empty,
     torch.ops.aten.new_empty_strided,
 )
+# Lines of compiled code, within `call`.
+KERNEL = re.compile(r"^ +(cpp_fused|extern_kernels\.)\w+\(", re.MULTILINE)
 
 
 class Counted(TorchDispatchMode):
@@ -54,21 +61,21 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def base() -> nn.Module:
+def base(layers: int = LAYERS) -> nn.Module:
     """Linear layers one after the other, the first of which is not adapted."""
     torch.manual_seed(0)
-    return nn.Sequential(*(nn.Linear(FEATURES, FEATURES) for _ in range(1 + LAYERS)))
+    return nn.Sequential(*(nn.Linear(FEATURES, FEATURES) for _ in range(1 + layers)))
 
 
-def adapted(name: str) -> nn.Module:
+def adapted(name: str, layers: int = LAYERS) -> nn.Module:
     """The base with LoRA, or with our adapter of a configuration, with weights that are not zero."""
-    targets = [str(number) for number in range(1, 1 + LAYERS)]
+    targets = [str(number) for number in range(1, 1 + layers)]
     if name == "LoRA":
         rank = WIDTH * len(CONCEPTS)
-        return get_peft_model(base(), LoraConfig(r=rank, init_lora_weights=False, target_modules=targets))  # type: ignore[arg-type]
+        return get_peft_model(base(layers), LoraConfig(r=rank, init_lora_weights=False, target_modules=targets))  # type: ignore[arg-type]
     settings = {"concept_rank": WIDTH, "observational_rank": 0, "init_weights": False, **CONFIGS[name]}
     config = CausalContextConfig(concepts=CONCEPTS, target_modules=targets, **settings)
-    return get_peft_model(base(), config)  # type: ignore[arg-type]
+    return get_peft_model(base(layers), config)  # type: ignore[arg-type]
 
 
 def training_step(model: nn.Module, tokens: int = TOKENS) -> int:
@@ -78,6 +85,20 @@ def training_step(model: nn.Module, tokens: int = TOKENS) -> int:
     with Counted() as counted:
         in_contexts(model, MIXED, lambda: model(x).sum().backward())
     return counted.count
+
+
+def compiled_step(model: nn.Module) -> int:
+    """Kernels of a compiled forward and backward pass of rows in contexts of their own."""
+    torch._dynamo.reset()
+    compiled = torch.compile(model.train())
+    x = torch.randn(ROWS, TOKENS, FEATURES)
+    _, sources = run_and_get_code(lambda: in_contexts(model, MIXED, lambda: compiled(x).sum().backward()))
+    return sum(len(KERNEL.findall(source.partition("def call(")[2])) for source in sources)
+
+
+def compiled_layer(name: str) -> float:
+    """Kernels of one more adapted layer in a compiled training step."""
+    return (compiled_step(adapted(name, 4)) - compiled_step(adapted(name, 2))) / 2
 
 
 @torch.no_grad()
@@ -115,7 +136,14 @@ def launches() -> dict[str, tuple[float, float]]:
 
 def main() -> None:
     """Print the table."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compiled", action="store_true", help="count kernels of compiled code (minutes)")
+    if parser.parse_args().compiled:
+        print("| kernels of one more layer | compiled training step |")
+        print("|---|---|")
+        for name in ("LoRA", *CONFIGS):
+            print(f"| {name} | {compiled_layer(name):.1f} |", flush=True)
+        return
     print(f"| launches per layer ({LAYERS} layers, {ROWS} rows) | training step, {TOKENS} tokens | single tokens |")
     print("|---|---|---|")
     for name, (step, forward) in launches().items():

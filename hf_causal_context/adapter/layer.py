@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..contexts import ConceptSet, Context
 from ..errors import UserValueError
-from ..functional import linear, row_linear
+from ..functional import linear, row_linear, views_of_rows
 from ..layers import CausalLayer, ExpressiveLayer, OutputLayer, RepresentationLayer
 from .conditioning.hooks import Conditioning
 from .conditioning.request import completed, for_mechanism
@@ -106,10 +106,13 @@ class CausalContextLayer(ConvertsToLora, BaseTunerLayer):
         """Return the base module's output, plus what the active adapters add."""
         if self.disable_adapters and self.merged:
             self.unmerge()
+        x = args[0] if args else next(iter(kwargs.values()))  # some models call Linear(input=x)
+        if args and torch.compiler.is_compiling() and not self._kernel_size:
+            of_base, x = views_of_rows(x)
+            args = of_base, *args[1:]
         result = self.base_layer(*args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
-        x = args[0] if args else next(iter(kwargs.values()))  # some models call Linear(input=x)
         dtype = result.dtype
         for name in self.active_adapters:
             if name in self.causal_context_down:

@@ -21,24 +21,45 @@ def without_matrices(monkeypatch):
     return off
 
 
-def per_layer(measure, name, monkeypatch):
+def per_layer(measure, name):
     """Launches of one more adapted layer."""
-    counts = []
-    for layers in (8, 16):
-        monkeypatch.setattr(launches, "LAYERS", layers)
-        counts.append(measure(launches.adapted(name)) - measure(launches.base()))
-    return (counts[1] - counts[0]) / 8
+    fewer, more = (measure(launches.adapted(name, layers)) - measure(launches.base(layers)) for layers in (8, 16))
+    return (more - fewer) / 8
 
 
 @pytest.mark.parametrize("name", launches.CONFIGS)
 @pytest.mark.parametrize("tokens", [1, 4, 256])
-def test_a_layer_launches_at_most_one_operation_more_than_lora(name, tokens, monkeypatch):
+def test_a_layer_launches_at_most_one_operation_more_than_lora(name, tokens):
     for measure in (launches.training_step, launches.forward_pass):
         mine, theirs = (
-            per_layer(lambda model, measure=measure: measure(model, tokens), each, monkeypatch)
-            for each in (name, "LoRA")
+            per_layer(lambda model, measure=measure: measure(model, tokens), each) for each in (name, "LoRA")
         )
         assert mine <= theirs + 1, measure
+
+
+# Of a part of torch that making code imports.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.slow
+def test_a_compiled_layer_has_at_most_one_kernel_more_than_lora():
+    kernels = {
+        name: launches.compiled_layer(name) for name in ("LoRA", "independent", "reduced", "structural, a chain")
+    }
+    theirs = kernels["LoRA"]
+    assert theirs == 10
+    assert kernels["independent"] <= theirs  # the mask is the scale's kernel, and the sum of gradients is a product's
+    assert max(kernels.values()) <= theirs + 1, kernels
+
+
+def test_a_compiled_layer_gives_what_it_gives_uncompiled():
+    x = torch.randn(4, 6, launches.FEATURES, dtype=torch.float64, requires_grad=True)
+    for name in ("independent", "reduced"):
+        model = launches.adapted(name, 2).double().train()
+        weights = [x, *(p for p in model.parameters() if p.requires_grad)]
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        with intervene(model, launches.MIXED):
+            pairs = [(y, torch.autograd.grad(y.square().sum(), weights)) for y in (model(x), compiled(x))]
+        torch.testing.assert_close(*pairs, rtol=1e-10, atol=1e-10)
 
 
 def values_and_gradients(model, contexts, ids):
