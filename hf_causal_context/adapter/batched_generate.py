@@ -6,7 +6,10 @@ and values of earlier prompts, and on GPUs with graphs, which are those of that 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
+
+from torch import nn
 
 from ..contexts import ContextBatch
 from ..errors import UserValueError
@@ -32,25 +35,62 @@ class CheckedBatching(WrappedMethod):
     name = "init_continuous_batching"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        asked = self._asked()
+        asked = _asked(self.model)
         manager = self.original(*args, **kwargs)
-        if vars(manager).setdefault("_causal_contexts", asked) != asked:
-            raise UserValueError(
-                "The manager for continuous batching that this model keeps was made in another context, and holds keys "
-                "and values of it. Call model.destroy_cached_continuous_batching_manager() first."
-            )
+        if isinstance(manager, _OfOneContext):
+            manager.check_context()
+        else:
+            manager.__class__ = _class_of_one_context(type(manager))
+            manager.causal_contexts = asked
         return manager
 
-    def _asked(self) -> list[Any]:
-        """What is in force for each conditioning: adapters with their strengths."""
-        asked = []
-        for owner in known_conditionings(self.model):
-            request = innermost_request(owner)
-            contexts = {} if request is None else request.adapters
-            if any(len(context.strengths) > 1 for context in contexts.values()):
-                raise UserValueError(
-                    "Continuous batching puts the tokens of all prompts into one row, so they cannot have different "
-                    "contexts. Pass one context, and call it once for each."
-                )
-            asked.append({name: context.strengths.tolist() for name, context in contexts.items()})
-        return asked
+
+class _OfOneContext:
+    """What a manager's class has in front of transformers' own: it runs, and takes prompts, in its own context only."""
+
+    causal_contexts: list[Any]
+    model: Any
+
+    def check_context(self) -> None:
+        if _asked(self.model) != self.causal_contexts:
+            raise UserValueError(
+                "The manager for continuous batching that this model has was made in another context, and holds keys "
+                "and values of it. Start it and add prompts inside that context's `with intervene(...)` block. For "
+                "this one, call model.destroy_cached_continuous_batching_manager() first, and make another manager."
+            )
+
+    def warmup(self) -> None:
+        self.check_context()
+        cast(Any, super()).warmup()
+
+    def start(self) -> None:
+        self.check_context()
+        cast(Any, super()).start()
+
+    def add_request(self, *args: Any, **kwargs: Any) -> str | None:
+        self.check_context()
+        return cast(Any, super()).add_request(*args, **kwargs)
+
+
+@functools.cache
+def _class_of_one_context(cls: type) -> type:
+    return type(cls.__name__, (_OfOneContext, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def _asked(model: nn.Module) -> list[Any]:
+    """What is in force for each conditioning: adapters with their strengths.
+
+    Raises:
+        ValueError: for several contexts.
+    """
+    asked = []
+    for owner in known_conditionings(model):
+        request = innermost_request(owner)
+        contexts = {} if request is None else request.adapters
+        if any(len(context.strengths) > 1 for context in contexts.values()):
+            raise UserValueError(
+                "Continuous batching puts the tokens of all prompts into one row, so they cannot have different "
+                "contexts. Pass one context, and call it once for each; or generate(), where each row has its own."
+            )
+        asked.append({name: context.strengths.tolist() for name, context in contexts.items()})
+    return asked

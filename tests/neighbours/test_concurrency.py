@@ -306,11 +306,13 @@ class TestContinuousBatching:
     def model(self):
         return build("llama")
 
-    def batched(self, model, **options):
+    def options(self):
         settings = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
         memory = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)  # by default, most of the machine's
-        options |= {"generation_config": settings, "continuous_batching_config": memory}
-        results = model.generate_batch(list(self.PROMPTS), **options)
+        return {"generation_config": settings, "continuous_batching_config": memory}
+
+    def batched(self, model, **options):
+        results = model.generate_batch(list(self.PROMPTS), **options, **self.options())
         return [result.generated_tokens for result in results.values()]
 
     def one_by_one(self, model):
@@ -351,3 +353,23 @@ class TestContinuousBatching:
         model.destroy_cached_continuous_batching_manager()
         with intervene(model, "slant"):
             assert self.batched(model) == self.one_by_one(model)
+
+    def test_a_manager_takes_prompts_and_runs_in_its_own_context_only(self, model):
+        base = model.get_base_model()
+        with intervene(model, "thick"):
+            expected = self.one_by_one(model)
+            manager = base.init_continuous_batching(**self.options())
+        with pytest.raises(ValueError, match="was made in another context"):
+            manager.start()
+        with intervene(model, "thick"):
+            manager.start()
+            try:
+                with intervene(model, "slant"), pytest.raises(ValueError, match="was made in another context"):
+                    manager.add_request([3, 9])
+                with intervene(model, ["thick", "slant"]), pytest.raises(ValueError, match="have different contexts"):
+                    manager.add_request([3, 9])
+                manager.add_requests(list(self.PROMPTS))
+                results = [manager.get_result(timeout=20) for _ in self.PROMPTS]
+            finally:
+                manager.stop(block=True)
+        assert [each.generated_tokens for each in sorted(results, key=lambda each: each.request_id)] == expected
