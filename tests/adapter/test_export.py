@@ -1,5 +1,7 @@
 """Baked contexts, and the read-out of effects."""
 
+import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -7,12 +9,13 @@ import textwrap
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hf_causal_context import bake, causal_effects, save_baked
 from hf_causal_context.adapter import saving
 
+from ..architectures import ARCHITECTURES
 from .small import VARIANTS, Mlp, adapted, gpt2, inputs
 
 CONTEXT = {"thick": 1.0, "size": -0.5}
@@ -100,6 +103,40 @@ def test_plain_peft_loads_it_without_this_package(tmp_path):
         assert "hf_causal_context" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=tmp_path, check=True)
+
+
+def test_folders_of_a_language_model_serve_mixed_batches_as_plain_loras(tmp_path):
+    """What vLLM and SGLang read: pairs of one rank at the paths of Linear layers, a factor of 1, and nothing else."""
+    model = adapted(ARCHITECTURES["llama"].build(), target_modules="all-linear", alpha=3)
+    contexts = {"thick": "thick", "mixed": "thick=0.5+slant=-2", "plain": ""}
+    for name, context in contexts.items():
+        folder = save_baked(model, context, tmp_path / name)
+        assert {path.name for path in folder.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+        config = json.loads((folder / "adapter_config.json").read_text())
+        weights = load_file(folder / "adapter_model.safetensors")
+        assert config["peft_type"] == "LORA"
+        assert config["r"] == config["lora_alpha"]
+        assert config["bias"] == "none"
+        for unsupported in ("modules_to_save", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+            assert not config[unsupported]
+        for key, weight in weights.items():
+            path, kind = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key).groups()
+            assert isinstance(model.get_base_model().get_submodule(path).get_base_layer(), nn.Linear)
+            assert weight.shape["AB".index(kind)] == config["r"]
+        assert {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in weights} == set(
+            config["target_modules"]
+        )
+    plain = PeftModel.from_pretrained(ARCHITECTURES["llama"].build(), tmp_path / "thick", adapter_name="thick").eval()
+    for name in ("mixed", "plain"):
+        plain.load_adapter(tmp_path / name, name)
+    ids = torch.randint(3, 60, (6, 5), generator=torch.Generator().manual_seed(0))
+    names = ["plain", "thick", "mixed"] * 2
+    torch.testing.assert_close(
+        plain(input_ids=ids, adapter_names=names).logits,
+        model(input_ids=ids, context=[contexts[name] for name in names]).logits,
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def test_refusals(tmp_path):
