@@ -41,12 +41,10 @@ def apply_contexts(model, clip, source, contexts):
         text_places = comfy.lora.model_lora_keys_clip(encoders, {})
         known |= known_targets(text_places, encoders.state_dict())
         places |= text_places
-    keys = find_keys(loras[0], known, source, f"this MODEL ({type(model.model).__name__})")
+    keys = find_keys(loras[0], known, source, f"this MODEL ({type(model.model.model_config).__name__})")
     model = model.clone()
     if len(contexts) > 1:
-        modules = [
-            (known[key], [parts[component][path] for parts in loras]) for (component, path), key in keys.items()
-        ]
+        modules = [(known[key], [parts[component][path] for parts in loras]) for (component, path), key in keys.items()]
         model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, FOLDER, LoraPerImage(modules))
         return model, clip
     state = {}

@@ -1,4 +1,4 @@
-"""A context for each image of a batch: weights are one for all, so the LoRA of each is added to its rows instead; needs no ComfyUI."""
+"""A context for each image of a batch: all share the weights, so each LoRA is added to its rows; needs no ComfyUI."""
 
 from dataclasses import dataclass
 

@@ -76,7 +76,7 @@ def find_keys(loras, known, source, model):
     keys, lacking = {}, []
     for component, part in loras.items():
         for path, (a, b) in part.items():
-            key = keys[component, path] = _key(component, path, known)
+            key = keys[component, path] = find_key(component, path, known)
             if key is None or (len(b), a[0].numel()) != (known[key].shape[0], math.prod(known[key].shape[1:])):
                 lacking.append(f"{component}.{path}".lstrip("."))
     if lacking:
@@ -89,7 +89,8 @@ def find_keys(loras, known, source, model):
     return keys
 
 
-def _key(component, path, known):
+def find_key(component, path, known):
+    """Return the key of a module, None if the model lacks it; `component` is "" for the denoiser."""
     if not component:
         wan = path
         for name, own in _WAN.items():
@@ -98,7 +99,7 @@ def _key(component, path, known):
     else:
         # The names of CLIP in files are those of older versions of transformers, which nest the encoder once more.
         names = [f"{component}.{path}", f"{component}.text_model.{path}"]
-        ends = re.compile(rf"text_encoders\.\w+\.transformer\.{re.escape(path)}")
+        ends = re.compile(rf"text_encoders\.(?!clip_)\w+\.transformer\.{re.escape(path)}")
         others = [key for key in known if ends.fullmatch(key)]
         names += others if len(others) == 1 else []
     return next((name for name in names if name in known), None)

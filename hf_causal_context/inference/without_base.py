@@ -20,7 +20,7 @@ from ..errors import UserValueError
 from .adapted import StoredAdapter
 from .pipelines import adapter_places
 
-# Component ("" is the one of the adapter at the top: the denoiser) -> module of diffusers -> lora_A (S, in, *kernel) and
+# Component ("" for the denoiser, whose adapter lies at the top) -> module of diffusers -> lora_A (S, in, *kernel) and
 # lora_B (out, S), with the scale in B.
 Loras: TypeAlias = dict[str, dict[str, tuple[Tensor, Tensor]]]
 
