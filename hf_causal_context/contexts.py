@@ -76,21 +76,7 @@ class Context:
             >>> Context.parse("thick=0.5,slant").strengths
             {'slant': 1.0, 'thick': 0.5}
         """
-        if not text.strip():
-            return cls()
-        parts = []
-        for item in _split_concepts(text):
-            name, equals, number = (piece.strip() for piece in item.partition("="))
-            if not name:
-                raise UserValueError(f"Empty concept name in context {text!r}. Write 'name', or 'name=strength'.")
-            try:
-                parts.append({name: float(number) if equals else 1.0})
-            except ValueError:
-                raise UserValueError(
-                    f"Strength {number!r} of concept {name!r} in context {text!r} is not a number. "
-                    "Write for example 'thick=0.5'."
-                ) from None
-        return cls(*parts)
+        return cls(*({name: strength} for name, strength in _parsed(text)))
 
     @property
     def strengths(self) -> dict[str, float]:
@@ -357,6 +343,19 @@ def _check_name(name: object) -> None:
         raise UserValueError(f"Concept name {name!a} contains characters that show as nothing. Rename it.")
 
 
+def _parsed(text: str) -> Iterator[tuple[str, float]]:
+    for item in _split_concepts(text) if text.strip() else ():
+        name, equals, number = (piece.strip() for piece in item.partition("="))
+        if not name:
+            raise UserValueError(f"Empty concept name in context {text!r}. Write 'name', or 'name=strength'.")
+        try:
+            yield name, float(number) if equals else 1.0
+        except ValueError:
+            raise UserValueError(
+                f"Strength {number!r} of concept {name!r} in context {text!r} is not a number. Write 'thick=0.5', say."
+            ) from None
+
+
 def _split_concepts(text: str) -> Iterator[str]:
     # "1e+5" keeps its sign: a "+" that follows an exponent does not separate concepts.
     start = 0
@@ -373,7 +372,7 @@ def context_text(value: object, observational_name: str) -> str:
 
     Raises:
         TypeError: for another type.
-        ValueError: for None, names and strengths that are not valid, or a strength of the observational part.
+        ValueError: for None, names and strengths that are not valid, 0 in a text, or one of the observational part.
     """
     if value is None:
         raise UserValueError(f"The context is missing (None). Observational rows say {observational_name!r} or ''.")
@@ -382,6 +381,11 @@ def context_text(value: object, observational_name: str) -> str:
     elif value == observational_name or value == [observational_name]:
         return ""
     context = as_context(value)
+    if isinstance(value, str) and (zero := [name for name, s in _parsed(value) if s == 0 and name != OBSERVATIONAL]):
+        raise UserValueError(
+            f"The context {value!r} names {zero[0]!r} at strength 0, which is no intervention. Leave the name out; "
+            f"rows with no other are observational: call them {observational_name!r}."
+        )
     if context.observational != 1:
         raise UserValueError(
             f"The context {str(context)!r} of the data sets the strength of the observational part, which is for "

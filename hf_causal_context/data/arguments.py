@@ -41,7 +41,9 @@ class ContextDataArguments:
     training_contexts: list[str] | None = argument(
         None, "Contexts that are trained on, combinations too; by default obs and the single concepts."
     )
-    context_weights: list[str] = argument([], "Shares of contexts in batches, such as obs=2 (others 1).")
+    context_weights: list[str] = argument(
+        [], "Shares of contexts in batches, such as obs=2 (others 1, divided among strengths)."
+    )
     streaming: bool = argument(False, "Read the data as a stream: for data larger than memory.")
 
 

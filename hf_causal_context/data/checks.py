@@ -26,6 +26,8 @@ from .text_rows import columns_of, row_problem
 
 TINY = 50
 LOPSIDED = 10
+MAX_STRENGTHS = 12
+LARGE_STRENGTH = 3
 STREAM_ROWS = 200
 EXAMPLES = 5
 COINCIDENCES = 0.01  # of held-out texts, that may be trained on too
@@ -87,7 +89,8 @@ def check_data(data: InterventionalData, *, decode: bool = True) -> DataReport:
     for context, rows in data.held_out.items():
         held_out[context] = _read(data, rows, (context,), HELD_OUT, decode, seen).total()
     errors = [*_structure_errors(data, train, seen.noun), *_content_errors(seen)]
-    warnings = [*data.warnings, *_size_warnings(data, train), *_duplicate_warnings(seen), *_image_warnings(seen)]
+    warnings = [*data.warnings, *_size_warnings(data, train)]
+    warnings += [*_strength_warnings(data), *_duplicate_warnings(seen), *_image_warnings(seen)]
     leaks = seen.leaks()
     if leaks:
         # Short texts coincide by chance, images do not.
@@ -237,7 +240,9 @@ def _content_errors(seen: _Seen) -> Iterator[str]:
 
 def _size_warnings(data: InterventionalData, train: Counter[str]) -> Iterator[str]:
     counts = data.counts or {}
-    sizes = {context or "(observational)": counts.get(context, train[context]) for context in data.contexts}
+    sizes = Counter[str]()
+    for context in data.contexts:  # rows at any strength teach the same concepts
+        sizes["+".join(Context.parse(context).targets) or "(observational)"] += counts.get(context, train[context])
     if tiny := [f"{context} ({count})" for context, count in sizes.items() if 0 < count < TINY]:
         yield f"Fewer than {TINY} rows in {', '.join(tiny)}. The adapter may learn these by heart; add rows."
     filled = {context: count for context, count in sizes.items() if count}
@@ -247,6 +252,31 @@ def _size_warnings(data: InterventionalData, train: Counter[str]) -> Iterator[st
             f"Lopsided sets: {large} has {filled[large]} rows, {small} only {filled[small]}. Sampling balances the "
             f"contexts, so rows of {small} repeat {filled[large] / filled[small]:.0f} times as often; add rows."
         )
+
+
+def _strength_warnings(data: InterventionalData) -> Iterator[str]:
+    strengths = defaultdict[str, set[float]](set)
+    for context in map(Context.parse, data.contexts):
+        if len(context.targets) == 1:
+            strengths[context.targets[0]].update(context.strengths.values())
+    for name, found in strengths.items():
+        listed = ", ".join(f"{strength:g}" for strength in sorted(found)[:MAX_STRENGTHS])
+        if len(found) > MAX_STRENGTHS:
+            yield (
+                f"{name!r} has rows at {len(found)} strengths. Losses and evaluations are per strength, of few rows "
+                "each: round them, for example to quarters."
+            )
+        if 1 not in found:
+            yield (
+                f"No rows of {name!r} at strength 1, only at {listed}. Its bare name means 1, in samples, evaluations "
+                "and reweighting, and 1 is then a guess. Divide the strengths, so that the full effect is 1"
+                + (f": call these rows {name!r}." if len(found) == 1 else ".")
+            )
+        elif max(map(abs, found)) > LARGE_STRENGTH:
+            yield (
+                f"{name!r} has rows at the strengths {listed}: 1 is meant to be the full effect, and others multiples "
+                "of it. Divide them by the largest."
+            )
 
 
 def _duplicate_warnings(seen: _Seen) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -33,6 +34,8 @@ def load_folders(
     streaming: bool = False,
 ) -> InterventionalData:
     """Read one folder per context, named as `Context.parse` reads them; `observational_name` is the observational one.
+
+    A folder "thick=0.5" holds rows at that strength.
 
     With a `joint_separator` such as "-", "thick-slant" is read as "thick+slant"; no concept's name may contain it.
 
@@ -114,7 +117,9 @@ def context_folders(root: Path, observational_name: str, joint_separator: str, h
         if not folder.is_dir() or folder.name.startswith("."):
             continue
         try:
-            context = context_text(folder.name.replace(joint_separator, "+"), observational_name)
+            # What follows "=" is the sign of a strength.
+            name = re.sub(f"(?<!=){re.escape(joint_separator)}", "+", folder.name)
+            context = context_text(name, observational_name)
         except ValueError as error:
             raise UserValueError(f"Folder {str(folder)!r}: {error} Rename the folder.") from error
         if context in folders:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from .._messages import quoted
 from ..errors import UserValueError
 
 _OBSERVATIONAL = ("obs", "observation", "observations")
+_DECIMAL = re.compile(r"(.+?)[ _:@-]?(-?\d*\.\d+)")  # "weight_0.5", or "weight-0.5"
 _REPEATS = re.compile(r"\d+_(.+)")  # kohya's "10_hat": each image ten times
 
 
@@ -20,8 +21,11 @@ def check_found_names(names: Iterable[str], observational_name: str, has_observa
     Nothing is guessed: a name is stored in the adapter for good, and "observation" may well be a concept.
 
     Raises:
-        ValueError: for names that differ in capitals only, that look like the observational set, or like kohya's.
+        ValueError: for names that differ in capitals only, that look like the observational set, like kohya's, or like
+            a strength of another concept.
     """
+    names = list(names)
+    _check_strengths(names)
     alike: defaultdict[str, list[str]] = defaultdict(list)
     for name in names:
         alike[_folded(name)].append(name)
@@ -43,6 +47,16 @@ def check_found_names(names: Iterable[str], observational_name: str, has_observa
                 f"{same[0]!r} looks like a folder of kohya's scripts, with a number of repeats. Batches hold all "
                 f"contexts equally often here, without repeats: rename it to {repeats[1]!r}. If the number belongs to "
                 "the concept's name, name all concepts: concepts= (--concepts)."
+            )
+
+
+def _check_strengths(names: Sequence[str]) -> None:
+    stems = {name: match for name in names if (match := _DECIMAL.fullmatch(name))}
+    for name, match in stems.items():
+        if match[1] in names or sum(other[1] == match[1] for other in stems.values()) > 1:
+            raise UserValueError(
+                f"{name!r} looks like the concept {match[1]!r} at strength {match[2]}. If it is, rename it to "
+                f"'{match[1]}={match[2]}'; if it is a concept of its own, name all concepts: concepts= (--concepts)."
             )
 
 

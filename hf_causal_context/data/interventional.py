@@ -71,10 +71,11 @@ def from_dataset(
 ) -> InterventionalData:
     """Read a dataset, map-style or streaming, with a context column.
 
-    A context is text such as ``"thick+slant"``, a list of names, a mapping name -> strength (None is not intervened) or
-    a class label with such a name; `observational_name` and ``""`` are observational. `concepts` default to those
-    that are the only target of a context, in alphabetical order. Trained on are `training_contexts`, by default the
-    observational one and all with one target; the others, which include all in `held_out_contexts`, are held out.
+    A context is text such as ``"thick+slant"`` or ``"thick=0.5"``, a list of names, a mapping name -> strength (None is
+    not intervened) or a class label with such a name; `observational_name` and ``""`` are observational. `concepts`
+    default to those that are the only target of a context, in alphabetical order. Trained on are `training_contexts`,
+    by default the observational one and all with one target; the others, which include all in `held_out_contexts`, are
+    held out.
 
     A stream is not searched for its contexts: it needs `concepts`, yields the training contexts and those named as held
     out, and skips other rows.
@@ -281,8 +282,9 @@ def _stream_data(
         counts=None,
         content_column=content_column,
         warnings=(
-            f"Streaming: only rows of the contexts {quoted(trained)} are trained on; other rows are skipped. "
-            "Name further contexts in training_contexts= or held_out_contexts=.",
+            f"Streaming: only rows of the contexts {quoted(trained)} are trained on; other rows are skipped, those at "
+            "other strengths, too. Name further contexts, such as 'thick=0.5', in training_contexts= or "
+            "held_out_contexts=.",
         ),
     )
 

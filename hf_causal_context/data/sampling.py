@@ -2,13 +2,15 @@
 
 The g-th sample ever drawn is a slot, and its row is a function of (seed, g) alone. Contexts are interleaved by stride
 scheduling: the k-th draw of a context with share w falls due at time (k + 1/2) / w, and slots are numbered in the order
-of these times. With equal shares this is a round-robin, so C slots in a row hold all C contexts. Where the first slots
-are to be observational, the schedule begins after them.
+of these times. With equal shares this is a round-robin, so C slots in a row hold all C contexts. Contexts that differ
+in their strengths only share one share, so that a concept with rows at many strengths gets no more than the others.
+Where the first slots are to be observational, the schedule begins after them.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -34,8 +36,8 @@ class ContextSampler(Sampler[list[int]]):
 
     Micro-batch i of process `rank` is slots (i world_size + rank) batch_size onwards. Yields lists of `batch_size` row
     numbers for the micro-batches `start` to `num_batches` - 1. Within a context every row is drawn once before any is
-    drawn again. `weights` maps contexts to their relative share of the slots; those not named have weight 1. The first
-    `num_observational` slots are of the observational context alone.
+    drawn again. `weights` maps contexts to their relative share of the slots; those not named have weight 1, divided
+    among the strengths of the same targets. The first `num_observational` slots are of the observational context alone.
 
     Raises:
         ValueError: for no rows, numbers out of range, weights that are unknown, negative, not finite or all zero, or
@@ -216,7 +218,10 @@ def _shares(contexts: Sequence[str], weights: Mapping[str, float] | None) -> NDA
             f"weights= names {quoted(unknown)}, which has no rows. Contexts of the rows: {quoted(contexts)} ('' is "
             "observational)."
         )
-    values = np.array([given.get(context, 1.0) for context in contexts], dtype=np.float64)
+    targets = [Context.parse(context).targets for context in contexts]
+    num_strengths = Counter(targets)
+    pairs = zip(contexts, targets, strict=True)
+    values = np.array([given.get(context, 1 / num_strengths[own]) for context, own in pairs], dtype=np.float64)
     if not np.isfinite(values).all() or (values < 0).any() or not values.any():
         raise UserValueError(
             f"weights={dict(weights or {})!r} must be finite numbers, none negative and not all zero: each is the "

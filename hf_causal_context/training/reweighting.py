@@ -17,6 +17,7 @@ from torch import Tensor
 from .._files import checkpoint_steps
 from .._messages import quoted
 from .._progress import say
+from ..contexts import Context
 from ..data import InterventionalData
 from ..data.reweighting import ReweightedContext, check_sets, reweight, wanted_combinations
 from ..errors import UserValueError
@@ -84,7 +85,14 @@ def add_reweighted_contexts(
     if not wanted:
         accelerator.print("No combination is left to reweight: all that were named have training rows of their own.")
         return data
-    check_sets(contexts, data.concepts)
+    codes = check_sets(contexts, data.concepts)
+    others = sum(code < 0 and len(Context.parse(c).targets) == 1 for c, code in zip(contexts, codes, strict=True))
+    if others:
+        accelerator.print(
+            f"Reweighting uses the {int((codes >= 0).sum())} observational rows and rows of single concepts at "
+            f"strength 1, and makes combinations at strength 1. The {others} rows at other strengths are trained on as "
+            "they are."
+        )
     output_dir = Path(arguments.output_dir)
     path = output_dir / FILE
     key = {
