@@ -12,6 +12,7 @@ from ..adapter.layer import CausalContextLayer
 from ..contexts import ConceptSet, Context
 from ..data import InterventionalData
 from ..errors import UserValueError
+from .classifiers import at_one
 from .evidence import MIN_REAL_ROWS
 
 MAX_UNSEEN_PAIRS = 6
@@ -46,7 +47,8 @@ def contexts_to_sample(
 ) -> tuple[list[Context], list[str]]:
     """Return the contexts to sample, in order, and notes: the empty one, single concepts, and combinations.
 
-    Without `wanted` these are all that have real rows, and where no unseen one has, some unseen pairs.
+    Without `wanted` these are all that have real rows, at other strengths than 1 enough of them to compare with, and
+    where no unseen one has, some unseen pairs.
     """
     chosen, notes = (wanted, []) if wanted is not None else _default_contexts(concepts, real, trained)
     return ordered({Context(), *map(Context, concepts), *chosen}), notes
@@ -60,6 +62,7 @@ def ordered(contexts: Collection[Context]) -> list[Context]:
 def _default_contexts(
     concepts: ConceptSet, real: Mapping[Context, Sized], trained: Collection[Context]
 ) -> tuple[list[Context], list[str]]:
+    real = {context: rows for context, rows in real.items() if at_one(context) or len(rows) >= MIN_REAL_ROWS}
     if any(len(rows) >= MIN_REAL_ROWS for context, rows in real.items() if context not in trained):
         return list(real), []
     unseen = [pair for a, b in combinations(concepts, 2) if (pair := Context(a, b)) not in trained]

@@ -107,6 +107,11 @@ def train_classifier(
     return classifier.eval()
 
 
+def at_one(context: Context) -> bool:
+    """Whether all targets of a context have strength 1."""
+    return set(context.strengths.values()) <= {1.0}
+
+
 def balanced_accuracy(logits: Mapping[Context, Tensor], concepts: ConceptSet) -> dict[str, float]:
     """Per concept, the mean of how often it is found where it was intervened on and not found elsewhere.
 

@@ -138,14 +138,19 @@ def _strengths(figure: Any, report: EvaluationReport) -> None:
     if not report.strength_curves:
         return
     figure.suptitle("Strength: mean reading of each concept's classifier", x=0.01, ha="left", fontweight="bold")
-    left, right = figure.subplots(1, 2)
+    left, right, way = figure.subplots(1, 3)
     for curve in report.strength_curves:
         label = curve.concept if curve.monotone else f"{curve.concept} (not monotone)"
         left.plot(curve.strengths, curve.logits, marker="o", ms=4, label=label)
-        right.plot(curve.strengths, curve.probabilities, marker="o", ms=4, label=label)
-    for ax, name in ((left, "logit"), (right, "probability")):
+        (line,) = right.plot(curve.strengths, curve.probabilities, marker="o", ms=4, label=label)
+        if curve.response is not None:
+            way.plot(curve.strengths, curve.response.samples, marker="o", ms=4, color=line.get_color())
+            truth = [np.nan if value is None else value for value in curve.response.truth]
+            way.plot(curve.strengths, truth, "x", ms=7, color=line.get_color())
+    panels = ((left, "logit"), (right, "probability"), (way, "way from 0 to 1 (x: real rows)"))
+    for ax, name in panels:
         ax.axvspan(1, max(report.strength_curves[0].strengths), color="#f2f2f2", zorder=0)
-        ax.set(xlabel="strength (0 and 1 are trained)", ylabel=name)
+        ax.set(xlabel="strength", ylabel=name)
         ax.spines[["top", "right"]].set_visible(False)
     right.set_ylim(-0.03, 1.03)
     right.legend(frameon=False)

@@ -195,6 +195,7 @@ def _strengths(report: EvaluationReport) -> Iterator[str]:
             monotone = _yes(bool(curve.attribute_monotone))
             rows.append((f"{curve.concept} (attribute)", *(cells.get(s, "") for s in strengths), monotone))
     yield from table(("concept", *(f"{strength:g}" for strength in strengths), "monotone"), rows)
+    yield from _responses(report, strengths)
     yield ""
     falls = [curve.concept for curve in report.strength_curves if not curve.monotone]
     yield f"Not monotone between 0 and 1: {', '.join(falls)}." if falls else "All are monotone between 0 and 1."
@@ -203,6 +204,25 @@ def _strengths(report: EvaluationReport) -> Iterator[str]:
     else:
         base = ", which is the base" if all(curve.zero_is_base for curve in report.strength_curves) else ""
         yield f"Strength 0 gives the samples of the empty context{base}, bit for bit."
+
+
+def _responses(report: EvaluationReport, strengths: Sequence[float]) -> Iterator[str]:
+    curves = [(curve, curve.response) for curve in report.strength_curves if curve.response is not None]
+    if not curves:
+        return
+    yield ""
+    read = ", ".join(sorted({response.reading for _, response in curves}))
+    yield (
+        "How far each strength goes, in units of the step from the empty context to strength 1: of samples / of real "
+        f"rows at that strength, in units of their own step. Read are {read}."
+    )
+    yield ""
+    rows = []
+    for curve, response in curves:
+        pairs = zip(curve.strengths, response.samples, response.truth, strict=True)
+        cells = {s: f"{own:.2f}" + ("" if truth is None else f" / {truth:.2f}") for s, own, truth in pairs}
+        rows.append((curve.concept, *(cells.get(strength, "") for strength in strengths), _yes(not response.falls)))
+    yield from table(("concept", *(f"{strength:g}" for strength in strengths), "monotone"), rows)
 
 
 def _drift(report: EvaluationReport) -> Iterator[str]:

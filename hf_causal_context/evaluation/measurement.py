@@ -6,19 +6,21 @@ Shapes: N rows, K concepts, A attributes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .._progress import ProgressBar
 from ..contexts import ConceptSet, Context
-from .classifiers import RELIABLE_ACCURACY, ConceptClassifier, balanced_accuracy, train_classifier
+from .classifiers import RELIABLE_ACCURACY, ConceptClassifier, at_one, balanced_accuracy, train_classifier
 from .comparison import gap_closed, means
 from .context_results import Logits, context_result, named
 from .evidence import EvaluationInputs
 from .influence import leakage, strength_curve
 from .metrics import beyond_base, sliced_wasserstein
 from .readings import Measurements
+from .response import response
 from .results import ContextResult, Drift, EvaluationReport, Leakage, StrengthCurve, Summary, ToldApart
 from .verdict import verdict
 
@@ -35,18 +37,21 @@ def measure(evidence: EvaluationInputs, seed: int = 0) -> EvaluationReport:
     """Measure everything. `seed` draws the splits of the real rows and the classifier's weights."""
     concepts, real = evidence.concepts, evidence.usable()
     learned, judged = evidence.split(seed)
+    # What is weaker or reversed is no example of a concept; it is read by what strength 1 taught.
+    learned = {context: rows for context, rows in learned.items() if at_one(context)}
     classifier = train_classifier(learned, concepts, seed, linear=evidence.holds_texts)
     logits = Logits(
         samples={c: [classifier.read(group.values) for group in groups] for c, groups in evidence.samples.items()},
         base=[classifier.read(group.values) for group in evidence.base],
         real={context: classifier.read(rows) for context, rows in judged.items()},
     )
-    accuracy = balanced_accuracy(logits.real, concepts)
+    accuracy = balanced_accuracy({c: read for c, read in logits.real.items() if at_one(c)}, concepts)
     bar = ProgressBar(evidence.samples, desc="measure", unit="context")
     results = tuple(context_result(evidence, context, logits, seed) for context in bar)
     told_apart = None
     if evidence.holds_texts:
         told_apart = _told_apart(evidence, learned[Context()], judged[Context()], seed)
+    curves = tuple(_curve(evidence, classifier, concept) for concept in evidence.strengths)
     leak = leakage(
         concepts,
         concepts.names,
@@ -56,7 +61,7 @@ def measure(evidence: EvaluationInputs, seed: int = 0) -> EvaluationReport:
     )
     return EvaluationReport(
         concepts=concepts.names,
-        verdict=verdict(results, accuracy, leak, told_apart),
+        verdict=verdict(results, accuracy, leak, told_apart, curves),
         notes=_notes(evidence, accuracy),
         contexts=results,
         trained=_summary(result for result in results if result.conformity is not None and result.trained),
@@ -65,7 +70,7 @@ def measure(evidence: EvaluationInputs, seed: int = 0) -> EvaluationReport:
         base_presence=named(concepts.names, (torch.cat(list(logits.base)) > 0).float().mean(0)),
         leakage=leak,
         attribute_leakage=_attribute_leakage(evidence),
-        strength_curves=tuple(_curve(evidence, classifier, concept) for concept in evidence.strengths),
+        strength_curves=curves,
         drift=_drift(evidence),
         told_apart=told_apart,
         examples={
@@ -127,7 +132,8 @@ def _curve(evidence: EvaluationInputs, classifier: ConceptClassifier, concept: s
         # The change was measured on whole images, of which a curve may hold smaller ones.
         is_base = evidence.largest_change == 0 and equal_at_zero(evidence.base[0])
     is_empty = equal_at_zero(evidence.samples[Context()][0])
-    return strength_curve(concept, logits, attribute, is_base, is_empty, paired=not evidence.holds_texts)
+    measured = strength_curve(concept, logits, attribute, is_base, is_empty, paired=not evidence.holds_texts)
+    return replace(measured, response=response(evidence, concept))
 
 
 def _summary(results: Iterable[ContextResult]) -> Summary | None:

@@ -129,12 +129,34 @@ class Leakage:
 
 
 @dataclass(frozen=True)
+class Response:
+    """How far each strength moves what is made, in units of the step from the empty context to strength 1.
+
+    Attributes:
+        reading: what is read, in words; see `response.py`.
+        samples: of the adapter, at the strengths of the curve.
+        truth: the same of real rows at these strengths, in units of their own step; None where there are none.
+        falls: strengths above 0 at which it is below that of the strength before by more than chance does.
+        num_samples: at each strength.
+        num_real: real rows of the observational context, or of the concept at strength 1 if these are fewer.
+    """
+
+    reading: str
+    samples: tuple[float, ...]
+    truth: tuple[float | None, ...]
+    falls: tuple[float, ...]
+    num_samples: int
+    num_real: int
+
+
+@dataclass(frozen=True)
 class StrengthCurve:
     """Mean readings of one concept at increasing strengths, from the same seeds; of texts from the same prompts.
 
     `monotone` says whether logits never fall between strengths 0 and 1 (of texts: by more than chance does),
     `attribute_monotone` whether the attribute of that name only rises or only falls. `zero_is_empty`: strength 0 gives
-    the samples of the empty context, bit for bit; `zero_is_base`: those of the base.
+    the samples of the empty context, bit for bit; `zero_is_base`: those of the base. `response` is None where 0
+    or 1 is missing, or the step between them cannot be told from chance.
     """
 
     concept: str
@@ -146,6 +168,7 @@ class StrengthCurve:
     attribute_monotone: bool | None
     zero_is_base: bool
     zero_is_empty: bool
+    response: Response | None = None
 
 
 @dataclass(frozen=True)

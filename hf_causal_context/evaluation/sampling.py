@@ -6,7 +6,7 @@ Shapes: N images (N, C, H, W) in [0, 1].
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -138,8 +138,9 @@ def sample_all(
     `groups` are the seeds of each group; the strength curves take the first ones of the first group.
     """
     few = groups[0][:MAX_CURVE_SAMPLES]
-    between = [strength for strength in STRENGTHS if strength not in (0, 1)]
-    total = (len(contexts) + 1) * sum(map(len, groups)) + len(concepts) * len(between) * len(few)
+    curves = {name: {s: Context({name: s}) for s in curve_strengths(name, contexts)} for name in concepts}
+    between = [context for curve in curves.values() for context in curve.values() if context not in contexts]
+    total = (len(contexts) + 1) * sum(map(len, groups)) + len(between) * len(few)
     change = PixelChange()
     others = [context for context in contexts if context]
     with ProgressBar(total=total, desc="sample", unit="image") as bar:
@@ -147,16 +148,20 @@ def sample_all(
         empty, base = sampler.empty_and_base(groups, change)
         drawn = iter(
             sampler.samples(
-                [(context, group) for context in others for group in groups]
-                + [(Context({name: strength}), few) for name in concepts for strength in between]
+                [(context, group) for context in others for group in groups] + [(context, few) for context in between]
             )
         )
     samples = {Context(): empty} | {context: [next(drawn) for _ in groups] for context in others}
-    strengths: dict[str, dict[float, Measurements]] = {name: {} for name in concepts}
-    for name, curve in strengths.items():
-        for strength in STRENGTHS:
-            curve[strength] = next(drawn) if strength in between else samples[Context({name: strength})][0][: len(few)]
+    first = {context: parts[0][: len(few)] for context, parts in samples.items()}
+    first |= dict(zip(between, drawn, strict=True))
+    strengths = {name: {s: first[context] for s, context in curve.items()} for name, curve in curves.items()}
     return Sampled(samples, base, strengths, change)
+
+
+def curve_strengths(concept: str, contexts: Collection[Context]) -> list[float]:
+    """Return the strengths of a concept's curve: the usual ones, and those at which it is sampled alone anyway."""
+    own = {strength for c in contexts for strength in c.strengths.values() if c == Context({concept: strength})}
+    return sorted({*STRENGTHS, *own})
 
 
 @contextmanager

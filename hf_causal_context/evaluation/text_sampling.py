@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from .._progress import ProgressBar
 from ..contexts import ConceptSet, Context
 from ..inference.texts import Prompt, generate_texts
-from .sampling import MAX_CURVE_SAMPLES, STRENGTHS, adapters_disabled
+from .sampling import MAX_CURVE_SAMPLES, adapters_disabled, curve_strengths
 
 
 @dataclass
@@ -78,8 +78,8 @@ def sample_all_texts(
     groups = [range(group * num_samples, (group + 1) * num_samples) for group in range(num_seeds)]
     every = [number for group in groups for number in group]
     few = groups[0][:MAX_CURVE_SAMPLES]
-    curves = {name: {strength: Context({name: strength}) for strength in STRENGTHS} for name in concepts}
-    between = [c for curve in curves.values() for strength, c in curve.items() if strength not in (0, 1)]
+    curves = {name: {s: Context({name: s}) for s in curve_strengths(name, contexts)} for name in concepts}
+    between = [c for curve in curves.values() for c in curve.values() if c not in contexts]
     jobs = [(context, number) for context in contexts for number in every]
     jobs += [(context, number) for context in between for number in few]
     with ProgressBar(total=len(jobs) + len(every), desc="sample", unit="text") as bar:

@@ -24,12 +24,13 @@ tenth and a half of the way are no matter of noise in a hundred samples.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..contexts import Context
 from .classifiers import RELIABLE_ACCURACY
-from .results import ContextResult, Distances, Leakage, Perplexity, ToldApart, Verdict
+from .results import ContextResult, Distances, Leakage, Perplexity, StrengthCurve, ToldApart, Verdict
 
 NOTHING, HALF = 0.1, 0.5
 MIN_CONTRAST = 0.2  # of shares
@@ -43,6 +44,7 @@ FEW_SAMPLES = 30
 ALIKE = 0.5  # of the diversity of real rows
 MAX_LISTED, MAX_SENTENCES = 3, 8
 
+_SINGLE, _COMBINATION, _AT_OTHERS = _KINDS = "concept", "combination", "context at other strengths"
 _FAR = "The base is far from the observational set"
 
 
@@ -51,7 +53,7 @@ class Judgment:
     """The measures of a context that could be taken, each with what it was taken from, in words."""
 
     name: str
-    single: bool
+    kind: str  # one of `_KINDS`
     measures: tuple[tuple[float, str], ...]
 
     @property
@@ -70,6 +72,7 @@ def verdict(
     accuracy: Mapping[str, float],
     leak: Leakage,
     told_apart: ToldApart | None = None,
+    curves: Sequence[StrengthCurve] = (),
 ) -> Verdict:
     """Judge the contexts of a report.
 
@@ -78,6 +81,7 @@ def verdict(
         accuracy: balanced accuracy of each concept's classifier.
         leak: of the classifiers.
         told_apart: of texts.
+        curves: of strengths.
     """
     empty = next(result for result in results if not result.context)
     singles = {result.context: result for result in results}
@@ -98,7 +102,7 @@ def verdict(
             "without it."
         )
     sentences += [base] if base and base_is_right else []
-    sentences += _remarks(results, empty, accuracy)
+    sentences += [*_strengths(curves), *_remarks(results, empty, accuracy)]
     if len(sentences) > MAX_SENTENCES:
         sentences = [*sentences[: MAX_SENTENCES - 1], "There is more: see below."]
     return Verdict(not problems and not unjudged and bool(right), tuple(sentences))
@@ -164,7 +168,9 @@ def _judge(result: ContextResult, singles: Mapping[str, ContextResult], accuracy
     if result.perplexity is not None:
         likely, words = _likely(result.perplexity)
         measures += [(likely, words)] if likely <= 0 or measures else []
-    return Judgment(result.context, len(targets) == 1, tuple(measures))
+    strengths = Context.parse(result.context).strengths.values()
+    kind = _AT_OTHERS if set(strengths) != {1.0} else _SINGLE if len(targets) == 1 else _COMBINATION
+    return Judgment(result.context, kind, tuple(measures))
 
 
 def _found(result: ContextResult, real: float) -> tuple[float | None, str]:
@@ -199,9 +205,9 @@ def _likely(perplexity: Perplexity) -> tuple[float, str]:
 
 
 def _failures(asked: Sequence[Judgment]) -> Iterator[str]:
-    nothing = [judgment for judgment in asked if judgment.single and judgment.without_effect]
+    nothing = [judgment for judgment in asked if judgment.kind == _SINGLE and judgment.without_effect]
     others = [judgment for judgment in asked if judgment not in nothing]
-    singles = [judgment for judgment in asked if judgment.single]
+    singles = [judgment for judgment in asked if judgment.kind == _SINGLE]
     if nothing and len(nothing) == len(singles) and all(judgment.worst < NOTHING for judgment in others):
         yield f"The adapter has no effect. {_reasons(nothing)}."
         return
@@ -268,6 +274,20 @@ def _alike(results: Sequence[ContextResult]) -> Iterator[str]:
         yield f"Samples are too much alike (their diversity beside that of real rows): {_listed(named)}."
 
 
+def _strengths(curves: Sequence[StrengthCurve]) -> Iterator[str]:
+    responses = {curve.concept: curve.response for curve in curves if curve.response is not None}
+    falls = [
+        f"{name} falls at {', '.join(f'{strength:g}' for strength in response.falls)}"
+        for name, response in responses.items()
+        if response.falls
+    ]
+    if falls:
+        yield f"Not monotone: more strength is not always more of the concept ({_listed(falls, '; ')})."
+    elif responses:
+        highest = max(strength for curve in curves for strength in curve.strengths)
+        yield f"More strength is more of the concept, from 0 to {highest:g}: {_listed(list(responses))}."
+
+
 def _remarks(results: Sequence[ContextResult], empty: ContextResult, singles: Collection[str]) -> Iterator[str]:
     for result in results:
         if result.context in singles and result.real_conformity is not None:
@@ -300,8 +320,11 @@ def _figure(perplexity: float) -> str:
 
 
 def _counted(judgments: Sequence[Judgment]) -> str:
-    counts: list[tuple[int, str]] = [
-        (sum(judgment.single for judgment in judgments), "concept"),
-        (sum(not judgment.single for judgment in judgments), "combination"),
-    ]
-    return " and ".join(f"{num} {word}{'s' if num > 1 else ''}" for num, word in counts if num)
+    counts = Counter(judgment.kind for judgment in judgments)
+    words = [f"{num} {_plural(kind) if num > 1 else kind}" for kind in _KINDS if (num := counts[kind])]
+    return " and ".join(words) if len(words) < 3 else f"{words[0]}, {words[1]} and {words[2]}"
+
+
+def _plural(kind: str) -> str:
+    first, *rest = kind.split(" ")
+    return " ".join([f"{first}s", *rest])

@@ -188,7 +188,8 @@ def test_it_is_deterministic_and_leaves_the_random_state_alone(quick):
 def test_an_adapter_that_writes_what_was_asked_for_works(judge, tmp_path):
     report = judge()
     assert report.verdict.works
-    assert report.verdict.sentences == ("Everything asked for works: 2 concepts and 1 combination.",)
+    more = "More strength is more of the concept, from 0 to 1.5: formal, loud."
+    assert report.verdict.sentences == ("Everything asked for works: 2 concepts and 1 combination.", more)
     assert min(report.classifier_accuracy.values()) > 0.95
     assert result_of(report, PAIR).conformity.mean > 0.95
     assert result_of(report, PAIR).base_conformity < 0.05
@@ -209,14 +210,14 @@ def test_an_adapter_without_effect_is_told_so(judge):
 
 
 def test_a_pair_that_is_never_shown_fails_however_likely_its_real_rows_are(judge):
-    fails, rest = judge({PAIR: FORMAL}).verdict.sentences
+    fails, rest, _ = judge({PAIR: FORMAL}).verdict.sentences
     assert fails.startswith("Fails: formal+loud (found in 0.0")
     assert rest == "The rest works: 2 concepts."
 
 
 def test_real_rows_that_are_less_likely_in_their_context_speak_against_it(judge):
     scores = LIKELIER | {PAIR: Perplexity(21.0, 20.0, 22.0, 24)}
-    fails, _ = judge(scores=scores).verdict.sentences
+    fails, _, _ = judge(scores=scores).verdict.sentences
     assert fails == "Fails: formal+loud (perplexity of real rows 21, 20 without it)."
 
 
