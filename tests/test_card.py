@@ -219,6 +219,23 @@ def test_code_of_a_branch_loads_that_branch(folder):
     assert 'from_pretrained("user/strokes", revision="v2", dtype=torch.float32)' in block
 
 
+@pytest.mark.parametrize(
+    ("trained", "said"),
+    [
+        ({"": 1500, "thick": None}, "Only 0 and 1 were trained."),
+        ({"": 1500, "slant": 9, "thick=0.5": 9}, "0, 0.5 and 1 were trained."),
+        ({"": 1500, "thick=0.25": 9, "thick=0.5": 9}, "0, 0.25 and 0.5 were trained."),
+    ],
+)
+def test_it_says_which_strengths_were_trained_and_what_is_calibrated(folder, trained, said):
+    (folder / "training_data.json").write_text(json.dumps({"trained": trained}))
+    assert f"extrapolate. {said}\n" in render_card(folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"calibration": {"thick": [[0, 0], [1, 1]]}}))
+    told = "equal steps of the strength of thick are equal changes."
+    assert f"{said} With `calibrated=True` (`--calibrated`), {told}" in render_card(folder)
+
+
 def test_an_edited_card_is_kept_and_one_as_it_was_written_is_not(folder):
     write_card(folder)
     first = (folder / "README.md").read_text()

@@ -10,6 +10,7 @@ from peft import get_peft_model
 from PIL import Image
 
 from hf_causal_context import CausalContextConfig
+from hf_causal_context.adapter.calibration import store_calibration
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.cli import main
 
@@ -145,6 +146,16 @@ def test_train_then_generate(images, base, tmp_path, capsys):
     names = {"obs-seed1.png", "obs-seed2.png", "slant+thick=0.5-seed1.png", "slant+thick=0.5-seed2.png"}
     assert {path.name for path in made.iterdir()} == names
     assert set(capsys.readouterr().out.split()) >= {str(made / name) for name in names}
+    # dials are stored with the adapter, and files keep the names of their positions
+    generate = ["generate", "--adapter", str(tmp_path / "out"), "--seeds", "1", "--num_inference_steps", "2"]
+    dial = [*generate, "--contexts", "thick=0.5", "--calibrated", "--output_dir", str(tmp_path / "dial")]
+    assert main(dial) == 1
+    assert "no calibration of 'thick'" in capsys.readouterr().err
+    store_calibration(tmp_path / "out", [""], {"thick": [[0, 0], [0.5, 0.25], [1, 1]]})
+    assert main(dial) == 0
+    assert main([*generate, "--contexts", "thick=0.25", "--output_dir", str(made)]) == 0
+    images_of = (tmp_path / "dial" / "thick=0.5-seed1.png", made / "thick=0.25-seed1.png")
+    assert images_of[0].read_bytes() == images_of[1].read_bytes()
     # a second run does not mix with the first one's checkpoints
     assert main([*command, "--output_dir", str(tmp_path / "out"), *options]) == 1
     assert "--resume_from_checkpoint latest" in capsys.readouterr().err

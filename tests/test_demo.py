@@ -119,6 +119,25 @@ def test_every_handler_on_every_kind_of_base(adapted, name, condition):
     assert "data:image/png" in studio.read_out()
 
 
+def test_a_box_says_whether_sliders_are_calibrated(adapted):
+    knots = {name: [[0, 0], [0.5, 0.25], [1, 1]] for name in ("thick", "slant")}
+    base = adapted("ddpm", calibration=knots)
+    studio, page = DemoBackend(base), build_demo(base)
+    boxes = [block.label for block in page.blocks.values() if isinstance(block, gr.Checkbox)]
+    assert boxes[0] == "Calibrated: equal steps are equal changes"
+    nothing, quarter = generate(base, [Context(), Context({"thick": 0.25})], seeds=[0, 1], num_inference_steps=2)
+    expected = grid_html(["no intervention", "thick=0.5"], [nothing, quarter], range(2))
+    assert last(studio.intervene(0.5, 0.0, True, *SMALL)) == expected
+    assert last(studio.intervene(0.25, 0.0, False, *SMALL)) == expected.replace("thick=0.5", "thick=0.25")
+    assert sources(last(studio.sweep("thick", "0.5", False, 0.0, 0.0, True, *SMALL))) == sources(expected)[2:]
+    image = studio.sample("", 0.0, 0.0, True, *SMALL)
+    half, quarter = (
+        sources(studio.counterfactual(image, "", way, 1.0, 0.0, way == "0.5", *SMALL)) for way in ("0.5", "0.25")
+    )
+    assert half == quarter
+    assert not DemoBackend(adapted("ddpm", calibration={"thick": knots["thick"]})).has_calibration
+
+
 def test_conditions_are_asked_for_only_where_the_base_takes_them(adapted):
     def labels(name):
         page = build_demo(adapted(name))

@@ -7,6 +7,7 @@ from peft import get_peft_model
 from PIL import Image
 
 from hf_causal_context import CausalContextConfig, counterfactual
+from hf_causal_context.adapter.calibration import store_calibration
 from hf_causal_context.bases.images import to_image
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.cli import main
@@ -53,6 +54,20 @@ def test_the_files_are_what_counterfactual_returns(base, tmp_path, capsys):
                 made = np.asarray(Image.open(f"edits/{name}-{context}{end}.png"), dtype=int)
                 assert np.abs(made - np.asarray(to_image(expected))).max() <= 1
         assert f"one: reconstruction error {float(found.reconstruction_error[0]):.4f}" in "\n".join(said)
+
+
+@pytest.mark.filterwarnings("ignore:.*The inversion did not hold")
+def test_calibrated_strengths_are_those_that_are_meant_on_the_way_too(base, tmp_path, capsys):
+    command = ["--image", "one.png", "--context", "thick", "--strengths", 0.5, "--calibrated"]
+    assert edit(*command) == 1
+    assert "no calibration of 'thick'" in capsys.readouterr().err
+    store_calibration(tmp_path / "adapter", [""], {"thick": [[0, 0], [0.5, 0.25], [1, 1]]})
+    assert edit(*command) == 0
+    found = counterfactual(base, Image.open("one.png"), {"thick": 0.25}, num_inference_steps=3)
+    made = np.asarray(Image.open("edits/one-thick-0.5.png"), dtype=int)
+    assert np.abs(made - np.asarray(to_image(found.images[0, 0]))).max() <= 1
+    assert edit(*command[:-1]) == 0
+    assert np.abs(made - np.asarray(Image.open("edits/one-thick-0.5.png"))).max() > 1
 
 
 def test_a_mask_keeps_the_rest_of_an_image(base, monkeypatch):

@@ -93,6 +93,16 @@ def test_contexts_in_one_batch_are_those_of_separate_calls(name):
     assert len(set(texts[1])) > 1
 
 
+def test_calibrated_strengths_are_those_that_are_meant(store, run):
+    adapter = store(calibration={"formal": [[0, 0], [0.5, 0.25], [1, 1]]})
+    _, dial, _ = run(adapter, "--greedy", "--calibrated", contexts=("formal=0.5", "formal"))
+    _, plain, _ = run(adapter, "--greedy", contexts=("formal=0.25", "formal"))
+    assert [row["text"] for row in dial] == [row["text"] for row in plain]
+    assert [row["context"] for row in dial] == ["formal=0.5", "formal"]
+    status, _, printed = run(adapter, "--calibrated", contexts=("loud=0.5",))
+    assert (status, "no calibration of 'loud'" in printed.err) == (1, True)
+
+
 def test_draws_follow_the_seed_and_leave_the_random_state():
     model, tokenizer = adapted("llama"), word_tokenizer()
 

@@ -16,7 +16,7 @@ from peft.utils.other import get_pattern_key
 from .._files import CONFIG
 from .._install import installation
 from .._messages import short_repr
-from ..contexts import ConceptSet
+from ..contexts import ConceptSet, Context
 from ..errors import UserTypeError, UserValueError
 from ..layers import (
     MECHANISMS,
@@ -27,6 +27,7 @@ from ..layers import (
     ReducedLayer,
     StructuralLayer,
 )
+from .calibration import Calibration, calibrated_context, check_calibration
 from .peft_type import CAUSAL_CONTEXT
 from .plain_card import replace_card
 from .storage import fields
@@ -66,6 +67,7 @@ class CausalContextConfig(PeftConfig):
         rank_pattern: module name or regular expression -> concept_rank, where it shall differ.
         modules_to_save: modules that are trained and saved whole.
         init_weights: False draws random weights instead of those that leave the base model unchanged (for tests).
+        calibration: concept -> knots (dial, strength), from `evaluate --calibrate`; see `calibration.py`.
         format_version: of the stored adapter; leave it.
 
     Raises:
@@ -94,6 +96,7 @@ class CausalContextConfig(PeftConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     modules_to_save: list[str] | None = None
     init_weights: bool = True
+    calibration: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def __new__(cls, *args: Any, **kwargs: Any) -> CausalContextConfig:
@@ -136,6 +139,7 @@ class CausalContextConfig(PeftConfig):
             self._check_rank(f"rank_pattern[{pattern!r}]", rank)
         self._check_graph()
         self._check_modules()
+        check_calibration(self.calibration, self.concepts)
 
     def _check_rank(self, name: str, width: object) -> None:
         mixed = self.mechanism != "independent" or self.expressive_depth > 0
@@ -247,6 +251,14 @@ class CausalContextConfig(PeftConfig):
     def graph(self) -> ConceptGraph:
         """Which concepts may act on which."""
         return _graph(self.concepts, self.concept_graph, self.concept_order)
+
+    def knots(self) -> Calibration:
+        """Return the calibration of each concept, None for those without."""
+        return {name: self.calibration.get(name) for name in self.concepts}
+
+    def calibrated(self, context: Context) -> Context:
+        """Return the context that is meant by one whose strengths are positions of dials; see `calibrated_context`."""
+        return calibrated_context(context, self.knots())
 
     def causal_layer(self, width: int) -> CausalLayer:
         """Return a new layer that mixes the concepts, with `width` coordinates for each."""

@@ -10,13 +10,14 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from ..contexts import ContextBatch
+from ..contexts import ContextBatch, as_contexts
 from ..errors import UserTypeError, UserValueError
 from .announced_generate import AnnouncedGenerate
+from .calibration import calibrated_context, calibrated_mask
 from .conditioning.hooks import Conditioning
 from .conditioning.in_force import in_force, is_inside
 from .conditioning.presence import check_unasked
-from .conditioning.request import Request
+from .conditioning.request import Request, normalize
 from .followed_pipeline import track_calls
 from .lookup import conditionings
 
@@ -40,6 +41,8 @@ class intervene:  # noqa: N801 (reads like torch.no_grad)
             "this concept, in the base's own style". By default 1, or what the contexts say themselves.
         guidance_copies: for a model inside a pipeline: copies of the batch that it stacks in one call for
             classifier-free guidance; calls without them are served too.
+        calibrated: the strengths are positions of the dials that `evaluate --calibrate` stored with the adapter: equal
+            steps of a dial are equal changes, 0 and 1 stay what they are.
 
     Nested uses replace each other. Rows of `generate` (beams, returned sequences) are matched without being told.
 
@@ -49,7 +52,8 @@ class intervene:  # noqa: N801 (reads like torch.no_grad)
     Raises:
         TypeError: for values that are not contexts, or for something that is neither a module nor a pipeline.
         ValueError: for a model without the adapter, unknown names, a wrong mask, a concept that two adapters share, or
-            a strength of the observational part for adapters that have none.
+            a strength of the observational part for adapters that have none, or calibrated strengths without a
+            calibration.
 
     Example:
         >>> import torch
@@ -73,13 +77,20 @@ class intervene:  # noqa: N801 (reads like torch.no_grad)
         images_per_prompt: int = 1,
         guidance_copies: int = 1,
         observational: float | None = None,
+        calibrated: bool = False,
     ) -> None:
         owners = [find_conditioning(model)] if isinstance(model, nn.Module) else _of_pipeline(model)
         # Of several adapted components of a pipeline only some may have an adapter of that name.
         owners = [owner for owner in owners if adapter_name in owner.concepts] or owners
         self._pipe = None if isinstance(model, nn.Module) else model
         self._requests = [  # errors show here, before any work
-            owner.make_request(context, adapter_name, images_per_prompt, guidance_copies, observational)
+            owner.make_request(
+                _calibrated(owner, context, adapter_name) if calibrated else context,
+                adapter_name,
+                images_per_prompt,
+                guidance_copies,
+                observational,
+            )
             for owner in owners
         ]
         if isinstance(model, nn.Module) and not isinstance(model, PeftModel | BaseTuner):  # these ask their base's
@@ -102,6 +113,21 @@ class intervene:  # noqa: N801 (reads like torch.no_grad)
         own = next((each for each in entered if any(map(is_inside, each[1]))), self._entered[-1])
         self._entered.remove(own)
         own[0].close()
+
+
+def _calibrated(owner: Conditioning, context: ContextBatch, adapter_name: str | None) -> ContextBatch:
+    """Return what a context means whose strengths are positions of dials; `make_request` refuses what is none."""
+    active = owner.active_adapters() if adapter_name is None else owner.concepts
+    addressed = {name: own for name, own in active.items() if adapter_name in (None, name)}
+    knots = {concept: own for name in addressed for concept, own in owner.calibrations[name].items()}
+    contexts, mask = normalize(context, None)
+    if mask is None:
+        mapped = [calibrated_context(each, knots) for each in contexts]
+        return mapped if as_contexts(context) is not None else mapped[0]
+    if len(addressed) != 1:
+        return mask
+    (concepts,) = addressed.values()
+    return calibrated_mask(mask, concepts, knots)
 
 
 def _of_pipeline(pipe: DiffusionPipeline) -> list[Conditioning]:

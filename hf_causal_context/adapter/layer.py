@@ -71,6 +71,7 @@ class CausalContextLayer(ConvertsToLora, BaseTunerLayer):
         rank = part + len(concepts) * width
         self.concepts[adapter_name] = self.conditioning.concepts[adapter_name] = concepts
         self.conditioning.observational_ranks[adapter_name] = part
+        self.conditioning.calibrations[adapter_name] = config.knots()
         self.r[adapter_name] = rank
         self._default_scaling[adapter_name] = 1.0 if config.alpha is None else config.alpha / width
         self.scaling[adapter_name] = self._default_scaling[adapter_name]
@@ -94,7 +95,8 @@ class CausalContextLayer(ConvertsToLora, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off this layer; whoever does so does it on all of them."""
         super().delete_adapter(adapter_name)
-        for known in (self.conditioning.concepts, self.conditioning.observational_ranks):
+        known_of = self.conditioning
+        for known in (known_of.concepts, known_of.observational_ranks, known_of.calibrations):
             known.pop(adapter_name, None)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:

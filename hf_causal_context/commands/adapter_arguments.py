@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..inference.adapted import StoredAdapter
     from ..inference.sampling import SamplingOptions
 
+CALIBRATED = "Strengths are positions of the dials that evaluate --calibrate made: equal steps are equal changes."
 DTYPES = ["float32", "float16", "bfloat16"]
 
 
@@ -72,6 +73,7 @@ class ContextArguments:
         metadata={"help": 'Such as obs a a+b "a=0.5,b=-1".', "aliases": ["--context"]},
     )
     observational_name: str = argument("obs", "What the empty context is called.")
+    calibrated: bool = argument(False, CALIBRATED)
 
     def parsed(self) -> list[Context]:
         """Return the contexts."""

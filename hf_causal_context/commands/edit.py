@@ -63,7 +63,9 @@ def edit_files(arguments: Arguments) -> list[Path]:
     (source,) = parse_contexts([arguments.from_context or arguments.observational_name], arguments.observational_name)
     images = {path.stem: _opened(path) for path in arguments.images}
     mask = None if arguments.mask is None else _opened(arguments.mask)
-    base = arguments.open().pipeline([*contexts, source], variant=arguments.variant, **arguments.weights)
+    stored = arguments.open()
+    meant = stored.meant([*contexts, source], arguments.calibrated)
+    base = stored.pipeline(meant, variant=arguments.variant, **arguments.weights)
 
     paths, names = [], list(images)
     for start in range(0, len(names), arguments.batch_size):
@@ -79,6 +81,7 @@ def edit_files(arguments: Arguments) -> list[Path]:
                 prompt=arguments.prompt,
                 class_label=arguments.class_label,
                 num_inference_steps=arguments.num_inference_steps,
+                calibrated=arguments.calibrated,
             )
             arguments.output_dir.mkdir(parents=True, exist_ok=True)
             label = file_name(str(context) or arguments.observational_name)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..contexts import Context
 from ..data.arguments import AnyDataArguments, argument
 from ..errors import UserValueError
+from ..evaluation.calibrating import MIN_ROWS
 from .adapter_arguments import BaseWeights, parse_contexts
 
 if TYPE_CHECKING:
@@ -63,6 +64,9 @@ class Arguments(BaseWeights, AnyDataArguments):
     feature_extractor: str | None = argument(
         None, "For FID and KID: a transformers vision model, such as facebook/dinov2-small."
     )
+    calibrate: bool = argument(
+        False, "Store a dial per concept with the adapter, of which equal steps are equal changes; for --calibrated."
+    )
     seed: int = argument(0, "Of the classifiers and of the splits of the real rows.")
 
     def __post_init__(self) -> None:
@@ -72,6 +76,8 @@ class Arguments(BaseWeights, AnyDataArguments):
             value = getattr(self, name)
             if value is not None and not value >= minimum:
                 raise UserValueError(f"--{name}={value} must be at least {minimum}.")
+        if self.calibrate and self.num_samples is not None and self.num_samples < MIN_ROWS:
+            raise UserValueError(f"--num_samples={self.num_samples} must be at least {MIN_ROWS} for --calibrate.")
 
     def refuse_useless(self, language: bool) -> None:
         """Refuse settings that an adapter of this kind does not have.
@@ -96,7 +102,28 @@ def run(arguments: Arguments) -> None:
     print(f"\n{markdown(report)}")
     for path in paths:
         print(path)
+    if arguments.calibrate:
+        print(f"\n{calibrate(Path(arguments.adapter), report)}")
     print("\n" + "\n".join(f"- {sentence}" for sentence in report.verdict.sentences))
+
+
+def calibrate(folder: Path, report: EvaluationReport) -> str:
+    """Store calibrations with the adapter in a folder, and return what they are, in words.
+
+    Raises:
+        ValueError: if no concept can be calibrated.
+        OSError: for a folder that cannot be written.
+    """
+    from .._markdown import table
+    from ..adapter.calibration import store_calibration
+    from ..evaluation.calibrating import calibrations
+    from ..inference.pipelines import adapter_places
+
+    found, problems = calibrations(report)
+    store_calibration(folder, adapter_places(), found)
+    rows = [(name, ", ".join(f"{dial:.2f} -> {strength:g}" for dial, strength in found[name])) for name in found]
+    lines = ["Calibrated, and stored with the adapter; --calibrated and intervene(..., calibrated=True) use it.", ""]
+    return "\n".join([*lines, *table(("concept", "dial -> strength"), rows), *(f"- {each}" for each in problems)])
 
 
 def evaluate_adapter(arguments: Arguments) -> tuple[EvaluationReport, list[Path]]:
@@ -113,6 +140,11 @@ def evaluate_adapter(arguments: Arguments) -> tuple[EvaluationReport, list[Path]
         arguments.adapter, arguments.pretrained_model_name_or_path, revision=arguments.revision
     )
     language = adapter.is_of_language_model
+    if arguments.calibrate and not Path(arguments.adapter).is_dir():
+        raise UserValueError(
+            f"--calibrate writes into the adapter's folder, and {arguments.adapter} is on the Hub. Download it first, "
+            "and push it again afterwards."
+        )
     arguments.refuse_useless(language)
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)  # one that cannot be written is found now

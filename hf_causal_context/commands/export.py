@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import Any
 
 from ..data.arguments import argument
-from .adapter_arguments import RevisionArguments
-
-if TYPE_CHECKING:
-    from ..inference.export import FileFormat
+from .adapter_arguments import CALIBRATED, RevisionArguments
 
 
 @dataclass(kw_only=True)
@@ -31,6 +28,7 @@ class Arguments(RevisionArguments):
         }
     )
     output_dir: Path = field(metadata={"help": "Folder for the files."})
+    calibrated: bool = argument(False, CALIBRATED)
     variant: str | None = argument(None, "Of the base's files, such as fp16.")
 
 
@@ -38,9 +36,10 @@ def run(arguments: Arguments) -> None:
     """Write one LoRA per context, and print the paths; see `export_contexts` for what it raises."""
     from ..inference.export import export_contexts, lora_paths
 
-    stored, file_format = arguments.open(), cast("FileFormat", arguments.format)
+    stored = arguments.open()
+    options: dict[str, Any] = {"file_format": arguments.format, "calibrated": arguments.calibrated}
     # Refuses before the base is loaded.
-    contexts = list(lora_paths(stored.config, arguments.contexts, arguments.output_dir, file_format).values())
+    contexts = list(lora_paths(stored.config, arguments.contexts, arguments.output_dir, **options).values())
     base = stored.pipeline(contexts, variant=arguments.variant, **arguments.weights)
-    for path in export_contexts(base, arguments.contexts, arguments.output_dir, file_format=file_format):
+    for path in export_contexts(base, arguments.contexts, arguments.output_dir, **options):
         print(path)

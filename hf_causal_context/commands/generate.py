@@ -37,8 +37,10 @@ def generate_files(arguments: Arguments) -> list[Path]:
     from ..inference.sampling import generate
 
     contexts, output_dir, seeds = arguments.parsed(), arguments.output_dir, arguments.seeds
-    base = arguments.open().pipeline(contexts, variant=arguments.variant, **arguments.weights)
-    rows = generate(base, contexts, seeds=seeds, **arguments.options())
+    stored = arguments.open()
+    meant = stored.meant(contexts, arguments.calibrated)
+    base = stored.pipeline(meant, variant=arguments.variant, **arguments.weights)
+    rows = generate(base, meant, seeds=seeds, **arguments.options())
     output_dir.mkdir(parents=True, exist_ok=True)
     labels = [str(context) or arguments.observational_name for context in contexts]
     if arguments.grid:

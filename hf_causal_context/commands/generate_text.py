@@ -55,13 +55,15 @@ def generate_text_file(arguments: Arguments) -> list[dict[str, Any]]:
     if output_file.is_dir():
         raise IsADirectoryError(f"--output_file {output_file} is a folder. Give a file in it, such as texts.jsonl.")
     contexts = arguments.parsed()
-    model, tokenizer = arguments.open().language_model(contexts, **arguments.weights)
+    stored = arguments.open()
+    meant = stored.meant(contexts, arguments.calibrated)
+    model, tokenizer = stored.language_model(meant, **arguments.weights)
     prompts: list[Prompt] = [[{"role": "user", "content": prompt}] if arguments.chat else prompt]
     rows = []
     seeds = (None,) if arguments.greedy else arguments.seeds
     for seed in ProgressBar(seeds, desc="write", unit="seed"):
         [texts] = generate_texts(
-            model, tokenizer, prompts, contexts, max_new_tokens=arguments.max_new_tokens, seed=seed, **sampling
+            model, tokenizer, prompts, meant, max_new_tokens=arguments.max_new_tokens, seed=seed, **sampling
         )
         rows += [
             {"context": str(context) or arguments.observational_name, "seed": seed, "prompt": prompt, "text": text}

@@ -24,6 +24,7 @@ except ImportError as error:
     raise MissingPackageError(f"The demo needs gradio: {installation('demo')}") from error
 
 from .._messages import quoted
+from ..adapter.calibration import calibrated_context
 from ..adapter.effects import causal_effects
 from ..adapter.lookup import conditionings
 from ..bases.diffusion_base import DiffusionBase
@@ -45,6 +46,7 @@ from .views import (
     warned,
 )
 
+CALIBRATED = "Calibrated: equal steps are equal changes"
 MOST_STRENGTHS, MOST_COMBINED = 12, 4
 
 
@@ -56,6 +58,7 @@ class Settings:
     condition: dict[str, Any]
     seeds: range
     steps: int
+    calibrated: bool
 
     @property
     def nothing(self) -> Context:
@@ -67,7 +70,8 @@ class DemoBackend:
     """What the page does with a base and its adapter. Grids are HTML and grow row by row.
 
     `values` are those of the left column: strengths of the concepts and of the observational part where there is one,
-    the prompt or class where the base takes one, the number of images, the first seed, steps.
+    whether they are calibrated where all concepts are, the prompt or class where the base takes one, the number of
+    images, the first seed, steps.
 
     Raises:
         ValueError: for a base without an adapter.
@@ -83,6 +87,8 @@ class DemoBackend:
         self.adapter_name, known = next(iter(owners[0].active_adapters().items()))
         self.concepts = known.names
         self.has_part = owners[0].observational_ranks[self.adapter_name] > 0
+        self.knots = owners[0].calibrations[self.adapter_name]
+        self.has_calibration = all(self.knots.values())
         # Pipelines keep the state of a run in their scheduler; a second page, or the API, may call at the same time.
         self._lock = Lock()
 
@@ -114,7 +120,7 @@ class DemoBackend:
         with self._lock:
             ((image,),) = generate(
                 self.base,
-                [Context.parse(made_in)],
+                [self._meant(Context.parse(made_in), settings)],
                 seeds=settings.seeds[:1],
                 num_inference_steps=settings.steps,
                 **settings.condition,
@@ -138,6 +144,7 @@ class DemoBackend:
                 settings.context,
                 source,
                 strengths=numbers,
+                calibrated=settings.calibrated,
                 num_inference_steps=settings.steps,
                 **settings.condition,
             )
@@ -162,12 +169,17 @@ class DemoBackend:
 
     def _settings(self, values: Sequence[Any]) -> Settings:
         dials = (*self.concepts, OBSERVATIONAL) if self.has_part else self.concepts
-        strengths, (*given, count, first, steps) = values[: len(dials)], values[len(dials) :]
+        strengths, rest = values[: len(dials)], list(values[len(dials) :])
+        calibrated = self.has_calibration and rest.pop(0)
+        *given, count, first, steps = rest
         if count is None or first is None:
             raise UserValueError("The number of images or the first seed is missing. Give whole numbers.")
         condition = dict.fromkeys(["prompt" if self.base.takes_captions else "class_label"][: len(given)], *given)
         context = Context(dict(zip(dials, strengths, strict=True)))
-        return Settings(context, condition, range(int(first), int(first) + int(count)), int(steps))
+        return Settings(context, condition, range(int(first), int(first) + int(count)), int(steps), calibrated)
+
+    def _meant(self, context: Context, settings: Settings) -> Context:
+        return calibrated_context(context, self.knots) if settings.calibrated else context
 
     def _grid(
         self, contexts: Iterable[Context], settings: Settings, labels: Sequence[str] | None = None
@@ -180,7 +192,7 @@ class DemoBackend:
             with self._lock:
                 rows += generate(
                     self.base,
-                    [context],
+                    [self._meant(context, settings)],
                     seeds=settings.seeds,
                     num_inference_steps=settings.steps,
                     **settings.condition,
@@ -203,7 +215,8 @@ def build_demo(base: DiffusionBase, title: str = "hf_causal_context") -> gr.Bloc
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=280):
                 sliders = strength_sliders(concepts, studio.has_part)
-                values = [*sliders, *further_controls(base)]
+                dials = [gr.Checkbox(True, label=CALIBRATED)] if studio.has_calibration else []
+                values = [*sliders, *dials, *further_controls(base)]
             with gr.Column(scale=5, min_width=320), gr.Tabs():
                 with gr.Tab("Intervene"):
                     _intervene_tab(studio, sliders, values)
@@ -307,7 +320,7 @@ def _combinations_tab(studio: DemoBackend, values: list[Any]) -> None:
 
 
 def _sweep_tab(studio: DemoBackend, values: list[Any]) -> None:
-    gr.HTML(hint("One concept from weak to strong, in the same seeds. 0 and 1 were trained, others follow from them."))
+    gr.HTML(hint("One concept from weak to strong, in the same seeds. Those that were not trained follow from others."))
     with gr.Row():
         concept = gr.Dropdown(list(studio.concepts), value=studio.concepts[0], label="Concept", min_width=140)
         strengths = gr.Textbox("-1, -0.5, 0, 0.5, 1, 1.5, 2", label="Strengths", min_width=200)

@@ -23,6 +23,7 @@ from .._install import installation
 from ..adapter.plain_card import is_replaceable
 from ..bases.gap import BaseGap
 from ..bases.names import is_folder, is_packaged
+from ..contexts import Context
 from .card_code import python_literal, usage_code
 from .card_tables import data_table, evaluation_results, evaluation_table, markdown_text, settings_table
 from .contents import STRENGTHS, CardContents
@@ -81,6 +82,7 @@ def render_card(folder: Path, repo_id: str | None = None, branch: str | None = N
         "usage": usage_code(contents, name, branch, example_context(contents, concepts)),
         "usage_note": _usage_note(contents, concepts),
         "strengths": "\n" + _image(contents.strengths, "Each concept at growing strength", _STRENGTHS_NOTE),
+        "trained_strengths": _trained_strengths(data, stored),
         "observational": _OBSERVATIONAL_NOTE if stored.get("observational_rank") else "",
         "loras": _loras(contents, name),
         "data": data_table(data),
@@ -92,6 +94,17 @@ def render_card(folder: Path, repo_id: str | None = None, branch: str | None = N
     card = ModelCard.from_template(_metadata(contents, arguments, report, title, local), _TEMPLATE, **fields)
     text = re.sub(r"\n{3,}", "\n\n", card.content).rstrip() + "\n"
     return f"{text}\n{_SEAL.format(_digest(text))}\n"
+
+
+def _trained_strengths(data: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
+    named = [strength for context in data.get("trained", {}) for strength in Context.parse(context).strengths.values()]
+    trained = {0.0, *(named or [1.0])}
+    *others, last = (f"{strength:g}" for strength in sorted(trained))
+    text = f"{'Only ' if len(trained) == 2 else ''}{', '.join(others)} and {last} were trained."
+    if calibrated := stored.get("calibration"):
+        names = ", ".join(map(markdown_text, calibrated))
+        text += f" With `calibrated=True` (`--calibrated`), equal steps of the strength of {names} are equal changes."
+    return text
 
 
 def is_edited(text: str) -> bool:

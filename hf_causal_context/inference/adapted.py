@@ -132,6 +132,14 @@ class StoredAdapter:
             raise FileNotFoundError(f"{self.source} was trained on the base {name}, which is not here. {_GIVE_BASE}")
         return name, self.given_revision or self.config.revision
 
+    def meant(self, contexts: Sequence[Context], calibrated: bool) -> list[Context]:
+        """Return the contexts that are meant, whose strengths may be those of dials.
+
+        Raises:
+            ValueError: for calibrated strengths of concepts without a calibration.
+        """
+        return [self.config.calibrated(each) for each in contexts] if calibrated else list(contexts)
+
     def _check_repository(self, base: str) -> None:
         """Refuse folders of this machine (AdapterError): what an adapter from elsewhere names is on the Hub, too."""
         try:

@@ -71,6 +71,7 @@ def counterfactual(
     prompt: str | None = None,
     class_label: int | None = None,
     num_inference_steps: int = 50,
+    calibrated: bool = False,
 ) -> Counterfactual:
     """Return what images of `from_context` would have been under `to_context`, all else being equal.
 
@@ -87,6 +88,7 @@ def counterfactual(
         prompt: of the images, for bases that take text.
         class_label: of the images, for bases that are conditioned on classes.
         num_inference_steps: of the sampler. More make the steps smaller, so that abduction is easier.
+        calibrated: strengths, those on the way too, are positions of dials; see `intervene`.
 
     Raises:
         TypeError: for something that is no image or no context.
@@ -101,14 +103,14 @@ def counterfactual(
         raise UserValueError(f"strengths={list(strengths)} must be one or more finite numbers, such as [0.5, 1.0].")
     source, target = as_context(from_context), as_context(to_context)
     contexts = [source, *(_between(source, target, strength) for strength in strengths)]
-    intervene(base.pipe, contexts)  # errors show here, before any work
+    intervene(base.pipe, contexts, calibrated=calibrated)  # errors show here, before any work
     if num_inference_steps < 1:
         raise UserValueError(f"num_inference_steps={num_inference_steps} must be at least 1; 50 is usual.")
     pixels = _pixels(base, image)
     weights = None if mask is None else _mask(mask, pixels)
 
     with eval_mode(base.denoiser):
-        sampler = Sampler(base, num_inference_steps, prompt, class_label)
+        sampler = Sampler(base, num_inference_steps, prompt, class_label, calibrated)
         clean = base.encode_images((2 * pixels - 1).to(sampler.device)).float()
         path = sampler.backward(clean, source)
         rows = torch.cat([path[-1]] * len(contexts))
@@ -137,8 +139,10 @@ def doubt(reconstruction_error: float) -> str:
 class Sampler:
     """Steps between an image and its noise, both ways."""
 
-    def __init__(self, base: DiffusionBase, steps: int, prompt: str | None, class_label: int | None) -> None:
-        self.base, self.prompt, self.class_label = base, prompt, class_label
+    def __init__(
+        self, base: DiffusionBase, steps: int, prompt: str | None, class_label: int | None, calibrated: bool = False
+    ) -> None:
+        self.base, self.prompt, self.class_label, self.calibrated = base, prompt, class_label, calibrated
         denoiser: Any = base.denoiser
         self.dtype: torch.dtype = denoiser.dtype
         self.device: torch.device = base.pipe._execution_device
@@ -149,7 +153,7 @@ class Sampler:
         path = [clean]
         grid = self._grid(clean)
         conditions = self._conditions([context] * len(clean))
-        with intervene(self.base.pipe, context), self._bar(grid) as bar:
+        with intervene(self.base.pipe, context, calibrated=self.calibrated), self._bar(grid) as bar:
             for step in grid:
                 path.append(step.backward(path[-1], lambda x, step=step: self._predict(x, step, conditions)))
                 bar.update()
@@ -166,7 +170,7 @@ class Sampler:
         grid = self._grid(path[0])
         x = noise
         weight = None if weight is None else weight.to(x.device)
-        with intervene(self.base.pipe, each), self._bar(grid) as bar:
+        with intervene(self.base.pipe, each, calibrated=self.calibrated), self._bar(grid) as bar:
             for number, step in reversed(list(enumerate(grid))):
                 x = step.forward(x, self._predict(x, step, conditions))
                 if weight is not None:

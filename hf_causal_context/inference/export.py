@@ -41,7 +41,12 @@ _Lora: TypeAlias = tuple[LoraConfig, dict[str, Tensor]]
 
 
 def export_contexts(
-    base: DiffusionBase, contexts: Sequence[str], output_dir: Path, *, file_format: FileFormat = "diffusers"
+    base: DiffusionBase,
+    contexts: Sequence[str],
+    output_dir: Path,
+    *,
+    file_format: FileFormat = "diffusers",
+    calibrated: bool = False,
 ) -> list[Path]:
     """Write one LoRA per context of the adapter in a pipeline, and return the paths.
 
@@ -54,6 +59,7 @@ def export_contexts(
         output_dir: takes `thick+slant.safetensors`, or with "peft" the folder `thick+slant`.
         file_format: "peft" (`PeftModel.from_pretrained`), "diffusers" (`load_lora_weights`) or "kohya" (the tools
             around Stable Diffusion).
+        calibrated: the strengths in `contexts` are positions of dials; see `intervene`. The files keep their names.
 
     Raises:
         ValueError: for no or unknown contexts, the empty context where it is the base, contexts with one file name, a
@@ -65,7 +71,7 @@ def export_contexts(
         for name, module in {base.denoiser_name: base.denoiser, **base.pipe.components}.items()  # the denoiser first
         if isinstance(module, nn.Module) and any(isinstance(m, CausalContextLayer) for m in module.modules())
     }
-    files = lora_paths(adapter_config(base.denoiser), contexts, output_dir, file_format)
+    files = lora_paths(adapter_config(base.denoiser), contexts, output_dir, file_format, calibrated)
     if file_format != "peft":
         _check_format(base, models, file_format)
     for path, context in ProgressBar(files.items(), desc="export", unit="context"):
@@ -87,7 +93,11 @@ def export_contexts(
 
 
 def lora_paths(
-    config: CausalContextConfig, names: Sequence[str], output_dir: Path, file_format: FileFormat
+    config: CausalContextConfig,
+    names: Sequence[str],
+    output_dir: Path,
+    file_format: FileFormat,
+    calibrated: bool = False,
 ) -> dict[Path, Context]:
     """Path -> context, none of which exists."""
     concepts = ConceptSet(config.concepts)
@@ -122,7 +132,7 @@ def lora_paths(
                 f"The contexts {str(other)!r} and {str(context)!r} would both be written to {name + suffix!r}. Export "
                 "them one by one, into folders of their own."
             )
-        files[output_dir / (name + suffix)] = context
+        files[output_dir / (name + suffix)] = config.calibrated(context) if calibrated else context
     if existing := [str(path) for path in files if path.exists()]:
         raise FileExistsError(f"These exist: {', '.join(existing)}. Choose another --output_dir, or remove them.")
     return files

@@ -30,6 +30,7 @@ from torch.utils.hooks import RemovableHandle
 from ...contexts import ConceptSet, Context, ContextBatch
 from ...errors import UserValueError
 from ...functional import per_feature
+from ..calibration import Calibration
 from .frame import Frame
 from .in_force import STATE, innermost_request
 from .matrices import MixingLayer, autocast_dtype, causal_matrices
@@ -77,6 +78,7 @@ class Conditioning:
         self.concepts: dict[str, ConceptSet] = {}
         self.open_requests = 0  # in all tasks and threads
         self.observational_ranks: dict[str, int] = {}
+        self.calibrations: dict[str, Calibration] = {}
         self._model: weakref.ref[nn.Module] | None = None
         # The number of changes when the model was looked through, and its adapted layers.
         self._found: tuple[int, list[weakref.ref[AdaptedLayer]]] = -1, []

@@ -1,0 +1,64 @@
+"""Calibrations from a report: for each concept, at what strength a step of its dial is a step of the response."""
+
+from __future__ import annotations
+
+from ..errors import UserValueError
+from .results import EvaluationReport, StrengthCurve
+
+MIN_ROWS = 50  # samples at each strength, and real rows: fewer make a map of their noise
+
+Knots = list[tuple[float, float]]
+
+
+def calibrations(report: EvaluationReport) -> tuple[dict[str, Knots], list[str]]:
+    """Return knots (dial, strength) of the concepts that can be calibrated, and why the others cannot.
+
+    Raises:
+        ValueError: if none can.
+    """
+    found: dict[str, Knots] = {}
+    problems = []
+    for curve in report.strength_curves:
+        if problem := _problem(curve):
+            problems.append(problem)
+        else:
+            found[curve.concept] = _knots(curve)
+    if not found:
+        raise UserValueError("No calibration was stored. " + " ".join(problems))
+    return found, problems
+
+
+def _problem(curve: StrengthCurve) -> str | None:
+    response, name = curve.response, repr(curve.concept)
+    if response is None:
+        return (
+            f"{name} has an effect too small to be told from chance, in the samples or in the data: train longer, or "
+            "draw more samples (--num_samples)."
+        )
+    if response.num_samples < MIN_ROWS or response.num_real < MIN_ROWS:
+        return (
+            f"{name} was measured on {response.num_samples} samples at each strength and {response.num_real} real "
+            f"rows; a calibration needs {MIN_ROWS} of both: raise --num_samples, or add rows."
+        )
+    if inside := [strength for strength in response.falls if strength <= 1]:
+        where = ", ".join(f"{strength:g}" for strength in inside)
+        return (
+            f"{name} is not monotone: its effect falls at {where}, so no dial can order it. Train on rows at strengths "
+            f"in between (folders such as '{curve.concept}=0.5'), or longer."
+        )
+    return None
+
+
+def _knots(curve: StrengthCurve) -> Knots:
+    """(response, strength), without strengths at which chance, or a fall beyond 1, breaks the order."""
+    assert curve.response is not None
+    knots: Knots = [(0.0, 0.0)]
+    for strength, went in zip(curve.strengths, curve.response.samples, strict=True):
+        dial = round(went, 4)
+        if strength == 1:
+            knots.append((1.0, 1.0))
+        elif strength > 0 and dial > knots[-1][0] and (dial < 1) == (strength < 1):
+            knots.append((dial, strength))
+        elif strength > 1:
+            break
+    return knots
