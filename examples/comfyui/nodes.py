@@ -1,5 +1,8 @@
 """The nodes: an adapter's contexts on a MODEL, and on a CLIP where the adapter has a part for text encoders."""
 
+# pyright: reportMissingImports=false
+# They are ComfyUI's, in which this file runs.
+
 from pathlib import Path
 
 import comfy.lora

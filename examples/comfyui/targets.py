@@ -53,7 +53,7 @@ def known_targets(keys, weights):
     """
     targets = {}
     for key, place in keys.items():
-        weight, offset, function = (place, None, None) if isinstance(place, str) else (*place, None)[:3]
+        weight, offset, function, *_ = (place, None, None) if isinstance(place, str) else (*place, None)
         if weight in weights:
             shape = tuple(weights[weight].shape)
             shape = shape if offset is None else (offset[2], *shape[1:])

@@ -66,13 +66,11 @@ class CausalContextLayer(ConvertsToLora, BaseTunerLayer):
         """Add an adapter to this layer."""
         self.name = current_key
         concepts = ConceptSet(config.concepts)
-        width = config.rank_at(current_key)
-        part = cast(int, config.observational_rank)
-        rank = part + len(concepts) * width
+        width, part = config.rank_at(current_key), cast(int, config.observational_rank)
         self.concepts[adapter_name] = self.conditioning.concepts[adapter_name] = concepts
         self.conditioning.observational_ranks[adapter_name] = part
         self.conditioning.calibrations[adapter_name] = config.knots()
-        self.r[adapter_name] = rank
+        self.r[adapter_name] = rank = part + len(concepts) * width
         self._default_scaling[adapter_name] = 1.0 if config.alpha is None else config.alpha / width
         self.scaling[adapter_name] = self._default_scaling[adapter_name]
         self.causal_context_down[adapter_name] = RepresentationLayer(self.in_features, rank, self._kernel_size)
