@@ -11,6 +11,7 @@ from peft import get_peft_model
 from PIL import Image
 
 from hf_causal_context import CausalContextConfig, counterfactual, intervene
+from hf_causal_context.adapter.lookup import conditionings
 from hf_causal_context.bases.loading import as_base
 from hf_causal_context.inference.counterfactuals import Sampler, _Step
 
@@ -130,6 +131,20 @@ def test_abduction_knows_the_context_of_the_image():
     result = edit(base, image, (), {"thick": 5.0, "slant": -5.0})
     changed = (result.images[0] - image).square().flatten(1).mean(1).sqrt()
     assert (result.reconstruction_error < 0.2 * changed).all()
+
+
+def test_calibrated_strengths_are_those_that_are_meant_by_every_part():
+    base = build("stable_diffusion")
+    part = CausalContextConfig(concepts=CONCEPTS, target_modules=["q_proj", "v_proj"], init_weights=False)
+    get_peft_model(base.pipe.text_encoder, part).eval()
+    for owner in conditionings(base.pipe):
+        owner.calibrations["default"] = {name: [[0, 0], [0.5, 0.25], [1, 1]] for name in CONCEPTS}
+    image = images(base, 1)
+    dialled = edit(base, image, "thick", {"slant": 0.5}, strengths=[0.0, 0.5, 1.0], calibrated=True)
+    for number, meant in enumerate(({"slant": 0.25}, {"thick": 0.25, "slant": 0.125}, "thick")):
+        expected = edit(base, image, meant, {"slant": 0.25})
+        torch.testing.assert_close(dialled.images[number], expected.images[0], rtol=1e-4, atol=5e-5)
+        assert (number == 0) == torch.allclose(dialled.images[number], dialled.images[0], atol=1e-4)
 
 
 def test_prediction_is_the_pipelines_own_sampler():

@@ -228,7 +228,7 @@ class Sampler:
         if not self.base.takes_captions:
             return {}
         each = list(dict.fromkeys(contexts))
-        with intervene(self.base.pipe, each):
+        with intervene(self.base.pipe, each, calibrated=self.calibrated):
             encoded = self.base.encode_captions([self.prompt or ""] * len(each))
         rows = torch.tensor([each.index(context) for context in contexts], device=self.device)
         return {name: values[rows.to(values.device)] for name, values in encoded.items()}
