@@ -12,11 +12,12 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
+from ..contexts import ContextBatch
 from ..errors import UserValueError
 from .conditioning.hooks import take_context
 from .conditioning.in_force import during_call, in_force
@@ -24,14 +25,16 @@ from .conditioning.rows import Call
 from .lookup import known_conditionings
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModularPipeline
+
+    AnyPipeline: TypeAlias = DiffusionPipeline | ModularPipeline
 
 # What says how many prompts a call has, first match first.
 _PROMPTS = ("prompt", "prompt_embeds", "class_labels", "batch_size", "image")
 _COPIES = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 
 _LOCK = Lock()
-_VISITS: WeakKeyDictionary[DiffusionPipeline, int] = WeakKeyDictionary()  # by how many each is followed for a while
+_VISITS: WeakKeyDictionary[AnyPipeline, int] = WeakKeyDictionary()  # by how many each is followed for a while
 
 
 class Followed:
@@ -48,7 +51,7 @@ def _new(stock: type, kind: type[Followed]) -> object:
     return object.__new__(_followed_class(stock, kind))
 
 
-def follow(pipe: DiffusionPipeline, kind: type[Followed] = Followed) -> None:
+def follow(pipe: AnyPipeline, kind: type[Followed] = Followed) -> None:
     """Make the hooks know the calls of a pipeline; once is enough.
 
     Args:
@@ -59,13 +62,13 @@ def follow(pipe: DiffusionPipeline, kind: type[Followed] = Followed) -> None:
         pipe.__class__ = _followed_class(stock_class(type(pipe)), kind)
 
 
-def unfollow(pipe: DiffusionPipeline) -> None:
+def unfollow(pipe: AnyPipeline) -> None:
     """Give a pipeline its own class back."""
     pipe.__class__ = stock_class(type(pipe))
 
 
 @contextmanager
-def track_calls(pipe: DiffusionPipeline) -> Iterator[None]:
+def track_calls(pipe: AnyPipeline) -> Iterator[None]:
     """Follow a pipeline for a while, if it is not followed anyway; in several threads, until the last is done."""
     with _LOCK:
         visits = _VISITS.get(pipe, 0)
@@ -96,7 +99,7 @@ def _followed_class(cls: type, kind: type[Followed]) -> type:
     @functools.wraps(cls.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(self, *args, **kwargs)
-        context, bound.arguments = take_context(bound.arguments)
+        context = _take_context(bound)
         running, owners = _call(bound), known_conditionings(self)
         if context is not None and not owners:
             raise UserValueError(
@@ -112,10 +115,20 @@ def _followed_class(cls: type, kind: type[Followed]) -> type:
     return type(cls.__name__, (kind, cls), {"__call__": call, **names})
 
 
+def _take_context(bound: inspect.BoundArguments) -> ContextBatch | None:
+    """Take a context out of the attention arguments, which modular pipelines have among others without names."""
+    context, bound.arguments = take_context(bound.arguments)
+    if context is None and "kwargs" in bound.arguments:
+        context, bound.arguments["kwargs"] = take_context(bound.arguments["kwargs"])
+    return context
+
+
 def _call(bound: inspect.BoundArguments) -> Call | None:
     defaults = {name: parameter.default for name, parameter in bound.signature.parameters.items()}
     given = {name: None if value is inspect.Parameter.empty else value for name, value in defaults.items()}
-    given |= bound.arguments
+    state = getattr(bound.arguments.get("state"), "values", None)  # of a modular pipeline: what blocks before it made
+    given |= state if isinstance(state, dict) else {}
+    given |= bound.arguments | bound.arguments.get("kwargs", {})
     prompts = next((n for name in _PROMPTS if (n := _count(given.get(name))) is not None), None)
     copies: Any = next((given[name] for name in _COPIES if given.get(name) is not None), 1)
     return None if prompts is None else Call(prompts, copies)

@@ -22,7 +22,7 @@ from .followed_pipeline import track_calls
 from .lookup import conditionings
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from .followed_pipeline import AnyPipeline
 
 
 class intervene:  # noqa: N801 (reads like torch.no_grad)
@@ -30,7 +30,7 @@ class intervene:  # noqa: N801 (reads like torch.no_grad)
 
     Args:
         model: a model with a causal context adapter (a PeftModel, or any model an adapter was injected into), or a
-            diffusers pipeline with such models: it knows by itself how it multiplies samples.
+            diffusers pipeline, stock or modular, with such models: it knows by itself how it multiplies samples.
         context: one context for the batch (a `Context`, a name, ``"a+b"``, a mapping name -> strength, a tuple of
             names), a list with one per sample (of a pipeline: per prompt, or per image), or a float mask (S, K) with
             the columns in the order of the adapter's concepts. ``()`` is the observational context: the world of the
@@ -70,7 +70,7 @@ class intervene:  # noqa: N801 (reads like torch.no_grad)
 
     def __init__(
         self,
-        model: nn.Module | DiffusionPipeline,
+        model: nn.Module | AnyPipeline,
         context: ContextBatch,
         *,
         adapter_name: str | None = None,
@@ -130,7 +130,7 @@ def _calibrated(owner: Conditioning, context: ContextBatch, adapter_name: str | 
     return calibrated_mask(mask, concepts, knots)
 
 
-def _of_pipeline(pipe: DiffusionPipeline) -> list[Conditioning]:
+def _of_pipeline(pipe: AnyPipeline) -> list[Conditioning]:
     if not isinstance(getattr(pipe, "components", None), dict):
         raise UserTypeError(
             f"intervene() takes a model (nn.Module) or a diffusers pipeline, not {type(pipe).__name__}. Pass for "

@@ -31,9 +31,9 @@ from ..errors import UserTypeError, UserValueError
 from .hotswap import check_swap, swap
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from ..adapter.followed_pipeline import AnyPipeline
 
-Pipeline = TypeVar("Pipeline", bound="DiffusionPipeline")
+Pipeline = TypeVar("Pipeline", bound="AnyPipeline")
 
 _DENOISERS = ("unet", "transformer")
 _COMPONENTS = (
@@ -59,7 +59,7 @@ def load_context_adapter(
     device of the pipeline's. Several adapters can be loaded under names of their own, and all are active.
 
     Args:
-        pipe: a diffusers pipeline.
+        pipe: a diffusers pipeline, stock or modular.
         repo_or_folder: a folder, or the id of a repository on the Hub.
         adapter_name: what to call it.
         revision: of the repository.
@@ -130,7 +130,7 @@ def attach(pipe: Pipeline, folder: Path, source: str, adapter_name: str = "defau
     return pipe
 
 
-def unload_context_adapter(pipe: DiffusionPipeline, adapter_name: str | None = None) -> None:
+def unload_context_adapter(pipe: AnyPipeline, adapter_name: str | None = None) -> None:
     """Take one causal context adapter off a pipeline, or all: it is then what it was before.
 
     Raises:
@@ -168,7 +168,7 @@ def unload_context_adapter(pipe: DiffusionPipeline, adapter_name: str | None = N
         unfollow(pipe)
 
 
-def context_adapters(pipe: DiffusionPipeline) -> dict[str, dict[str, nn.Module]]:
+def context_adapters(pipe: AnyPipeline) -> dict[str, dict[str, nn.Module]]:
     """Name of each causal context adapter of a pipeline -> component -> its network."""
     found: dict[str, dict[str, nn.Module]] = {}
     for component, module in _modules(pipe).items():
@@ -183,7 +183,7 @@ def is_denoiser(component: str) -> bool:
     return component in _DENOISERS
 
 
-def _modules(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+def _modules(pipe: AnyPipeline) -> dict[str, nn.Module]:
     """Return the pipeline's networks by the names of their components, without the wrappers of torch.compile."""
     if not isinstance(getattr(pipe, "components", None), dict):
         raise UserTypeError(f"An adapter is loaded into a diffusers pipeline, not into a {type(pipe).__name__}.")
@@ -196,6 +196,8 @@ def _modules(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
                     f"pipe.{name} is a PeftModel, which pipelines cannot save. Set pipe.{name} = "
                     f"pipe.{name}.get_base_model() first; adapters stay attached."
                 )
+    if not modules and hasattr(pipe, "load_components"):
+        raise UserValueError(f"{type(pipe).__name__} has no networks yet. Load them first: pipe.load_components().")
     return modules
 
 
@@ -208,9 +210,7 @@ def _find(folder: Path, modules: dict[str, nn.Module], adapter_name: str) -> dic
     return {name: path for name, path in places.items() if (path / CONFIG).exists()}
 
 
-def _component_for(
-    pipe: DiffusionPipeline, modules: dict[str, nn.Module], config: CausalContextConfig, source: str
-) -> str:
+def _component_for(pipe: AnyPipeline, modules: dict[str, nn.Module], config: CausalContextConfig, source: str) -> str:
     """Which component an adapter was trained for: by the recorded class, denoisers first."""
     trained_for = (config.auto_mapping or {}).get("base_model_class")
     ordered = sorted(modules, key=lambda name: name not in _DENOISERS)
