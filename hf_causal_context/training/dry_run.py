@@ -9,6 +9,7 @@ from datetime import timedelta
 from statistics import median
 from time import perf_counter
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
@@ -34,19 +35,9 @@ def dry_run(run: Run, stream: Iterator[Any], parts: Mapping[str, nn.Module], idl
     run.optimizer.train()
     run.stream = iter(batches)
     run.train_step()
-    with _kept_for_backward(run) as kept:
-        run.train_step()
+    memory = memory_of_step(run, parts)
     for _ in range(MEASURED_STEPS - 1):
         run.train_step()
-    run.norms.tolist()  # waits for the device
-    memory = {name: _bytes(_others(module, run.parameters)) for name, module in parts.items()}
-    memory |= {
-        "adapter": _bytes(run.parameters),
-        "its gradients": _bytes(run.parameters),
-        f"optimizer ({run.arguments.optimizer})": _bytes(_optimizer_state(run.optimizer)),
-        "moving average": _bytes(run.ema.shadow_params) if run.ema is not None else 0,
-        "kept for the backward pass": sum(kept.values()),
-    }
     rows = [(name, size, "  (before the first step only)" if name in idle else "") for name, size in memory.items()]
     rows.append(("a step, at least", sum(size for name, size in memory.items() if name not in idle), ""))
     if run.accelerator.device.type == "cuda":
@@ -67,6 +58,24 @@ def dry_run(run: Run, stream: Iterator[Any], parts: Mapping[str, nn.Module], idl
     )
 
 
+def memory_of_step(run: Run, parts: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Take a step that is not the first, and return what it needs of memory: name -> bytes.
+
+    Args:
+        run: the run whose step is taken.
+        parts: modules of the base, the adapter among them.
+    """
+    with _kept_for_backward(run) as kept:
+        run.train_step()
+    return {name: _bytes(_others(module, run.parameters)) for name, module in parts.items()} | {
+        "adapter": _bytes(run.parameters),
+        "its gradients": _bytes(run.parameters),
+        f"optimizer ({run.arguments.optimizer})": _bytes(_optimizer_state(run.optimizer)),
+        "moving average": _bytes(run.ema.shadow_params) if run.ema is not None else 0,
+        "kept for the backward pass": kept.peak,
+    }
+
+
 class _Watch(StepHooks):
     """Takes the time of steps without the reading of their batches, which are there already."""
 
@@ -82,15 +91,40 @@ class _Watch(StepHooks):
         self.seconds.append(perf_counter() - self.began)
 
 
+class AliveBytes:
+    """Counts the bytes of storages for as long as they are alive.
+
+    Attributes:
+        now: how many there are.
+        peak: the most that there were.
+    """
+
+    def __init__(self) -> None:
+        self._known: set[int] = set()
+        self.now = self.peak = 0
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage, unless it is counted."""
+        if (number := storage._cdata) not in self._known:
+            self._known.add(number)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            finalize(storage, self._remove, number, storage.nbytes())
+
+    def _remove(self, number: int, size: int) -> None:
+        self._known.remove(number)
+        self.now -= size
+
+
 @contextmanager
-def _kept_for_backward(run: Run) -> Iterator[dict[int, int]]:
-    """Within the body, note the storages that autograd keeps: address -> bytes, those of parameters excepted."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in run.wrapped.parameters() if _is_plain(parameter)}
-    kept: dict[int, int] = {}
+def _kept_for_backward(run: Run) -> Iterator[AliveBytes]:
+    """Within the body, count the storages that autograd keeps, those of parameters excepted."""
+    own = {parameter.untyped_storage()._cdata for parameter in run.wrapped.parameters() if _is_plain(parameter)}
+    kept = AliveBytes()
 
     def note(tensor: Tensor) -> Tensor:
-        if _is_plain(tensor) and (storage := tensor.untyped_storage()).data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if _is_plain(tensor) and tensor.untyped_storage()._cdata not in own:
+            kept.add(tensor.untyped_storage())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -99,7 +133,7 @@ def _kept_for_backward(run: Run) -> Iterator[dict[int, int]]:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether a tensor has a storage of its own; those of quantized weights hold several."""
-    return type(tensor) in (Tensor, nn.Parameter)
+    return not hasattr(tensor, "__tensor_flatten__")
 
 
 def _others(module: nn.Module, trained: Sequence[Tensor]) -> list[Tensor]:

@@ -61,6 +61,12 @@ def test_what_is_kept_grows_with_the_batch_and_shrinks_with_checkpointing(dry):
     assert checkpointed < 0.8 * plain
 
 
+def test_batches_of_one_step_are_not_kept_at_once(dry):
+    name = "kept for the backward pass"
+    one, three = (said(dry(gradient_accumulation_steps=count))[name] for count in (1, 3))
+    assert three == pytest.approx(one, rel=0.02)
+
+
 def test_a_quantized_base_is_smaller(dry):
     plain, small = (said(dry("stable_diffusion_3", **c))["transformer"] for c in ({}, {"quantization": "int8"}))
     assert small < 0.5 * plain
