@@ -5,10 +5,10 @@
 
 from pathlib import Path
 
-import comfy.lora
-import folder_paths
-from comfy.patcher_extension import WrappersMP
-from comfy_api.latest import ComfyExtension, io
+import comfy.lora  # pyright: ignore[reportMissingImports]
+import folder_paths  # pyright: ignore[reportMissingImports]
+from comfy.patcher_extension import WrappersMP  # pyright: ignore[reportMissingImports]
+from comfy_api.latest import ComfyExtension, io  # pyright: ignore[reportMissingImports]
 
 from hf_causal_context import Context
 from hf_causal_context.contexts import OBSERVATIONAL

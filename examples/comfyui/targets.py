@@ -53,11 +53,12 @@ def known_targets(keys, weights):
     """
     targets = {}
     for key, place in keys.items():
-        weight, offset, function, *_ = (place, None, None) if isinstance(place, str) else (*place, None)
-        if weight in weights:
-            shape = tuple(weights[weight].shape)
-            shape = shape if offset is None else (offset[2], *shape[1:])
-            targets[key] = Target(weight, shape, offset, function)
+        name, *rest = place if isinstance(place, tuple) else (place,)
+        if name in weights:
+            target = Target(name, tuple(weights[name].shape), *rest)
+            if target.offset is not None:
+                target = target._replace(shape=(target.offset[2], *target.shape[1:]))
+            targets[key] = target
     return targets
 
 

@@ -13,14 +13,17 @@ from examples.comfyui.targets import find_key, known_targets
 from hf_causal_context import CausalContextConfig, Context, intervene, load_context_adapter
 from hf_causal_context.adapter.baking import context_strengths
 from hf_causal_context.adapter.lookup import adapted_layers
+from hf_causal_context.bases.loading import as_base
+from hf_causal_context.inference.export import export_contexts
 
 from ..training.tiny_parts import _clip
-from ..training.tiny_pipelines import stable_diffusion
+from ..training.tiny_pipelines import PIPELINES, stable_diffusion
 from .comfy_families import ATTENTION, FAMILIES, build, load_comfyui
 
 CONCEPTS = ("thick", "slant", "v1.5")
 CONTEXTS = [Context({"thick": 0.5, "slant": 1.0}), Context({"v1.5": -1.0, "observational": 0.5}), Context()]
 CPU = torch.device("cpu")
+PIPELINE_OF = {"sd15": "stable_diffusion", "sdxl": "stable_diffusion_xl", "sd3": "stable_diffusion_3"}
 pytestmark = pytest.mark.filterwarnings("ignore")  # ComfyUI's own
 
 
@@ -277,3 +280,19 @@ def test_comfyui_loads_the_folder():
     assert asyncio.run(modules.nodes.load_custom_node(folder))
     assert "CausalContextSliders" in modules.nodes.NODE_CLASS_MAPPINGS
     assert "CausalContextText" in modules.nodes.NODE_CLASS_MAPPINGS
+
+
+@pytest.mark.parametrize(
+    ("family", "file_format"),
+    [("sd15", "kohya"), ("sdxl", "kohya"), *((name, "diffusers") for name in ("sd3", "flux", "qwen_image", "z_image"))],
+)
+def test_comfyui_loads_exported_files_whole(tmp_path, family, file_format):
+    comfy, pair = load_comfyui().comfy, build(family)
+    targets = ATTENTION if family == "sdxl" else pair.targets  # kohya's names have no place for its embeddings
+    adapted = adapt(pair.theirs, targets, tmp_path / "adapter")
+    pipe = PIPELINES[PIPELINE_OF.get(family, family)]()
+    pipe.register_modules(**{"unet" if file_format == "kohya" else "transformer": pair.theirs})
+    (file,) = export_contexts(as_base(pipe), [str(CONTEXTS[0])], tmp_path / "loras", file_format=file_format)
+    lora = comfy.utils.load_torch_file(str(file))
+    model, _ = comfy.sd.load_lora_for_models(patcher(pair.model), None, lora, 1.0, 1.0)
+    assert sum(map(len, model.patches.values())) == len(adapted_layers(adapted.get_base_model()))
