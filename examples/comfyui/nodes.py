@@ -1,8 +1,5 @@
 """The nodes: an adapter's contexts on a MODEL, and on a CLIP where the adapter has a part for text encoders."""
 
-# pyright: reportMissingImports=false
-# They are ComfyUI's, in which this file runs.
-
 from pathlib import Path
 
 import comfy.lora  # pyright: ignore[reportMissingImports]
