@@ -93,6 +93,19 @@ def test_images(pipeline_folder, tiny_editing_model, capsys):  # noqa: F811
     assert edited.size == (32, 32)
 
 
+def test_video(pipeline_folder):  # noqa: F811
+    changes = {
+        "NUM_CLIPS, NUM_FRAMES, SIDE = 60, 17, 256": "NUM_CLIPS, NUM_FRAMES, SIDE = 4, 5, 64",
+        "--num_frames 17": "--num_frames 5",
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": pipeline_folder("wan"),
+        "--resolution 256": "--resolution 32",
+    }
+    assert follow("video.md", changes) == ["make_clips.py"]
+    assert Path("clips-loras", "fast+tall.safetensors").exists()
+    with Image.open("clips-samples/grid.png") as grid:
+        assert grid.height > 4 * 64
+
+
 def test_language(tmp_path_factory, capsys):
     torch.manual_seed(0)
     model = tiny_chat_model(tmp_path_factory.mktemp("chat"))

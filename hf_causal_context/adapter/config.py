@@ -66,6 +66,8 @@ class CausalContextConfig(PeftConfig):
         layers_pattern: name of the list of blocks the indices refer to, such as "layers".
         rank_pattern: module name or regular expression -> concept_rank, where it shall differ.
         modules_to_save: modules that are trained and saved whole.
+        component: the name in the pipeline of what is adapted, where its class does not tell: "transformer_2" is
+            the denoiser of low noise of Wan 2.2.
         init_weights: False draws random weights instead of those that leave the base model unchanged (for tests).
         calibration: concept -> knots (dial, strength), from `evaluate --calibrate`; see `calibration.py`.
         format_version: of the stored adapter; leave it.
@@ -95,6 +97,7 @@ class CausalContextConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     modules_to_save: list[str] | None = None
+    component: str | None = None
     init_weights: bool = True
     calibration: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -174,6 +177,8 @@ class CausalContextConfig(PeftConfig):
             fields.check_module_names(name, value, sets=True)
             if isinstance(value, list | tuple):
                 setattr(self, name, set(value))
+        if self.component is not None and not (isinstance(self.component, str) and self.component.isidentifier()):
+            raise UserValueError(f"component={short_repr(self.component)} must be a name such as 'transformer_2'.")
         fields.check_module_names("layers_pattern", self.layers_pattern)
         fields.check_indices("layers_to_transform", self.layers_to_transform)
         fields.check_module_paths("modules_to_save", self.modules_to_save)

@@ -35,6 +35,8 @@ class DiffusionBase:
         is_latent: whether the denoiser is trained on latents of a VAE.
         takes_captions: whether it is conditioned on text.
         takes_guidance: whether the pipeline has a guidance scale.
+        is_video: whether it makes clips: with an axis of frames before height and width.
+        frame_rate: of its clips, per second.
         fixed_size: whether the pipeline generates at the default resolution only.
         image_stream: which output of a transformer's joint block is the image's, by its index; the other is the text's.
         passes_sigmas: whether the pipeline gives its flow scheduler noise levels, even between 1 and 0.
@@ -49,10 +51,12 @@ class DiffusionBase:
         ValueError: for a scheduler that no noise schedule for training follows from.
     """
 
-    denoiser_name: ClassVar[str] = "transformer"
+    denoiser_name: str = "transformer"
     is_latent: ClassVar[bool] = True
     takes_captions: ClassVar[bool] = True
     takes_guidance: ClassVar[bool] = True
+    is_video: ClassVar[bool] = False
+    frame_rate: int = 1
     fixed_size: ClassVar[bool] = False
     image_stream: ClassVar[int] = -1
     passes_sigmas: ClassVar[bool] = False
@@ -62,13 +66,23 @@ class DiffusionBase:
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
         self.pipe = pipe
-        self.denoiser = cast(nn.Module, getattr(pipe, self.denoiser_name))
-        # The denoiser's own typing hides what its config holds.
-        self._config: Any = self.denoiser.config
+        self.use_denoiser(self.denoiser_name)
         self.num_classes: int | None = None
         self.in_channels: int = self._config.in_channels
         self.prediction: Prediction = _prediction(pipe)
         self.num_train_timesteps: int = pipe.scheduler.config.num_train_timesteps
+
+    def use_denoiser(self, name: str) -> None:
+        """Take the component of this name for the denoiser, where a pipeline has two for several levels of noise."""
+        self.denoiser_name = name
+        self.denoiser = cast(nn.Module, getattr(self.pipe, name))
+        # The denoiser's own typing hides what its config holds.
+        self._config: Any = self.denoiser.config
+
+    @property
+    def noise_range(self) -> tuple[float, float]:
+        """Which time steps the denoiser serves, as shares of all; the upper end is another denoiser's, except 1."""
+        return 0.0, 1.0
 
     @property
     def image_channels(self) -> int:
@@ -130,6 +144,31 @@ class DiffusionBase:
     def size_multiple(self) -> int:
         """Height and width of images must be multiples of it."""
         return self._vae_scale * self._config.patch_size
+
+    @property
+    def default_frames(self) -> int:
+        """Frames of the clips that the pipeline generates."""
+        return 1
+
+    def check_frames(self, num_frames: int | None) -> None:
+        """Refuse numbers of frames that the base does not take.
+
+        Raises:
+            ValueError: with the nearest that it takes.
+        """
+        if num_frames is not None:
+            raise UserValueError(
+                f"num_frames={num_frames} was given, but {type(self.pipe).__name__} makes images. Leave it out."
+            )
+
+    def require_images(self, what: str) -> None:
+        """Refuse a base of videos, for something that is made for images.
+
+        Raises:
+            ValueError: naming it.
+        """
+        if self.is_video:
+            raise UserValueError(f"{what} is for images, and {type(self.pipe).__name__} makes videos.")
 
     @property
     def default_resolution(self) -> int:
@@ -196,20 +235,26 @@ class DiffusionBase:
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] -> what the denoiser is trained on: latents, or the images themselves.
 
+        Bases of videos take clips (B, C, F, H, W), here and below.
+
         Latents are the mode of the VAE's posterior, normalized as the pipeline expects.
 
         Raises:
             ValueError: for another number of channels, or a size that the base cannot work with.
         """
         if (
-            pixels.ndim != 4
+            pixels.ndim != 4 + self.is_video
             or pixels.shape[1] != self.image_channels
-            or any(n % self.size_multiple for n in pixels.shape[2:])
+            or any(n % self.size_multiple for n in pixels.shape[-2:])
         ):
+            frames = "frames, " if self.is_video else ""
             raise UserValueError(
                 f"Images of shape {tuple(pixels.shape)} do not fit the base: it takes (rows, {self.image_channels}, "
-                f"height, width) with height and width multiples of {self.size_multiple}. Convert or resize them."
+                f"{frames}height, width) with height and width multiples of {self.size_multiple}. Convert or resize "
+                "them."
             )
+        if self.is_video:
+            self.check_frames(pixels.shape[2])
         if not self.is_latent:
             return pixels
         with _not_half(self.pipe.vae) as vae:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +12,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from .._pixels import plain
+from .._videos import first_frames
 from ..errors import UserValueError
 
 _MARGIN = 4
-
+_SHOWN_FRAMES = 5
 
 _SMALLEST_SIDE = 64
 
@@ -23,13 +25,14 @@ def image_grid(rows: Sequence[Tensor], labels: Sequence[str], scale: int | None 
     """Return an image with one labeled row for each tensor (S, C, H, W) in [0, 1], gray or RGB.
 
     Args:
-        rows: (S, C, H, W) each, of one size.
+        rows: (S, C, H, W) each, of one size, or clips (S, F, C, H, W), which become strips.
         labels: one for each row.
         scale: enlargement, each pixel becoming a square; if None, images get at least 64 pixels wide and high.
 
     Raises:
         ValueError: for rows that do not match the labels or each other, or that hold no gray or RGB images.
     """
+    rows = [strips(row) if row.ndim == 5 else row for row in rows]
     shapes = {tuple(row.shape[1:]) for row in rows}
     if (
         len(rows) != len(labels)
@@ -58,8 +61,16 @@ def image_grid(rows: Sequence[Tensor], labels: Sequence[str], scale: int | None 
     return grid
 
 
+def strips(clips: Tensor) -> Tensor:
+    """Clips (S, F, C, H, W) -> up to five frames of each, evenly spread, side by side: (S, C, H, n W)."""
+    shown = torch.linspace(0, clips.shape[1] - 1, min(_SHOWN_FRAMES, clips.shape[1])).round().long()
+    return torch.cat([*clips[:, shown].unbind(1)], -1)
+
+
 def to_image(image: Tensor) -> Image.Image:
-    """Return an image (C, H, W) in [0, 1], gray or RGB, as PIL's."""
+    """Return an image (C, H, W) in [0, 1], gray or RGB, as PIL's; of a clip (F, C, H, W) its strip."""
+    if image.ndim == 4:
+        image = strips(image[None])[0]
     levels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
     return Image.fromarray(levels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
 
@@ -78,3 +89,12 @@ def read_image(image: Image.Image, channels: int, resolution: int | tuple[int, i
         upright = ImageOps.fit(upright, size, Image.Resampling.LANCZOS)
     pixels = np.asarray(upright)
     return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def read_clip(clip: Any, size: tuple[int, int], num_frames: int) -> np.ndarray:
+    """Return the first frames of a clip as uint8 (3, F, H, W), each as `read_image` reads it.
+
+    Raises:
+        ValueError: what `first_frames` and `plain` raise.
+    """
+    return np.stack([read_image(frame, 3, size) for frame in first_frames(clip, num_frames)], axis=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -47,6 +48,11 @@ def load_base(
     if quantization is not None:
         options["quantization_config"] = pipeline_quantization(quantization, components, dtype)
     if gguf_file is not None:
+        if _has_two_denoisers(components):
+            raise UserValueError(
+                f"--gguf_file={gguf_file} has the weights of one denoiser, and this base has two. Leave it out, or "
+                "give --quantization."
+            )
         base = unpacked(name_or_path)
         options |= load_denoiser(gguf_file, base, components, dtype=dtype, revision=revision, token=token)
     return as_base(_load(name_or_path, **options))
@@ -118,6 +124,30 @@ def _is_transformers_model(name_or_path: str, revision: str | None, token: str |
     except (OSError, ValueError):
         return False
     return True
+
+
+def check_expert(components: Mapping[str, Any], noise_expert: str | None) -> None:
+    """Refuse a pipeline of two denoisers without a choice between them, or the choice where there is one.
+
+    Args:
+        components: of the pipeline, by name, as its model_index.json and its config have them.
+        noise_expert: "high", "low" or None.
+
+    Raises:
+        ValueError: saying what is missing, or what to leave out.
+    """
+    two = _has_two_denoisers(components)
+    if two and noise_expert is None:
+        raise UserValueError(
+            "This base has two denoisers, one for high and one for low noise, and one is trained at a time. Give "
+            "--noise_expert high (what a video shows, how it moves) or low (details); a run of each trains both."
+        )
+    if noise_expert is not None and not two:
+        raise UserValueError(f"--noise_expert={noise_expert}: this base has one denoiser only. Leave it out.")
+
+
+def _has_two_denoisers(components: Mapping[str, Any]) -> bool:
+    return any((components.get("transformer_2") or (None,))[:1])
 
 
 def as_base(pipe: DiffusionPipeline) -> DiffusionBase:

@@ -10,6 +10,9 @@ from .._files import first_line
 _PACKAGE = Path(str(files("hf_causal_context")))
 _PACKAGED = "hf_causal_context/models/"
 
+# What pipelines call their denoisers.
+DENOISERS = ("unet", "transformer", "transformer_2")
+
 
 def is_packaged(name: str) -> bool:
     """Whether it comes with this package, such as `hf_causal_context/models/digit_base`."""

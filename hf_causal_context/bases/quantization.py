@@ -13,11 +13,11 @@ from typing import Any, Literal
 import torch
 
 from ..errors import MissingPackageError, UserValueError
+from .names import DENOISERS
 
 # Name -> the package that does it.
 QUANTIZATIONS = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes", "llm_int8": "bitsandbytes"}
 _TORCHAO = {"int8": "Int8WeightOnlyConfig", "fp8": "Float8WeightOnlyConfig"}
-_DENOISERS = ("unet", "transformer", "transformer_2")
 
 
 def check_quantization(name: str | None) -> None:
@@ -66,7 +66,7 @@ def pipeline_quantization(name: str, components: Mapping[str, Any], dtype: torch
 
     mapping = {}
     for component, described in components.items():
-        if component in _DENOISERS:
+        if component in DENOISERS:
             mapping[component] = quantization_config(name, "diffusers", dtype)
         elif component.startswith("text_encoder") and "CLIP" not in str(described):
             mapping[component] = quantization_config(name, "transformers", dtype)

@@ -89,6 +89,7 @@ class ImageArguments:
     num_inference_steps: int = argument(25, "Denoising steps.")
     guidance_scale: float | None = argument(None, "By default the pipeline's.")
     resolution: int | None = argument(None, "Side of the images in pixels; by default the base's.")
+    num_frames: int | None = argument(None, "Frames of a clip, for bases of videos; by default the base's.")
     batch_size: int = argument(8, "Images per call of the pipeline.")
 
     def options(self) -> SamplingOptions:

@@ -1,4 +1,4 @@
-"""`hf-causal-context generate`: images of chosen contexts as files."""
+"""`hf-causal-context generate`: images or videos of chosen contexts as files."""
 
 from __future__ import annotations
 
@@ -29,10 +29,13 @@ def run(arguments: Arguments) -> None:
 def generate_files(arguments: Arguments) -> list[Path]:
     """Write one PNG per context and seed (``thick+slant-seed3.png``), or one grid, and return the paths.
 
+    Clips of several frames become videos (``.mp4``), and strips of frames in the grid.
+
     Raises:
         ValueError: for another kind of adapter, an unknown base, unknown concepts, or what `generate` refuses.
         OSError: for an adapter or base that cannot be read, or images that cannot be written.
     """
+    from .._videos import save_video, video_package
     from ..bases.images import image_grid, to_image
     from ..inference.sampling import generate
 
@@ -40,6 +43,8 @@ def generate_files(arguments: Arguments) -> list[Path]:
     stored = arguments.open()
     meant = stored.meant(contexts, arguments.calibrated)
     base = stored.pipeline(meant, variant=arguments.variant, **arguments.weights)
+    if base.is_video and not arguments.grid and arguments.num_frames != 1:
+        video_package()  # else it would be missed after the work
     rows = generate(base, meant, seeds=seeds, **arguments.options())
     output_dir.mkdir(parents=True, exist_ok=True)
     labels = [str(context) or arguments.observational_name for context in contexts]
@@ -50,6 +55,10 @@ def generate_files(arguments: Arguments) -> list[Path]:
     paths = []
     for label, row in zip(labels, rows, strict=True):
         for seed, image in zip(seeds, row, strict=True):
-            paths.append(output_dir / f"{file_name(label)}-seed{seed}.png")
-            to_image(image).save(paths[-1])
+            clip = base.is_video and len(image) > 1
+            paths.append(output_dir / f"{file_name(label)}-seed{seed}.{'mp4' if clip else 'png'}")
+            if clip:
+                save_video([to_image(frame) for frame in image], paths[-1], base.frame_rate)
+            else:
+                to_image(image).save(paths[-1])
     return paths

@@ -61,11 +61,12 @@ def describe(arguments: Arguments) -> dict[str, Any]:
     card, data = (_beside(stored, name, arguments.adapter_revision) for name in (CARD_CONTENTS, DATA_RECORD))
     given = card.get("descriptions")
     descriptions = given if isinstance(given, dict) else {}
+    of_pipelines = "videos" if card.get("frame_rate") else "images"
     found: dict[str, Any] = {
         "adapter": stored.source,
         "concepts": {name: str(descriptions.get(name, "")) for name in config.concepts},
         "base": config.base_model_name_or_path,
-        "makes": "texts" if stored.is_of_language_model else "images" if config.task_type is None else None,
+        "makes": "texts" if stored.is_of_language_model else of_pipelines if config.task_type is None else None,
         "mechanism": config.mechanism,
         "concept_rank": config.concept_rank,
         "observational_rank": config.observational_rank or 0,

@@ -33,6 +33,7 @@ class Arguments(AdapterSource):
     num_inference_steps: int | None = argument(None, "Of images, by default 25.")
     guidance_scale: float | None = argument(None, "By default the pipeline's.")
     resolution: int | None = argument(None, "Side of the images in pixels; by default the base's.")
+    num_frames: int | None = argument(None, "Of clips; by default --num_frames of the training.")
     chat: bool = argument(False, "The prompt is a user's message to a chat model.")
     max_new_tokens: int | None = argument(None, "Of texts, by default 40.")
 

@@ -59,6 +59,11 @@ class DataArguments(ContextDataArguments):
         None, "Column of masks, images of what counts in the loss (white); in folders a.mask.png is the mask of a.png."
     )
     class_column: str | None = argument(None, "Column of the classes, for class-conditional bases.")
+    num_frames: int | None = argument(
+        None,
+        "Frames of a clip, for bases of videos: the first ones of each video. Folders of images inside of a context's "
+        "folder are then clips, too. By default the base's, and 1 where the data are images.",
+    )
 
 
 @dataclass

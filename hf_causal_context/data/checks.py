@@ -7,6 +7,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -16,6 +17,7 @@ from datasets import Image, IterableDataset
 from .._messages import quoted
 from .._pixels import remarks
 from .._progress import ProgressBar
+from .._videos import frame_files, frames
 from ..contexts import Context
 from ..errors import UserError, UserValueError
 from .columns import BATCH_ROWS, Rows, known_features
@@ -83,7 +85,7 @@ def check_data(data: InterventionalData, *, decode: bool = True) -> DataReport:
     whole row is: one prompt may have several completions. Of streaming data the first `STREAM_ROWS` rows of each
     context are checked.
     """
-    seen = _Seen(columns_of(data.content_column))
+    seen = _Seen(columns_of(data.content_column), "videos" if data.has_videos else "images")
     train = _read(data, data.rows, data.contexts, TRAIN, decode, seen)
     held_out = Counter[str]()
     for context, rows in data.held_out.items():
@@ -109,9 +111,9 @@ def check_data(data: InterventionalData, *, decode: bool = True) -> DataReport:
 class _Seen:
     """What reading the rows showed: images, or the texts in the columns `texts`."""
 
-    def __init__(self, texts: tuple[str, ...]) -> None:
+    def __init__(self, texts: tuple[str, ...], otherwise: str) -> None:
         self.texts = texts
-        self.noun = "texts" if texts else "images"
+        self.noun = "texts" if texts else otherwise
         self.unreadable: list[str] = []
         self.look_alikes = LookAlikes()
         self.remarks: defaultdict[str, list[str]] = defaultdict(list)  # -> names of images
@@ -147,6 +149,8 @@ def _read(
         # Decoders raise whatever they like, and a damaged file must not hide the others.
         try:
             content = _text(dict(zip(seen.texts, values, strict=True))) if seen.texts else _content(values[0])
+            if data.has_videos and decode and not sum(1 for _ in frames(values[0])):
+                raise UserValueError("The clip has no frames.")
             if opener is not None:
                 image = opener.decode_example({"bytes": content, "path": None})
                 for remark in remarks(image):
@@ -207,6 +211,8 @@ def _content(value: Any) -> bytes:
     if isinstance(value, dict) and "bytes" in value:
         if value["bytes"] is not None:
             return value["bytes"]
+        if Path(value["path"]).is_dir():  # of frames
+            return b"".join(path.read_bytes() for path in frame_files(Path(value["path"])))
         with fsspec.open(value["path"], "rb") as file:
             return file.read()  # type: ignore[union-attr]
     if value is None:

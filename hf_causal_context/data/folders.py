@@ -1,4 +1,4 @@
-"""Folders of images, one per context: ``root/obs``, ``root/thick``, ``root/thick+slant``."""
+"""Folders of images or videos, one per context: ``root/obs``, ``root/thick``, ``root/thick+slant``."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, Features, Image, Value, Video
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from .._messages import quoted
+from .._videos import VIDEO_SUFFIXES, video_package
 from ..contexts import ConceptSet, ContextLike, context_text
 from ..errors import UserValueError
 from .captions import METADATA, read_captions
@@ -31,11 +32,15 @@ def load_folders(
     held_out_contexts: Iterable[ContextLike] = (),
     training_contexts: Iterable[ContextLike] | None = None,
     caption_column: str | None = None,
+    frame_folders: bool = False,
     streaming: bool = False,
 ) -> InterventionalData:
     """Read one folder per context, named as `Context.parse` reads them; `observational_name` is the observational one.
 
     A folder "thick=0.5" holds rows at that strength.
+
+    Files of videos are rows beside images; where there are some, the rows have the column "video". With
+    `frame_folders`, a folder of images inside of a context's folder is a video, one image per frame.
 
     With a `joint_separator` such as "-", "thick-slant" is read as "thick+slant"; no concept's name may contain it.
 
@@ -53,11 +58,17 @@ def load_folders(
     root = Path(root)
     folders = context_folders(root, observational_name, joint_separator, "images")
     files = {context: sorted(visible_files(folder)) for context, folder in folders.items()}
-    images = {context: _images(folders[context], own) for context, own in files.items()}
+    images = {context: _images(folders[context], own, frame_folders) for context, own in files.items()}
     captionable = {image for own in images.values() for image in own}
+    for file in (file for own in files.values() for file in own):
+        if file.parent in captionable and file.suffix.lower() not in IMAGE_SUFFIXES:
+            raise UserValueError(
+                f"{str(file)!r} lies among the frames of a clip, and is no image. Remove it; a caption of the clip "
+                f"lies beside its folder, as {file.parent.name + '.txt'!r}."
+            )
     masks = masks_of(captionable, (file for own in files.values() for file in own if is_mask(file)))
     read = captionable.union(masks.values())
-    others = [file for own in [files_in(root), *files.values()] for file in own if file not in read]
+    others = [file for own in [files_in(root), *files.values()] for file in own if read.isdisjoint((file, file.parent))]
     captions, caption_files = read_captions(others, captionable, caption_column)
     if captions:
         _check_all_captioned(folders, images, captions)
@@ -68,11 +79,15 @@ def load_folders(
         )
 
     paths = [image for own in images.values() for image in own]
+    videos = [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
+    if videos:
+        video_package()
+    content = "video" if videos or any(path.is_dir() for path in paths) else "image"
     columns: dict[str, list[Any]] = {
-        "image": [str(image) for image in paths],
+        content: [str(image) for image in paths],
         "context": [context for context, own in images.items() for _ in own],
     }
-    features = {"image": Image(), "context": Value("string")}
+    features = {content: Image() if content == "image" else Video(decode=False), "context": Value("string")}
     if captions:
         columns["caption"] = [captions[image] for image in paths]
         features["caption"] = Value("string")
@@ -82,6 +97,7 @@ def load_folders(
     data = from_dataset(
         Dataset.from_dict(columns, features=Features(features)),
         concepts=concepts,
+        content_column=content,
         caption_column="caption" if captions else None,
         mask_column="mask" if masks else None,
         observational_name=observational_name,
@@ -176,15 +192,21 @@ def files_in(root: Path) -> Iterator[Path]:
     return (path for path in sorted(root.iterdir()) if path.is_file() and not path.name.startswith("."))
 
 
-def _images(folder: Path, files: Sequence[Path]) -> list[Path]:
-    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and not is_mask(file)]
+def _images(folder: Path, files: Sequence[Path], frame_folders: bool) -> list[Path]:
+    """Images and videos; folders of frames in place of the images in them."""
+    allowed = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+    images = [file for file in files if file.suffix.lower() in allowed and not is_mask(file)]
+    if frame_folders:
+        inside = (f if f.parent == folder or f.suffix.lower() in VIDEO_SUFFIXES else f.parent for f in images)
+        images = list(dict.fromkeys(inside))
     if not images:
         raise UserValueError(
             " ".join(
                 [
                     f"The folder {str(folder)!r} has no images.",
                     *skipped(files, folder),
-                    "Allowed are the formats of Pillow, such as .png and .jpg. Add images, or remove the folder.",
+                    "Allowed are the formats of Pillow, such as .png and .jpg, and videos, such as .mp4. Add images, "
+                    "or remove the folder.",
                 ]
             )
         )

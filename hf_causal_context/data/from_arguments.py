@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .._videos import VIDEO_SUFFIXES
 from ..errors import UserValueError
 from . import (
     InterventionalData,
@@ -36,7 +37,8 @@ def load_data(arguments: DataArguments) -> InterventionalData:
             raise UserValueError(
                 f"--mask_column={arguments.mask_column!r} is for datasets. In folders, put a.mask.png beside a.png."
             )
-        options = {"caption_column": arguments.caption_column, **_folder_options(arguments)}
+        frames = arguments.num_frames is not None
+        options = {"caption_column": arguments.caption_column, "frame_folders": frames, **_folder_options(arguments)}
         return load_folders(arguments.train_data_dir, **options)
     columns: dict[str, Any] = {
         "content_column": arguments.image_column,
@@ -124,7 +126,9 @@ def _holds_texts(root: Path) -> bool:
     folders = [path for path in paths if path.is_dir() and not path.name.startswith(".")]
 
     texts = any(file.name not in METADATA for folder in folders for file in visible_files(folder, TEXT_SUFFIXES))
-    return texts and not all(any(True for _ in visible_files(folder, IMAGE_SUFFIXES)) for folder in folders)
+    return texts and not all(
+        any(True for _ in visible_files(folder, IMAGE_SUFFIXES | VIDEO_SUFFIXES)) for folder in folders
+    )
 
 
 def _parse_rules(items: list[str]) -> dict[str, str]:

@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value, load_dataset, load_from_disk
+from datasets import (
+    ClassLabel,
+    Dataset,
+    Features,
+    Image,
+    IterableDataset,
+    Value,
+    Video,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetsError
 from numpy.typing import NDArray
 
@@ -50,6 +60,11 @@ class InterventionalData:
     def has_captions(self) -> bool:
         """Whether the rows have the column "caption"."""
         return "caption" in (self.rows.column_names or ())
+
+    @property
+    def has_videos(self) -> bool:
+        """Whether the content is clips: files with videos, or folders with one image per frame."""
+        return isinstance((self.rows.features or {}).get(self.content_column), Video)
 
     @property
     def has_masks(self) -> bool:
@@ -101,6 +116,8 @@ def from_dataset(
         )
     if context_column != "context" and "context" in (content_column, caption_column):
         raise UserValueError(f"The contexts of {context_column!r} go into a column 'context'. Rename the one there is.")
+    if isinstance(features[content_column], Video):  # decoded when read, without another package than for files
+        dataset, features = known_features(dataset.cast_column(content_column, Video(decode=False)))
     feature = features[content_column]
     if isinstance(feature, Image) and feature.mode == "RGB":  # which would make 16 bits white before they are read
         dataset, features = known_features(dataset.cast_column(content_column, Image()))

@@ -206,6 +206,7 @@ def build_demo(base: DiffusionBase, title: str = "hf_causal_context") -> gr.Bloc
     Raises:
         ValueError: for a base without an adapter.
     """
+    base.require_images("The demo")
     studio = DemoBackend(base)
     concepts = studio.concepts
     base_name = Path(str(base.pipe.config.get("_name_or_path") or type(base.pipe).__name__))

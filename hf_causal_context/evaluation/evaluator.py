@@ -124,6 +124,7 @@ def evaluate(
         ImportError: for a feature extractor without torchmetrics.
     """
     base = base if isinstance(base, DiffusionBase) else as_base(base)
+    base.require_images("The evaluation")
     missing = (
         f"The {base.denoiser_name} of this pipeline has no causal context adapter. Attach one first: "
         "load_context_adapter(pipe, folder)."

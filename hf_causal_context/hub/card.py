@@ -198,6 +198,8 @@ def _usage_note(contents: CardContents, concepts: tuple[str, ...]) -> str:
         return contexts
     shown = contents.samples[example_context(contents, concepts)]
     made = f"image `{shown}`" if contents.library == "diffusers" else "text"
+    if contents.frame_rate is not None:
+        made = f"video behind `{shown}`"
     return (
         f"This makes the {made} of this card again, to the last bit on the same kind of device with the same versions "
         f"of the libraries; another context makes the others. {contexts}"
@@ -212,7 +214,8 @@ def _loras(contents: CardContents, name: str) -> str:
     first = Path(next(iter(contents.loras.values())))
     repo = python_literal(name)
     if contents.lora_format == "diffusers":
-        call = f'pipe.load_lora_weights({repo}, weight_name="{first.name}", subfolder="{first.parent.as_posix()}")'
+        call = f'pipe.load_lora_weights({repo}, weight_name="{first.name}", subfolder="{first.parent.as_posix()}"'
+        call += ", load_into_transformer_2=True)" if contents.denoiser == "transformer_2" else ")"
     else:
         model = f"pipe.{contents.denoiser}" if contents.denoiser else "model"
         call = f'PeftModel.from_pretrained({model}, {repo}, subfolder="{first.as_posix()}")'

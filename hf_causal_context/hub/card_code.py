@@ -18,6 +18,12 @@ with intervene(pipe, {context}):
     image = pipe({arguments}).images[0]
 image.save({file})"""
 
+_VIDEO = _PIPELINE.partition("    image =")[0].replace(
+    "import torch\n", "import torch\nfrom diffusers.utils import export_to_video\n", 1
+)
+_VIDEO += """    video = pipe({arguments}).frames[0]
+export_to_video(video, {file}, fps={frame_rate})"""
+
 # For class-conditional denoisers whose pipeline has no argument for the class.
 _BY_CLASS = """import torch
 
@@ -65,6 +71,9 @@ def usage_code(contents: CardContents, repo: str, branch: str | None, context: s
         return _BY_CLASS.format(**names, arguments=arguments)
     generator = f"generator=torch.Generator().manual_seed({contents.seed})"
     arguments = ", ".join(filter(None, [_arguments(contents.call), generator]))
+    if contents.frame_rate is not None:
+        names["file"] = names["file"].replace(".png", ".mp4")
+        return _VIDEO.format(**names, arguments=arguments, frame_rate=contents.frame_rate)
     return _PIPELINE.format(**names, arguments=arguments)
 
 

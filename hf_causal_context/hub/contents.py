@@ -37,6 +37,7 @@ class CardContents:
         lora_format: "diffusers" or "peft".
         denoiser: the name in the pipeline of what LoRAs of the format "peft" are for.
         without_loras: why there are none.
+        frame_rate: of a base of videos, None for other bases.
         license: the Hub's name of a license.
     """
 
@@ -62,6 +63,7 @@ class CardContents:
     lora_format: str | None = None
     denoiser: str | None = None
     without_loras: str | None = None
+    frame_rate: int | None = None
     license: str | None = None
 
     def save(self, folder: Path) -> None:

@@ -60,6 +60,7 @@ def save(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     resolution: int | None = None,
+    num_frames: int | None = None,
     chat: bool = False,
     max_new_tokens: int | None = None,
 ) -> Path:
@@ -86,6 +87,7 @@ def save(
         num_inference_steps: by default 25.
         guidance_scale: by default the pipeline's.
         resolution: height and width, by default the base's.
+        num_frames: of clips, by default the training's.
         chat: the prompt is what a user says to a chat model.
         max_new_tokens: of sample texts, by default 40.
 
@@ -101,7 +103,7 @@ def save(
     stored = StoredAdapter.open(adapter, pretrained_model_name_or_path, revision=revision)
     config, language = stored.config, stored.is_of_language_model
     images_only = {"class_label": class_label, "num_inference_steps": num_inference_steps, "variant": variant}
-    images_only |= {"guidance_scale": guidance_scale, "resolution": resolution}
+    images_only |= {"guidance_scale": guidance_scale, "resolution": resolution, "num_frames": num_frames}
     texts_only = {"chat": chat or None, "max_new_tokens": max_new_tokens}
     if useless := [name for name, value in (images_only if language else texts_only).items() if value is not None]:
         raise UserValueError(
@@ -137,6 +139,7 @@ def save(
             call: dict[str, Any] = {"prompt": default_prompt if prompt is None and base.takes_captions else prompt}
             call |= {"num_inference_steps": num_inference_steps or 25}
             call |= {"guidance_scale": guidance_scale, "resolution": resolution}
+            call |= {"num_frames": num_frames or _read_json(adapter / CARD_CONTENTS).get("call", {}).get("num_frames")}
             label = class_label if class_label is not None else 0 if base.takes_classes else None
             made = show_images(base, folder, shown, seed=seed, class_label=label, call=call)
         for name in (RESULTS, RESULTS_IMAGE, DATA_RECORD, BASE_GAP):

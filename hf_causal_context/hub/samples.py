@@ -42,7 +42,7 @@ def show_images(
         contexts: from `shown_contexts`.
         seed: of the samples.
         class_label: for class-conditional bases.
-        call: arguments of `generate`: prompt, num_inference_steps, guidance_scale, resolution.
+        call: arguments of `generate`: prompt, num_inference_steps, guidance_scale, resolution, num_frames.
 
     Raises:
         ValueError: for what `generate` refuses.
@@ -96,6 +96,7 @@ def show_images(
         lora_format=("diffusers" if can_load else "peft") if loras else None,
         denoiser=base.denoiser_name,
         without_loras=reason,
+        frame_rate=base.frame_rate if base.is_video else None,
     )
 
 

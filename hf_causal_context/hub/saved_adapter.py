@@ -14,7 +14,7 @@ from ..adapter.followed_pipeline import Followed
 from ..adapter.saving import write_adapter_of
 from ..bases.names import is_packaged
 from ..errors import UserValueError
-from ..inference.pipelines import context_adapters, is_denoiser
+from ..inference.pipelines import component_at_top, context_adapters
 from .card_code import python_literal
 from .repository import check_pushable, hub_errors
 
@@ -59,9 +59,10 @@ class SavedAsAdapter(Followed):
             raise UserValueError(
                 f"{folder} holds a whole pipeline, and an adapter would overwrite parts of it. Choose another folder."
             )
+        top = component_at_top(owners)
         with complete_files(folder) as unfinished:
             for component, model in owners.items():
-                inside = unfinished if is_denoiser(component) else unfinished / component
+                inside = unfinished if component == top else unfinished / component
                 write_adapter_of(model, name, inside)
         if push_to_hub:
             self.push_to_hub(repo_id or folder.resolve().name, **options)

@@ -181,6 +181,8 @@ class StoredAdapter:
         base = load_base(name, revision=revision, variant=variant, token=self.token, **weights)
         base.pipe.to(device())
         attach(base.pipe, self.folder, self.source)
+        if self.config.component is not None:
+            base.use_denoiser(self.config.component)
         return base
 
     def stock_pipeline(self, **options: Any) -> DiffusionPipeline:

@@ -98,6 +98,7 @@ def counterfactual(
         >>> edit = counterfactual(pipe, image, "thickness", strengths=[0.5, 1])   # doctest: +SKIP
     """
     base = pipe if isinstance(pipe, DiffusionBase) else as_base(pipe)
+    base.require_images("counterfactual")
     check_conditions(base, prompt, class_label, None, None)
     if len(strengths) == 0 or not np.isfinite(strengths).all():
         raise UserValueError(f"strengths={list(strengths)} must be one or more finite numbers, such as [0.5, 1.0].")

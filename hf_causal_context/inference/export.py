@@ -36,6 +36,9 @@ FileFormat = Literal["peft", "diffusers", "kohya"]
 # What kohya's scripts call the models with text embeddings of this width.
 _KOHYA_MODELS = {768: "sd_v1", 2048: "sdxl_base_v1-0"}
 
+# Of components that have none of their own in files: load_lora_weights(..., load_into_transformer_2=True).
+_FILE_NAMES = {"transformer_2": "transformer"}
+
 # PEFT's config, and weights by the path in the component that they are for.
 _Lora: TypeAlias = tuple[LoraConfig, dict[str, Tensor]]
 
@@ -81,7 +84,7 @@ def export_contexts(
                 for name, lora in baked.items():
                     write_lora(unfinished if name == base.denoiser_name else unfinished / name, models[name], *lora)
             continue
-        loras = {name: _lora(name, model, context) for name, model in models.items()}
+        loras = {_FILE_NAMES.get(name, name): _lora(name, model, context) for name, model in models.items()}
         state = _kohya_state(base, loras) if file_format == "kohya" else {}
         with complete_or_absent(path) as unfinished:
             if file_format == "kohya":

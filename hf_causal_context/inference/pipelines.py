@@ -27,6 +27,7 @@ from ..adapter.names import check_adapter_name
 from ..adapter.storage.download import download
 from ..adapter.storage.files import read_header, read_weights
 from ..adapter.storage.layout import AdapterError, not_whole
+from ..bases.names import DENOISERS
 from ..errors import UserTypeError, UserValueError
 from .hotswap import check_swap, swap
 
@@ -35,10 +36,9 @@ if TYPE_CHECKING:
 
 Pipeline = TypeVar("Pipeline", bound="AnyPipeline")
 
-_DENOISERS = ("unet", "transformer")
 _COMPONENTS = (
-    *("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4"),
-    *("image_encoder", "vae", "prior", "decoder"),
+    *DENOISERS,
+    *("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4", "image_encoder", "vae", "prior", "decoder"),
 )
 
 
@@ -178,9 +178,9 @@ def context_adapters(pipe: AnyPipeline) -> dict[str, dict[str, nn.Module]]:
     return found
 
 
-def is_denoiser(component: str) -> bool:
-    """Whether a component's adapter lies at the top of a folder."""
-    return component in _DENOISERS
+def component_at_top(components: Iterable[str]) -> str | None:
+    """Return the component whose adapter lies at the top of a folder: the denoiser, of two the first."""
+    return next((name for name in components if name in DENOISERS), None)
 
 
 def _modules(pipe: AnyPipeline) -> dict[str, nn.Module]:
@@ -211,17 +211,17 @@ def _find(folder: Path, modules: dict[str, nn.Module], adapter_name: str) -> dic
 
 
 def _component_for(pipe: AnyPipeline, modules: dict[str, nn.Module], config: CausalContextConfig, source: str) -> str:
-    """Which component an adapter was trained for: by the recorded class, denoisers first."""
+    """Which component an adapter was trained for: by the recorded name or class, denoisers first."""
     trained_for = (config.auto_mapping or {}).get("base_model_class")
-    ordered = sorted(modules, key=lambda name: name not in _DENOISERS)
-    fitting = [name for name in ordered if type(modules[name]).__name__ == trained_for]
-    denoisers = [name for name in ordered if name in _DENOISERS]
+    ordered = sorted(modules, key=lambda name: name not in DENOISERS)
+    if config.component is None and trained_for:
+        wanted, fitting = f"a {trained_for}", [name for name in ordered if type(modules[name]).__name__ == trained_for]
+    else:
+        names = DENOISERS if config.component is None else (config.component,)
+        wanted, fitting = f"a component {' or '.join(map(repr, names))}", [name for name in ordered if name in names]
     if fitting:
         return fitting[0]
-    if trained_for is None and denoisers:
-        return denoisers[0]
     classes = ", ".join(f"{name}: {type(module).__name__}" for name, module in modules.items())
-    wanted = f"a {trained_for}" if trained_for else f"a component {' or '.join(map(repr, _DENOISERS))}"
     base = f" (base {config.base_model_name_or_path!r})" if config.base_model_name_or_path else ""
     raise AdapterError(
         f"{source}{base} needs {wanted}, which {type(pipe).__name__} does not have (it has "

@@ -33,6 +33,7 @@ class SamplingOptions(TypedDict, total=False):
     num_inference_steps: int
     guidance_scale: float | None
     resolution: int | None
+    num_frames: int | None
     batch_size: int
 
 
@@ -43,7 +44,7 @@ def generate(
     seeds: Sequence[int],
     **sampling: Unpack[SamplingOptions],
 ) -> list[Tensor]:
-    """Images (S, C, H, W) in [0, 1] for every context, on the CPU.
+    """Images (S, C, H, W) in [0, 1] for every context, on the CPU; of bases of videos clips (S, F, C, H, W).
 
     A seed gives the same noise in every context, whatever the batch size and the device. Different contexts share
     batches. A base without an adapter knows the observational context only.
@@ -88,9 +89,10 @@ def generate_jobs(
     num_inference_steps: int = NUM_INFERENCE_STEPS,
     guidance_scale: float | None = None,
     resolution: int | None = None,
+    num_frames: int | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> Iterator[Tensor]:
-    """Yield the images of each context and seed, in their order, in batches (n, C, H, W); see `generate`.
+    """Yield the images of each context and seed, in their order, in batches (n, [F,] C, H, W); see `generate`.
 
     Args:
         base: the pipeline.
@@ -100,12 +102,14 @@ def generate_jobs(
         num_inference_steps: denoising steps.
         guidance_scale: the pipeline's default if None.
         resolution: height and width; the pipeline's default if None.
+        num_frames: of a clip; the pipeline's default if None.
         batch_size: images per call of the pipeline; half as many from where memory does not suffice for them.
 
     Raises:
         ValueError: as `generate`.
     """
     check_conditions(base, prompt, class_label, guidance_scale, resolution)
+    base.check_frames(num_frames)
     for name, number in (("num_inference_steps", num_inference_steps), ("batch_size", batch_size)):
         if number < 1:
             raise UserValueError(f"{name}={number} must be at least 1.")
@@ -113,6 +117,8 @@ def generate_jobs(
     options = dict(base.sampling_options)
     if resolution is not None and not base.fixed_size:
         options |= {"height": resolution, "width": resolution}
+    if num_frames is not None:
+        options["num_frames"] = num_frames
 
     def images(batch: Sequence[tuple[Context, int]]) -> Tensor:
         own = [context for context, _ in batch]
@@ -132,7 +138,7 @@ def generate_jobs(
                 num_inference_steps=num_inference_steps,
                 output_type="pt",
             )
-        return output.images.float().cpu()
+        return (output.frames if base.is_video else output.images).float().cpu()
 
     start = 0
     while start < len(jobs):

@@ -20,6 +20,9 @@ LR_SCHEDULERS = (
     *("cosine", "cosine_with_min_lr", "cosine_with_restarts"),
 )
 
+# Which noise a denoiser is for -> its name, in pipelines that have two.
+NOISE_EXPERTS = {"high": "transformer", "low": "transformer_2"}
+
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "lion", "prodigy", "schedulefree")
 
 # What a run did that is older than an argument, where that is not the argument's default.
@@ -219,6 +222,9 @@ class TrainingArguments(AdapterArguments, DataArguments):
         "Put the tags of captions (between commas) in another order for every sample; captions are then encoded in "
         "every step.",
     )
+    noise_expert: str | None = argument(
+        None, "high or low: which denoiser is trained, of a base that has one for high and one for low noise (Wan 2.2)."
+    )
     resolution: int | None = argument(None, "Side of the images in pixels; by default the base's.")
     aspect_ratio_buckets: bool = argument(
         False, "Keep the shapes of images: each is read at the nearest of some sizes of about resolution^2 pixels."
@@ -237,6 +243,9 @@ class TrainingArguments(AdapterArguments, DataArguments):
     snr_gamma: float | None = argument(None, "Min-SNR weighting of the loss (5.0 is usual); diffusion bases only.")
     num_validation_images: int = argument(8, "Images per row of a grid; 0 for no grids.")
     num_inference_steps: int = argument(25, "Denoising steps of the grids.")
+
+    def _choices(self) -> dict[str, tuple[str | None, ...]]:
+        return {"noise_expert": (None, *NOISE_EXPERTS), **super()._choices()}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -323,6 +332,7 @@ class TextArguments(AdapterArguments, TextDataArguments):
 
 _MINIMA: dict[str, float] = {
     "resolution": 1,
+    "num_frames": 1,
     "channels": 1,
     "early_stopping_patience": 1,
     "dataloader_num_workers": 0,

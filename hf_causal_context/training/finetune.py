@@ -14,21 +14,23 @@ from torch import Tensor, nn
 
 from ..bases.diffusion_base import DiffusionBase
 from ..bases.gap import BaseGap
-from ..bases.loading import check_base, load_base
+from ..bases.loading import check_base, check_expert, load_base
 from ..bases.names import resolve_base_name
 from ..data import InterventionalData
 from ..data.from_arguments import load_data
 from ..errors import UserValueError
 from ..hub.contents import CardContents
 from ..inference.sampling import check_conditions, generate
-from .arguments import TrainingArguments
+from .arguments import NOISE_EXPERTS, TrainingArguments
 from .context_losses import ContextLosses
 from .denoiser.batches import DenoiserBatches
+from .denoiser.clips import check_clips, clip_length
 from .denoiser.features import denoiser_features
 from .denoiser.gap import NUM_ROWS, denoiser_gap
 from .denoiser.losses import denoising_losses
 from .denoiser.objectives import denoising_objective
 from .denoiser.text_encoders import AdaptedPipeline, with_encoders
+from .gap_report import NotMeasuredError
 from .grids import newest_grid, write_grid
 from .loop.objective import Objective
 from .loop.processes import make_accelerator
@@ -81,7 +83,10 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
 
     def check_base(self) -> None:
         if self._base is None:
-            check_base(self.arguments.pretrained_model_name_or_path, self.arguments.revision)
+            components = check_base(self.arguments.pretrained_model_name_or_path, self.arguments.revision)
+        else:
+            components = self._base.pipe.config
+        check_expert(components, self.arguments.noise_expert)
 
     def load_data(self) -> InterventionalData:
         return load_data(self.arguments)
@@ -100,8 +105,16 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
             raise UserValueError(
                 f"--train_text_encoder was given, but {type(self.base.pipe).__name__} takes no captions. Leave it out."
             )
+        if arguments.noise_expert is not None:
+            self.base.use_denoiser(NOISE_EXPERTS[arguments.noise_expert])
+        self.num_frames = clip_length(self.base, self.data, arguments)
+        check_clips(self.data, self.num_frames)
         check_conditions(self.base, None, 0 if self.base.takes_classes else None, None, arguments.resolution)
         return self.base.denoiser
+
+    @property
+    def component(self) -> str | None:
+        return None if self.arguments.noise_expert is None else self.base.denoiser_name
 
     def place_base(self) -> None:
         self.base.move_encoders(self.accelerator.device)
@@ -120,6 +133,7 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
             )
 
     def feature_extractor(self) -> tuple[Callable[[Dataset], Tensor], dict[str, Any]]:
+        self.base.require_images("--reweighted_contexts")
         resolution = self.arguments.resolution
         return partial(_features, self.base, self.model, self.data, resolution), {"resolution": resolution}
 
@@ -137,6 +151,8 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
         return with_encoders(objective) if self.arguments.train_text_encoder else objective
 
     def measure_gap(self) -> BaseGap:
+        if self.base.noise_range != (0.0, 1.0):
+            raise NotMeasuredError("its denoisers of high and of low noise would have to draw samples together")
         with self.accelerator.autocast():
             return denoiser_gap(self.base, self.batches.few("", NUM_ROWS), self.arguments.seed)
 
@@ -189,6 +205,7 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
                 class_label=0 if base.takes_classes else None,
                 num_inference_steps=arguments.num_inference_steps,
                 resolution=arguments.resolution,
+                num_frames=self.num_frames,
             )
         finally:
             self.make_room()
@@ -201,7 +218,14 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
             library="diffusers",
             base=resolve_base_name(arguments.pretrained_model_name_or_path),
             pipeline_tag=base.pipeline_tag,
-            call=base.stock_call(prompt=arguments.validation_prompt, class_label=0, resolution=arguments.resolution),
+            call=base.stock_call(
+                prompt=arguments.validation_prompt,
+                class_label=0,
+                resolution=arguments.resolution,
+                num_frames=self.num_frames,
+            ),
+            denoiser=base.denoiser_name,
+            frame_rate=base.frame_rate if base.is_video else None,
             revision=arguments.revision,
             variant=arguments.variant,
             grid=newest_grid(folder, self.num_steps),

@@ -95,6 +95,11 @@ class FineTuning(ABC, Generic[AnyArguments]):
         """PEFT's, of language models: it tells how the adapter is loaded, and that it generates."""
         return None
 
+    @property
+    def component(self) -> str | None:
+        """The name of what is adapted, where its class does not tell."""
+        return None
+
     @abstractmethod
     def feature_extractor(self) -> tuple[Callable[[Dataset], Tensor], dict[str, Any]]:
         """Return what tells what was intervened on: rows -> features (N, D); and what these depend on, as JSON."""
@@ -177,7 +182,7 @@ class FineTuning(ABC, Generic[AnyArguments]):
             arguments, arguments.observational_name, self.data.concepts, self.data.held_out
         )
         set_seed(arguments.seed)  # the adapter's initial weights
-        self.model = attach_adapter(base, self.data, arguments, self.task_type)
+        self.model = attach_adapter(base, self.data, arguments, self.task_type, component=self.component)
         self.trained = self.trained_model()
         if arguments.reweighted_contexts and not arguments.dry_run:  # their rows are as large as others
             with main_process_first(accelerator, output_dir):  # it estimates what the others read
@@ -256,6 +261,7 @@ def attach_adapter(
     arguments: AdapterArguments,
     task_type: str | None = None,
     exclude_modules: list[str] | None = None,
+    component: str | None = None,
 ) -> PeftModel:
     """Inject a fresh adapter into a denoiser, a text encoder or a language model, in place."""
     config = CausalContextConfig(
@@ -266,6 +272,7 @@ def attach_adapter(
         anchored=arguments.anchored,
         target_modules=arguments.target_modules,
         exclude_modules=exclude_modules,
+        component=component,
         task_type=task_type,
         revision=arguments.revision,
     )

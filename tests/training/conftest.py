@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from .run_tiny import Faults, Place, main
 from .tiny_pipelines import PIPELINES
+from .tiny_videos import VIDEOS
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +28,7 @@ def pipeline_folder(tmp_path_factory):
         if name not in folders:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                pipe = PIPELINES[name]()
+                pipe = (PIPELINES | VIDEOS)[name]()
             folders[name] = str(tmp_path_factory.mktemp(name))
             pipe.save_pretrained(folders[name])
         return folders[name]

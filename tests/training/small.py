@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from hf_causal_context._videos import save_video
+
 CONTEXTS = ("obs", "slant", "thick")
 
 
@@ -24,6 +26,22 @@ def write_folders(root, contexts=CONTEXTS, images=4, size=16, captions=False):
             lines = [json.dumps({"file_name": f"{i}.png", "text": f"a {context} {i % 2}"}) for i in range(images)]
             (root / context / "metadata.jsonl").write_text("\n".join(lines))
     return root
+
+
+def write_clips(root, frames=5, clips=2, size=32, files=False, contexts=CONTEXTS):
+    """One folder for each context, with clips that all differ: files, or folders of images."""
+    generator = np.random.default_rng(0)
+    for context in contexts:
+        for i in range(clips):
+            pixels = generator.integers(0, 256, (frames, size, size, 3), dtype=np.uint8)
+            clip = Path(root, context, f"{i}.mp4" if files else str(i))
+            (clip.parent if files else clip).mkdir(parents=True, exist_ok=True)
+            if files:
+                save_video([Image.fromarray(frame) for frame in pixels], clip, 16)
+                continue
+            for number, frame in enumerate(pixels):
+                Image.fromarray(frame).save(clip / f"{number + 8}.png")
+    return Path(root)
 
 
 def settings(base, data, output_dir, **changes):

@@ -5,14 +5,18 @@ from __future__ import annotations
 from ..diffusion_base import DiffusionBase
 from .aura_flow import AuraFlow
 from .chroma import Chroma
+from .cogvideox import CogVideoX
 from .cogview4 import CogView4
 from .dit import DiT
 from .flux import Flux
 from .flux2 import Flux2
 from .hidream_image import HiDreamImage
 from .hunyuan_image import HunyuanImage
+from .hunyuan_video import HunyuanVideo
 from .krea2 import Krea2
+from .ltx import LTX
 from .lumina2 import Lumina2
+from .mochi import Mochi
 from .pixart import PixArt
 from .pixel_unet import PixelUNet
 from .qwen_image import QwenImage
@@ -20,6 +24,7 @@ from .sana import Sana
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_3 import StableDiffusion3
 from .stable_diffusion_xl import StableDiffusionXL
+from .wan import Wan
 from .z_image import ZImage
 
 FAMILIES: dict[str, type[DiffusionBase]] = {
@@ -42,6 +47,11 @@ FAMILIES: dict[str, type[DiffusionBase]] = {
     "CogView4Pipeline": CogView4,
     "HunyuanImagePipeline": HunyuanImage,
     "HiDreamImagePipeline": HiDreamImage,
+    "WanPipeline": Wan,
+    "LTXPipeline": LTX,
+    "CogVideoXPipeline": CogVideoX,
+    "HunyuanVideoPipeline": HunyuanVideo,
+    "MochiPipeline": Mochi,
     "PixArtAlphaPipeline": PixArt,
     "PixArtSigmaPipeline": PixArt,
 }

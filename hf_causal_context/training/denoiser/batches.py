@@ -29,6 +29,7 @@ from .buckets import BucketSampler, Size, bucket_sizes, nearest_bucket, told, up
 from .captions import changed_captions
 from .checks import check_conditions
 from .class_images import CLASS_IMAGES, with_class_images
+from .clips import clip_length
 from .flips import Flips
 from .objectives import Batch
 from .rows import ENCODED_AT_ONCE, Bucket, PreparedRows, Reader, content_of, encode_rows, scaled_masks, stack
@@ -67,6 +68,7 @@ class DenoiserBatches:
         self._masks = {context: data.concepts.mask([Context.parse(context)])[0] for context in contexts}
         self._captions: dict[str, dict[str, Tensor]] = {}
         check_conditions(base, data, arguments)
+        self._frames = clip_length(base, data, arguments)
         if rank == 0 and base.takes_captions and not data.has_captions and not arguments.instance_prompt:
             say(
                 "The data has no captions: the empty prompt is used. Caption the images (of a dataset: name the "
@@ -91,7 +93,7 @@ class DenoiserBatches:
                 self._keep_latents(rows)
 
     def _reader_of(self, size: Size) -> Reader:
-        return Reader(self._data.content_column, self._base.image_channels, size)
+        return Reader(self._data.content_column, self._base.image_channels, size, self._frames)
 
     def _make_buckets(self, rows: Dataset) -> list[Bucket]:
         if not self._arguments.aspect_ratio_buckets:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from datasets import Dataset, Image
+from datasets import Dataset, Image, Video
 
 from ...bases.diffusion_base import DiffusionBase
 from ...data import InterventionalData
@@ -20,11 +20,16 @@ def check_conditions(base: DiffusionBase, data: InterventionalData, arguments: T
     """
     column, name = arguments.class_column, type(base.pipe).__name__
     feature = (data.rows.features or {}).get(data.content_column)
-    if feature is not None and not isinstance(feature, Image):
+    if feature is not None and not isinstance(feature, Image | Video):
         raise UserValueError(
             f"The column {data.content_column!r} holds {feature}, not images. Name another "
             "--image_column, or cast it: dataset.cast_column(name, datasets.Image())."
         )
+    if data.has_masks and base.is_video:
+        raise UserValueError(f"The data has masks, which are for bases of images; {name} makes videos. Remove them.")
+    for argument in ("aspect_ratio_buckets", "class_data_dir"):
+        if data.has_videos and getattr(arguments, argument):
+            raise UserValueError(f"--{argument} is for images, and the data holds videos. Leave it out.")
     columns = data.rows.column_names or []
     if base.takes_classes and (column is None or column not in columns):
         raise UserValueError(

@@ -28,7 +28,7 @@ NUM_ROWS = 48
 NUM_INFERENCE_STEPS = 12
 LEVELS = (0.125, 0.375, 0.625, 0.875)  # of the time steps, as shares of what training draws them from
 _AT_ONCE = 8
-# Whatever the base's own scheduler prefers, of which the betas and the kind of prediction are kept.
+# Whatever the base's own scheduler prefers, of which the noise and the kind of prediction are kept.
 _SOLVER: dict[str, Any] = {
     "algorithm_type": "dpmsolver++",
     "solver_order": 2,
@@ -78,12 +78,21 @@ def own_samples(base: DiffusionBase, model: nn.Module, batch: Batch) -> Tensor:
     x = batch.draws.normal(*batch.clean.shape[1:]).to(batch.clean)
     if base.prediction == "flow":
         return _along_flow(base, model, batch, x)
-    scheduler: Any = DPMSolverMultistepScheduler.from_config(base.pipe.scheduler.config, **_SOLVER)
+    scheduler: Any = solver_of(base)
     scheduler.set_timesteps(NUM_INFERENCE_STEPS, device=x.device)
     for time in scheduler.timesteps:
         prediction = base.predict(model, x, time.expand(len(x)), batch.conditions, batch.context)
         x = scheduler.step(prediction.float(), time, x).prev_sample
     return x
+
+
+def solver_of(base: DiffusionBase) -> DPMSolverMultistepScheduler:
+    """Return a solver at the noise levels that the base is trained at."""
+    # Betas are in the config of its scheduler, but not what some schedulers do to the levels that follow from them.
+    levels = cast(Any, base.noise_scheduler()).alphas_cumprod.double()
+    betas = 1 - levels / torch.cat([levels.new_ones(1), levels[:-1]])
+    own = base.pipe.scheduler.config
+    return cast(Any, DPMSolverMultistepScheduler.from_config(own, trained_betas=betas.tolist(), **_SOLVER))
 
 
 def _along_flow(base: DiffusionBase, model: nn.Module, batch: Batch, x: Tensor) -> Tensor:

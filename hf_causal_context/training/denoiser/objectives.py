@@ -81,17 +81,22 @@ class DiffusionObjective:
 
 
 class FlowMatchingObjective:
-    """Velocity noise - clean at x = (1 - sigma) clean + sigma noise, with logit-normal times (Esser et al., 2024)."""
+    """Velocity noise - clean at x = (1 - sigma) clean + sigma noise, with logit-normal times (Esser et al., 2024).
+
+    Times are those that the denoiser serves.
+    """
 
     def __init__(self, base: DiffusionBase) -> None:
         self.base = base
         self.scheduler: Any = base.noise_scheduler()
+        low, high = (share * base.num_train_timesteps for share in base.noise_range)
+        times = self.scheduler.timesteps
+        self._served = ((times >= low) & ((times < high) | (high == base.num_train_timesteps))).nonzero()[:, 0]
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Losses (B,), one per sample."""
-        clean = batch.clean
-        count = self.scheduler.config.num_train_timesteps
-        index = (torch.sigmoid(batch.draws.normal()) * count).long().clamp(max=count - 1)
+        clean, count = batch.clean, len(self._served)
+        index = self._served[(torch.sigmoid(batch.draws.normal()) * count).long().clamp(max=count - 1)]
         sigmas = self.scheduler.sigmas[index].to(clean).view(-1, *(1,) * (clean.ndim - 1))
         timesteps = self.scheduler.timesteps[index].to(clean.device)
         noise = batch.draws.normal(*clean.shape[1:]).to(clean)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,15 +13,15 @@ import datasets.config
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Array3D, Dataset, Features
-from datasets import Image as ImageFeature
+from datasets import Array3D, Array4D, Dataset, Features
 from datasets.fingerprint import Hasher
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ..._videos import files_of
 from ...bases.diffusion_base import DiffusionBase
-from ...bases.images import read_image
+from ...bases.images import read_clip, read_image
 from ...data.masks import plain_mask
 from ...errors import UserValueError
 from .buckets import Size
@@ -35,21 +34,27 @@ _READING = 2  # goes up when `read_image` reads some file in another way, so tha
 class Reader:
     """Rows with images -> the same rows with "clean" instead, the pixels (C, H, W) as uint8.
 
+    With a number of frames, rows become clips (C, F, H, W), images of one frame.
     Where rows have a "mask", it becomes pixels (1, H, W), white where there is none.
     """
 
     content_column: str
     channels: int
     size: Size
+    num_frames: int | None = None
 
     def __call__(self, row: Mapping[str, Any], flipped: bool = False) -> dict[str, Any]:
         """Read a row, mirrored or as it is.
 
         Raises:
-            ValueError: what `read_image` and `plain_mask` raise, and for a mask that is black where the image is used.
+            ValueError: what `read_image`, `read_clip` and `plain_mask` raise, and for a mask that is black where the
+                image is used.
         """
         image = row[self.content_column]
-        pixels = {"clean": read_image(image, self.channels, self.size)}
+        if self.num_frames is None:
+            pixels = {"clean": read_image(image, self.channels, self.size)}
+        else:
+            pixels = {"clean": read_clip(image, self.size, self.num_frames)}
         if "mask" in row:
             pixels["mask"] = self._mask(row["mask"], image)
         if flipped:
@@ -83,7 +88,8 @@ def encode_rows(
     `encoder` is the `content_of` the base's autoencoder.
     """
     image_column = reader.content_column
-    blank = torch.zeros(1, base.image_channels, *reader.size[::-1])
+    frames = () if reader.num_frames is None else (reader.num_frames,)
+    blank = torch.zeros(1, base.image_channels, *frames, *reader.size[::-1])
     shape = tuple(base.encode_images(blank.to(device)).shape[1:])
 
     def encode(columns: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +101,7 @@ def encode_rows(
 
     images = [image_column, *({"mask"} & {*rows.column_names})]
     kept = {name: feature for name, feature in rows.features.items() if name not in images}
-    made = {"clean": Array3D(shape, "float32")}
+    made: dict[str, Any] = {"clean": (Array4D if frames else Array3D)(shape, "float32")}
     if "mask" in images:
         made["mask"] = Array3D((1, *shape[1:]), "float32")
     # Named by what latents depend on, so that another run with the same base and images finds them.
@@ -193,9 +199,7 @@ class PreparedRows(torch.utils.data.Dataset):
             except Exception:  # see above
                 path, bucket = None, self._buckets[self._places[number, 0]]
                 if not bucket.latents:
-                    column = bucket.reader.content_column
-                    undecoded = self._rows.with_format(None).cast_column(column, ImageFeature(decode=False))
-                    path = undecoded[number][column]["path"]
+                    path = undecoded(self._rows, bucket.reader.content_column)[number]["path"]
                 return path or f"row {number} of the data"
         return f"one of the rows {[number for number, _ in chosen]} of the data"
 
@@ -203,12 +207,19 @@ class PreparedRows(torch.utils.data.Dataset):
 def _file_versions(rows: Dataset, image_column: str) -> str:
     """Sizes and times of images that are files: the rows' fingerprint knows their paths only."""
     digest = hashlib.blake2b(digest_size=16)
-    images = rows.with_format(None).select_columns([image_column])
-    for image in images.cast_column(image_column, ImageFeature(decode=False))[image_column]:
-        if image is not None and image["bytes"] is None and os.path.exists(image["path"]):
-            status = os.stat(image["path"])
-            digest.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
+    for image in undecoded(rows, image_column):
+        for path in files_of(image) if image is not None else []:
+            if path.exists():
+                status = path.stat()
+                digest.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
     return digest.hexdigest()
+
+
+def undecoded(rows: Dataset, column: str) -> Any:
+    """Return the images or clips of rows as they are stored, path and bytes."""
+    plain = rows.with_format(None).select_columns([column])
+    stored = type(plain.features[column])(decode=False)
+    return plain.cast_column(column, stored)[column]
 
 
 def content_of(model: torch.nn.Module) -> str:
