@@ -27,7 +27,10 @@ def apply_contexts(model, clip, source, contexts):
     loras = loras_without_base(adapter, contexts)
     texts = [component for component in loras[0] if component.startswith("text_encoder")]
     if others := sorted(set(loras[0]) - {"", *texts}):
-        raise UserValueError(f"{source} adapts {', '.join(others)}, too, which these nodes cannot change.")
+        raise UserValueError(
+            f"{source} adapts {', '.join(others)}, too, which are no part of a MODEL or a CLIP. Move their folders "
+            "out of it; that of a second denoiser is an adapter of its own, for the MODEL of that denoiser."
+        )
     if texts and clip is None:
         raise UserValueError(f"{source} adapts text encoders, too. Connect CLIP.")
     if texts and len(contexts) > 1:

@@ -215,7 +215,9 @@ def test_what_does_not_fit_is_refused_before_anything_changes(nodes, tmp_path):
     with pytest.raises(ValueError, match="this MODEL .SDXL., which lacks 6 of the 100 modules .* text_encoder_2.*fc1"):
         nodes.apply_contexts(xl, clip_of(clip_l=_clip()), tmp_path / "texts", CONTEXTS[:1])
     (tmp_path / "texts" / "text_encoder").rename(tmp_path / "texts" / "transformer_2")
-    with pytest.raises(ValueError, match="texts adapts transformer_2, too, which these nodes cannot change"):
+    with pytest.raises(
+        ValueError, match="adapts transformer_2, too, which are no part of a MODEL or a CLIP. Move their"
+    ):
         nodes.apply_contexts(xl, clip, tmp_path / "texts", CONTEXTS[:1])
     assert not model.patches
     assert not xl.patches
