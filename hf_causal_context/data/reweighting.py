@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -88,6 +89,7 @@ def reweight(
     input_noise: float = 0.0,
     dropout: float = 0.0,
     device: torch.device | str = "cpu",
+    keep_in: Path | None = None,
 ) -> list[ReweightedContext]:
     """Draw rows that follow the combinations in `wanted`, as many as a context has on average.
 
@@ -100,6 +102,7 @@ def reweight(
         input_noise: against overfitting, see `estimate_log_ratios`.
         dropout: against overfitting, too.
         device: where the densities are estimated.
+        keep_in: a file for what is estimated so far, see `estimate_log_ratios`.
 
     Raises:
         ValueError: for a missing set of the observational context or of a concept.
@@ -108,7 +111,14 @@ def reweight(
     used = torch.nonzero(codes >= 0)[:, 0]
     codes = codes[used]
     ratios = estimate_log_ratios(
-        inputs[used], codes, len(concepts), seed=seed, input_noise=input_noise, dropout=dropout, device=device
+        inputs[used],
+        codes,
+        len(concepts),
+        seed=seed,
+        input_noise=input_noise,
+        dropout=dropout,
+        device=device,
+        keep_in=keep_in,
     )
     found = ratios > 0  # rows that look intervened on
     shares = torch.bincount(codes, minlength=len(concepts) + 1) / len(used)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from .arguments import AdapterArguments
 from .loop.checkpoints import write_file
 
 FILE = "reweighted_contexts.json"
+RATIOS = "density_ratios.pt"
 # For features of a frozen base, of which there are many and whose rows are few; chosen on the digit world.
 _INPUT_NOISE = 0.8
 _DROPOUT = 0.5
@@ -119,22 +121,40 @@ def add_reweighted_contexts(
         output_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is found now
         with accelerator.autocast():
             features = extract_features(data.rows)
-        drawn = reweight(
-            features,
-            contexts,
-            data.concepts,
-            wanted,
-            seed=arguments.seed,
-            input_noise=_INPUT_NOISE,
-            dropout=_DROPOUT,
-            device=accelerator.device,
-        )
+        with _told_interruption(ratios := output_dir / RATIOS):
+            drawn = reweight(
+                features,
+                contexts,
+                data.concepts,
+                wanted,
+                seed=arguments.seed,
+                input_noise=_INPUT_NOISE,
+                dropout=_DROPOUT,
+                device=accelerator.device,
+                keep_in=ratios,
+            )
         say(table(drawn))
         stored = {"made_from": key, "contexts": {str(d.context): _to_json(d) for d in drawn}}
         text = json.dumps(stored) + "\n"
         write_file(path, output_dir, lambda unfinished: unfinished.write_text(text))
     rows = {name: np.array(entry["rows"], np.int64) for name, entry in stored["contexts"].items() if entry["rows"]}
     return dataclasses.replace(data, reweighted=rows)
+
+
+@contextmanager
+def _told_interruption(ratios: Path) -> Iterator[None]:
+    """Within the body, Ctrl-C says that what was estimated is kept.
+
+    Raises:
+        KeyboardInterrupt: saying so.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"Interrupted while density ratios were estimated. Those made so far are kept in {ratios}. Go on by "
+            "running the same command again."
+        ) from None
 
 
 def table(drawn: Sequence[ReweightedContext]) -> str:

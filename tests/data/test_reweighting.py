@@ -221,15 +221,17 @@ def test_densities_that_contradict_each_other_are_said_to(monkeypatch):
 def test_no_model_judges_rows_that_it_learned_from(monkeypatch):
     taught = []
 
-    def fit(model, inputs, codes, input_noise):
-        taught.append(set(inputs[:, 0].tolist()))
-        return model
+    class Taught(density_ratios._Fit):
+        def __init__(self, model, inputs, *rest):
+            super().__init__(model, inputs, *rest)
+            taught.append(set(inputs[:, 0].tolist()))
+            self.step = self.num_steps
 
     def predict(model, inputs):
         assert taught[-1].isdisjoint(inputs[:, 0].tolist())
         return torch.zeros(len(inputs), 2)
 
-    monkeypatch.setattr(density_ratios, "_fit", fit)
+    monkeypatch.setattr(density_ratios, "_Fit", Taught)
     monkeypatch.setattr(density_ratios, "_predict", predict)
     estimate_log_ratios(torch.randn(90, 3), torch.arange(3).repeat(30), 2, seed=0)
     assert [len(rows) for rows in taught] == [45] * 4
@@ -252,3 +254,55 @@ def test_combinations_are_named():
     for name in ("a", "", "a=0.5,b"):
         with pytest.raises(ValueError, match=r"cannot be reweighted: it is no combination of concepts at strength 1"):
             wanted_combinations([name], three)
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    for name, value in {"FEWEST_STEPS": 7, "NUM_EPOCHS": 1, "SMALLEST_BATCH": 8, "STEPS_PER_SAVE": 2}.items():
+        monkeypatch.setattr(density_ratios, name, value)
+
+
+def estimated(rows, **options):
+    codes = torch.arange(3).repeat_interleave(len(rows) // 3)
+    return estimate_log_ratios(rows, codes, 2, seed=1, input_noise=0.1, dropout=0.2, **options)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 7, 11, 28])
+def test_estimates_that_were_interrupted_go_on_where_they_were(steps, few_steps, tmp_path, monkeypatch):
+    rows, _ = world(20)
+    expected = estimated(rows)
+    taken = []
+    take_step = density_ratios._Fit.take_step
+
+    def interrupted(fit):
+        if len(taken) == steps:
+            raise KeyboardInterrupt
+        take_step(fit)
+        taken.append(fit.step)
+
+    monkeypatch.setattr(density_ratios._Fit, "take_step", interrupted)
+    keep_in = tmp_path / "ratios.pt"
+    if steps < 28:  # of 4 fits with 7 steps each
+        with pytest.raises(KeyboardInterrupt):
+            estimated(rows, keep_in=keep_in)
+    else:
+        assert torch.equal(estimated(rows, keep_in=keep_in), expected)
+    before, steps = len(taken), 100
+    assert torch.equal(estimated(rows, keep_in=keep_in), expected)
+    saved = 7 * (before // 7) + before % 7 // 2 * 2
+    assert len(taken) == before + 28 - saved
+
+
+def test_estimates_of_other_data_are_made_anew(few_steps, tmp_path):
+    rows, _ = world(20)
+    keep_in = tmp_path / "ratios.pt"
+    estimated(rows, keep_in=keep_in)
+    other = estimated(1 + rows.flip(0), keep_in=keep_in)
+    assert torch.equal(other, estimated(1 + rows.flip(0)))
+    assert torch.equal(estimated(1 + rows.flip(0), keep_in=keep_in), other)
+
+
+def test_a_damaged_file_of_estimates_is_named(few_steps, tmp_path):
+    (tmp_path / "ratios.pt").write_bytes(b"no")
+    with pytest.raises(ValueError, match="ratios.pt cannot be read .* Remove it: density ratios are then"):
+        estimated(world(20)[0], keep_in=tmp_path / "ratios.pt")

@@ -19,7 +19,7 @@ from hf_causal_context.training.denoiser.features import denoiser_features
 from hf_causal_context.training.finetune import train
 from hf_causal_context.training.loop.processes import make_accelerator
 from hf_causal_context.training.recipe import attach_adapter
-from hf_causal_context.training.reweighting import FILE, add_reweighted_contexts, table
+from hf_causal_context.training.reweighting import FILE, RATIOS, add_reweighted_contexts, table
 
 from .small import adapter_weights, settings, write_folders
 
@@ -95,6 +95,30 @@ def test_a_run_trains_on_the_combination_and_resumes_exactly(given, tmp_path, ca
     without = given | {"output_dir": str(tmp_path / "without"), "reweighted_contexts": []}
     train(TrainingArguments(**without))
     assert any(not torch.equal(tensor, whole[n]) for n, tensor in adapter_weights(tmp_path / "without").items())
+
+
+def test_an_interruption_keeps_the_estimates_and_says_so(given, tmp_path, monkeypatch):
+    expected, *_ = add(given)
+    take_step = density_ratios._Fit.take_step
+    monkeypatch.setattr(density_ratios, "STEPS_PER_SAVE", 1)
+    taken = []
+
+    def interrupted(fit):
+        if len(taken) == 3:
+            taken.append(None)
+            raise KeyboardInterrupt
+        take_step(fit)
+        taken.append(fit.step)
+
+    monkeypatch.setattr(density_ratios._Fit, "take_step", interrupted)
+    elsewhere = {"output_dir": str(tmp_path / "interrupted")}
+    kept = re.escape(str(tmp_path / "interrupted" / RATIOS))
+    with pytest.raises(KeyboardInterrupt, match=f"kept in {kept}. Go on by running the same command again"):
+        add(given, **elsewhere)
+    resumed, *_ = add(given, **elsewhere)
+    assert resumed.reweighted["slant+thick"].tolist() == expected.reweighted["slant+thick"].tolist()
+    taken.remove(None)
+    assert len(taken) == 2 * density_ratios._size_and_steps(6, 2)[1]  # of two fits
 
 
 def test_combinations_without_support_are_named_and_left_out(given, monkeypatch, capsys):
