@@ -289,9 +289,9 @@ def test_a_space_answers_with_its_adapter_or_the_reason(adapter, monkeypatch, se
 
 def test_in_a_browser(adapted, served, monkeypatch):
     playwright = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
-        pytest.skip("There is no chromium.")
+        pytest.skip("There is no browser.")
     base = adapted("ddpm", concepts=("<marquee>", "thick"))
     hold, started = threading.Event(), threading.Event()
     hold.set()
