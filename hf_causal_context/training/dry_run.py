@@ -51,7 +51,7 @@ def dry_run(run: Run, stream: Iterator[Any], parts: Mapping[str, nn.Module], idl
             "\nA batch:",
             *(f"  {line}" for line in _shapes(batches[0])),
             "\nMemory:",
-            *(f"  {name:<28} {_readable(size):>10}{note}" for name, size, note in rows if size),
+            *(f"  {name:<28} {readable(size):>10}{note}" for name, size, note in rows if size),
             f"\nTime: {seconds:.3g} s a step, {total} for {run.num_steps:,} steps. Validations come on top, and what",
             "is computed once (latents, embeddings).",
         ]
@@ -67,11 +67,11 @@ def memory_of_step(run: Run, parts: Mapping[str, nn.Module]) -> dict[str, int]:
     """
     with _kept_for_backward(run) as kept:
         run.train_step()
-    return {name: _bytes(_others(module, run.parameters)) for name, module in parts.items()} | {
-        "adapter": _bytes(run.parameters),
-        "its gradients": _bytes(run.parameters),
-        f"optimizer ({run.arguments.optimizer})": _bytes(_optimizer_state(run.optimizer)),
-        "moving average": _bytes(run.ema.shadow_params) if run.ema is not None else 0,
+    return {name: total_bytes(_others(module, run.parameters)) for name, module in parts.items()} | {
+        "adapter": total_bytes(run.parameters),
+        "its gradients": total_bytes(run.parameters),
+        f"optimizer ({run.arguments.optimizer})": total_bytes(_optimizer_state(run.optimizer)),
+        "moving average": total_bytes(run.ema.shadow_params) if run.ema is not None else 0,
         "kept for the backward pass": kept.peak,
     }
 
@@ -145,7 +145,8 @@ def _optimizer_state(optimizer: Any) -> list[Tensor]:
     return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
 
 
-def _bytes(tensors: Sequence[Tensor]) -> int:
+def total_bytes(tensors: Sequence[Tensor]) -> int:
+    """Return the memory of tensors, each counted once."""
     return sum(_size(tensor) for tensor in {id(tensor): tensor for tensor in tensors}.values())
 
 
@@ -166,7 +167,8 @@ def _shapes(value: Any, name: str = "") -> Iterator[str]:
             yield from _shapes(getattr(value, field.name), field.name)
 
 
-def _readable(size: float) -> str:
+def readable(size: float) -> str:
+    """Return bytes in a unit that fits them."""
     for unit in ("B", "KB", "MB"):
         if size < 1000:
             return f"{size:.3g} {unit}"
