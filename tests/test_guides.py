@@ -4,12 +4,16 @@ import re
 import runpy
 import shlex
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 from PIL import Image
+
+from hf_causal_context.commands import COMMANDS
+from hf_causal_context.commands.parsing import option_names
 
 from .documents import ROOT, blocks, run, shorten_estimates, tiny_chat_model
 from .training.conftest import on_cpu, pipeline_folder  # noqa: F401 (fixtures)
@@ -125,3 +129,18 @@ def test_language(tmp_path_factory, capsys):
     assert Path("texts-report", "report.md").read_text().startswith("# Does it compose?")
     # the second rewrite.py, with a model
     assert isinstance(runpy.run_path("rewrite.py")["rewrite"]("A film.", "Write it in capital letters."), str)
+
+
+def test_what_goes_wrong_first_names_messages_and_options_that_there_are():
+    page = (ROOT / "examples/guides/faults.md").read_text(encoding="utf-8")
+    rows = page.partition("## The first ten")[2].partition("\n## ")[0].split("|---|---|---|\n")[1].strip().splitlines()
+    assert len(rows) == 10
+    sources = " ".join(path.read_text(encoding="utf-8") for path in (ROOT / "hf_causal_context").rglob("*.py"))
+    messages = {message for row in rows for message in re.findall(r'"(.+?)"', row)}
+    assert len(messages) > 4
+    # Numbers and words that a message is made of may stand between its parts.
+    assert [m for m in messages if m not in sources and m != "The loss became nan at step"] == []
+    assert 'f"The loss became {loss}"' in sources
+    modules = (import_module(f"hf_causal_context.commands.{name.replace('-', '_')}") for name in COMMANDS)
+    known = {option for module in modules for option in option_names(module.Arguments)}
+    assert {option for row in rows for option in re.findall(r"--(\w+)", row)} <= known

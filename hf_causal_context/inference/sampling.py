@@ -153,6 +153,12 @@ def generate_jobs(
             warnings.warn(f"Memory does not suffice for {rows} images at once: trying {batch_size}.", stacklevel=2)
             continue
         start += rows
+        if not made.isfinite().all():
+            warnings.warn(
+                "Images hold NaN or infinite values, and are black there. In float16 some bases overflow: take "
+                "bfloat16 or float32 (--dtype). If that does not help, the adapter diverged: look at its training.png.",
+                stacklevel=2,
+            )
         yield made
 
 

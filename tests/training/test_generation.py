@@ -85,6 +85,18 @@ def test_where_memory_does_not_suffice_batches_are_smaller(adapted):
         generate(base, CONTEXTS, **options(base))
 
 
+def test_images_that_would_be_black_are_a_warning(adapted):
+    base = adapted("ddpm")
+
+    def spoil(module, args, output):
+        output.sample.fill_(torch.nan)
+
+    base.denoiser.register_forward_hook(spoil)
+    with pytest.warns(UserWarning, match="Images hold NaN or infinite values, and are black there. In float16 some"):
+        (made,) = generate(base, [()], **options(base))
+    assert made.isnan().all()
+
+
 def test_images_are_those_of_the_pipeline(adapted):
     base = adapted("stable_diffusion")
     base.denoiser.eval()
