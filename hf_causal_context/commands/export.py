@@ -23,8 +23,8 @@ class Arguments(RevisionArguments):
     format: str = field(
         metadata={
             "help": "peft: folders for PeftModel.from_pretrained; diffusers: files for load_lora_weights; kohya: files "
-            "for the tools around Stable Diffusion.",
-            "choices": ["peft", "diffusers", "kohya"],
+            "for the tools around Stable Diffusion; comfyui: what ComfyUI reads for the base.",
+            "choices": ["peft", "diffusers", "kohya", "comfyui"],
         }
     )
     output_dir: Path = field(metadata={"help": "Folder for the files."})

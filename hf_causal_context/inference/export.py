@@ -30,8 +30,9 @@ from ..adapter.read_back import write_lora
 from ..bases.diffusion_base import DiffusionBase
 from ..contexts import ConceptSet, Context, file_name
 from ..errors import UserValueError
+from .comfyui import comfyui_format, lumina_state
 
-FileFormat = Literal["peft", "diffusers", "kohya"]
+FileFormat = Literal["peft", "diffusers", "kohya", "comfyui"]
 
 # What kohya's scripts call the models with text embeddings of this width.
 _KOHYA_MODELS = {768: "sd_v1", 2048: "sdxl_base_v1-0"}
@@ -60,8 +61,8 @@ def export_contexts(
         contexts: such as "thick+slant" or "thick=0.5"; "singles" and "pairs" stand for all of them, "obs" for the empty
             one.
         output_dir: takes `thick+slant.safetensors`, or with "peft" the folder `thick+slant`.
-        file_format: "peft" (`PeftModel.from_pretrained`), "diffusers" (`load_lora_weights`) or "kohya" (the tools
-            around Stable Diffusion).
+        file_format: "peft" (`PeftModel.from_pretrained`), "diffusers" (`load_lora_weights`), "kohya" (the tools
+            around Stable Diffusion) or "comfyui" (what ComfyUI reads for the base).
         calibrated: the strengths in `contexts` are positions of dials; see `intervene`. The files keep their names.
 
     Raises:
@@ -75,6 +76,8 @@ def export_contexts(
         if isinstance(module, nn.Module) and any(isinstance(m, CausalContextLayer) for m in module.modules())
     }
     files = lora_paths(adapter_config(base.denoiser), contexts, output_dir, file_format, calibrated)
+    if file_format == "comfyui":
+        file_format = comfyui_format(base)
     if file_format != "peft":
         _check_format(base, models, file_format)
     for path, context in ProgressBar(files.items(), desc="export", unit="context"):
@@ -85,10 +88,14 @@ def export_contexts(
                     write_lora(unfinished if name == base.denoiser_name else unfinished / name, models[name], *lora)
             continue
         loras = {_FILE_NAMES.get(name, name): _lora(name, model, context) for name, model in models.items()}
-        state = _kohya_state(base, loras) if file_format == "kohya" else {}
+        state = lumina_state(base.denoiser, loras[base.denoiser_name][1]) if file_format == "comfyui" else {}
+        if file_format == "kohya":
+            state = _kohya_state(base, loras)
         with complete_or_absent(path) as unfinished:
             if file_format == "kohya":
                 save_file(state, unfinished, metadata=_kohya_metadata(base, loras, path.stem))
+            elif file_format == "comfyui":
+                save_file(state, unfinished, metadata={"format": "pt"})
             else:
                 _write_diffusers(base, loras, unfinished)
                 _check_readable(base, load_file(unfinished), loras, file_format)
