@@ -4,7 +4,8 @@
 
 Greedy decoding with the key-value cache, batches of 1 and 8. Timed rounds of the variants are interleaved (noise); a
 round's time is that of one `generate`, times are medians over rounds, and ratios are medians of the rounds' ratios: to
-LoRA, and for merged weights to the base. float32; on a GPU, bfloat16.
+LoRA, and for merged weights to the base. float32; on a GPU, bfloat16. On a CPU, seconds are the processor's, of all
+threads, so that other programs beside do not count.
 """
 
 from __future__ import annotations
@@ -80,13 +81,14 @@ def measure(size: str, batch: int, tokens: int, device: str, rounds: int) -> dic
     variants = [v for v in VARIANTS if batch > 1 or "mixed" not in v]
     ids = torch.randint(1, 8000, (batch, PROMPT), device=device)
     models: dict[str, Any] = {}
+    clock = time.perf_counter if device == "cuda" else time.process_time
     for variant in variants:
         model, context = build(size, variant, batch)
         models[variant] = model.to(device, torch.bfloat16 if device == "cuda" else torch.float32), context
 
     def seconds(variant: str) -> float:
         model, context = models[variant]
-        start = time.perf_counter()
+        start = clock()
         with intervene(model, context) if context is not None else nullcontext():
             generated = model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
@@ -94,7 +96,7 @@ def measure(size: str, batch: int, tokens: int, device: str, rounds: int) -> dic
         if device == "cuda":
             torch.cuda.synchronize()
         assert generated.shape == (batch, PROMPT + tokens)
-        return time.perf_counter() - start
+        return clock() - start
 
     for variant in variants:
         seconds(variant)

@@ -6,7 +6,8 @@ Concepts: a training step (forward, backward, AdamW) and a forward pass on a DiT
 total rank and of a fixed width, beside PEFT's LoRA of the same rank. Rows: balanced batches of small rows, read by
 number and as a stream, and how long a resumed run waits for its first batch. Adapters: many on one model, of which one
 or all are active. Variants take turns within every round; times are medians over rounds, ratios medians of the rounds'
-ratios to LoRA. CPU, float32. Memory is anonymous memory, so without the pages of mapped files (Linux).
+ratios to LoRA. CPU, float32; of steps, processor time, so that other programs beside do not count. Memory is anonymous
+memory, so without the pages of mapped files (Linux).
 """
 
 from __future__ import annotations
@@ -134,9 +135,9 @@ def measure(work: dict[str, dict[str, Callable[[], None]]], rounds: int) -> Timi
         first = turn % len(variants)
         for variant in variants[first:] + variants[:first]:
             for name, run in work[variant].items():
-                start = time.perf_counter()
+                start = time.process_time()
                 run()
-                seconds[variant][name].append(time.perf_counter() - start)
+                seconds[variant][name].append(time.process_time() - start)
     return {
         variant: {
             name: Timing(

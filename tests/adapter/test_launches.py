@@ -41,12 +41,10 @@ def test_a_layer_launches_at_most_one_operation_more_than_lora(name, tokens):
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 @pytest.mark.slow
 def test_a_compiled_layer_has_at_most_one_kernel_more_than_lora():
-    kernels = {
-        name: launches.compiled_layer(name) for name in ("LoRA", "independent", "reduced", "structural, a chain")
-    }
+    kernels = {name: sum(launches.compiled_layer(name)) for name in ("LoRA", "independent", "structural, a chain")}
     theirs = kernels["LoRA"]
     assert theirs == 10
-    assert kernels["independent"] <= theirs  # the mask is the scale's kernel, and the sum of gradients is a product's
+    assert kernels["independent"] <= theirs  # the mask is the scale's kernel, and sums are part of products
     assert max(kernels.values()) <= theirs + 1, kernels
 
 
