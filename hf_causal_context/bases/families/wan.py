@@ -22,7 +22,7 @@ class Wan(VideoBase):
 
     @property
     def noise_range(self) -> tuple[float, float]:
-        boundary = self.pipe.config.boundary_ratio
+        boundary = self.pipe.config["boundary_ratio"]
         if boundary is None:
             return 0.0, 1.0
         return (boundary, 1.0) if self.denoiser_name == "transformer" else (0.0, boundary)
@@ -49,6 +49,6 @@ class Wan(VideoBase):
         return {"encoder_hidden_states": hidden}
 
     def _arguments(self, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]) -> dict[str, Any]:
-        if self.pipe.config.expand_timesteps:  # one for each patch
+        if self.pipe.config["expand_timesteps"]:  # one for each patch
             timesteps = timesteps[:, None].expand(-1, noisy[0, 0, :, ::2, ::2].numel())
         return super()._arguments(noisy, timesteps, conditions)
