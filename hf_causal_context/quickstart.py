@@ -46,6 +46,7 @@ CONTEXTS = (Context(), *SINGLES, *PAIRS)
 ROWS_PER_CONTEXT = 1500
 NUM_SAMPLES = 128
 NUM_INFERENCE_STEPS = 15
+BATCH_SIZE = 64  # of samples
 # Every Linear and convolution of the blocks: strokes are the convolutions' work, and the base has little attention.
 _CONVOLUTIONS = ("conv_in", "conv1", "conv2", "conv_shortcut", "conv_out")
 TARGET_MODULES = (*_CONVOLUTIONS, "time_emb_proj", "to_q", "to_k", "to_v", "to_out.0")
@@ -111,8 +112,30 @@ def score(samples: Mapping[Context, Tensor]) -> dict[Context, float]:
 
 def sample(base: DiffusionBase, contexts: Sequence[Context], num: int) -> dict[Context, Tensor]:
     """Images (num, 1, 32, 32) in [0, 1] of every context, from the same noise."""
-    options: dict[str, Any] = {"num_inference_steps": NUM_INFERENCE_STEPS, "batch_size": 64}
+    options: dict[str, Any] = {"num_inference_steps": NUM_INFERENCE_STEPS, "batch_size": BATCH_SIZE}
     return {context: generate(base, [context], seeds=range(num), **options)[0] for context in contexts}
+
+
+def choose_threads() -> None:
+    """Let torch compute with one thread, if that is faster now than with all: other programs may keep the cores busy.
+
+    Threads wait for each other by spinning. Where one of them has no core, that takes several times the work's time.
+    """
+    denoiser = load_base(str(BASE)).denoiser
+    batch = torch.zeros(BATCH_SIZE, 1, 32, 32)
+    threads = torch.get_num_threads()
+    seconds = dict.fromkeys((threads, 1), float("inf"))
+    for number in (*seconds, *seconds):  # in turns, of which the first warms up
+        torch.set_num_threads(number)
+        start = time.perf_counter()
+        with torch.no_grad():
+            denoiser(batch, 0)
+        seconds[number] = min(seconds[number], time.perf_counter() - start)
+    fastest = min(seconds, key=seconds.__getitem__)
+    torch.set_num_threads(fastest)
+    if fastest < threads:
+        times = seconds[threads] / seconds[fastest]
+        print(f"The cores are busy: computing with one thread, now {times:.1f} times as fast as {threads} threads.")
 
 
 def quickstart(output_dir: Path, seed: int = 0) -> None:
@@ -136,7 +159,8 @@ def quickstart(output_dir: Path, seed: int = 0) -> None:
     write_card(output_dir)
     again = load_base(str(BASE))
     load_context_adapter(again.pipe, output_dir)
-    identical = torch.equal(sample(again, PAIRS[:1], NUM_SAMPLES)[PAIRS[0]], samples[PAIRS[0]])
+    part = samples[PAIRS[0]][:BATCH_SIZE]
+    identical = torch.equal(sample(again, PAIRS[:1], len(part))[PAIRS[0]], part)
     if not identical:
         raise RuntimeError(f"The adapter reloaded from {output_dir} gives other images than the trained one.")
     say("Reloaded with load_context_adapter: identical images.")

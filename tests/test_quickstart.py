@@ -3,7 +3,9 @@
 import dataclasses
 import json
 from functools import partial
+from types import SimpleNamespace
 
+import pytest
 import torch
 
 from hf_causal_context import quickstart
@@ -39,6 +41,23 @@ def test_train_score_save_reload(tmp_path, monkeypatch, capsys):
     assert "mean of the pairs" in (tmp_path / "README.md").read_text()
     for name in ("results.png", "adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize(("slow", "expected"), [(3, 1), (1, 3)])
+def test_it_computes_with_one_thread_where_all_take_longer(slow, expected, monkeypatch, capsys):
+    now, threads = [0.0], [3]
+
+    class Denoiser:
+        def __call__(self, batch, t):
+            now[0] += 2.0 if threads[0] == slow else 1.0
+
+    monkeypatch.setattr(quickstart, "load_base", lambda path: SimpleNamespace(denoiser=Denoiser()))
+    monkeypatch.setattr(quickstart.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: threads.__setitem__(0, number))
+    quickstart.choose_threads()
+    assert threads[0] == expected
+    assert ("one thread, now 2.0 times as fast as 3 threads" in capsys.readouterr().out) == (expected == 1)
 
 
 def test_scores_tell_the_truth_of_a_context_from_another():

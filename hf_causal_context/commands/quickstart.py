@@ -18,6 +18,7 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Run it; see `quickstart` for what it raises."""
-    from ..quickstart import quickstart
+    from ..quickstart import choose_threads, quickstart
 
+    choose_threads()
     quickstart(arguments.output_dir, arguments.seed)
