@@ -1,6 +1,7 @@
 """What a command line says of its options: in --help, and in errors."""
 
 import logging
+import shlex
 import subprocess
 import sys
 
@@ -14,7 +15,8 @@ import hf_causal_context
 from hf_causal_context._messages import in_options
 from hf_causal_context._progress import ProgressBar, say, set_quiet
 from hf_causal_context.cli import main
-from hf_causal_context.commands import COMMANDS
+from hf_causal_context.commands import COMMANDS, evaluate
+from hf_causal_context.commands.parsing import parse
 from hf_causal_context.contexts import ConceptSet
 from hf_causal_context.training import finetune
 from tests.data.small import write_folders
@@ -249,3 +251,18 @@ def test_quiet_and_verbose_contradict_each_other(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["completion", "--quiet", "--verbose"])
     assert "--quiet and --verbose contradict each other" in capsys.readouterr().err
+
+
+def test_a_training_says_how_to_measure_its_adapter(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(finetune, "train", lambda arguments: tmp_path / "out")
+    folder = str(tmp_path / "my images")
+    (tmp_path / "my images").mkdir()
+    base = ["--pretrained_model_name_or_path", "base"]
+    assert main(["train", *base, "--train_data_dir", folder, "--output_dir", str(tmp_path / "out")]) == 0
+    *_, said = capsys.readouterr().out.splitlines()
+    assert said == (
+        f"Does it compose? hf-causal-context evaluate {tmp_path}/out --train_data_dir '{folder}' --output_dir "
+        f"{tmp_path}/out-report"
+    )
+    command = shlex.split(said.partition("? ")[2])[2:]
+    assert parse("evaluate", evaluate.Arguments, command).train_data_dir == folder

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from .._files import checkpoint_steps
-from ..training.arguments import OptimizationArguments
+from .._progress import say
+from ..training.arguments import AdapterArguments, OptimizationArguments
 
 
 def say_where(what: str, folder: Path) -> None:
     """Say where a training left its result; of several processes one says so."""
     if os.environ.get("RANK", "0") == "0":
         print(f"The {what} is in {folder}.")
+
+
+def say_how_to_judge(arguments: AdapterArguments, folder: Path) -> None:
+    """Say how to measure an adapter, on the data that it was trained on and on what was held out of it."""
+    given = {name: getattr(arguments, name) for name in ("train_data_dir", "dataset_name", "dataset_config_name")}
+    data = shlex.join(word for name, value in given.items() if value for word in (f"--{name}", value))
+    if os.environ.get("RANK", "0") == "0":
+        say(f"Does it compose? hf-causal-context evaluate {folder} {data} --output_dir {folder}-report")
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..training.arguments import TextArguments as Arguments
-from .finished import say_where, told_interruption
+from .finished import say_how_to_judge, say_where, told_interruption
 
 
 def run(arguments: Arguments) -> None:
@@ -14,3 +14,4 @@ def run(arguments: Arguments) -> None:
         folder = train_text(arguments)
     if not arguments.dry_run:
         say_where("adapter", folder)
+        say_how_to_judge(arguments, folder)

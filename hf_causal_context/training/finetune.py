@@ -196,20 +196,21 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
     def show(self, step: int) -> None:
         base, arguments = self.base, self.arguments
         base.move_encoders(self.accelerator.device)
+        sample = partial(
+            generate,
+            base,
+            seeds=range(self.num_shown),
+            prompt=arguments.validation_prompt if base.takes_captions else None,
+            class_label=0 if base.takes_classes else None,
+            num_inference_steps=arguments.num_inference_steps,
+            resolution=arguments.resolution,
+            num_frames=self.num_frames,
+        )
         try:
-            rows = generate(
-                base,
-                self.shown,
-                seeds=range(self.num_shown),
-                prompt=arguments.validation_prompt if base.takes_captions else None,
-                class_label=0 if base.takes_classes else None,
-                num_inference_steps=arguments.num_inference_steps,
-                resolution=arguments.resolution,
-                num_frames=self.num_frames,
-            )
+            rows = self.samples(step, sample)
         finally:
             self.make_room()
-        write_grid(self.accelerator, arguments.output_dir, rows, self.shown, arguments.observational_name, step)
+        write_grid(self.accelerator, arguments.output_dir, rows, self.labels(step), step)
 
     def card_contents(self, folder: Path) -> CardContents:
         base, arguments = self.base, self.arguments

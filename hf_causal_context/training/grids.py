@@ -42,7 +42,7 @@ def grid_name(step: int) -> str:
 def newest_grid(folder: Path, num_steps: int) -> str | None:
     """Return the last grid of a run in its folder, None where there is none; those of a longer run may lie there."""
     numbers = (path.stem.removeprefix("step-") for path in folder.glob("samples/step-*.png"))
-    steps = [int(number) for number in numbers if number.isdecimal() and int(number) <= num_steps]
+    steps = [int(number) for number in numbers if number.isdecimal() and 0 < int(number) <= num_steps]
     return grid_name(max(steps)) if steps else None
 
 
@@ -50,18 +50,17 @@ def write_grid(
     accelerator: Accelerator,
     output_dir: str,
     rows: Sequence[Tensor],
-    contexts: Sequence[Context],
-    observational_name: str,
+    labels: Sequence[str],
     step: int,
 ) -> None:
-    """In the main process, write a row of images (n, C, H, W) in [0, 1] per context, and show them to the trackers.
+    """In the main process, write rows of images (n, C, H, W) in [0, 1], and show them to the trackers.
 
     Raises:
         CheckpointError: when the file cannot be written.
     """
     if not accelerator.is_main_process:
         return
-    grid = image_grid(rows, [str(context) or observational_name for context in contexts])
+    grid = image_grid(rows, labels)
     path = Path(output_dir, grid_name(step))
     write_file(path, Path(output_dir), grid.save)
     for tracker in accelerator.trackers:

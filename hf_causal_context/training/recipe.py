@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -19,8 +19,10 @@ from .._progress import say
 from ..adapter.config import CausalContextConfig
 from ..bases.gap import BaseGap
 from ..bases.names import resolve_base_name
+from ..contexts import Context
 from ..data import InterventionalData, check_data
 from ..errors import UserValueError
+from ..evaluation.sampling import adapters_disabled
 from ..hub.card import write_card
 from ..hub.contents import CardContents
 from ..layers import Mechanism
@@ -31,6 +33,7 @@ from .dry_run import MEASURED_STEPS, dry_run
 from .gap_report import record_gap, report_gap
 from .grids import validation_contexts
 from .loop.checkpoints import check_unused
+from .loop.loss_record import kinds_of_contexts
 from .loop.memory import memory_for_base
 from .loop.objective import Objective
 from .loop.processes import main_process_first
@@ -39,6 +42,7 @@ from .loop.trainer import Run, fit
 from .observational import AnyArguments, check_observational_set, observational_samples, settle_observational_steps
 from .reweighting import add_reweighted_contexts
 
+T = TypeVar("T")
 # Of the frozen weights; the adapter's are float32.
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -63,6 +67,7 @@ class FineTuning(ABC, Generic[AnyArguments]):
 
     def __init__(self, accelerator: Accelerator, arguments: AnyArguments, data: InterventionalData | None) -> None:
         self.accelerator, self.arguments, self._data = accelerator, arguments, data
+        self._of_base: list[Any] = []
         self.process = (accelerator.process_index, accelerator.num_processes)
 
     @property
@@ -150,7 +155,19 @@ class FineTuning(ABC, Generic[AnyArguments]):
 
     @abstractmethod
     def show(self, step: int) -> None:
-        """Write and log samples of every context."""
+        """Write and log samples of the base, and of every context; before the first step these are the same."""
+
+    def samples(self, step: int, sample: Callable[[list[Context]], list[T]]) -> list[T]:
+        """Return what `sample` makes of the base without its adapter, and after the first step of every context."""
+        if not self._of_base:
+            with adapters_disabled(self.trained):
+                self._of_base = sample([Context()])
+        return self._of_base + (sample(self.shown) if step else [])
+
+    def labels(self, step: int) -> list[str]:
+        """Return what samples are of: the base, and after the first step the contexts."""
+        contexts = self.shown if step else []
+        return ["base", *(str(context) or self.arguments.observational_name for context in contexts)]
 
     def write_beside(self, folder: Path) -> None:
         """Write what belongs beside the adapter."""
@@ -228,6 +245,10 @@ class FineTuning(ABC, Generic[AnyArguments]):
             validate if self.validates else None,
             finish=finish,
             begin=begin,
+            preview=self.show if self.num_shown else None,
+            kinds=kinds_of_contexts(
+                self.data.concepts, (*self.data.contexts, *self.data.reweighted), arguments.observational_name
+            ),
         )
         if accelerator.is_main_process:
             self._write_card(folder)  # again: now there are the last samples, too

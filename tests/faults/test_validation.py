@@ -44,9 +44,32 @@ def fail(errors):
     return call
 
 
+def later(works, fails):
+    """A function that works at its first call, before the first step, and then is the other one."""
+    calls = []
+
+    def call(*args, **kwargs):
+        calls.append(args)
+        return (works if len(calls) == 1 else fails)(*args, **kwargs)
+
+    return call
+
+
+def test_without_memory_before_the_first_step_the_training_goes_on(given, monkeypatch, capsys):
+    generate = finetune.generate
+    monkeypatch.setattr(finetune, "generate", later(fail([OUT_OF_MEMORY[0]]), generate))
+    folder = train(TrainingArguments(**given))
+    said = capsys.readouterr().out
+    assert said.count("ran out of memory") == 1
+    assert "Validation ran out of memory at step 0 (CUDA out of memory. Tried to allocate 2.00 GiB.)" in said
+    assert "There is no checkpoint yet" in said
+    names = sorted(path.name for path in (folder / "samples").iterdir())
+    assert names == ["step-000002.png", "step-000004.png", "step-000006.png"]
+
+
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:24])
 def test_a_validation_without_memory_does_not_end_the_training(error, given, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(finetune, "generate", fail([error]))
+    monkeypatch.setattr(finetune, "generate", later(finetune.generate, fail([error])))
     folder = train(TrainingArguments(**given))
     said = capsys.readouterr().out
     assert said.count("ran out of memory") == 1
@@ -56,7 +79,7 @@ def test_a_validation_without_memory_does_not_end_the_training(error, given, tmp
     )
     assert re.search(expected, said)
     assert list(checkpoint_steps(folder)) == [2, 4, 6]
-    assert not list(folder.glob("samples/*"))
+    assert [path.name for path in folder.glob("samples/*")] == ["step-000000.png"]
     assert "samples/" not in (folder / "README.md").read_text()
     without = given | {"output_dir": str(tmp_path / "without"), "num_validation_images": 0}
     expected = adapter_weights(train(TrainingArguments(**without)))
@@ -79,9 +102,10 @@ def test_the_next_validation_may_succeed(given, monkeypatch):
             raise errors.pop()
         return generate(*args, **kwargs)
 
-    monkeypatch.setattr(finetune, "generate", fail_first)
+    monkeypatch.setattr(finetune, "generate", later(generate, fail_first))
     folder = train(TrainingArguments(**given))
-    assert sorted(path.name for path in (folder / "samples").iterdir()) == ["step-000004.png", "step-000006.png"]
+    names = sorted(path.name for path in (folder / "samples").iterdir())
+    assert names == ["step-000000.png", "step-000004.png", "step-000006.png"]
     assert "samples/step-000006.png" in (folder / "README.md").read_text()
 
 
@@ -104,18 +128,19 @@ def test_encoders_rest_again_after_it(pipeline_folder, given, monkeypatch):
     monkeypatch.setattr(finetune, "generate", fail([OUT_OF_MEMORY[0]]))
     changes = {"pretrained_model_name_or_path": pipeline_folder("stable_diffusion"), "validation_steps": None}
     train(TrainingArguments(**given | changes))
-    assert len(places) == 4  # to encode the data, at rest, and around the only validation
+    assert len(places) == 6  # to encode the data, at rest, and around the samples before the first step and at the end
 
 
 def test_other_errors_end_the_training(given, monkeypatch):
-    monkeypatch.setattr(finetune, "generate", fail([RuntimeError("shapes cannot be multiplied")]))
+    failing = fail([RuntimeError("shapes cannot be multiplied")])
+    monkeypatch.setattr(finetune, "generate", later(finetune.generate, failing))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         train(TrainingArguments(**given))
     assert list(checkpoint_steps(Path(given["output_dir"]))) == [2]
 
 
 def test_a_language_model_without_memory_for_samples(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(language, "sample_texts", fail([OUT_OF_MEMORY[0]]))
+    monkeypatch.setattr(language, "sample_texts", later(language.sample_texts, fail([OUT_OF_MEMORY[0]])))
     given = arguments(tmp_path, max_train_steps=4, validation_steps=2, num_validation_texts=1)
     folder = train_text(given, language_model("llama"), word_tokenizer(), text_data())
     assert capsys.readouterr().out.count("Validation ran out of memory at step 2") == 1
@@ -123,7 +148,7 @@ def test_a_language_model_without_memory_for_samples(tmp_path, monkeypatch, caps
 
 
 def test_a_last_validation_that_fails_leaves_a_complete_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(language, "sample_texts", fail([ValueError("no such token")]))
+    monkeypatch.setattr(language, "sample_texts", later(language.sample_texts, fail([ValueError("no such token")])))
     given = arguments(tmp_path, num_validation_texts=1)
     with pytest.raises(ValueError, match="no such token"):
         train_text(given, language_model("llama"), word_tokenizer(), text_data())

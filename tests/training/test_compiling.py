@@ -50,7 +50,7 @@ def test_a_compiled_denoiser(name, changes, graphs, pipeline_folder, tmp_path):
     assert_close_to_largest(adapter_weights(compiled), expected)
     # Of mechanisms that mix, what makes their matrices at the entry is a graph of its own.
     assert len(graphs) == (1 if changes["mechanism"] == "independent" else 2)
-    assert len(list((compiled / "samples").iterdir())) == 3
+    assert len(list((compiled / "samples").iterdir())) == 4  # one of them before the first step
 
 
 def test_a_compiled_language_model(graphs, tmp_path):

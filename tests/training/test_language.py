@@ -65,8 +65,11 @@ class TestTraining:
                 assert torch.equal(tensor, before.pop(key.replace(".base_layer", ""))), key
         assert not before
 
-        assert sorted(path.name for path in (folder / "samples").iterdir()) == ["step-000002.md", "step-000004.md"]
-        table = (folder / "samples" / "step-000004.md").read_text()
+        samples = sorted((folder / "samples").iterdir())
+        assert [path.name for path in samples] == ["step-000000.md", "step-000002.md", "step-000004.md"]
+        table = samples[2].read_text()
+        of_base = [line for line in table.splitlines() if line.startswith("| base |")]
+        assert of_base == samples[0].read_text().splitlines()[-1:]
         for context in ("obs", "formal", "loud", "formal+loud"):
             assert re.search(rf"^\| {re.escape(context)} \|.*\|.*\|$", table, re.MULTILINE)
         assert ("a cat" in table.splitlines()[0]) == ("validation_prompt" in changes or shape != "text")
@@ -267,7 +270,8 @@ class TestCommand:
         command += [str(texts), "--output_dir", str(tmp_path / "out"), "--max_new_tokens", "3"]
         assert main([*command, "--num_train_epochs", "2", "--train_batch_size", "3"]) == 0
         assert "The adapter is in" in capsys.readouterr().out
-        assert [path.name for path in (tmp_path / "out" / "samples").iterdir()] == ["step-000008.md"]
+        samples = sorted(path.name for path in (tmp_path / "out" / "samples").iterdir())
+        assert samples == ["step-000000.md", "step-000008.md"]
         assert "formal+loud" in (tmp_path / "out" / "samples" / "step-000008.md").read_text()
 
     def test_each_command_names_the_other(self, texts, tmp_path, pipeline_folder, capsys):  # noqa: F811

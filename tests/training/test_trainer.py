@@ -98,17 +98,19 @@ class TestEndToEnd:
         assert TrainingArguments(**arguments).train_data_dir == str(data)
         assert not list(folder.glob(".*"))
 
-        # Grids: at step 3 and at the end; rows obs, slant, thick, slant+thick with two images of 64 pixels each.
+        # Grids: before the first step, at step 3 and at the end; rows base, and from step 3 on obs, slant, thick and
+        # slant+thick, with two images of 64 pixels each.
         samples = sorted((folder / "samples").iterdir())
-        assert [path.name for path in samples] == ["step-000003.png", "step-000006.png"]
-        assert Image.open(samples[0]).height == 4 * 68 + 4
+        assert [path.name for path in samples] == ["step-000000.png", "step-000003.png", "step-000006.png"]
+        assert [Image.open(path).height for path in samples] == [68 + 4, 5 * 68 + 4, 5 * 68 + 4]
 
         (events,) = (folder / "logs" / "hf_causal_context").glob("events.out.*")  # hyperparameters have folders
         log = EventAccumulator(str(events.parent)).Reload()
         assert [event.step for event in log.Scalars("loss")] == list(range(1, 7))
         assert [event.value for event in log.Scalars("learning_rate")] == pytest.approx([1e-2] * 6)
         assert {"loss", "learning_rate", "gradient_norm"} <= set(log.Tags()["scalars"])
-        assert [event.step for event in log.Images("samples")] == [3, 6]
+        assert [event.step for event in log.Images("samples")] == [0, 3, 6]
+        assert {"loss/obs", "loss/slant", "loss/thick"} <= set(log.Tags()["scalars"])
 
     def test_checkpoints_hold_the_adapter_and_its_optimizer_but_not_the_base(self, trained):
         base, _, folder = trained

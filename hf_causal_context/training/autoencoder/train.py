@@ -20,6 +20,7 @@ from ...models.encoder_decoders import KLAutoencoder
 from ..grids import validation_contexts, write_grid
 from ..loop.checkpoints import check_unused
 from ..loop.early_stopping import EarlyStopping
+from ..loop.loss_record import kinds_of_contexts
 from ..loop.processes import make_accelerator
 from ..loop.trainer import fit
 from .arguments import AutoencoderArguments
@@ -105,7 +106,8 @@ def train_autoencoder(
                 model.sample(context, arguments.num_validation_images, torch.Generator().manual_seed(arguments.seed))
                 for context in shown
             ]
-            write_grid(accelerator, arguments.output_dir, rows, shown, arguments.observational_name, step)
+            labels = [str(context) or arguments.observational_name for context in shown]
+            write_grid(accelerator, arguments.output_dir, rows, labels, step)
         return error + arguments.beta * kl
 
     if arguments.compile:
@@ -116,7 +118,8 @@ def train_autoencoder(
     if arguments.early_stopping_patience is not None:
         stopping = EarlyStopping(arguments.early_stopping_patience, arguments.early_stopping_min_delta)
     mode = TrainingMode(model, arguments.mode, num_steps)
-    return fit(accelerator, model, objective, batches, arguments, num_steps, validate, stopping, mode)
+    kinds = kinds_of_contexts(images.concepts, images.names, arguments.observational_name)
+    return fit(accelerator, model, objective, batches, arguments, num_steps, validate, stopping, mode, kinds=kinds)
 
 
 def make_autoencoder(arguments: AutoencoderArguments, concepts: ConceptSet) -> ContextAutoencoder:

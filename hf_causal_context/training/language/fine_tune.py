@@ -166,10 +166,10 @@ class LanguageFineTuning(FineTuning[TextArguments]):
 
     def show(self, step: int) -> None:
         arguments = self.arguments
-        texts = sample_texts(self.model, self.tokenize, self.prompt, self.shown, arguments)
+        sample = partial(sample_texts, self.model, self.tokenize, self.prompt, arguments=arguments)
+        texts = self.samples(step, sample)
         begin = cast(str, self.tokenizer.decode(list(self.prompt)))
-        name = arguments.observational_name
-        write_texts(self.accelerator, arguments.output_dir, begin, texts, self.shown, name, step)
+        write_texts(self.accelerator, arguments.output_dir, begin, texts, self.labels(step), step)
 
     def write_beside(self, folder: Path) -> None:
         write_files(folder, "tokenizer_config.json", self.tokenizer.save_pretrained)

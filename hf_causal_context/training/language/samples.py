@@ -84,11 +84,10 @@ def write_texts(
     output_dir: str,
     prompt: str,
     texts: Sequence[Sequence[str]],
-    contexts: Sequence[Context],
-    observational_name: str,
+    labels: Sequence[str],
     step: int,
 ) -> None:
-    """In the main process, write a table with a row per context, and show it to trackers that take text.
+    """In the main process, write a table with a labeled row per context, and show it to trackers that take text.
 
     Raises:
         CheckpointError: when the file cannot be written.
@@ -100,8 +99,8 @@ def write_texts(
         f"| context |{''.join(f' {n} |' for n in range(1, len(texts[0]) + 1))}",
         "|---" * (1 + len(texts[0])) + "|",
     ]
-    for context, row in zip(contexts, texts, strict=True):
-        lines.append(f"| {str(context) or observational_name} |{''.join(f' {text_cell(text)} |' for text in row)}")
+    for label, row in zip(labels, texts, strict=True):
+        lines.append(f"| {label} |{''.join(f' {text_cell(text)} |' for text in row)}")
     table = "\n".join(lines) + "\n"
     path = Path(output_dir, samples_name(step))
     write_file(path, Path(output_dir), lambda unfinished: unfinished.write_text(table, encoding="utf-8"))

@@ -29,6 +29,7 @@ from .checkpoints import (
 )
 from .early_stopping import EarlyStopping
 from .interruption import noted_interruptions
+from .loss_record import LossRecord
 from .memory import TrainingMemoryError, explain_oom, less_memory, validation_without_memory
 from .objective import Objective
 from .optimization import averaged, averaged_by, make_optimizer, make_schedule, parameter_groups, set_learning_rates
@@ -79,6 +80,8 @@ def fit(
     hooks: StepHooks | None = None,
     finish: Callable[[Path], object] | None = None,
     begin: Callable[[int], Mapping[str, float]] | None = None,
+    preview: Callable[[int], None] | None = None,
+    kinds: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Train the parameters of `model` that require gradients, and save the model to `output_dir`.
 
@@ -97,6 +100,8 @@ def fit(
         finish: writes what belongs beside the model, in the main process; before the last validation, which may fail.
         begin: called in the main process before the first step, with the number of steps that are done already; what
             it returns is logged.
+        preview: called like `validate` where the run begins, before its first step, with 0.
+        kinds: of contexts, from `kinds_of_contexts`; the losses of each are shown, logged, and drawn into `output_dir`.
 
     Raises:
         TrainingDivergedError: when a loss or gradient becomes NaN or infinite.
@@ -114,12 +119,14 @@ def fit(
         found = open_output_dir(accelerator, model, arguments)
         first = found[0] if found is not None else 0
         known = begin(first) if begin is not None and accelerator.is_main_process else {}
-        run = Run(accelerator, model, objective, arguments, num_steps, validate, early_stopping, hooks)
+        run = Run(accelerator, model, objective, arguments, num_steps, validate, early_stopping, hooks, kinds)
         if found is not None:
             run.resume(*found)
         start_trackers(accelerator, arguments)
         if known:
             accelerator.log(dict(known), step=first)
+        if preview is not None and first == 0:
+            run.preview(preview)
         run.train(batches)
         return run.save(finish)
 
@@ -137,6 +144,7 @@ class Run:
         validation: Callable[[int], float | None] | None = None,
         early_stopping: EarlyStopping | None = None,
         hooks: StepHooks | None = None,
+        kinds: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.accelerator, self.objective, self.arguments, self.num_steps = accelerator, objective, arguments, num_steps
         self.validation, self.early_stopping, self.hooks = validation, early_stopping, hooks or StepHooks()
@@ -160,11 +168,13 @@ class Run:
         self.rates: list[tuple[list[float], list[float]]] = []
         self.losses, self.norms = torch.zeros(2, STEPS_PER_SYNC, device=accelerator.device)
         self.steps_per_sync, self.steps_per_second = 1, 0.0
+        self.record = LossRecord(kinds or {}, num_steps, STEPS_PER_SYNC, accelerator.device)
 
     def resume(self, step: int, checkpoint: Path) -> None:
         """Go on from a checkpoint; those that came after it belong to a run that is given up."""
         self.accelerator.load_state(str(checkpoint))
         self.done = step
+        self.record.load(checkpoint.parent, step)
         if self.ema is not None:
             self.ema.to(self.accelerator.device)
         set_learning_rates(self.schedule, self.arguments)
@@ -190,6 +200,8 @@ class Run:
                 self.train_until_sync()
                 interrupted = self.synchronize()
                 if interrupted or self.checkpoint_is_due():
+                    if self.accelerator.is_main_process:
+                        self.record.save(self.output_dir)
                     with averaged_by(self.optimizer):
                         save_checkpoint(self.accelerator, self.arguments, self.done)
                 if interrupted and self.done < self.num_steps:
@@ -227,12 +239,16 @@ class Run:
         accelerator, accumulation = self.accelerator, self.arguments.gradient_accumulation_steps
         place = len(self.rates)
         total = self.losses[place].zero_()
+        self.record.sums[place].zero_()
         self.hooks.start_step(self.done)
         for _ in range(accumulation):
             batch = self.read_batch()
             with accelerator.accumulate(self.wrapped):
                 with accelerator.autocast():
-                    loss = self.objective(self.wrapped, batch).mean()
+                    losses = self.objective(self.wrapped, batch)
+                    loss = losses.mean()
+                if self.record.names:
+                    self.record.add(place, batch.context, losses)
                 accelerator.backward(loss)
                 total += loss.detach() / accumulation
         self.hooks.end_backward()
@@ -279,19 +295,23 @@ class Run:
         count = len(self.rates)
         steps = min(STEPS_PER_SYNC, max(1, int(self.steps_per_second * SECONDS_PER_SYNC)))
         own = torch.tensor([bool(self.interruption.signal), steps], dtype=torch.float, device=self.accelerator.device)
-        means = cast(Tensor, self.accelerator.reduce(torch.cat([own, self.losses[:count]]), "mean"))
-        interrupted, steps, *values = torch.cat([means, self.norms[:count]]).tolist()
+        sums = self.record.sums[:count]
+        means = self.accelerator.reduce(torch.cat([own, self.losses[:count], sums.flatten()]), "mean")
+        values = torch.cat([cast(Tensor, means), self.norms[:count]]).cpu()
+        (interrupted, steps), losses, of_kinds, norms = values.split([2, count, sums.numel(), count])
         self.steps_per_sync = int(steps)
         self.steps_per_second = count / (perf_counter() - self.began)
-        seen = zip(values[:count], values[count:], self.rates, strict=True)
-        for step, (loss, norm, (before, after)) in enumerate(seen, self.done - count + 1):
+        seen = zip(losses.tolist(), norms.tolist(), of_kinds.view(sums.shape), self.rates, strict=True)
+        for step, (loss, norm, own_sums, (before, after)) in enumerate(seen, self.done - count + 1):
             self.check_finite(step, loss, norm, before[0])
             rates = dict(zip(("learning_rate", "text_encoder_learning_rate"), after, strict=False))
-            self.accelerator.log({"loss": loss, **rates, "gradient_norm": norm}, step=step)
-            self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{after[0]:.2g}", refresh=False)
+            by_kind = self.record.note(step, after[0], own_sums)
+            named = {f"loss/{name}": mean for name, mean in by_kind.items()}
+            self.accelerator.log({"loss": loss, **named, **rates, "gradient_norm": norm}, step=step)
+            self.bar.set_postfix({"loss": loss, **by_kind, "lr": after[0]}, refresh=False)
         self.bar.update(count)
         self.rates.clear()
-        return interrupted > 0
+        return bool(interrupted > 0)
 
     def check_finite(self, step: int, loss: float, norm: float, rate: float) -> None:
         """Refuse to go on after a step whose loss or gradient is not finite.
@@ -334,6 +354,11 @@ class Run:
             stop = cast(Tensor, self.accelerator.reduce(stop, "sum"))
         self.accelerator.wait_for_everyone()
         return bool(stop.item())
+
+    def preview(self, show: Callable[[int], None]) -> None:
+        """Show what is there before the first step, as at a validation."""
+        if self.sharded or self.accelerator.is_main_process:
+            self.validation_loss(show)
 
     def validation_loss(self, validation: Callable[[int], float | None]) -> float | None:
         """Validate with the weights that would be saved; one that runs out of memory gives None.

@@ -1,0 +1,92 @@
+"""The losses of a training by context: for its progress bar and trackers, and drawn when it ends.
+
+Shapes: B samples, K concepts, C kinds of contexts, S steps between synchronizations.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...contexts import ConceptSet, Context
+from .checkpoints import write_file
+from .loss_image import loss_image
+
+LOSSES, IMAGE = "training_losses.json", "training.png"
+MOST_POINTS = 200  # of a curve
+_KEPT = 0.95  # of the running sums, at every step
+
+
+def kinds_of_contexts(concepts: ConceptSet, contexts: Iterable[str], observational_name: str) -> dict[str, Tensor]:
+    """Return which concepts are on (K,), bool, by name; contexts that differ in strengths alone are of one kind."""
+    parsed = [Context.parse(context) for context in contexts]
+    named = {"+".join(context.targets) or observational_name: context for context in parsed}
+    return {name: concepts.mask([Context(*context.targets)])[0] != 0 for name, context in named.items()}
+
+
+class LossRecord:
+    """Means of the losses of every kind of context; nothing here makes the host wait for the device.
+
+    Args:
+        kinds: from `kinds_of_contexts`.
+        num_steps: of the run.
+        steps_at_once: between two synchronizations, at most.
+        device: of the losses.
+
+    Attributes:
+        names: of the kinds.
+        sums: per step, the sums of the losses of this process and their numbers, (S, 2, C).
+    """
+
+    def __init__(self, kinds: Mapping[str, Tensor], num_steps: int, steps_at_once: int, device: torch.device) -> None:
+        self.names = tuple(kinds)
+        self._kinds_CK = torch.stack(list(kinds.values())).to(device) if kinds else None
+        self.sums = torch.zeros(steps_at_once, 2, len(kinds), device=device)
+        self._every = -(-num_steps // MOST_POINTS)
+        self._running, self._since_point = np.zeros((2, 2, len(kinds)))
+        self._points: list[dict[str, Any]] = []
+
+    def add(self, place: int, context_BK: Tensor, losses_B: Tensor) -> None:
+        """Take in the losses of samples, of the step with this place among those not synchronized."""
+        assert self._kinds_CK is not None
+        of_kind_BC = (context_BK.ne(0)[:, None] == self._kinds_CK).all(2).float()
+        self.sums[place, 0] += losses_B.detach().float() @ of_kind_BC
+        self.sums[place, 1] += of_kind_BC.sum(0)
+
+    def note(self, step: int, rate: float, sums_2C: Tensor) -> dict[str, float]:
+        """Take in a step's sums over all processes, and the learning rate after it; return the running means."""
+        new = sums_2C.double().numpy()
+        self._running = _KEPT * self._running + new
+        self._since_point = self._since_point + new
+        if step % self._every == 0:
+            self._points.append({"step": step, "learning_rate": rate, "losses": self._means(self._since_point)})
+            self._since_point = np.zeros_like(new)
+        return self._means(self._running)
+
+    def _means(self, sums_2C: np.ndarray) -> dict[str, float]:
+        seen = zip(self.names, *sums_2C.tolist(), strict=True)
+        return {name: total / count for name, total, count in seen if count}
+
+    def save(self, folder: Path) -> None:
+        """Keep what was noted, and draw it.
+
+        Raises:
+            CheckpointError: where it cannot be written.
+        """
+        if not self._points or not self.names:
+            return
+        text = json.dumps(self._points, ensure_ascii=False) + "\n"
+        write_file(folder / LOSSES, folder, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+        write_file(folder / IMAGE, folder, loss_image(self.names, self._points).save)
+
+    def load(self, folder: Path, step: int) -> None:
+        """Go on from what was kept, until a step."""
+        path = folder / LOSSES
+        if path.exists():
+            self._points = [point for point in json.loads(path.read_text(encoding="utf-8")) if point["step"] <= step]

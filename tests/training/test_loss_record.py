@@ -1,0 +1,85 @@
+"""The losses of a training by context: sums without synchronization, kept, gone on with, and drawn."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_causal_context.contexts import ConceptSet
+from hf_causal_context.training.arguments import TrainingArguments
+from hf_causal_context.training.finetune import train
+from hf_causal_context.training.loop.loss_image import loss_image
+from hf_causal_context.training.loop.loss_record import IMAGE, LOSSES, LossRecord, kinds_of_contexts
+
+from .small import settings, write_folders
+
+CPU = torch.device("cpu")
+CONCEPTS = ConceptSet(("a", "b"))
+
+
+def test_contexts_that_differ_in_strength_are_of_one_kind():
+    kinds = kinds_of_contexts(CONCEPTS, ["", "a", "a=0.5", "a=0.5,b=-1"], "plain")
+    assert {name: mask.tolist() for name, mask in kinds.items()} == {
+        "plain": [False, False],
+        "a": [True, False],
+        "a+b": [True, True],
+    }
+
+
+def test_losses_are_averaged_by_kind_of_context():
+    record = LossRecord(kinds_of_contexts(CONCEPTS, ["", "a", "b"], "obs"), 400, 2, CPU)
+    masks = torch.tensor([[0, 0], [0.5, 0], [1, 0], [1, 1]])  # the last one is of no kind that was named
+    record.add(0, masks, torch.tensor([1.0, 2.0, 4.0, 100.0]))
+    assert record.note(1, 0.1, record.sums[0]) == {"obs": 1, "a": 3}
+    record.add(1, masks[:2], torch.tensor([3.0, 8.0]))
+    means = record.note(2, 0.2, record.sums[1])
+    assert means == pytest.approx({"obs": (0.95 + 3) / 1.95, "a": (0.95 * 6 + 8) / (0.95 * 2 + 1)})
+
+
+def test_what_is_kept_are_means_over_equal_numbers_of_steps(tmp_path):
+    kinds = kinds_of_contexts(CONCEPTS, ["", "a"], "obs")
+    record = LossRecord(kinds, 400, 1, CPU)
+    for step in range(1, 8):
+        record.sums.zero_()
+        record.add(0, torch.tensor([[0, 0]]), torch.tensor([float(step)]))
+        record.note(step, step / 10, record.sums[0])
+    record.save(tmp_path)
+    points = json.loads((tmp_path / LOSSES).read_text())
+    assert [(point["step"], point["losses"]) for point in points] == [(n, {"obs": n - 0.5}) for n in (2, 4, 6)]
+    assert [point["learning_rate"] for point in points] == [0.2, 0.4, 0.6]
+    again = LossRecord(kinds, 400, 1, CPU)
+    again.load(tmp_path, 5)
+    again.save(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / LOSSES).read_text()) == json.loads((tmp_path / LOSSES).read_text())[:2]
+
+
+def test_the_image_has_a_curve_for_every_context_in_a_color_of_its_own():
+    names = ["obs", "a", "b", "a+b"]
+    points = [
+        {"step": step, "learning_rate": 1e-3 / step, "losses": {name: i + 1 / step for i, name in enumerate(names)}}
+        for step in range(10, 110, 10)
+    ]
+    colors, counts = np.unique(np.asarray(loss_image(names, points)).reshape(-1, 3), axis=0, return_counts=True)
+    vivid = counts[np.ptp(colors.astype(int), axis=1) > 100]
+    assert (vivid > 500).sum() == 4
+    one = [{"step": 1, "learning_rate": 0.0, "losses": {"obs": 0.0}}]
+    assert loss_image(["obs", "a"], one).size == loss_image(["obs", "a"], points).size
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_run_leaves_curves_and_the_base_beside_its_samples(pipeline_folder, tmp_path, capsys):
+    data = write_folders(tmp_path / "data", contexts=("obs", "slant", "thick"))
+    given = settings(pipeline_folder("ddpm"), data, tmp_path / "out", max_train_steps=2, num_validation_images=2)
+    train(TrainingArguments(**given, num_inference_steps=2))
+    folder = tmp_path / "out"
+    points = json.loads((folder / LOSSES).read_text())
+    assert [point["step"] for point in points] == [1, 2]
+    assert set().union(*(point["losses"] for point in points)) == {"obs", "slant", "thick"}
+    assert Image.open(folder / IMAGE).size[0] == 900
+    begin, end = (np.asarray(Image.open(folder / "samples" / f"step-00000{step}.png")) for step in (0, 2))
+    assert len(begin) < len(end) / 3  # the base alone, as every context is then
+    rows = len(begin) - 8
+    np.testing.assert_array_equal(begin[:rows, -100:], end[:rows, -100:])  # labels differ in width
+    assert "obs=" in capsys.readouterr().err
