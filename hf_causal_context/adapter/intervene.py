@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from ..contexts import ContextBatch, as_contexts
+from ..contexts import ContextBatch, ContextLike, as_contexts
 from ..errors import UserTypeError, UserValueError
 from .announced_generate import AnnouncedGenerate
 from .calibration import calibrated_context, calibrated_mask
 from .conditioning.hooks import Conditioning
 from .conditioning.in_force import in_force, is_inside
 from .conditioning.presence import check_unasked
+from .conditioning.regional import check_denoiser
+from .conditioning.regions import read_regions
 from .conditioning.request import Request, normalize
 from .followed_pipeline import track_calls
 from .lookup import conditionings
@@ -35,6 +38,9 @@ class intervene:  # noqa: N801 (reads like torch.no_grad)
             names), a list with one per sample (of a pipeline: per prompt, or per image), or a float mask (S, K) with
             the columns in the order of the adapter's concepts. ``()`` is the observational context: the world of the
             data, with nothing intervened on. Outside of `intervene` the model is the base, bit for bit.
+        masks: regions of the image with contexts of their own: name -> mask, an image or an array (H, W) of the image's
+            size, 1 inside. The contexts have the same names: ``{"left": "thick", "right": "slant"}``. One more is that
+            of the background, by default ``()``; text has it, too.
         adapter_name: the adapter meant, when several active ones share a concept; the others keep their context.
         images_per_prompt: for a model inside a pipeline: how many images the pipeline makes of each sample.
         observational: strength of the adapter's observational part: 1 is the look of the data, 0 that of the base, for
@@ -50,8 +56,8 @@ class intervene:  # noqa: N801 (reads like torch.no_grad)
     not outlive it, but not an executor's workers. Open it around each call where steps of a generator run by turns.
 
     Raises:
-        TypeError: for values that are not contexts, or for something that is neither a module nor a pipeline.
-        ValueError: for a model without the adapter, unknown names, a wrong mask, a concept that two adapters share, or
+        TypeError: for values that are not contexts or masks, or for something that is neither a module nor a pipeline.
+        ValueError: for a model without the adapter, unknown names, wrong masks, a concept that two adapters share, or
             a strength of the observational part for adapters that have none, or calibrated strengths without a
             calibration.
 
@@ -71,8 +77,9 @@ class intervene:  # noqa: N801 (reads like torch.no_grad)
     def __init__(
         self,
         model: nn.Module | AnyPipeline,
-        context: ContextBatch,
+        context: ContextBatch | Mapping[str, ContextLike],
         *,
+        masks: Mapping[str, Any] | None = None,
         adapter_name: str | None = None,
         images_per_prompt: int = 1,
         guidance_copies: int = 1,
@@ -83,9 +90,11 @@ class intervene:  # noqa: N801 (reads like torch.no_grad)
         # Of several adapted components of a pipeline only some may have an adapter of that name.
         owners = [owner for owner in owners if adapter_name in owner.concepts] or owners
         self._pipe = None if isinstance(model, nn.Module) else model
+        contexts, regions = (context, None) if masks is None else read_regions(context, masks)
+        asked = cast(ContextBatch, contexts)
         self._requests = [  # errors show here, before any work
             owner.make_request(
-                _calibrated(owner, context, adapter_name) if calibrated else context,
+                _calibrated(owner, asked, adapter_name) if calibrated else asked,
                 adapter_name,
                 images_per_prompt,
                 guidance_copies,
@@ -93,6 +102,9 @@ class intervene:  # noqa: N801 (reads like torch.no_grad)
             )
             for owner in owners
         ]
+        if regions is not None:
+            check_denoiser(owners)
+            self._requests = [request.over(regions) for request in self._requests]
         if isinstance(model, nn.Module) and not isinstance(model, PeftModel | BaseTuner):  # these ask their base's
             AnnouncedGenerate.put_on(model)  # of a model whose part has the adapter
         self._entered: list[tuple[ExitStack, list[Request]]] = []  # by all threads and tasks that use this object

@@ -22,6 +22,7 @@ from ..errors import UserValueError
 from ..functional import linear, row_linear, views_of_rows
 from ..layers import CausalLayer, ExpressiveLayer, OutputLayer, RepresentationLayer
 from .conditioning.hooks import Conditioning
+from .conditioning.regional import in_regions
 from .conditioning.request import completed, for_mechanism
 from .config import CausalContextConfig
 from .lora_conversion import ConvertsToLora
@@ -136,11 +137,10 @@ class CausalContextLayer(ConvertsToLora, BaseTunerLayer):
         matrix = self.conditioning.causal_matrix(self, adapter_name, len(z))
         if matrix is None:
             c = self.causal(adapter_name)(z, self.conditioning.repeated(strengths, adapter_name, z))
-            scaling = self.scaling[adapter_name]
-            c = c if scaling == 1 else c * scaling
+            c = c if (scaling := self.scaling[adapter_name]) == 1 else c * scaling
         else:
             c = row_linear(z, matrix)
-        result = up(c, partial(self._add, result))
+        result = up(in_regions(self, adapter_name, z, c), partial(self._add, result))
         return result if batched else result[0]
 
     def _down(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .regions import Places
 from .request import Owner, Request
 
 
@@ -21,6 +22,7 @@ class Frame:
     num_rows: int = 0
     ragged: bool = False  # rows inside the model need not be whole multiples per sample
     device: torch.device | None = None
+    places: Places | None = None  # of tokens in the image, where regions have contexts of their own
     strengths: dict[str, Tensor] = field(default_factory=dict)
     matrices: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # of each adapter: see `causal_matrices`
     repeated: dict[tuple, Tensor] = field(default_factory=dict)  # strengths per feature, for layers alike

@@ -5,10 +5,7 @@
 
 Diffusers pipelines that cannot pass `context=` pass it inside the attention arguments of their denoiser.
 
-Frames live on a thread-local: attributes on layers would mix threads.
-
-Strengths (rows, 1 + K) are those of the observational part and of the concepts; a user's mask has the latter alone,
-and the part is then at 1.
+Strengths (rows, 1 + K) are of the observational part, then of the concepts; a user's mask leaves out the part, at 1.
 
 Shapes: S samples that have a context, N rows of the model's input, n rows of a layer's input, K concepts.
 """
@@ -35,6 +32,7 @@ from .frame import Frame
 from .in_force import STATE, innermost_request
 from .matrices import MixingLayer, autocast_dtype, causal_matrices
 from .presence import check_active, check_known, check_observational_part, check_unasked, holds
+from .regions import places
 from .request import (
     AdapterContext,
     Request,
@@ -225,7 +223,7 @@ class Conditioning:
         if request is None:
             return None
         context = request.find(adapter_name, concepts)
-        return None if context is None else context.to(x.device).rows(num_rows, request.call)
+        return None if context is None else context.to(x.device).outside_forward().rows(num_rows, request.call)
 
     def _resolve(self, frame: Frame, request: Request, adapter_name: str, concepts: ConceptSet) -> Tensor | None:
         context = request.find(adapter_name, concepts)
@@ -268,6 +266,8 @@ class Conditioning:
         if frame.request is not None:
             self._check_still_valid(frame.request)
             frame.device, frame.num_rows, frame.ragged = input_rows(model, args, kwargs)
+            if regions := frame.request.regions():
+                frame.places = places(model, args, kwargs, regions)
             for name in frame.request.adapters:
                 if name in self.concepts:
                     strengths = self._resolve(frame, frame.request, name, self.concepts[name])

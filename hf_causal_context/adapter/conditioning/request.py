@@ -20,6 +20,7 @@ from torch import Tensor
 from ..._messages import quoted
 from ...contexts import ConceptSet, Context, as_context, as_contexts
 from ...errors import UserTypeError, UserValueError
+from .regions import Regions
 from .rows import Call, match_samples
 
 
@@ -32,6 +33,7 @@ class AdapterContext:
     images_per_prompt: int
     guidance_copies: int
     given_as_tensor: bool
+    regions: Regions | None = None  # the first context is then the background's, the others are theirs
 
     def to(self, device: torch.device) -> AdapterContext:
         """Move strengths made from names to the input's device, once.
@@ -48,8 +50,20 @@ class AdapterContext:
             self.strengths = self.strengths.to(device)
         return self
 
+    def outside_forward(self) -> AdapterContext:
+        """Return itself, for a part of a model that runs on its own; refuses (ValueError) contexts of regions."""
+        if self.regions is not None:
+            raise UserValueError(
+                "Contexts per region were given, and a part of an adapted model runs without the model's own call (as "
+                "a VAE's decoder does), so it cannot be known which tokens it sees. Use one context for the whole "
+                "image."
+            )
+        return self
+
     def rows(self, num_rows: int, call: Call | None) -> Tensor:
         """Return the strengths for N rows of the model's input: (1, 1 + K) or (N, 1 + K); see `rows.match_samples`."""
+        if self.regions is not None:
+            return self.strengths[:1]  # the background's
         if self.uniform and num_rows % len(self.strengths) == 0:
             return self.strengths[:1]
         return match_samples(self.strengths, num_rows, self.images_per_prompt, self.guidance_copies, call)
@@ -92,9 +106,22 @@ class Request:
     def during(self, call: Call) -> Request:
         """Return the same contexts during a call; refuses (ValueError) another number of them than of prompts."""
         for context in self.adapters.values():
-            if not context.uniform:
+            if not context.uniform and context.regions is None:
                 call.check(len(context.strengths))
         return replace(self, call=call, matrices={})
+
+    def over(self, regions: Regions) -> Request:
+        """Return the same contexts as those of the background and of regions, for all rows."""
+        encode = self.encode
+        return replace(
+            self,
+            adapters={name: replace(context, regions=regions) for name, context in self.adapters.items()},
+            encode=encode and (lambda concepts: replace(encode(concepts), regions=regions)),
+        )
+
+    def regions(self) -> list[Regions]:
+        """Return those that adapters have contexts for."""
+        return [context.regions for context in self.adapters.values() if context.regions is not None]
 
     def find(self, adapter_name: str, concepts: ConceptSet) -> AdapterContext | None:
         """Return the context of an adapter; one that was added after the request was made gets its own encoding."""
