@@ -79,7 +79,7 @@ BASES = {
             block_out_channels=(320, 640, 1280),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
+            transformer_layers_per_block=(1, 2, 10),  # type: ignore[arg-type]
             attention_head_dim=(5, 10, 20),  # type: ignore[arg-type]
             cross_attention_dim=2048,
             addition_embed_type="text_time",
@@ -151,7 +151,7 @@ class Attention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         Attention.flops += int(2.5 * ctx.flops)  # five products, one of them again
         return tuple(map(torch.empty_like, ctx.saved_tensors[:3]))
 

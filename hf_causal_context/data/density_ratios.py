@@ -305,7 +305,7 @@ def _digest(inputs: Tensor, codes: Tensor, *settings: float) -> str:
     """Return a hash of all that the ratios depend on."""
     digest = blake2b(repr((settings, NUM_MODELS, FEWEST_STEPS, SMALLEST_BATCH)).encode(), digest_size=16)
     for tensor in (inputs, codes):
-        digest.update(tensor.cpu().contiguous().numpy())
+        digest.update(tensor.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
