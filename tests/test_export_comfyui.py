@@ -11,7 +11,7 @@ from .test_export_formats import ATTENTION, CONTEXT, adapted
 
 
 @pytest.mark.parametrize(
-    ("name", "same"), [("sd15", "kohya"), ("flux", "diffusers"), ("qwen_image", "diffusers"), ("z_image", "diffusers")]
+    ("name", "same"), [("sd15", "kohya"), ("flux", "diffusers"), ("qwen_image", "diffusers"), ("krea2", "diffusers")]
 )
 def test_comfyui_reads_other_formats_of_most_bases(name, same, tmp_path):
     base = adapted(name)

@@ -16,7 +16,7 @@ from ..errors import UserValueError
 # Pipelines whose LoRA files of diffusers it reads.
 _READ = (
     *("AuraFlowPipeline", "ChromaPipeline", "Flux2KleinPipeline", "Flux2Pipeline", "FluxPipeline"),
-    *("HiDreamImagePipeline", "QwenImagePipeline", "StableDiffusion3Pipeline", "ZImagePipeline"),
+    *("HiDreamImagePipeline", "Krea2Pipeline", "QwenImagePipeline", "StableDiffusion3Pipeline", "ZImagePipeline"),
 )
 _LUMINA = "Lumina2Pipeline"
 # Lumina 2: names of diffusers -> those of its first publication, in which query, key and value are one layer.
