@@ -59,7 +59,7 @@ def dry_run(run: Run, stream: Iterator[Any], parts: Mapping[str, nn.Module], idl
 
 
 def memory_of_step(run: Run, parts: Mapping[str, nn.Module]) -> dict[str, int]:
-    """Take a step that is not the first, and return what it needs of memory: name -> bytes.
+    """Take a step, and return what it and those after it need of memory: name -> bytes.
 
     Args:
         run: the run whose step is taken.
