@@ -115,8 +115,11 @@ def _install(faults: Faults) -> None:
     if faults.collectives_file:
         _note_collectives(faults.collectives_file)
     if faults.no_memory_to_generate:
+        before_the_first_step = [finetune.generate]
 
         def out_of_memory(*args, **kwargs):
+            if before_the_first_step:
+                return before_the_first_step.pop()(*args, **kwargs)
             raise torch.OutOfMemoryError("CUDA out of memory")
 
         finetune.generate = out_of_memory
