@@ -1,6 +1,6 @@
 """The main job on handwritten digits, in minutes on a CPU: train, compose, score, save, reload.
 
-The base is a small pretrained diffusion model that ships with the package (`examples/pretrain_digits.py` made it), the
+The base is a small pretrained diffusion model that ships with the package (`examples/pretrain.py` made it), the
 data is the digit world, where the truth of every combination is known.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from itertools import combinations
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -42,6 +43,8 @@ PEERS = Path(str(files("hf_causal_context") / "models" / "digit_peers.json"))
 SINGLES = tuple(Context(name) for name in CONCEPTS)
 PAIRS = tuple(a | b for a, b in combinations(SINGLES, 2))
 CONTEXTS = (Context(), *SINGLES, *PAIRS)
+
+Draw = Callable[[int, Context, int], NDArray[np.uint8]]  # number, context, seed -> images (N, H, W)
 
 ROWS_PER_CONTEXT = 1500
 NUM_SAMPLES = 128
@@ -85,15 +88,30 @@ def digit_data(
     split: Split = "train",
 ) -> InterventionalData:
     """Sets of the digit world as a `datasets` table, by default those that the quickstart trains on."""
+
+    def draw(num: int, context: Context, seed: int) -> NDArray[np.uint8]:
+        return sample_digits(num, context, seed, split)[0]
+
+    return drawn_data(draw, CONCEPTS, contexts, rows_per_context, seed, training_contexts)
+
+
+def drawn_data(
+    draw: Draw,
+    concepts: Sequence[str],
+    contexts: Sequence[Context],
+    rows_per_context: int,
+    seed: int,
+    training_contexts: Sequence[Context] | None,
+) -> InterventionalData:
+    """Sets of a world that draws gray images, as a `datasets` table."""
     images: list[Image.Image] = []
     names: list[str] = []
     for number, context in enumerate(contexts):
-        drawn, _, _ = sample_digits(rows_per_context, context, seed=100 * seed + number, split=split)
-        images += [Image.fromarray(image) for image in drawn]
+        images += [Image.fromarray(image) for image in draw(rows_per_context, context, 100 * seed + number)]
         names += [str(context)] * rows_per_context
     features = Features({"image": ImageFeature(), "context": Value("string")})
     table = Dataset.from_dict({"image": images, "context": names}, features=features)
-    return from_dataset(table, concepts=CONCEPTS, training_contexts=training_contexts)
+    return from_dataset(table, concepts=concepts, training_contexts=training_contexts)
 
 
 @cache

@@ -1,6 +1,8 @@
 """Every example runs as it stands, with fewer steps."""
 
+import argparse
 import importlib
+import itertools
 import os
 import random
 import runpy
@@ -12,6 +14,10 @@ import pytest
 import torch
 from PIL import ImageFont
 from safetensors.torch import load_file
+from tqdm import tqdm
+
+from hf_causal_context import Context
+from hf_causal_context.data.worlds.digits import sample_digits
 
 
 def run(monkeypatch, name, *arguments):
@@ -69,12 +75,12 @@ def test_letters_need_fonts(letters, tmp_path):
 def test_digits_on_a_base_of_letters(monkeypatch, tmp_path, fonts, letters, capsys):
     base, output = tmp_path / "letter-base", tmp_path / "gap"
     tiny = ("--num_images", 20, "--max_train_steps", 2, "--num_samples", 2, "--device", "cpu")
-    run(monkeypatch, "pretrain_digits.py", "--output_dir", base, "--fonts_dir", fonts, *tiny)
+    run(monkeypatch, "pretrain.py", "--output_dir", base, "--world", "letters", "--fonts_dir", fonts, *tiny)
     assert (base / "samples.png").exists()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     tiny = ("--steps", 2, "--rows_per_context", 40, "--num_samples", 2)
     methods = ("base", "singles only", "singles only, no observational part", "a+b-obs")
-    command = ("benchmarks/digit_gap.py", "--output_dir", output, "--base", base, "--methods", *methods)
+    command = ("benchmarks/image_composition.py", "--output_dir", output, "--base", base, "--methods", *methods)
     run(monkeypatch, *command, *tiny)
     table = (output / "results.md").read_text()
     said = capsys.readouterr().out
@@ -87,6 +93,62 @@ def test_digits_on_a_base_of_letters(monkeypatch, tmp_path, fonts, letters, caps
     assert "updates:" not in capsys.readouterr().out  # nothing is made again
     with pytest.raises(SystemExit, match="was made with .*'num_samples': 2}, not .*'num_samples': 3}"):
         run(monkeypatch, *command, *tiny[:-1], 3)
+
+
+@pytest.fixture
+def pretrain(monkeypatch):
+    yield importlib.import_module("examples.pretrain")
+    del sys.modules["examples.pretrain"]  # so that `run` can run it
+
+
+class Interrupted(tqdm):
+    """A progress bar in whose third step somebody presses Ctrl-C."""
+
+    def __iter__(self):
+        yield from itertools.islice(super().__iter__(), 2)
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_base_goes_on_to_the_same_weights(monkeypatch, tmp_path, pretrain):
+    monkeypatch.setattr(pretrain, "STEPS_PER_STATE", 1)
+    settings = {"max_train_steps": 3, "train_batch_size": 2, "learning_rate": 1e-3, "device": "cpu"}
+
+    def weights(folder):
+        torch.manual_seed(0)
+        images = torch.arange(4 * 32 * 32).reshape(4, 1, 32, 32).remainder(256).byte()
+        pretrain.pretrain(pretrain.build(), images, argparse.Namespace(output_dir=folder, **settings))
+        assert not (folder / "state.pt").exists()
+        return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+    whole = weights(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "tqdm", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            weights(tmp_path / "halves")
+    assert (tmp_path / "halves" / "state.pt").exists()
+    halves = weights(tmp_path / "halves")
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+
+
+@pytest.mark.parametrize("module", ["pretrain", "benchmarks.image_composition"])
+def test_a_world_of_fonts_needs_their_folder(monkeypatch, tmp_path, module):
+    with pytest.raises(SystemExit, match="The world type is drawn from .* by --fonts_dir"):
+        run(monkeypatch, f"{module.replace('.', '/')}.py", "--output_dir", tmp_path, "--world", "type")
+
+
+def test_the_worlds_of_images_say_what_is_trained_and_what_is_not(tmp_path):
+    worlds = importlib.import_module("examples.benchmarks.image_worlds")
+    sizes = {name: len(group) for name, group in worlds.type_world(tmp_path).groups.items()}
+    strengths = {"singles x 0.5": 4, "pairs x 0.5": 6, "singles x 1.5": 4, "pairs x 1.5": 6}
+    assert sizes == {"singles": 4, "pairs": 6, "triples": 4, "all": 1, **strengths}
+    for world, combinations in ((worlds.digit_world(), 6), (worlds.type_world(tmp_path), 11)):
+        assert list(world.trained) == [Context(), *map(Context, world.concepts)]
+        assert set(world.trained) < set(world.seen_by_oracle) <= set(world.contexts)
+        assert len(world.seen_by_oracle) == 5 + combinations
+    digits = worlds.digit_world()
+    assert torch.equal(digits.floor(Context("size"), 3)[:, 0] * 255, torch.from_numpy(sample_digits(3, "size", 77)[0]))
+    truth = torch.from_numpy(sample_digits(3, "size", 9000, "test")[0])
+    assert torch.equal(digits.truth(Context("size"), 3)[:, 0] * 255, truth)
 
 
 @pytest.fixture

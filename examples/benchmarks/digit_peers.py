@@ -22,8 +22,8 @@ from hf_causal_context.quickstart import BASE, CONTEXTS, NUM_INFERENCE_STEPS, NU
 from hf_causal_context.quickstart import training_arguments as quickstart_arguments
 
 
-def train_lora(model, scheduler, images, settings, name):
-    """Train the LoRA of that name on images (N, 1, 32, 32) in [-1, 1], as many per update as the adapter sees."""
+def train_lora(model, scheduler, images, settings, name, batch_size):
+    """Train the LoRA of that name on images (N, 1, 32, 32) in [-1, 1]."""
     device = next(model.parameters()).device
     parameters = [p for n, p in model.named_parameters() if f".{name}." in n]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.adam_weight_decay)
@@ -31,11 +31,10 @@ def train_lora(model, scheduler, images, settings, name):
     schedule = get_scheduler(
         settings.lr_scheduler, optimizer, num_warmup_steps=settings.lr_warmup_steps, num_training_steps=steps
     )
-    batch = settings.train_batch_size // (len(CONCEPTS) + 1)
     for _ in tqdm(range(steps), desc=name):
-        clean = images[torch.randint(len(images), (batch,))].to(device)
+        clean = images[torch.randint(len(images), (batch_size,))].to(device)
         noise = torch.randn(clean.shape).to(device)  # drawn on the CPU: the same on every device
-        t = torch.randint(scheduler.config.num_train_timesteps, (batch,)).to(device)
+        t = torch.randint(scheduler.config.num_train_timesteps, (batch_size,)).to(device)
         target = scheduler.get_velocity(clean, noise, t)
         loss = (model(scheduler.add_noise(clean, noise, t), t).sample - target).square().mean()
         optimizer.zero_grad()
@@ -58,7 +57,8 @@ def stacked_loras(base, seed):
         model.set_adapter(name)
         own = rows.filter(lambda context, name=name: context == name, input_columns="context")
         images = torch.from_numpy(cast(Any, own)["image"][:])[:, None].float() / 127.5 - 1
-        train_lora(model.train(), base.noise_scheduler(), images, settings, name)
+        batch_size = settings.train_batch_size // (len(CONCEPTS) + 1)  # as many as the adapter sees
+        train_lora(model.train(), base.noise_scheduler(), images, settings, name, batch_size)
     return model.eval()
 
 

@@ -4,10 +4,9 @@
 
 Every concept is an axis of the font, so the truth of every combination is known, at every strength. Images follow the
 law above, or none (`dependent=False`); do(weight), do(width), do(slant) and do(contrast) each replace one mechanism.
-The characters of "test" are others than those of "train".
 
 The font is Science Gothic (SIL Open Font License), which has all four axes; `--fonts_dir` names the folder of
-ScienceGothic.ttf. What a base has to look like that never saw this font is drawn by `examples/letters.py`.
+ScienceGothic.ttf. `examples/letters.py` draws what a base sees that never saw this font.
 """
 
 from __future__ import annotations
@@ -20,13 +19,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from hf_causal_context.contexts import ContextLike
-from hf_causal_context.data.worlds.digits import Split
 from hf_causal_context.data.worlds.linear_gaussian import LinearGaussianModel
 from hf_causal_context.errors import UserValueError
 
 CONCEPTS = ("weight", "width", "slant", "contrast")
-RESOLUTION = 48
-CHARACTERS = {"train": "ABCDEFGHJKLNOPQRSTUVXZabcdefghknopqrstuxyz2345689", "test": "IYijlv017"}
+RESOLUTION = 32
+CHARACTERS = "ABCDEFGHJKLNOPQRSTUVXZabcdefghknopqrstuxyz2345689"  # without the narrowest and the widest
 
 _EFFECTS = {("weight", "width"): 0.8}
 # In standard units. Strengths scale the mean of an intervention: bold, narrow, slanted, of high contrast.
@@ -34,7 +32,7 @@ _INTERVENTIONS = {"weight": (1.5, 0.5), "width": (-1.5, 0.5), "slant": (1.5, 0.5
 # Axis of the font -> its value at 0, and what one standard unit adds.
 _AXES = {"weight": (400.0, 130.0), "width": (105.0, 18.0), "slant": (-2.0, -2.4), "contrast": (12.0, 26.0)}
 _FONT = "ScienceGothic.ttf"
-_SIZE = 40  # of the font, in pixels
+_SIZE = RESOLUTION * 5 / 6  # of the font, in pixels
 
 
 def latent_model(dependent: bool = True) -> LinearGaussianModel:
@@ -47,7 +45,6 @@ def sample_type(
     num: int,
     context: ContextLike = (),
     seed: int = 0,
-    split: Split = "train",
     *,
     fonts_dir: Path,
     dependent: bool = True,
@@ -59,21 +56,20 @@ def sample_type(
         context: the concepts intervened on, at any strength; () is observational.
         seed: of the characters and the axes: the same seed in another context keeps both, so row i of two contexts is
             a pair of counterfactuals.
-        split: the characters of "test" are others than those of "train".
         fonts_dir: folder of ScienceGothic.ttf.
         dependent: False removes the edge between weight and width.
 
     Returns:
-        Images (num, 48, 48), uint8; latents (num, 4) in standard units, in the order of `CONCEPTS`.
+        Images (num, 32, 32), uint8; latents (num, 4) in standard units, in the order of `CONCEPTS`.
 
     Raises:
         ValueError: for a concept this world does not have, or a font without its four axes.
         FileNotFoundError: for a folder without the font.
     """
     rng = np.random.default_rng(seed)
-    chosen = rng.integers(len(CHARACTERS[split]), size=num)
+    chosen = rng.integers(len(CHARACTERS), size=num)
     latents = latent_model(dependent).sample(num, context, rng)
-    images = [_draw(CHARACTERS[split][i], row, fonts_dir) for i, row in zip(chosen, latents, strict=True)]
+    images = [_draw(CHARACTERS[i], row, fonts_dir) for i, row in zip(chosen, latents, strict=True)]
     return np.stack(images) if images else np.empty((0, RESOLUTION, RESOLUTION), np.uint8), latents
 
 
@@ -106,6 +102,5 @@ def _font(fonts_dir: Path) -> tuple[ImageFont.FreeTypeFont, dict[str, tuple[floa
             f"{path} has the axes {names}; this world needs {list(CONCEPTS)}. Take the variable font Science Gothic."
         )
     return font, {
-        name: (float(axis["minimum"] or 0), float(axis["maximum"] or 0))
-        for name, axis in zip(names, axes, strict=True)
+        name: (float(axis["minimum"] or 0), float(axis["maximum"] or 0)) for name, axis in zip(names, axes, strict=True)
     }

@@ -1,4 +1,4 @@
-"""The results of digits on several bases as Markdown, and their images side by side."""
+"""The results of a world on several bases as Markdown, and their images side by side."""
 
 import json
 import os
@@ -9,20 +9,16 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from hf_causal_context.quickstart import BASE, CONTEXTS, PAIRS
-
-STEPS = 300  # of the quickstart: what is called level is what singles reach with them on the packaged base
-_SINGLES = [str(context) for context in CONTEXTS if len(context.targets) == 1]
-_COLUMNS = ("method", "updates", "singles", "of digit base's", "pairs", "of digit base's", *map(str, PAIRS), "obs")
+from .image_worlds import World
 
 Results = dict[tuple[str, int], list[dict[str, float]]]  # method, updates -> distances by context, for each seed
 
 
-def write_tables(folder: Path) -> None:
+def write_tables(folder: Path, world: World) -> None:
     """Write results.md and an image of samples for every base, from the result files in a folder."""
     bases = sorted(path for path in folder.iterdir() if path.is_dir())
     results = {path.name: read(path) for path in bases}
-    text = "\n\n".join(table(name, own, results.get(BASE.name, {})) for name, own in results.items() if own)
+    text = "\n\n".join(table(name, own, world) for name, own in results.items() if own)
     unfinished = folder / f".{os.getpid()}.unfinished"  # several processes may write
     unfinished.write_text(text + "\n")
     unfinished.replace(folder / "results.md")
@@ -41,22 +37,18 @@ def read(folder: Path) -> Results:
     return results
 
 
-def table(name: str, results: Results, without_gap: Results) -> str:
-    """Means over seeds; "of digit base's": divided by the same method's on the packaged base with 300 updates."""
+def table(name: str, results: Results, world: World) -> str:
+    """Means over contexts and seeds, and the combination of which a method is worst."""
     seeds = max(len(runs) for runs in results.values())
-    base = "" if name == BASE.name else f" --base {name}"
-    steps = " ".join(str(steps) for steps in sorted({steps for _, steps in results if steps}))
+    columns = ("method", "updates", "obs", *world.groups, "worst combination")
+    unseen = [str(context) for context in world.seen_by_oracle if context not in world.trained]
     lines = [f"Base {name}, {seeds} seed{'s' * (seeds > 1)}:", ""]
-    lines += [f"    python -m examples.benchmarks.digit_gap --output_dir digit-gap{base} --steps {steps}", ""]
-    lines += ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
+    lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for (method, steps), runs in results.items():
-        cells = [method, str(steps or "")]
-        level = without_gap.get((method, STEPS if steps else 0))
-        for group in (_SINGLES, [str(pair) for pair in PAIRS]):
-            distance = _mean(runs, group)
-            cells += [f"{distance:.4f}", f"{distance / _mean(level, group):.2f}" if level and steps else ""]
-        cells += [f"{_mean(runs, [context]):.4f}" for context in (*map(str, PAIRS), "")]
-        lines.append("| " + " | ".join(cells) + " |")
+        groups = [[""], *([str(context) for context in group] for group in world.groups.values())]
+        cells = [method, str(steps or ""), *(f"{_mean(runs, group):.4f}" for group in groups)]
+        worst = max(unseen, key=lambda context: _mean(runs, [context]))
+        lines.append("| " + " | ".join([*cells, f"{_mean(runs, [worst]):.4f} ({worst})"]) + " |")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""What the benchmark of digits on any base compares: each method trains on that base and gives images of a context.
+"""What the benchmark of images compares: each method trains on a base and gives images of the world's contexts.
 
 A LoRA has what a concept of the adapter has: rank, number of rows of its set, updates, rate and schedule.
 """
@@ -21,16 +21,15 @@ from hf_causal_context._files import complete_or_absent
 from hf_causal_context.bases.diffusion_base import DiffusionBase
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.data import InterventionalData
-from hf_causal_context.data.worlds.digits import CONCEPTS, sample_digits
 from hf_causal_context.inference.sampling import generate
-from hf_causal_context.quickstart import CONTEXTS, NUM_INFERENCE_STEPS, PAIRS, digit_data, training_arguments
+from hf_causal_context.quickstart import NUM_INFERENCE_STEPS, drawn_data, training_arguments
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.finetune import train
 
 from .digit_peers import train_lora
+from .image_worlds import World
 
 OBSERVATIONAL = "observational"  # name of the LoRA that is trained on the observational set
-SINGLES = CONTEXTS[: -len(PAIRS)]  # and the observational context
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _BATCH_SIZE = 512 if DEVICE == "cuda" else 64  # of sampling
 
@@ -39,8 +38,9 @@ Images = dict[Context, Tensor]  # (N, 1, 32, 32) in [0, 1] of every context
 
 @dataclasses.dataclass
 class Study:
-    """A base, the data, and the size of a training."""
+    """A world, a base, and the size of a training."""
 
+    world: World
     base_dir: Path
     folder: Path  # of what is trained
     rows_per_context: int
@@ -50,12 +50,17 @@ class Study:
     @cached_property
     def data(self) -> InterventionalData:
         """The observational and the single interventional sets."""
-        return digit_data(self.rows_per_context, self.seed)
+        return self._data(self.world.trained)
 
     @cached_property
     def oracle_data(self) -> InterventionalData:
-        """With sets of the pairs."""
-        return digit_data(self.rows_per_context, self.seed, contexts=CONTEXTS, training_contexts=CONTEXTS)
+        """With sets of the combinations."""
+        return self._data(self.world.seen_by_oracle)
+
+    def _data(self, contexts: tuple[Context, ...]) -> InterventionalData:
+        return drawn_data(
+            self.world.draw, self.world.concepts, contexts, self.rows_per_context, self.seed, training_contexts=contexts
+        )
 
     def settings(self, name: str, steps: int) -> TrainingArguments:
         """The quickstart's, for as many updates, with an observational part."""
@@ -74,7 +79,7 @@ class Study:
         base.denoiser.to(DEVICE)
         return base
 
-    def sample(self, base: DiffusionBase, contexts: tuple[Context, ...] = CONTEXTS) -> Images:
+    def sample(self, base: DiffusionBase, contexts: tuple[Context, ...]) -> Images:
         """Images from the same noise in every context."""
         images = generate(
             base,
@@ -87,14 +92,13 @@ class Study:
 
 
 def floor(study: Study, steps: int) -> Images:
-    """As many real images of the training glyphs."""
-    drawn = {context: sample_digits(study.num_samples, context, seed=77)[0] for context in CONTEXTS}
-    return {context: torch.from_numpy(images)[:, None] / 255 for context, images in drawn.items()}
+    """As many real images of the kind that methods train on."""
+    return {context: study.world.floor(context, study.num_samples) for context in study.world.contexts}
 
 
 def bare_base(study: Study, steps: int) -> Images:
     """The base, whatever the context."""
-    return dict.fromkeys(CONTEXTS, study.sample(study.load_base(), (Context(),))[Context()])
+    return dict.fromkeys(study.world.contexts, study.sample(study.load_base(), (Context(),))[Context()])
 
 
 def adapter(study: Study, steps: int, name: str, data: str = "data", **options: Any) -> Images:
@@ -102,7 +106,7 @@ def adapter(study: Study, steps: int, name: str, data: str = "data", **options: 
     base = study.load_base()
     settings = dataclasses.replace(study.settings(name, steps), **options)
     train(settings, base, getattr(study, data))
-    return study.sample(base)
+    return study.sample(base, study.world.contexts)
 
 
 def train_loras(study: Study, steps: int, names: tuple[str, ...]) -> Path:
@@ -112,7 +116,7 @@ def train_loras(study: Study, steps: int, names: tuple[str, ...]) -> Path:
     for name in names:
         if (folder / name).exists():
             continue
-        torch.manual_seed(1000 * study.seed + (*CONCEPTS, OBSERVATIONAL).index(name))
+        torch.manual_seed(1000 * study.seed + (*study.world.concepts, OBSERVATIONAL).index(name))
         base = study.load_base()
         config = LoraConfig(
             r=settings.concept_rank, lora_alpha=settings.concept_rank, target_modules=settings.target_modules
@@ -121,7 +125,8 @@ def train_loras(study: Study, steps: int, names: tuple[str, ...]) -> Path:
         context = "" if name == OBSERVATIONAL else name
         own = study.data.rows.with_format("numpy").filter(lambda c, own=context: c == own, input_columns="context")
         images = torch.from_numpy(cast(Any, own)["image"][:])[:, None].float() / 127.5 - 1
-        train_lora(model.train(), base.noise_scheduler(), images, settings, "default")
+        batch_size = settings.train_batch_size // len(study.world.trained)  # as many as the adapter sees
+        train_lora(model.train(), base.noise_scheduler(), images, settings, "default", batch_size)
         with complete_or_absent(folder / name) as unfinished:
             model.save_pretrained(unfinished)
     return folder
@@ -132,7 +137,8 @@ def stacked_loras(study: Study, steps: int, subtract: bool) -> Images:
 
     In the observational context the latter is the observational LoRA itself, the former the base.
     """
-    names = (*CONCEPTS, OBSERVATIONAL) if subtract else CONCEPTS
+    concepts = study.world.concepts
+    names = (*concepts, OBSERVATIONAL) if subtract else concepts
     folder = train_loras(study, steps, names)
     base = study.load_base()
     model: Any = PeftModel.from_pretrained(cast(Any, base.denoiser), folder / names[0], adapter_name=names[0])
@@ -140,7 +146,7 @@ def stacked_loras(study: Study, steps: int, subtract: bool) -> Images:
         model.load_adapter(folder / name, adapter_name=name)
     model.eval()
     images = {}
-    for context in CONTEXTS:
+    for context in study.world.contexts:
         scales = dict.fromkeys(context.targets, 1.0)
         if subtract:
             scales[OBSERVATIONAL] = 1.0 - len(context.targets)

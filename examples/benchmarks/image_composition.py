@@ -1,14 +1,16 @@
-"""Does it compose on a base that never saw such images? The quickstart's digits on any base, beside two peers.
+"""Does it compose in images, on a base that saw such images or on one that never did? Beside two peers.
 
-    python -m examples.pretrain_digits --output_dir letter-base --fonts_dir FOLDER
-    python -m examples.benchmarks.digit_gap --output_dir digit-gap
-    python -m examples.benchmarks.digit_gap --output_dir digit-gap --base letter-base --steps 300 600 1200 2400
+    python -m examples.benchmarks.image_composition --output_dir images-digits
+    python -m examples.benchmarks.image_composition --output_dir images-digits --base letter-base --steps 300 600 1200
 
-Without `--base` it is the packaged base of digits, which has no gap. Peers are stacked LoRAs, and "a+b-obs": stacked
+    python -m examples.benchmarks.image_composition --output_dir images-type --world type --fonts_dir FOLDER \
+        --base type-base --methods floor base "singles only" "reweighted pairs" oracle "stacked LoRAs" "a+b-obs"
+
+Bases are made by `examples/pretrain.py`; the packaged one is of digits. Peers are stacked LoRAs, and "a+b-obs": stacked
 LoRAs minus one that was trained on the observational set. Every number of updates is a training of its own, with a
 whole schedule. Every result is a file of its own, so that the command goes on where it was stopped, and several can
-share the work (`--methods`, `--steps`, `--loras`). Distances are sliced Wasserstein to real images of glyphs that
-training never saw; the floor is that of as many real images of the training glyphs.
+share the work (`--methods`, `--steps`, `--loras`). Distances are sliced Wasserstein to real images that no training
+saw; the floor is that of as many real images of the kind that methods train on.
 """
 
 import argparse
@@ -16,44 +18,55 @@ import json
 import time
 from pathlib import Path
 
-import torch
-
 from hf_causal_context.bases.images import image_grid
-from hf_causal_context.data.worlds.digits import CONCEPTS
 from hf_causal_context.evaluation.metrics import sliced_wasserstein
-from hf_causal_context.quickstart import BASE, CONTEXTS, reference_images
+from hf_causal_context.quickstart import BASE
 
-from .digit_gap_methods import OBSERVATIONAL, TRAINED, UNTRAINED, Images, Study, train_loras
-from .digit_gap_table import write_tables
+from .image_composition_methods import OBSERVATIONAL, TRAINED, UNTRAINED, Images, Study, train_loras
+from .image_composition_table import write_tables
+from .image_worlds import World, digit_world, type_world
 
 
-def distances(images: Images) -> dict[str, float]:
+def distances(images: Images, world: World) -> dict[str, float]:
     """Of every context, to twice as many real images."""
-    result = {}
-    for context, own in images.items():
-        reference = torch.from_numpy(reference_images(context, 2 * len(own)))[:, None] / 255
-        result[str(context)] = sliced_wasserstein(own, reference)
-    return result
+    return {
+        str(context): sliced_wasserstein(own, world.truth(context, 2 * len(own))) for context, own in images.items()
+    }
+
+
+def chosen_world(name: str, fonts_dir: Path | None) -> World:
+    """Return the world of that name."""
+    if name == "digits":
+        return digit_world()
+    if fonts_dir is None:
+        raise SystemExit("The world type is drawn from a font. Give its folder by --fonts_dir.")
+    return type_world(fonts_dir)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--world", choices=("digits", "type"), default="digits")
+    parser.add_argument("--fonts_dir", type=Path, help="folder of the font of type")
     parser.add_argument("--base", type=Path, default=BASE, help="by default the packaged base of digits")
     parser.add_argument("--steps", type=int, nargs="+", default=[300], help="updates: one training for each number")
     methods = {**UNTRAINED, **TRAINED}
     parser.add_argument("--methods", nargs="*", choices=methods, default=list(methods))
     parser.add_argument(
-        "--loras", nargs="*", choices=(*CONCEPTS, OBSERVATIONAL), default=[], help="train only these, for the peers"
+        "--loras", nargs="*", default=[], help=f"train only these concepts or {OBSERVATIONAL!r}, for the peers"
     )
     parser.add_argument("--rows_per_context", type=int, default=1500)
     parser.add_argument("--num_samples", type=int, default=500, help="of every context")
     parser.add_argument("--seed", type=int, default=0, help="of the data and the training")
     arguments = parser.parse_args()
+    world = chosen_world(arguments.world, arguments.fonts_dir)
     folder = arguments.output_dir / arguments.base.resolve().name
     folder.mkdir(parents=True, exist_ok=True)
-    seed, settings = arguments.seed, {name: getattr(arguments, name) for name in ("rows_per_context", "num_samples")}
-    study = Study(arguments.base, folder / f"seed-{seed}", seed=seed, **settings)
+    seed = arguments.seed
+    settings = {name: getattr(arguments, name) for name in ("world", "rows_per_context", "num_samples")}
+    study = Study(
+        world, arguments.base, folder / f"seed-{seed}", arguments.rows_per_context, arguments.num_samples, seed
+    )
     if arguments.loras:
         for steps in arguments.steps:
             train_loras(study, steps, tuple(arguments.loras))
@@ -72,16 +85,16 @@ def main() -> None:
                 "steps": steps,
                 "seed": seed,
                 "settings": settings,
-                "distances": distances(images),
+                "distances": distances(images, world),
                 "seconds": time.perf_counter() - start,
             }
-            rows = [images[context][:8] for context in CONTEXTS]
-            image_grid(rows, [str(c) or "observational" for c in CONTEXTS]).save(done.with_suffix(".png"))
+            rows = [images[context][:8] for context in world.contexts]
+            image_grid(rows, [str(c) or "observational" for c in world.contexts]).save(done.with_suffix(".png"))
             unfinished = done.with_suffix(".unfinished")
             unfinished.write_text(json.dumps(content, indent=1) + "\n")
             unfinished.replace(done)
             print(f"{folder.name}, {method}, {steps} updates: {content['seconds']:.0f} s", flush=True)
-    write_tables(arguments.output_dir)
+    write_tables(arguments.output_dir, world)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Train the small diffusion model of handwritten digits that the package ships as the quickstart's frozen base.
+"""Train the small frozen diffusion model of a world: of digits, which ships with the package, of letters, or of type.
 
-    python -m examples.pretrain_digits --output_dir digit-base    # about an hour on two CPU cores
-    python -m examples.pretrain_digits --output_dir letter-base --fonts_dir FOLDER
-    python -m examples.pretrain_digits --output_dir letter-base --fonts_dir FOLDER --max_train_steps 800 \
+    python -m examples.pretrain --output_dir digit-base    # about an hour on two CPU cores
+    python -m examples.pretrain --output_dir letter-base --world letters --fonts_dir FOLDER
+    python -m examples.pretrain --output_dir type-base --world type --fonts_dir FOLDER --max_train_steps 1200 \
         --train_batch_size 48 --start_from hf_causal_context/models/digit_base    # where there is no GPU
 
-It sees the observational context of the digit world only. At the end a classifier of ten digits and of broken ones
-(quarters of different digits) says how many samples it takes for a digit, beside the same figure for real images.
-With a folder of fonts it sees letters instead (`letters.py`): a base to which the digit world is new, or, if it starts
-from the base of digits, that draws them no more.
+It sees the observational context of a world only: of digits (`data/worlds/digits.py`), or of type (`worlds/type.py`).
+Letters (`letters.py`) come from all fonts of a folder: a base to which the other two worlds are new. The same command
+goes on where it was stopped. For digits, a classifier of ten digits and of broken ones (quarters of different digits)
+says at the end how many samples it takes for a digit, beside the same figure for real images.
 """
 
 import argparse
@@ -24,10 +24,14 @@ from sklearn.svm import SVC
 from torch import Tensor
 from tqdm import tqdm
 
+from hf_causal_context._files import complete_or_absent
 from hf_causal_context.bases.images import image_grid
 from hf_causal_context.data.worlds.digits import RESOLUTION, sample_digits
 
 from .letters import sample_letters
+from .worlds.type import sample_type
+
+STEPS_PER_STATE = 100
 
 
 def build() -> DDIMPipeline:
@@ -69,14 +73,25 @@ def recognized(classifier: SVC, images: np.ndarray) -> float:
 
 
 def pretrain(pipe: Any, images: Tensor, arguments: argparse.Namespace) -> None:
-    """Train the UNet of a pipeline on images (N, 1, 32, 32), uint8, and save it in half precision."""
-    device = arguments.device
+    """Train the UNet of a pipeline on images (N, 1, 32, 32), uint8, and save it in half precision.
+
+    An interrupted run goes on from its last state in the folder, with the numbers that it would have had.
+    """
+    device, state_file = arguments.device, arguments.output_dir / "state.pt"
     unet, scheduler = pipe.unet.to(device).train(), pipe.scheduler
     images = images.to(device)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=arguments.learning_rate, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, 200, arguments.max_train_steps)
     ema = EMAModel(unet.parameters(), decay=0.998, use_ema_warmup=True, power=0.8, foreach=True)
-    bar = tqdm(range(arguments.max_train_steps))
+    parts = {"unet": unet, "optimizer": optimizer, "schedule": schedule, "ema": ema}
+    first = 0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        torch.set_rng_state(state["random"])
+        first = state["step"]
+    bar = tqdm(range(first, arguments.max_train_steps), initial=first, total=arguments.max_train_steps)
     for step in bar:
         chosen = torch.randint(len(images), (arguments.train_batch_size,))
         clean = images[chosen.to(device)] / 127.5 - 1
@@ -91,22 +106,34 @@ def pretrain(pipe: Any, images: Tensor, arguments: argparse.Namespace) -> None:
         ema.step(unet.parameters())
         if step % 20 == 19:
             bar.set_postfix(loss=f"{loss.item():.4f}")
-        if step % 500 == 499:  # so that an interrupted run leaves a base
-            ema.store(unet.parameters())
-            ema.copy_to(unet.parameters())
-            pipe.unet.half().save_pretrained(arguments.output_dir / "unet")
-            unet.float()
-            ema.restore(unet.parameters())
+        if (step + 1) % STEPS_PER_STATE == 0:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            with complete_or_absent(state_file) as unfinished:
+                torch.save({**state, "random": torch.get_rng_state(), "step": step + 1}, unfinished)
     ema.copy_to(unet.parameters())
     pipe.unet.eval().half()  # 6 MB -> 3 MB
     pipe.save_pretrained(arguments.output_dir)
     pipe.unet.float()
+    state_file.unlink(missing_ok=True)
+
+
+def observational(arguments: argparse.Namespace) -> np.ndarray:
+    """The images (N, 32, 32), uint8, that the base sees."""
+    number, seed, fonts = arguments.num_images, arguments.seed, arguments.fonts_dir
+    if arguments.world == "digits":
+        return sample_digits(number, seed=seed)[0]
+    if not fonts:
+        raise SystemExit(f"The world {arguments.world} is drawn from fonts. Give their folder by --fonts_dir.")
+    if arguments.world == "letters":
+        return sample_letters(number, fonts, seed)
+    return sample_type(number, seed=seed, fonts_dir=fonts)[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--fonts_dir", type=Path, help="letters of these fonts instead of digits")
+    parser.add_argument("--world", choices=("digits", "letters", "type"), default="digits", help="what the base sees")
+    parser.add_argument("--fonts_dir", type=Path, help="folder of the fonts of letters or type")
     parser.add_argument(
         "--start_from", help="a pipeline whose weights the training starts from, instead of random ones"
     )
@@ -118,9 +145,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    number, seed, fonts = arguments.num_images, arguments.seed, arguments.fonts_dir
-    images = sample_letters(number, fonts, seed) if fonts else sample_digits(number, seed=seed)[0]
-    torch.manual_seed(seed)
+    images = observational(arguments)
+    torch.manual_seed(arguments.seed)
     pipe: Any = build()
     if arguments.start_from:
         pipe.unet.load_state_dict(DDIMPipeline.from_pretrained(arguments.start_from).unet.float().state_dict())
@@ -130,10 +156,10 @@ def main() -> None:
     drawn = np.rint(255 * samples[..., 0]).astype(np.uint8)
     some = torch.from_numpy(samples[:64]).movedim(-1, 1)
     image_grid(some.split(8), [" "] * len(some.split(8))).save(arguments.output_dir / "samples.png")
-    if fonts:
+    if arguments.world != "digits":
         return
-    classifier = train_classifier(seed)
-    unseen = sample_digits(1000, seed=seed + 1, split="test")[0]
+    classifier = train_classifier(arguments.seed)
+    unseen = sample_digits(1000, seed=arguments.seed + 1, split="test")[0]
     sets = {
         "samples": drawn,
         "real images of unseen glyphs": unseen,
