@@ -228,14 +228,20 @@ def draw(samples: Mapping[Context, Tensor], columns: int = 8) -> Image.Image:
     """Return a grid of contexts: the world's own images on the left, the adapter's samples on the right."""
     labels = [f"do({', '.join(context.targets)})" if context else "observational" for context in samples]
     real = [torch.from_numpy(sample_digits(columns, context, seed=5)[0])[:, None] / 255 for context in samples]
-    left = image_grid(real, labels)
-    right = image_grid([images[:columns] for images in samples.values()], [" "] * len(samples))
+    titles = ("real images", "samples; there was no data of pairs")
+    return side_by_side(real, [images[:columns] for images in samples.values()], labels, titles)
+
+
+def side_by_side(
+    real: Sequence[Tensor], samples: Sequence[Tensor], labels: Sequence[str], titles: tuple[str, str]
+) -> Image.Image:
+    """Return two grids with a title each; a label is that of a row (S, C, H, W) in both."""
+    left, right = image_grid(real, labels), image_grid(samples, [" "] * len(samples))
     heading = 26
     both = Image.new("RGB", (left.width + right.width, left.height + heading), "white")
     both.paste(left, (0, heading))
     both.paste(right, (left.width, heading))
     font = ImageFont.load_default(size=16)
-    titles = ((left.width - columns * 68, "real images"), (left.width + 20, "samples; there was no data of pairs"))
-    for x, title in titles:
+    for x, title in zip((left.width - len(real[0]) * 68, left.width + 20), titles, strict=True):
         ImageDraw.Draw(both).text((x, 5), title, fill="black", font=font)
     return both
