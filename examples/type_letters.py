@@ -1,12 +1,10 @@
 """Draw what an adapter of type learned beside the font itself: each concept, and combinations that it never saw.
 
-    python -m examples.pretrain --output_dir type-base --world type --fonts_dir FOLDER
-    python -m examples.benchmarks.image_composition --output_dir images-type --world type --fonts_dir FOLDER \
-        --base type-base --methods "singles only"
-    python -m examples.type_letters --adapter images-type/type-base/seed-0/singles-only-300 --fonts_dir FOLDER \
+    python -m examples.type_letters --adapter images-type/type-base/seed-0/singles-only-200 --fonts_dir FOLDER \
         --output examples/type.png
 
-A column of samples has one noise, a column of real images one character and one noise of the axes.
+`examples/benchmarks/README.md#type` says how the adapter was made. A column of samples has one noise, a column of real
+images one character and one noise of the axes.
 """
 
 import argparse
