@@ -133,6 +133,6 @@ def test_one_place_says_how_to_install(on_index, arguments, command, monkeypatch
 
 def test_no_other_place_says_how_to_install(tracked):
     """No file but `_install.py` tells people to install the package from the package index."""
-    inside = [name for name in tracked if PurePosixPath(name).suffix in (".py", ".md", ".jinja", ".yml")]
+    inside = [name for name in tracked if PurePosixPath(name).suffix in (".py", ".md", ".jinja", ".yml", ".ipynb")]
     saying = {name for name in inside if re.search("pip install.{0,20}hf-causal-context", (ROOT / name).read_text())}
     assert saying == {"tests/test_packaging.py"}  # which expects it of `installation`
