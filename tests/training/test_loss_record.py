@@ -32,9 +32,9 @@ def test_losses_are_averaged_by_kind_of_context():
     record = LossRecord(kinds_of_contexts(CONCEPTS, ["", "a", "b"], "obs"), 400, 2, CPU)
     masks = torch.tensor([[0, 0], [0.5, 0], [1, 0], [1, 1]])  # the last one is of no kind that was named
     record.add(0, masks, torch.tensor([1.0, 2.0, 4.0, 100.0]))
-    assert record.note(1, 0.1, record.sums[0]) == {"obs": 1, "a": 3}
+    assert record.note(1, 0.1, record.sums[0].numpy()) == {"obs": 1, "a": 3}
     record.add(1, masks[:2], torch.tensor([3.0, 8.0]))
-    means = record.note(2, 0.2, record.sums[1])
+    means = record.note(2, 0.2, record.sums[1].numpy())
     assert means == pytest.approx({"obs": (0.95 + 3) / 1.95, "a": (0.95 * 6 + 8) / (0.95 * 2 + 1)})
 
 
@@ -44,7 +44,7 @@ def test_what_is_kept_are_means_over_equal_numbers_of_steps(tmp_path):
     for step in range(1, 8):
         record.sums.zero_()
         record.add(0, torch.tensor([[0, 0]]), torch.tensor([float(step)]))
-        record.note(step, step / 10, record.sums[0])
+        record.note(step, step / 10, record.sums[0].numpy())
     record.save(tmp_path)
     points = json.loads((tmp_path / LOSSES).read_text())
     assert [(point["step"], point["losses"]) for point in points] == [(n, {"obs": n - 0.5}) for n in (2, 4, 6)]

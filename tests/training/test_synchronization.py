@@ -90,8 +90,9 @@ def test_processes_communicate_once_in_ten_steps(together, pipeline_folder, tmp_
     given = settings(pipeline_folder("ddpm"), data, tmp_path / "out", train_batch_size=1, max_train_steps=23)
     runs = together(given, 2, {0: Faults(collectives_file=str(path)), 1: Faults(collectives_file=str(path) + "-1")})
     assert [run.wait() for run in runs] == [given["output_dir"]] * 2
-    # After steps 1, 2, 12, 22 and 23: the losses since the last time and two numbers more.
-    assert path.read_text().split() == ["3", "3", "12", "12", "3"]
+    # After steps 1, 2, 12, 22 and 23: of each step since the last time its loss, and of three contexts the sum of the
+    # losses and their number; and two numbers more.
+    assert path.read_text().split() == ["9", "9", "72", "72", "9"]
 
 
 def test_every_step_is_logged_with_its_own_values(run, logged, tmp_path):

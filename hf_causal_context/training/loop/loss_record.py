@@ -59,9 +59,12 @@ class LossRecord:
         self.sums[place, 0] += losses_B.detach().float() @ of_kind_BC
         self.sums[place, 1] += of_kind_BC.sum(0)
 
-    def note(self, step: int, rate: float, sums_2C: Tensor) -> dict[str, float]:
-        """Take in a step's sums over all processes, and the learning rate after it; return the running means."""
-        new = sums_2C.double().numpy()
+    def split(self, sums: list[float], num_steps: int) -> np.ndarray:
+        """Return the sums of steps, which stand one after the other, as (steps, 2, C)."""
+        return np.array(sums).reshape(num_steps, 2, len(self.names))
+
+    def note(self, step: int, rate: float, new: np.ndarray) -> dict[str, float]:
+        """Take in a step's sums over all processes (2, C), and the learning rate after it; return the running means."""
         self._running = _KEPT * self._running + new
         self._since_point = self._since_point + new
         if step % self._every == 0:

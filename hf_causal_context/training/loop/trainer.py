@@ -295,13 +295,13 @@ class Run:
         count = len(self.rates)
         steps = min(STEPS_PER_SYNC, max(1, int(self.steps_per_second * SECONDS_PER_SYNC)))
         own = torch.tensor([bool(self.interruption.signal), steps], dtype=torch.float, device=self.accelerator.device)
-        sums = self.record.sums[:count]
-        means = self.accelerator.reduce(torch.cat([own, self.losses[:count], sums.flatten()]), "mean")
-        values = torch.cat([cast(Tensor, means), self.norms[:count]]).cpu()
-        (interrupted, steps), losses, of_kinds, norms = values.split([2, count, sums.numel(), count])
+        here = torch.cat([own, self.losses[:count], self.record.sums[:count].flatten()])
+        means = cast(Tensor, self.accelerator.reduce(here, "mean"))
+        interrupted, steps, *values = torch.cat([means, self.norms[:count]]).tolist()
+        losses, sums, norms = values[:count], values[count : len(here) - 2], values[len(here) - 2 :]
         self.steps_per_sync = int(steps)
         self.steps_per_second = count / (perf_counter() - self.began)
-        seen = zip(losses.tolist(), norms.tolist(), of_kinds.view(sums.shape), self.rates, strict=True)
+        seen = zip(losses, norms, self.record.split(sums, count), self.rates, strict=True)
         for step, (loss, norm, own_sums, (before, after)) in enumerate(seen, self.done - count + 1):
             self.check_finite(step, loss, norm, before[0])
             rates = dict(zip(("learning_rate", "text_encoder_learning_rate"), after, strict=False))
@@ -311,7 +311,7 @@ class Run:
             self.bar.set_postfix({"loss": loss, **by_kind, "lr": after[0]}, refresh=False)
         self.bar.update(count)
         self.rates.clear()
-        return bool(interrupted > 0)
+        return interrupted > 0
 
     def check_finite(self, step: int, loss: float, norm: float, rate: float) -> None:
         """Refuse to go on after a step whose loss or gradient is not finite.
