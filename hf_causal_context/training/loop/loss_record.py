@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...contexts import ConceptSet, Context
-from .checkpoints import write_file
+from .checkpoints import CheckpointError, write_file
 from .loss_image import loss_image
 
 LOSSES, IMAGE = "training_losses.json", "training.png"
@@ -77,16 +77,15 @@ class LossRecord:
         return {name: total / count for name, total, count in seen if count}
 
     def save(self, folder: Path) -> None:
-        """Keep what was noted, and draw it.
-
-        Raises:
-            CheckpointError: where it cannot be written.
-        """
+        """Keep what was noted, and draw it; say so where that cannot be written."""
         if not self._points or not self.names:
             return
         text = json.dumps(self._points, ensure_ascii=False) + "\n"
-        write_file(folder / LOSSES, folder, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
-        write_file(folder / IMAGE, folder, loss_image(self.names, self._points).save)
+        try:
+            write_file(folder / LOSSES, folder, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+            write_file(folder / IMAGE, folder, loss_image(self.names, self._points).save)
+        except CheckpointError as error:  # no reason to end a training; without room its checkpoints will say so
+            print(f"The losses could not be kept for {IMAGE} ({error.__cause__}). The training goes on.", flush=True)
 
     def load(self, folder: Path, step: int) -> None:
         """Go on from what was kept, until a step."""

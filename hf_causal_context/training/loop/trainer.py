@@ -200,10 +200,10 @@ class Run:
                 self.train_until_sync()
                 interrupted = self.synchronize()
                 if interrupted or self.checkpoint_is_due():
-                    if self.accelerator.is_main_process:
-                        self.record.save(self.output_dir)
                     with averaged_by(self.optimizer):
                         save_checkpoint(self.accelerator, self.arguments, self.done)
+                    if self.accelerator.is_main_process:
+                        self.record.save(self.output_dir)
                 if interrupted and self.done < self.num_steps:
                     self.accelerator.end_training()
                     again = self.arguments.resume_from_checkpoint == "latest"
