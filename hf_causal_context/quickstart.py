@@ -153,7 +153,7 @@ def choose_threads() -> None:
     torch.set_num_threads(fastest)
     if fastest < threads:
         times = seconds[threads] / seconds[fastest]
-        print(f"The cores are busy: computing with one thread, now {times:.1f} times as fast as {threads} threads.")
+        say(f"The cores are busy: computing with one thread, now {times:.1f} times as fast as {threads} threads.")
 
 
 def quickstart(output_dir: Path, seed: int = 0) -> None:
