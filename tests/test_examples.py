@@ -185,6 +185,7 @@ def test_reviews(monkeypatch, movie_reviews, capsys):
     assert table in output
 
 
+@pytest.mark.slow
 def test_resume(monkeypatch, tmp_path, capsys):
     run(monkeypatch, "resume.py", "--output_dir", tmp_path, "--max_train_steps", 12)
     output = capsys.readouterr().out

@@ -135,6 +135,7 @@ def test_what_cannot_be_swapped_is_refused_before_anything_changes(first, second
         load_context_adapter(pipe, second, hotswap=True)
 
 
+@pytest.mark.slow
 def test_a_hundred_swaps_leave_nothing_behind(first, second):
     pipe = load_context_adapter(build("ddim"), first)
 

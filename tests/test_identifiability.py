@@ -23,6 +23,7 @@ def tables():
     return results, example["best_assignment"]
 
 
+@pytest.mark.slow
 def test_interventions_recover_every_concept(tables):
     (observational, pooled), truth = tables[0]["with interventions"], tables[0]["the true concepts themselves"]
     assert observational.diagonal().min() > 0.95

@@ -178,6 +178,7 @@ def sample(pipe, seed=0):
     return torch.from_numpy(pipe(2, generator=generator, num_inference_steps=2, output_type="np").images)
 
 
+@pytest.mark.slow
 def test_an_adapter_comes_and_goes_a_hundred_times(pipeline, adapter):
     expected, kind = sample(pipeline), type(pipeline)
 

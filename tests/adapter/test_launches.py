@@ -48,6 +48,7 @@ def test_a_compiled_layer_has_at_most_one_kernel_more_than_lora():
     assert max(kernels.values()) <= theirs + 1, kernels
 
 
+@pytest.mark.slow
 def test_a_compiled_layer_gives_what_it_gives_uncompiled():
     x = torch.randn(4, 6, launches.FEATURES, dtype=torch.float64, requires_grad=True)
     for name in ("independent", "reduced"):

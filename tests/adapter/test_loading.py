@@ -14,6 +14,7 @@ def test_a_language_model_takes_no_more_work_than_with_lora(layers, tmp_path):
     assert all(count <= LIMIT * counts["LoRA"] for count in counts.values()), counts
 
 
+@pytest.mark.slow
 def test_a_pipeline_takes_no_more_work_than_with_lora(tmp_path):
     cases = loading.pipeline_case(tmp_path)
     counts = {method: loading.calls(prepare()) for method, prepare in cases.items()}

@@ -82,6 +82,7 @@ def test_a_lower_rank_is_the_closest_matrix_of_that_rank(rank):
     on_base(config, weights)
 
 
+@pytest.mark.slow
 def test_what_is_saved_loads_without_this_package(tmp_path):
     model = adapted()
     with intervene(model, CONTEXT):

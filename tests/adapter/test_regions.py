@@ -94,6 +94,7 @@ def test_text_has_the_context_of_the_background(name):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_compiled_model_has_them_too():
     model = build("dit")
     expected = {context: run("dit", model, context) for context in ("thick", ())}

@@ -225,6 +225,7 @@ def concepts_of(model):
     return model.peft_config["default"].concepts
 
 
+@pytest.mark.slow
 def test_pipelines_refuse_or_work(tmp_path, adapters):
     random, outcomes = Random(0), Counter()
     base = Mlp().eval()

@@ -104,6 +104,7 @@ class TestCheckpointing:
             checkpoint(model, x, use_reentrant=use_reentrant).sum().backward()
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     command = [sys.executable, "-m", "tests.adapter.two_processes"]
     root = Path(__file__).parents[2]
@@ -129,6 +130,7 @@ class TestCompile:
         torch._dynamo.reset()
 
     @pytest.mark.parametrize("variant", ["independent", "reduced, anchored", "structural"])
+    @pytest.mark.slow
     def test_other_contexts_do_not_recompile(self, variant):
         model, x = adapted(**VARIANTS[variant]), inputs()
         graphs = []
@@ -155,6 +157,7 @@ class TestCompile:
             assert_same(gradients(model, lambda: compiled(x).square().sum()), expected)
 
     @pytest.mark.parametrize("name", ["dit", "flux"])
+    @pytest.mark.slow
     def test_denoisers(self, name):
         architecture = ARCHITECTURES[name]
         model = adapted(architecture.build(), alpha=0.2)

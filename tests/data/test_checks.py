@@ -168,6 +168,7 @@ def test_images_that_look_alike_in_two_contexts(root, streaming):
     )
 
 
+@pytest.mark.slow
 def test_digits_of_a_kind_do_not_look_alike():
     data = digit_data(40, 0)
     assert not [text for text in check_data(data).warnings if "look like" in text]

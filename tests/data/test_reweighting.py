@@ -99,6 +99,7 @@ def test_no_row_fills_a_combination():
     assert (drawn == 7).sum() <= 31
 
 
+@pytest.mark.slow
 def test_estimated_ratios_find_the_pair_in_which_one_concept_causes_the_other(short):
     latents, contexts = world(3000)
     # rotated and squashed, so that concepts must be found

@@ -151,6 +151,7 @@ def test_attributes_are_read_beside_real_ones_and_may_be_missing():
     assert np.array(leak.samples)[0] == pytest.approx([4, 4], abs=0.5)
 
 
+@pytest.mark.slow
 def test_intervals_over_seed_groups():
     found = result_of(report(right_samples(seeds=(1, 2, 3))), PAIR)
     assert 0 < found.distance.samples.half_width < found.distance.samples.mean

@@ -288,6 +288,7 @@ class TestLanguageModels:
             CausalContextPipeline.from_pretrained(adapter)
 
 
+@pytest.mark.slow
 def test_a_language_model_needs_no_diffusers(tmp_path):
     model = language_model("llama")
     model.save_pretrained(tmp_path / "base")

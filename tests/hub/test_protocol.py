@@ -179,6 +179,7 @@ class TestCache:
             loaded(REPO)
         assert not hub.server.log
 
+    @pytest.mark.slow
     def test_offline_in_a_fresh_process(self, hub, client, adapter, tmp_path):
         upload(adapter)
         build("ddim").save_pretrained(tmp_path / "base")

@@ -106,6 +106,7 @@ def test_code_of_the_card_makes_its_images(hub, name, tmp_path, pipeline_folder)
     assert pixels(pulled / "pictures/grid.png").shape[0] > 4 * 64
 
 
+@pytest.mark.slow
 def test_in_a_fresh_process_the_packaged_base_comes_along(hub, client, tmp_path):
     base = "hf_causal_context/models/digit_base"
     folder = save(adapter_of(base, tmp_path / "adapter"), tmp_path / "digits", num_inference_steps=2)

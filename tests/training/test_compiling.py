@@ -40,6 +40,7 @@ def graphs(monkeypatch):
         ("flux", {"mechanism": "reduced", "resolution": 16, "gradient_checkpointing": True}),
     ],
 )
+@pytest.mark.slow
 def test_a_compiled_denoiser(name, changes, graphs, pipeline_folder, tmp_path):
     data = write_folders(tmp_path / "data", captions=name != "ddpm")
     changes |= {"num_validation_images": 2, "num_inference_steps": 1, "validation_steps": 1, "max_train_steps": 3}

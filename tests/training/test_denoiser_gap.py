@@ -121,6 +121,7 @@ def letters(num):
     return np.stack(images)
 
 
+@pytest.mark.slow
 def test_the_packaged_base_is_near_its_digits_and_far_from_letters():
     base = load_base(str(BASE))
     near, far = (

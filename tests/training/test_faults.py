@@ -63,6 +63,7 @@ def assert_same_run(actual, expected):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.slow
 def test_a_run_killed_at_every_step_equals_an_uninterrupted_one(mode, start, pipeline_folder, tmp_path):
     name, streaming = MODES[mode]
     data = write_folders(tmp_path / "data", captions=name == "stable_diffusion")
