@@ -55,6 +55,7 @@ def test_comfyuis_lumina_2_has_query_key_and_value_in_one_layer(attention, tmp_p
 def test_what_comfyui_does_not_read(tmp_path):
     for base, message in (
         (adapted("sana"), "ComfyUI is not known to read LoRA files for SanaPipeline.*'ZImagePipeline'. Use --format"),
+        (adapted("ddpm"), "ComfyUI is not known to read LoRA files for DDPMPipeline"),
         (adapted("lumina2", target_modules=["to_q", "norm1.linear"]), "'.*norm1.linear' has no place.*Lumina 2"),
     ):
         with pytest.raises(ValueError, match=message):

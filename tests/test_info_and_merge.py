@@ -1,6 +1,7 @@
 """The commands `info` and `merge`."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -53,6 +54,10 @@ def info(*arguments, capsys):
 def test_info_says_what_an_adapter_holds(images, tmp_path, capsys):
     card = {"descriptions": {"thick": "strokes are thicker"}, "license": "mit"}
     (tmp_path / "adapter" / "card.json").write_text(json.dumps(card))
+    for part in ("text_encoder", "checkpoint-2"):  # the latter is no part of it
+        shutil.copytree(tmp_path / "adapter", tmp_path / part)
+    for part in ("text_encoder", "checkpoint-2"):
+        shutil.move(tmp_path / part, tmp_path / "adapter" / part)
     record = {"trained": {"": 4, "thick": 3}, "held_out": {"slant+thick": 2}}
     (tmp_path / "adapter" / "training_data.json").write_text(json.dumps(record))
     found = info(tmp_path / "adapter", capsys=capsys)
@@ -62,6 +67,7 @@ def test_info_says_what_an_adapter_holds(images, tmp_path, capsys):
     assert (found["concept_rank"], found["observational_rank"]) == (4, 16)
     assert found["parameters"] == sum(p.numel() for name, p in images.named_parameters() if "causal_context" in name)
     assert (found["trained_on"], found["held_out"]) == (record["trained"], record["held_out"])
+    assert found["other_parts"] == ["text_encoder"]
     assert "fits" not in found
     assert main(["info", str(tmp_path / "adapter")]) == 0
     said = capsys.readouterr().out

@@ -10,6 +10,7 @@ import torch
 
 from hf_causal_context import quickstart
 from hf_causal_context.bases.loading import load_base
+from hf_causal_context.cli import main
 from hf_causal_context.data import density_ratios
 
 
@@ -58,6 +59,15 @@ def test_it_computes_with_one_thread_where_all_take_longer(slow, expected, monke
     quickstart.choose_threads()
     assert threads[0] == expected
     assert ("one thread, now 2.0 times as fast as 3 threads" in capsys.readouterr().out) == (expected == 1)
+
+
+def test_an_interruption_before_the_training_says_how_to_go_on(monkeypatch, tmp_path, capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quickstart, "choose_threads", interrupt)
+    assert main(["quickstart", "--output_dir", str(tmp_path)]) == 130
+    assert "Interrupted. Go on by running the same command again." in capsys.readouterr().err
 
 
 def test_scores_tell_the_truth_of_a_context_from_another():

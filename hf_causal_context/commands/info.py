@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._files import CARD_CONTENTS, CONFIG, DATA_RECORD
+from .._files import CARD_CONTENTS, CONFIG, DATA_RECORD, checkpoint_steps
 from ..data.arguments import argument
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def describe(arguments: Arguments) -> dict[str, Any]:
     given = card.get("descriptions")
     descriptions = given if isinstance(given, dict) else {}
     of_pipelines = "videos" if card.get("frame_rate") else "images"
+    checkpoints = checkpoint_steps(stored.folder).values()
     found: dict[str, Any] = {
         "adapter": stored.source,
         "concepts": {name: str(descriptions.get(name, "")) for name in config.concepts},
@@ -71,7 +72,9 @@ def describe(arguments: Arguments) -> dict[str, Any]:
         "concept_rank": config.concept_rank,
         "observational_rank": config.observational_rank or 0,
         "parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),
-        "other_parts": sorted(path.parent.name for path in stored.folder.glob(f"*/{CONFIG}")),
+        "other_parts": sorted(
+            path.parent.name for path in stored.folder.glob(f"*/{CONFIG}") if path.parent not in checkpoints
+        ),
         "trained_on": data.get("trained"),
         "held_out": data.get("held_out"),
         "reweighted": data.get("reweighted"),

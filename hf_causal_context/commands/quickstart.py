@@ -20,5 +20,8 @@ def run(arguments: Arguments) -> None:
     """Run it; see `quickstart` for what it raises."""
     from ..quickstart import choose_threads, quickstart
 
-    choose_threads()
-    quickstart(arguments.output_dir, arguments.seed)
+    try:
+        choose_threads()
+        quickstart(arguments.output_dir, arguments.seed)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(str(error) or "Interrupted. Go on by running the same command again.") from None

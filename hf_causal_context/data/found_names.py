@@ -34,19 +34,19 @@ def check_found_names(names: Iterable[str], observational_name: str, has_observa
         if len(same) > 1:
             raise UserValueError(
                 f"{quoted(same)} differ in capitals only. If they are one concept, give them one name; if not, name "
-                "all concepts: concepts= (--concepts)."
+                "all concepts: concepts=."
             )
         if folded == plain or (folded in _OBSERVATIONAL and not has_observational):
             raise UserValueError(
                 f"{same[0]!r} looks like the observational set, which is called {observational_name!r} here. If it is, "
                 f"rename it, or give observational_name= (--observational_name {same[0]}); if it is a concept, name "
-                "all concepts: concepts= (--concepts)."
+                "all concepts: concepts=."
             )
         if repeats := _REPEATS.fullmatch(same[0]):
             raise UserValueError(
                 f"{same[0]!r} looks like a folder of kohya's scripts, with a number of repeats. Batches hold all "
                 f"contexts equally often here, without repeats: rename it to {repeats[1]!r}. If the number belongs to "
-                "the concept's name, name all concepts: concepts= (--concepts)."
+                "the concept's name, name all concepts: concepts=."
             )
 
 
@@ -56,7 +56,7 @@ def _check_strengths(names: Sequence[str]) -> None:
         if match[1] in names or sum(other[1] == match[1] for other in stems.values()) > 1:
             raise UserValueError(
                 f"{name!r} looks like the concept {match[1]!r} at strength {match[2]}. If it is, rename it to "
-                f"'{match[1]}={match[2]}'; if it is a concept of its own, name all concepts: concepts= (--concepts)."
+                f"'{match[1]}={match[2]}'; if it is a concept of its own, name all concepts: concepts=."
             )
 
 

@@ -102,7 +102,8 @@ def verdict(
             "without it."
         )
     sentences += [base] if base and base_is_right else []
-    sentences += [*_strengths(curves), *_remarks(results, empty, accuracy)]
+    idle = {judgment.name for judgment in asked if judgment.without_effect}
+    sentences += [*_strengths([c for c in curves if c.concept not in idle]), *_remarks(results, empty, accuracy)]
     if len(sentences) > MAX_SENTENCES:
         sentences = [*sentences[: MAX_SENTENCES - 1], "There is more: see below."]
     return Verdict(not problems and not unjudged and bool(right), tuple(sentences))

@@ -18,6 +18,7 @@ _READ = (
     *("AuraFlowPipeline", "ChromaPipeline", "Flux2KleinPipeline", "Flux2Pipeline", "FluxPipeline"),
     *("HiDreamImagePipeline", "Krea2Pipeline", "QwenImagePipeline", "StableDiffusion3Pipeline", "ZImagePipeline"),
 )
+_UNETS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")  # those of kohya
 _LUMINA = "Lumina2Pipeline"
 # Lumina 2: names of diffusers -> those of its first publication, in which query, key and value are one layer.
 _NAMES = {"attn.to_out.0": "attention.out"}
@@ -33,16 +34,16 @@ def comfyui_format(base: DiffusionBase) -> Literal["kohya", "diffusers", "comfyu
         ValueError: for a base of which it is not known to read any.
     """
     pipeline = type(base.pipe).__name__
-    if base.denoiser_name == "unet":
+    if pipeline in _UNETS:
         return "kohya"
     if pipeline == _LUMINA:
         return "comfyui"
     if pipeline in _READ:
         return "diffusers"
-    known = quoted(sorted((*_READ, _LUMINA)))
+    known = quoted(sorted((*_READ, *_UNETS, _LUMINA)))
     raise UserValueError(
-        f"ComfyUI is not known to read LoRA files for {pipeline}. It does for the UNets of Stable Diffusion and SDXL, "
-        f"and for {known}. Use --format diffusers or peft, or merge the context into the base."
+        f"ComfyUI is not known to read LoRA files for {pipeline}. It does for {known}. Use --format diffusers or peft "
+        "for other tools, or merge the context into the base."
     )
 
 

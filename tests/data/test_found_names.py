@@ -24,7 +24,7 @@ def column(root, names):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["obs", "Hat", "hat"], "'Hat', 'hat' differ in capitals only. .* name all concepts: concepts= .--concepts."),
+        (["obs", "Hat", "hat"], "'Hat', 'hat' differ in capitals only. .* name all concepts: concepts=\\."),
         (["obs", "10_hat"], "'10_hat' looks like a folder of kohya's scripts.* rename it to 'hat'"),
         (["5_obs", "10_a hat"], "'10_a hat' looks like .* rename it to 'a hat'"),
         (["Obs", "hat"], "'Obs' looks like the observational set, which is called 'obs' here. .* rename it, or give"),

@@ -55,7 +55,9 @@ def _panel(
     values = [value for curve, _ in curves for _, value in curve]
     last = max(step for curve, _ in curves for step, _ in curve)
     low, high = min(values), max(values)
-    room = (high - low) or abs(high) or 1.0
+    if low == high:  # a line in the middle
+        low, high = low - (abs(low) or 1.0), high + (abs(high) or 1.0)
+    room = high - low
 
     def place(step: int, value: float) -> tuple[float, float]:
         return left + step / last * (right - left), bottom - (value - low) / room * (bottom - top)
