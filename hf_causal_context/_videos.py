@@ -55,7 +55,7 @@ def frames(clip: Any) -> Iterator[Image.Image]:
         return
     with _opened(clip) as container:
         for frame in container.decode(video=0):
-            yield frame.to_image()
+            yield frame.to_image().rotate(frame.rotation, expand=True)  # as players turn it
 
 
 def count_frames(clip: Mapping[str, Any]) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import struct
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -14,7 +15,7 @@ from peft import get_peft_model
 from PIL import Image
 
 from hf_causal_context import CausalContextConfig, CausalContextPipeline, intervene, load_context_adapter
-from hf_causal_context._videos import first_frames, frame_files
+from hf_causal_context._videos import first_frames, frame_files, save_video
 from hf_causal_context.bases.loading import as_base, load_base
 from hf_causal_context.cli import main
 from hf_causal_context.data import load_folders
@@ -150,6 +151,25 @@ def test_files_and_folders_of_frames_are_read_alike(tmp_path):
         np.asarray(f).tolist() for f in first_frames(clip, 2)
     ]
     assert not load_folders(tmp_path / "frames").has_videos  # unasked, images are images
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_a_video_that_players_turn_is_turned(turns, tmp_path):
+    """Phones store what was filmed upright on its side, and how players must turn it."""
+    file = tmp_path / "clip.mp4"
+    shown = Image.new("RGB", (64, 32))
+    shown.paste("red", (0, 0, 32, 32))
+    save_video([shown], file, 16)
+    stored = bytearray(file.read_bytes())
+    matrix = stored.index(b"tkhd") + 44
+    cosine, sine = ((1, 0), (0, 1), (-1, 0), (0, -1))[turns]  # clockwise, in quarters
+    rows = (cosine, sine, 0, -sine, cosine, 0, 0, 0)
+    stored[matrix : matrix + 36] = struct.pack(">9i", *(number << 16 for number in rows), 1 << 30)
+    file.write_bytes(stored)
+    (frame,) = first_frames({"path": str(file), "bytes": None}, 1)
+    expected = np.rot90(np.asarray(shown), -turns)
+    assert frame.size == expected.shape[1::-1]
+    assert np.corrcoef(np.asarray(frame).ravel(), expected.ravel())[0, 1] > 0.9
 
 
 def test_clips_have_captions_beside_them_or_in_metadata(tmp_path):

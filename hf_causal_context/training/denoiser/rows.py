@@ -27,7 +27,7 @@ from ...errors import UserValueError
 from .buckets import Size
 
 ENCODED_AT_ONCE = 16
-_READING = 2  # goes up when `read_image` reads some file in another way, so that no latents of the old way are found
+_READING = 3  # goes up when some file is read in another way, so that no latents of the old way are found
 
 
 @dataclass(frozen=True)
