@@ -31,6 +31,7 @@ def gap_of(data: InterventionalData, arguments: AnyDataArguments) -> BaseGap:
 
     Raises:
         OSError, ValueError: for a base that cannot be read, or that the data does not fit.
+        NotMeasuredError: where the two cannot be compared.
     """
     measure = _gap_of_texts if columns_of(data.content_column) else _gap_of_images
     return measure(data, arguments, torch.device(device()))
@@ -39,9 +40,14 @@ def gap_of(data: InterventionalData, arguments: AnyDataArguments) -> BaseGap:
 def _gap_of_images(data: InterventionalData, arguments: AnyDataArguments, device: torch.device) -> BaseGap:
     name = cast(str, arguments.pretrained_model_name_or_path)
     base = load_base(name)
+    denoiser_gap.check_measurable(base)
     base.pipe.to(device)
     settings = TrainingArguments(
-        pretrained_model_name_or_path=name, output_dir="unused", class_column=arguments.class_column, seed=_SEED
+        pretrained_model_name_or_path=name,
+        output_dir="unused",
+        class_column=arguments.class_column,
+        num_frames=arguments.num_frames,
+        seed=_SEED,
     )
     few = only_few(data, "", denoiser_gap.NUM_ROWS, _SEED)
     batches = DenoiserBatches(base, few, settings, 1, device)

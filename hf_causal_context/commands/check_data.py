@@ -27,6 +27,7 @@ def run(arguments: Arguments) -> None:
     from ..data import check_data
     from ..data.from_arguments import load_any_data
     from ..data.text_rows import columns_of
+    from ..training.gap_report import NotMeasuredError, measured
     from .base_gap import gap_of
     from .contact_sheet import contact_sheet
 
@@ -41,4 +42,8 @@ def run(arguments: Arguments) -> None:
             contact_sheet(data, arguments.observational_name).save(unfinished)
         print(f"Look at {sheet}: every row shows a context.", flush=True)
     if arguments.pretrained_model_name_or_path is not None:
-        print(gap_of(data, arguments).advice(None))
+        try:
+            told = measured(lambda: gap_of(data, arguments)).advice(None)
+        except NotMeasuredError as reason:
+            told = str(reason)
+        print(told)

@@ -26,11 +26,10 @@ from .context_losses import ContextLosses
 from .denoiser.batches import DenoiserBatches
 from .denoiser.clips import check_clips, clip_length
 from .denoiser.features import denoiser_features
-from .denoiser.gap import NUM_ROWS, denoiser_gap
+from .denoiser.gap import NUM_ROWS, check_measurable, denoiser_gap
 from .denoiser.losses import denoising_losses
 from .denoiser.objectives import denoising_objective
 from .denoiser.text_encoders import AdaptedPipeline, with_encoders
-from .gap_report import NotMeasuredError
 from .grids import newest_grid, write_grid
 from .loop.objective import Objective
 from .loop.processes import make_accelerator
@@ -151,8 +150,7 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
         return with_encoders(objective) if self.arguments.train_text_encoder else objective
 
     def measure_gap(self) -> BaseGap:
-        if self.base.noise_range != (0.0, 1.0):
-            raise NotMeasuredError("its denoisers of high and of low noise would have to draw samples together")
+        check_measurable(self.base)
         with self.accelerator.autocast():
             return denoiser_gap(self.base, self.batches.few("", NUM_ROWS), self.arguments.seed)
 

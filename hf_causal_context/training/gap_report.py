@@ -17,7 +17,10 @@ from .loop.checkpoints import earlier_run, write_file
 
 
 class NotMeasuredError(Exception):
-    """Why a base was not compared with the observational set."""
+    """A base was not compared with the observational set; its argument says why."""
+
+    def __str__(self) -> str:
+        return f"The base was not compared with your observational set ({self.args[0]})."
 
 
 def report_gap(accelerator: Accelerator, arguments: AdapterArguments, measure: Callable[[], BaseGap]) -> BaseGap | None:
@@ -30,17 +33,22 @@ def report_gap(accelerator: Accelerator, arguments: AdapterArguments, measure: C
     earlier = earlier_run(arguments)
     gap = BaseGap.load(earlier) if earlier is not None else None
     try:
-        gap = gap or _measured(arguments, measure)
+        if gap is None and arguments.shard_base:
+            raise NotMeasuredError("--shard_base cuts the base into pieces")
+        gap = gap or measured(measure)
     except NotMeasuredError as reason:
-        say(f"The base was not compared with your observational set ({reason}).")
+        say(str(reason))
         return None
     say(gap.advice(arguments.observational_rank))
     return gap
 
 
-def _measured(arguments: AdapterArguments, measure: Callable[[], BaseGap]) -> BaseGap:
-    if arguments.shard_base:
-        raise NotMeasuredError("--shard_base cuts the base into pieces")
+def measured(measure: Callable[[], BaseGap]) -> BaseGap:
+    """Return what is measured.
+
+    Raises:
+        NotMeasuredError: for lack of memory, and where losses are no numbers.
+    """
     try:
         gap = measure()
     except (RuntimeError, MemoryError) as error:

@@ -1,17 +1,20 @@
 """What `check-data` measures of a base: what a training would, whatever the base is conditioned on."""
 
 import pytest
+import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
 
 from hf_causal_context.bases.gap import BaseGap
+from hf_causal_context.cli import main
 from hf_causal_context.commands.base_gap import gap_of
-from hf_causal_context.data import from_dataset, texts_from_dataset
+from hf_causal_context.data import from_dataset, load_folders, texts_from_dataset
 from hf_causal_context.data.arguments import AnyDataArguments
 from hf_causal_context.training.arguments import TrainingArguments
+from hf_causal_context.training.denoiser import gap
 from hf_causal_context.training.finetune import train
 
-from .small import settings, write_folders
+from .small import settings, write_clips, write_folders
 from .small_language import language_model, text_data, word_tokenizer
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -49,6 +52,33 @@ def test_a_base_that_the_data_does_not_fit_is_refused_as_in_training(data, pipel
         gap_of(data(None), AnyDataArguments(pretrained_model_name_or_path=pipeline_folder("dit")))
     with pytest.raises(ValueError, match="The data has captions, but DDPMPipeline takes none"):
         gap_of(data("text"), AnyDataArguments(pretrained_model_name_or_path=pipeline_folder("ddpm")))
+
+
+@pytest.mark.parametrize(("frames", "latents"), [(1, 1), (5, 2)])
+def test_clips_are_as_long_as_they_would_be_trained_on(frames, latents, pipeline_folder, tmp_path, monkeypatch):
+    clips = load_folders(write_clips(tmp_path, frames=9), frame_folders=True)
+    shapes = []
+    monkeypatch.setattr(gap, "denoiser_gap", lambda base, rows, seed: shapes.append(rows.clean.shape))
+    gap_of(clips, AnyDataArguments(pretrained_model_name_or_path=pipeline_folder("wan"), num_frames=frames))
+    assert [shape[2] for shape in shapes] == [latents]
+
+
+def test_a_base_of_two_denoisers_is_not_compared_by_one_of_them(pipeline_folder, tmp_path, capsys):
+    root = write_clips(tmp_path)
+    command = ["check-data", "--train_data_dir", str(root), "--num_frames", "5"]
+    assert main([*command, "--pretrained_model_name_or_path", pipeline_folder("wan_2_2")]) == 0
+    assert "was not compared with your observational set (its denoisers of high and of" in capsys.readouterr().out
+
+
+def test_lack_of_memory_is_said(pipeline_folder, tmp_path, capsys, monkeypatch):
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gap, "denoiser_gap", fail)
+    root = write_folders(tmp_path)
+    command = ["check-data", "--train_data_dir", str(root), "--pretrained_model_name_or_path", pipeline_folder("ddpm")]
+    assert main(command) == 0
+    assert "was not compared with your observational set (it ran out of memory: CUDA" in capsys.readouterr().out
 
 
 def test_it_says_that_a_base_would_get_the_empty_prompt(data, pipeline_folder, capsys):

@@ -21,6 +21,7 @@ from ...bases.gap import BaseGap
 from ...inference.sampling import eval_mode
 from ..bare_model import BareModel
 from ..few_rows import part_of
+from ..gap_report import NotMeasuredError
 from ..noise import Draws, LevelDraws
 from .objectives import Batch, denoising_objective
 
@@ -39,6 +40,16 @@ _SOLVER: dict[str, Any] = {
     "thresholding": False,
     "variance_type": None,  # `predict` has left it out
 }
+
+
+def check_measurable(base: DiffusionBase) -> None:
+    """Refuse a base that draws no samples alone, before rows are read for it.
+
+    Raises:
+        NotMeasuredError: for one of two denoisers.
+    """
+    if base.noise_range != (0.0, 1.0):
+        raise NotMeasuredError("its denoisers of high and of low noise would have to draw samples together")
 
 
 @torch.no_grad()
