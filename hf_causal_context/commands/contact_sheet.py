@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageOps
 
 from .._pixels import plain
+from .._videos import frames
 from ..bases.images import image_grid, read_image
 from ..data import InterventionalData
 from ..training.few_rows import few_rows
@@ -17,14 +18,19 @@ _SIDE = 128
 
 
 def contact_sheet(data: InterventionalData, observational_name: str) -> Image.Image:
-    """Return an image with a row for each context, those held out too: some of its images, drawn at random."""
+    """Return an image with a row for each context, those held out too: some of its images, drawn at random.
+
+    A video is shown by its first frame.
+    """
     contexts = (*data.contexts, *data.held_out)
-    rows = [
-        [_tensor(cast(Any, row)[data.content_column]) for row in few_rows(data, context, NUM_IMAGES, seed=0)]
+    contents = [
+        [cast(Any, row)[data.content_column] for row in few_rows(data, context, NUM_IMAGES, seed=0)]
         for context in contexts
     ]
     filled = [
-        (torch.stack(row), context or observational_name) for row, context in zip(rows, contexts, strict=True) if row
+        (torch.stack([_tensor(next(frames(content))) for content in row]), context or observational_name)
+        for row, context in zip(contents, contexts, strict=True)
+        if row
     ]
     return image_grid([row for row, _ in filled], [label for _, label in filled])
 

@@ -222,6 +222,30 @@ def test_without_pyav_videos_are_refused_and_say_what_to_install(tmp_path, monke
         load_folders(root)
 
 
+@pytest.mark.parametrize("files", [False, True])
+def test_a_contact_sheet_shows_first_frames(files, tmp_path):
+    white, black = (Image.new("RGB", (32, 32), color) for color in ("white", "black"))
+    root, sheet = write_clips(tmp_path / "clips", files=files, contexts=("obs", "thick")), tmp_path / "check.png"
+    for number in range(2):
+        clip = root / "obs" / str(number)
+        if files:
+            save_video([black, white, white], clip.with_suffix(".mp4"), 16)
+        else:
+            black.save(clip / "8.png")
+    options = {"train_data_dir": root, "num_frames": 3, "contact_sheet": sheet}
+    assert main(command("check-data", options)) == 0
+    with Image.open(sheet) as grid:
+        assert max(grid.getpixel((grid.width - 4 - 64, 4 + 64))) < 5  # in the row of the observational context
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_an_autoencoder_refuses_videos(tmp_path, capsys):
+    root = write_clips(tmp_path / "clips")
+    options = {"train_data_dir": root, "num_frames": 5, "output_dir": tmp_path / "autoencoder"}
+    assert main(command("train-autoencoder", options)) == 1
+    assert "An autoencoder is trained on images, and the data holds videos. Give images" in capsys.readouterr().err
+
+
 def test_what_cannot_be_read_is_named(tmp_path, capsys):
     root = write_clips(tmp_path, files=True)
     (root / "obs" / "0.mp4").write_bytes(b"no video")

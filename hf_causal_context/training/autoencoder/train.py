@@ -55,6 +55,11 @@ def train_autoencoder(
     set_seed(arguments.seed)  # the initial weights
     if images is None:
         data = load_data(arguments)
+        if data.has_videos:
+            raise UserValueError(
+                "An autoencoder is trained on images, and the data holds videos. Give images, and leave --num_frames "
+                "out."
+            )
         if data.has_masks:
             raise UserValueError(
                 "An autoencoder's loss has no masks. Leave --mask_column out, or take the files *.mask.png away."
