@@ -9,14 +9,15 @@ from contextlib import contextmanager
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import fsspec
 from PIL import Image
 
 from ._install import installation
 from .errors import MissingPackageError, UserValueError
 
-VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi"})
+VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpeg", ".mpg"})
 _DIGITS = re.compile(r"(\d+)")
 
 
@@ -98,14 +99,19 @@ def save_video(images: Sequence[Image.Image], path: Path, frame_rate: int) -> No
 
 
 def _is_file(clip: Mapping[str, Any]) -> bool:
-    """Whether it is a video in one piece."""
-    return clip["bytes"] is not None or Path(clip["path"]).suffix.lower() in VIDEO_SUFFIXES
+    """Whether it is a video in one piece, wherever that is and whatever its name."""
+    if clip["bytes"] is not None:
+        return True
+    path = Path(clip["path"])
+    # Pillow registers MPEG, too, which it cannot decode.
+    return not (path.is_dir() or path.suffix.lower() in Image.registered_extensions().keys() - VIDEO_SUFFIXES)
 
 
 @contextmanager
 def _opened(clip: Mapping[str, Any]) -> Iterator[Any]:
-    source = clip["path"] if clip["bytes"] is None else io.BytesIO(clip["bytes"])
-    with video_package().open(source) as container:
+    av = video_package()
+    opened = fsspec.open(clip["path"], "rb") if clip["bytes"] is None else io.BytesIO(clip["bytes"])
+    with cast(Any, opened) as file, av.open(file) as container:
         if not container.streams.video:
             raise UserValueError("the file has no video in it.")
         yield container

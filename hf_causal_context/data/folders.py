@@ -20,7 +20,7 @@ from .captions import METADATA, read_captions
 from .interventional import InterventionalData, from_dataset
 from .masks import is_mask, masks_of
 
-IMAGE_SUFFIXES = frozenset(ImageFolder.EXTENSIONS)
+IMAGE_SUFFIXES = frozenset(ImageFolder.EXTENSIONS) - VIDEO_SUFFIXES  # datasets has .mpeg and .mpg among both
 
 
 def load_folders(

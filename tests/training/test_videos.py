@@ -8,17 +8,19 @@ from itertools import combinations
 from pathlib import Path
 
 import diffusers
+import fsspec
 import numpy as np
 import pytest
 import torch
+from datasets.packaged_modules.videofolder.videofolder import VideoFolder
 from peft import get_peft_model
 from PIL import Image
 
 from hf_causal_context import CausalContextConfig, CausalContextPipeline, intervene, load_context_adapter
-from hf_causal_context._videos import first_frames, frame_files, save_video
+from hf_causal_context._videos import VIDEO_SUFFIXES, count_frames, first_frames, frame_files, save_video
 from hf_causal_context.bases.loading import as_base, load_base
 from hf_causal_context.cli import main
-from hf_causal_context.data import load_folders
+from hf_causal_context.data import check_data, load_folders
 from hf_causal_context.inference.counterfactuals import counterfactual
 from hf_causal_context.inference.sampling import generate
 from hf_causal_context.training.arguments import TrainingArguments
@@ -170,6 +172,36 @@ def test_a_video_that_players_turn_is_turned(turns, tmp_path):
     expected = np.rot90(np.asarray(shown), -turns)
     assert frame.size == expected.shape[1::-1]
     assert np.corrcoef(np.asarray(frame).ravel(), expected.ravel())[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("suffix", sorted(VIDEO_SUFFIXES.union(VideoFolder.EXTENSIONS)))
+def test_videos_that_datasets_knows_are_clips_in_folders(suffix, tmp_path):
+    root = write_clips(tmp_path, files=True, clips=1)
+    for file in list(root.rglob("*.mp4")):
+        file.rename(file.with_suffix(suffix))
+    data = load_folders(root)
+    assert data.has_videos
+    assert data.counts == {"": 1, "slant": 1, "thick": 1}
+    assert not check_data(data).errors
+    assert count_frames(data.rows[0]["video"]) == len(first_frames(data.rows[0]["video"], 5)) == 5
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a", "a.ts"])
+def test_videos_are_read_from_wherever_datasets_names_them(name, tmp_path):
+    (file, *_) = write_clips(tmp_path, files=True, clips=1).rglob("*.mp4")
+    fsspec.filesystem("memory").pipe(f"/{name}", file.read_bytes())
+    clip = {"path": f"memory://{name}", "bytes": None}
+    assert count_frames(clip) == 5
+    exact = first_frames({"path": str(file), "bytes": None}, 5)
+    assert [np.asarray(f).tolist() for f in first_frames(clip, 5)] == [np.asarray(f).tolist() for f in exact]
+
+
+def test_a_folder_is_frames_whatever_its_name(tmp_path):
+    root = write_clips(tmp_path, clips=1)
+    for folder in root.glob("*/0"):
+        folder.rename(folder.with_suffix(".mp4"))
+    clip = load_folders(root, frame_folders=True).rows[0]["video"]
+    assert count_frames(clip) == len(first_frames(clip, 5)) == 5
 
 
 def test_clips_have_captions_beside_them_or_in_metadata(tmp_path):
