@@ -34,7 +34,7 @@ def run(arguments: Arguments) -> None:
     data, sheet = load_any_data(arguments), arguments.contact_sheet
     if sheet is not None and columns_of(data.content_column):
         raise UserValueError(f"--contact_sheet={sheet} is for images, and the data holds texts. Leave it out.")
-    report = check_data(data)
+    report = check_data(data, num_frames=arguments.num_frames)
     print(in_options(report.table(), vars(arguments)), flush=True)
     report.raise_for_errors()
     if sheet is not None:

@@ -7,6 +7,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -78,18 +79,19 @@ class DataReport:
             )
 
 
-def check_data(data: InterventionalData, *, decode: bool = True) -> DataReport:
+def check_data(data: InterventionalData, *, decode: bool = True, num_frames: int | None = None) -> DataReport:
     """Count the rows per context, read and compare all images or texts, and say what is wrong and how to mend it.
 
     `decode=False` reads and compares the files but does not open them as images. Texts are the same where the
     whole row is: one prompt may have several completions. Of streaming data the first `STREAM_ROWS` rows of each
-    context are checked.
+    context are checked. Of videos the first `num_frames` frames are decoded, or the first one.
     """
     seen = _Seen(columns_of(data.content_column), "videos" if data.has_videos else "images")
-    train = _read(data, data.rows, data.contexts, TRAIN, decode, seen)
+    num_decoded = (num_frames or 1) if decode else 0
+    train = _read(data, data.rows, data.contexts, TRAIN, num_decoded, seen)
     held_out = Counter[str]()
     for context, rows in data.held_out.items():
-        held_out[context] = _read(data, rows, (context,), HELD_OUT, decode, seen).total()
+        held_out[context] = _read(data, rows, (context,), HELD_OUT, num_decoded, seen).total()
     errors = [*_structure_errors(data, train, seen.noun), *_content_errors(seen)]
     warnings = [*data.warnings, *_size_warnings(data, train)]
     warnings += [*_strength_warnings(data), *_duplicate_warnings(seen), *_image_warnings(seen)]
@@ -135,10 +137,10 @@ class _Seen:
 
 
 def _read(
-    data: InterventionalData, rows: Rows, contexts: Sequence[str], role: str, decode: bool, seen: _Seen
+    data: InterventionalData, rows: Rows, contexts: Sequence[str], role: str, num_decoded: int, seen: _Seen
 ) -> Counter[str]:
     _, features = known_features(rows)
-    opener = Image() if isinstance(features[data.content_column], Image) and decode else None
+    opener = Image() if isinstance(features[data.content_column], Image) and num_decoded else None
     counts = Counter[str]()
     images = (data.content_column, "mask") if data.has_masks else (data.content_column,)
     for number, context, values in _payloads(rows, seen.texts or images, contexts, role):
@@ -149,7 +151,7 @@ def _read(
         # Decoders raise whatever they like, and a damaged file must not hide the others.
         try:
             content = _text(dict(zip(seen.texts, values, strict=True))) if seen.texts else _content(values[0])
-            if data.has_videos and decode and not sum(1 for _ in frames(values[0])):
+            if data.has_videos and num_decoded and not sum(1 for _ in islice(frames(values[0]), num_decoded)):
                 raise UserValueError("The clip has no frames.")
             if opener is not None:
                 image = opener.decode_example({"bytes": content, "path": None})

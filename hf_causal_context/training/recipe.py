@@ -187,7 +187,7 @@ class FineTuning(ABC, Generic[AnyArguments]):
         if self.data.streaming and arguments.max_train_steps is None:
             raise UserValueError("A stream has no known length, so it has no epochs. Give --max_train_steps.")
         if accelerator.is_main_process:
-            report = check_data(self.data)
+            report = check_data(self.data, num_frames=getattr(arguments, "num_frames", None))
             say(report.table())
             report.raise_for_errors()
         base = self.load_base()

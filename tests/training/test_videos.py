@@ -291,6 +291,21 @@ def test_what_cannot_be_read_is_named(tmp_path, capsys):
     assert "obs/0 (OSError)" in said
 
 
+@pytest.mark.usefixtures("on_cpu")
+def test_frames_that_a_training_does_not_read_are_not_decoded(pipeline_folder, tmp_path, capsys):
+    root = write_clips(tmp_path / "data", frames=6)
+    (root / "obs" / "0" / "13.png").write_bytes(b"no image")  # the last frame
+    assert not check_data(load_folders(root, frame_folders=True)).errors
+    assert main(command("check-data", {"train_data_dir": root, "num_frames": 5})) == 0
+    assert main(command("check-data", {"train_data_dir": root, "num_frames": 6})) == 1
+    assert "1 videos cannot be read" in capsys.readouterr().out
+    given = settings(pipeline_folder("wan"), root, tmp_path / "adapter", resolution=SIZE, num_frames=5)
+    train(TrainingArguments(**given, dry_run=True))
+    (root / "obs" / "0" / "12.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"1 videos cannot be read: .*/obs/0 \("):
+        train(TrainingArguments(**given, dry_run=True))
+
+
 def test_other_files_among_frames_are_refused(tmp_path):
     root = write_clips(tmp_path)
     (root / "obs" / "0" / "caption.txt").write_text("a disc")
