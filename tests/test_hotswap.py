@@ -61,6 +61,19 @@ def test_the_other_adapter_is_in_place_as_if_it_had_been_loaded(first, second, t
     assert torch.equal(run("ddim", pipe), run("ddim", build("ddim")))
 
 
+def test_a_dial_turns_by_the_calibration_of_the_adapter_that_came(first, tmp_path):
+    def dialed(strength):
+        return {"calibration": {"thick": [[0, 0], [0.5, strength], [1, 1]]}}
+
+    old, new = changed(first, tmp_path / "old", **dialed(0.1)), changed(first, tmp_path / "new", **dialed(0.9))
+    pipe = load_context_adapter(build("ddim"), old)
+    load_context_adapter(pipe, new, hotswap=True)
+    with intervene(pipe, {"thick": 0.5}, calibrated=True):
+        found = run("ddim", pipe)
+    with intervene(pipe, {"thick": 0.9}):
+        assert torch.equal(found, run("ddim", pipe))
+
+
 def test_one_of_two_adapters_is_swapped(first, second):
     pipe = load_context_adapter(build("ddim"), first, "one")
     load_context_adapter(pipe, first, "two")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._messages import quoted
 from ..adapter.config import CausalContextConfig
-from ..adapter.lookup import adapted_layers
+from ..adapter.lookup import adapted_layers, conditionings
 from ..errors import UserValueError
 
 # What a model does with the weights, besides their names and shapes.
@@ -59,12 +59,14 @@ def check_swap(modules: Mapping[str, nn.Module], parts: Parts, adapter_name: str
 
 
 def swap(modules: Mapping[str, nn.Module], parts: Parts, adapter_name: str) -> None:
-    """Copy the weights of an adapter that `check_swap` let through into those of the loaded one."""
+    """Put the weights and the calibration of an adapter that `check_swap` let through in place of the loaded one's."""
     for component, (config, weights) in parts.items():
         module = modules[component]
         set_peft_model_state_dict(module, weights, adapter_name)
         config.inference_mode = True
         cast(Any, module).peft_config[adapter_name] = config
+        for conditioning in conditionings(module):
+            conditioning.calibrations[adapter_name] = config.knots()
 
 
 def _differences(
