@@ -10,6 +10,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_causal_context import CausalContextConfig, causal_effects, intervene
+from hf_causal_context.adapter.calibration import store_calibration
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.cli import main
 
@@ -124,6 +125,23 @@ def test_a_merged_language_model_comes_with_its_tokenizer(texts, tmp_path):
             wanted = texts(ids).logits
         assert torch.allclose(model(ids).logits, wanted, atol=1e-4)
         assert not torch.allclose(texts(ids).logits, wanted, atol=1e-2)
+
+
+def test_a_calibrated_strength_is_that_which_is_meant(images, tmp_path, capsys):
+    adapter = str(tmp_path / "adapter")
+    assert info(adapter, capsys=capsys)["calibrated"] == []
+    command = ["merge", adapter, "--context", "thick=0.5", "--calibrated", "--output_dir", str(tmp_path / "merged")]
+    assert main(command) == 1
+    assert "no calibration of 'thick'" in capsys.readouterr().err
+    store_calibration(tmp_path / "adapter", [""], {"thick": [[0, 0], [0.5, 0.25], [1, 1]]})
+    assert main(["info", adapter]) == 0
+    assert "\ncalibrated:          thick\n" in capsys.readouterr().out
+    assert main(command) == 0
+    unet = DiffusionPipeline.from_pretrained(tmp_path / "merged").unet.eval()
+    noise = torch.randn(2, unet.config.in_channels, 16, 16)
+    for strength, same in ((0.25, True), (0.5, False)):
+        with torch.no_grad(), intervene(images, {"thick": strength}):
+            assert torch.allclose(unet(noise, 10).sample, images(noise, 10).sample, atol=1e-4) == same
 
 
 def test_an_unknown_concept_is_told_before_the_base_is_loaded(images, tmp_path, capsys, monkeypatch):

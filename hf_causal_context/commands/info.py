@@ -68,6 +68,7 @@ def describe(arguments: Arguments) -> dict[str, Any]:
         "concepts": {name: str(descriptions.get(name, "")) for name in config.concepts},
         "base": config.base_model_name_or_path,
         "makes": "texts" if stored.is_of_language_model else of_pipelines if config.task_type is None else None,
+        "calibrated": [name for name, knots in config.knots().items() if knots],
         "mechanism": config.mechanism,
         "concept_rank": config.concept_rank,
         "observational_rank": config.observational_rank or 0,
