@@ -11,6 +11,8 @@ from hf_causal_context.adapter.calibration import store_calibration
 from hf_causal_context.bases.images import to_image
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.cli import main
+from hf_causal_context.inference.adapted import StoredAdapter
+from hf_causal_context.inference.counterfactuals import Sampler
 
 from .training.conftest import pipeline_folder  # noqa: F401 (a fixture)
 
@@ -68,6 +70,44 @@ def test_calibrated_strengths_are_those_that_are_meant_on_the_way_too(base, tmp_
     assert np.abs(made - np.asarray(to_image(found.images[0, 0]))).max() <= 1
     assert edit(*command[:-1]) == 0
     assert np.abs(made - np.asarray(Image.open("edits/one-thick-0.5.png"))).max() > 1
+
+
+@pytest.mark.filterwarnings("ignore:.*The inversion did not hold")
+def test_contexts_share_one_inversion_which_quiet_shows_no_bar_of(base, monkeypatch, capsys):
+    monkeypatch.setattr("hf_causal_context._progress._SECONDS_BEFORE", 0)
+    backward, images = Sampler.backward, []
+    monkeypatch.setattr(Sampler, "backward", lambda self, *args: images.append(len(args[0])) or backward(self, *args))
+    command = ["--images", "one.png", "two.png", "--contexts", "thick", "slant", "thick", "--strengths", 1, 1]
+    assert edit(*command) == 0
+    assert images == [2]
+    said = capsys.readouterr()
+    assert "edit: 100%" in said.err
+    files = [f"edits/{name}-{end}.png" for name in ("one", "two") for end in ("thick", "slant", "reconstruction")]
+    assert [line for line in said.out.splitlines() if line.startswith("edits/")] == files
+    monkeypatch.setattr("hf_causal_context.commands.verbosity._LIBRARIES", {})  # which would stay quiet afterwards
+    monkeypatch.setattr("hf_causal_context._progress._quiet", False)  # comes back afterwards
+    assert edit(*command, "--quiet") == 0
+    assert "edit:" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "twice"),
+    [
+        (["one", "one-thick"], ["--contexts", "thick-slant", "slant"], "edits/one-thick-slant.png"),
+        (["one"], ["--contexts", "a_b", "a b"], "edits/one-a_b.png"),
+        (["one"], ["--context", "reconstruction"], "edits/one-reconstruction.png"),
+        (["one"], ["--context", "thick", "--strengths", "0.12345678", "0.12345679"], "edits/one-thick-0.123457.png"),
+        (["one", "One"], ["--context", "thick"], "edits/one-reconstruction.png, edits/One-reconstruction.png"),
+        (["one", "one-thick"], ["--context", "thick", "--output_dir", "."], "one-thick.png"),
+        (["one", "one-reconstruction"], ["--context", "thick", "--output_dir", "."], "one-reconstruction.png"),
+    ],
+)
+def test_files_that_would_be_written_over_are_named_before_any_work(base, capsys, monkeypatch, images, options, twice):
+    monkeypatch.setattr(StoredAdapter, "pipeline", None)
+    for name in images[1:]:
+        Image.open("one.png").save(f"{name}.png")
+    assert edit("--images", *(f"{name}.png" for name in images), *options) == 1
+    assert f"{twice}: an edit would be written over" in capsys.readouterr().err
 
 
 def test_a_mask_keeps_the_rest_of_an_image(base, monkeypatch):

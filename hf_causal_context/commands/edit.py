@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,7 +48,7 @@ def edit_files(arguments: Arguments) -> list[Path]:
     A warning names the images where that is visibly another image.
 
     Raises:
-        ValueError: for images of the same name, another kind of adapter, and what `counterfactual` refuses.
+        ValueError: for two files of the same name, another kind of adapter, and what `counterfactual` refuses.
         OSError: for an image, adapter or base that cannot be read, or edits that cannot be written.
     """
     if twice := [name for name, count in Counter(path.stem for path in arguments.images).items() if count > 1]:
@@ -57,11 +59,26 @@ def edit_files(arguments: Arguments) -> list[Path]:
     if arguments.batch_size < 1:
         raise UserValueError(f"--batch_size {arguments.batch_size} must be at least 1.")
     from ..bases.images import to_image
-    from ..inference.counterfactuals import counterfactual, doubt
+    from ..inference.counterfactuals import counterfactuals, doubt
 
-    contexts = arguments.parsed()
+    contexts, strengths = list(dict.fromkeys(arguments.parsed())), list(dict.fromkeys(arguments.strengths))
     (source,) = parse_contexts([arguments.from_context or arguments.observational_name], arguments.observational_name)
     images = {path.stem: _opened(path) for path in arguments.images}
+    labels = {context: file_name(str(context) or arguments.observational_name) for context in contexts}
+    edits = {
+        (name, context, strength): f"{name}-{labels[context]}{'' if strength == 1 else f'-{strength:g}'}.png"
+        for name, context, strength in product(images, contexts, strengths)
+    }
+    reconstructions = {name: f"{name}-reconstruction.png" for name in images}
+    files = [arguments.output_dir / file for file in [*edits.values(), *reconstructions.values()]]
+    # Some file systems do not tell cases apart.
+    uses = Counter(os.path.realpath(path).casefold() for path in [*arguments.images, *files])
+    if twice := [path for path in files if uses[os.path.realpath(path).casefold()] > 1]:
+        raise UserValueError(
+            f"{', '.join(map(str, dict.fromkeys(twice)))}: an edit would be written over another one, over a "
+            "reconstruction, or over an image. Rename the images, or edit them one by one, or in one context at a "
+            "time, into another --output_dir."
+        )
     mask = None if arguments.mask is None else _opened(arguments.mask)
     stored = arguments.open()
     meant = stored.meant([*contexts, source], arguments.calibrated)
@@ -70,34 +87,30 @@ def edit_files(arguments: Arguments) -> list[Path]:
     paths, names = [], list(images)
     for start in range(0, len(names), arguments.batch_size):
         batch = names[start : start + arguments.batch_size]
-        for context in contexts:
-            found = counterfactual(
-                base,
-                [images[name] for name in batch],
-                context,
-                source,
-                strengths=arguments.strengths,
-                mask=mask,
-                prompt=arguments.prompt,
-                class_label=arguments.class_label,
-                num_inference_steps=arguments.num_inference_steps,
-                calibrated=arguments.calibrated,
-            )
-            arguments.output_dir.mkdir(parents=True, exist_ok=True)
-            label = file_name(str(context) or arguments.observational_name)
-            for row, name in enumerate(batch):
-                for strength, edits in zip(arguments.strengths, found.images, strict=True):
-                    end = "" if strength == 1 else f"-{strength:g}"
-                    paths.append(arguments.output_dir / f"{name}-{label}{end}.png")
-                    to_image(edits[row]).save(paths[-1])
-                reconstruction = arguments.output_dir / f"{name}-reconstruction.png"
-                to_image(found.reconstruction[row]).save(reconstruction)
-                if context == contexts[0]:
-                    paths.append(reconstruction)
-                    error = float(found.reconstruction_error[row])
-                    print(f"{name}: reconstruction error {error:.4f} (root mean square; images go from 0 to 1)")
-                    if doubted := doubt(error):
-                        warnings.warn(f"{name}: {doubted} See {reconstruction}.", stacklevel=2)
+        found = counterfactuals(
+            base,
+            [images[name] for name in batch],
+            contexts,
+            source,
+            strengths=strengths,
+            mask=mask,
+            prompt=arguments.prompt,
+            class_label=arguments.class_label,
+            num_inference_steps=arguments.num_inference_steps,
+            calibrated=arguments.calibrated,
+        )
+        arguments.output_dir.mkdir(parents=True, exist_ok=True)
+        for row, name in enumerate(batch):
+            for context, of_context in zip(contexts, found, strict=True):
+                for strength, made in zip(strengths, of_context.images, strict=True):
+                    paths.append(arguments.output_dir / edits[name, context, strength])
+                    to_image(made[row]).save(paths[-1])
+            paths.append(arguments.output_dir / reconstructions[name])
+            to_image(found[0].reconstruction[row]).save(paths[-1])
+            error = float(found[0].reconstruction_error[row])
+            print(f"{name}: reconstruction error {error:.4f} (root mean square; images go from 0 to 1)")
+            if doubted := doubt(error):
+                warnings.warn(f"{name}: {doubted} See {paths[-1]}.", stacklevel=2)
     return paths
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .._pixels import plain
+from .._progress import ProgressBar
 from ..adapter.intervene import intervene
 from ..bases.diffusion_base import DiffusionBase
 from ..bases.images import read_image
@@ -59,7 +60,6 @@ class Counterfactual:
     noise: Tensor
 
 
-@torch.no_grad()
 def counterfactual(
     pipe: DiffusionBase | DiffusionPipeline,
     image: Image.Image | Sequence[Image.Image] | Tensor,
@@ -97,14 +97,45 @@ def counterfactual(
     Example:
         >>> edit = counterfactual(pipe, image, "thickness", strengths=[0.5, 1])   # doctest: +SKIP
     """
+    [found] = counterfactuals(
+        pipe,
+        image,
+        [to_context],
+        from_context,
+        strengths=strengths,
+        mask=mask,
+        prompt=prompt,
+        class_label=class_label,
+        num_inference_steps=num_inference_steps,
+        calibrated=calibrated,
+    )
+    return found
+
+
+@torch.no_grad()
+def counterfactuals(
+    pipe: DiffusionBase | DiffusionPipeline,
+    image: Image.Image | Sequence[Image.Image] | Tensor,
+    to_contexts: Sequence[ContextLike],
+    from_context: ContextLike,
+    *,
+    strengths: Sequence[float],
+    mask: Image.Image | Tensor | None,
+    prompt: str | None,
+    class_label: int | None,
+    num_inference_steps: int,
+    calibrated: bool,
+) -> list[Counterfactual]:
+    """Return the `counterfactual` of each of several contexts, which share one abduction."""
     base = pipe if isinstance(pipe, DiffusionBase) else as_base(pipe)
     base.require_images("counterfactual")
     check_conditions(base, prompt, class_label, None, None)
     if len(strengths) == 0 or not np.isfinite(strengths).all():
         raise UserValueError(f"strengths={list(strengths)} must be one or more finite numbers, such as [0.5, 1.0].")
-    source, target = as_context(from_context), as_context(to_context)
-    contexts = [source, *(_between(source, target, strength) for strength in strengths)]
-    intervene(base.pipe, contexts, calibrated=calibrated)  # errors show here, before any work
+    source = as_context(from_context)
+    ways = [[source, *(_between(source, as_context(each), s) for s in strengths)] for each in to_contexts]
+    for contexts in ways:
+        intervene(base.pipe, contexts, calibrated=calibrated)  # errors show here, before any work
     if num_inference_steps < 1:
         raise UserValueError(f"num_inference_steps={num_inference_steps} must be at least 1; 50 is usual.")
     pixels = _pixels(base, image)
@@ -114,16 +145,19 @@ def counterfactual(
         sampler = Sampler(base, num_inference_steps, prompt, class_label, calibrated)
         clean = base.encode_images((2 * pixels - 1).to(sampler.device)).float()
         path = sampler.backward(clean, source)
-        rows = torch.cat([path[-1]] * len(contexts))
         coarse = None if weights is None else F.adaptive_avg_pool2d(weights, clean.shape[2:])  # type: ignore[arg-type]
-        decoded = base.decode_images(sampler.forward(rows, contexts, path, coarse)).float().cpu()
         shown = base.decode_images(clean).float().cpu()
-    reconstruction, *edits = decoded.split(len(pixels))
-    images = torch.stack(edits)
-    if weights is not None:
-        images = weights * images + (1 - weights) * pixels
-    error = (reconstruction - shown).square().flatten(1).mean(1).sqrt()
-    return Counterfactual(images, reconstruction, error, path[-1].cpu())
+        found = []
+        for contexts in ways:
+            rows = torch.cat([path[-1]] * len(contexts))
+            decoded = base.decode_images(sampler.forward(rows, contexts, path, coarse)).float().cpu()
+            reconstruction, *edits = decoded.split(len(pixels))
+            images = torch.stack(edits)
+            if weights is not None:
+                images = weights * images + (1 - weights) * pixels
+            error = (reconstruction - shown).square().flatten(1).mean(1).sqrt()
+            found.append(Counterfactual(images, reconstruction, error, path[-1].cpu()))
+    return found
 
 
 def doubt(reconstruction_error: float) -> str:
@@ -154,7 +188,10 @@ class Sampler:
         path = [clean]
         grid = self._grid(clean)
         conditions = self._conditions([context] * len(clean))
-        with intervene(self.base.pipe, context, calibrated=self.calibrated), self._bar(grid) as bar:
+        with (
+            intervene(self.base.pipe, context, calibrated=self.calibrated),
+            ProgressBar(total=len(grid), desc="edit", unit="step") as bar,
+        ):
             for step in grid:
                 path.append(step.backward(path[-1], lambda x, step=step: self._predict(x, step, conditions)))
                 bar.update()
@@ -171,7 +208,10 @@ class Sampler:
         grid = self._grid(path[0])
         x = noise
         weight = None if weight is None else weight.to(x.device)
-        with intervene(self.base.pipe, each, calibrated=self.calibrated), self._bar(grid) as bar:
+        with (
+            intervene(self.base.pipe, each, calibrated=self.calibrated),
+            ProgressBar(total=len(grid), desc="edit", unit="step") as bar,
+        ):
             for number, step in reversed(list(enumerate(grid))):
                 x = step.forward(x, self._predict(x, step, conditions))
                 if weight is not None:
@@ -179,9 +219,6 @@ class Sampler:
                     x = torch.cat([x[:images], weight * x[images:] + (1 - weight) * kept])
                 bar.update()
         return x
-
-    def _bar(self, grid: list[_Step]) -> Any:
-        return cast(Any, self.base.pipe).progress_bar(total=len(grid))
 
     def _grid(self, clean: Tensor) -> list[_Step]:
         """Steps from the image towards noise."""
