@@ -133,8 +133,9 @@ def context_folders(root: Path, observational_name: str, joint_separator: str, h
         if not folder.is_dir() or folder.name.startswith("."):
             continue
         try:
-            # What follows "=" is the sign of a strength.
-            name = re.sub(f"(?<!=){re.escape(joint_separator)}", "+", folder.name)
+            # A strength may hold the separator, as its sign or its exponent's.
+            strength = r"(=[-+]?\d*\.?\d+(?:e[-+]?\d+)?)"
+            name = re.sub(f"{strength}|{re.escape(joint_separator)}", lambda m: m[1] or "+", folder.name, flags=re.I)
             context = context_text(name, observational_name)
         except ValueError as error:
             raise UserValueError(f"Folder {str(folder)!r}: {error} Rename the folder.") from error

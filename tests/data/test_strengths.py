@@ -98,6 +98,22 @@ def test_a_minus_after_the_sign_of_equality_is_no_separator(tmp_path):
     assert (data.contexts, list(data.held_out)) == (("", "a", "a=-1.0", "b"), ["a+b"])
 
 
+@pytest.mark.parametrize(
+    ("separator", "folder", "context"),
+    [
+        ("-", "a=1e-1", "a=0.1"),
+        ("-", "a=-2.5E-01-b", "a=-0.25+b"),
+        ("-", "a=.5-b=-2-c", "a=0.5+b=-2.0+c"),
+        (".", "a=0.5.b", "a=0.5+b"),
+        ("e", "a=2eb", "a=2.0+b"),
+    ],
+)
+def test_a_strength_is_whole_whatever_the_separator(separator, folder, context, tmp_path):
+    root = write_folders(tmp_path, {"obs": 1, "a": 1, "b": 1, "c": 1, folder: 1})
+    data = load_folders(root, joint_separator=separator)
+    assert context in [*data.contexts, *data.held_out]
+
+
 @pytest.mark.parametrize("other", ["weight", "weight_0.25"])
 @pytest.mark.parametrize("name", ["weight_0.5", "weight 0.5", "weight0.5", "weight-0.5"])
 def test_a_name_that_ends_in_a_strength_is_asked_about(name, other):
