@@ -143,7 +143,7 @@ def add_reweighted_contexts(
 
 @contextmanager
 def _told_interruption(ratios: Path) -> Iterator[None]:
-    """Within the body, Ctrl-C says that what was estimated is kept.
+    """Within the body, Ctrl-C says whether anything that was estimated is kept.
 
     Raises:
         KeyboardInterrupt: saying so.
@@ -151,9 +151,9 @@ def _told_interruption(ratios: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        kept = f"Those made so far are kept in {ratios}. Go on" if ratios.exists() else "None is kept yet. Start anew"
         raise KeyboardInterrupt(
-            f"Interrupted while density ratios were estimated. Those made so far are kept in {ratios}. Go on by "
-            "running the same command again."
+            f"Interrupted while density ratios were estimated. {kept} by running the same command again."
         ) from None
 
 

@@ -121,6 +121,15 @@ def test_an_interruption_keeps_the_estimates_and_says_so(given, tmp_path, monkey
     assert len(taken) == 2 * density_ratios._size_and_steps(6, 2)[1]  # of two fits
 
 
+def test_an_interruption_before_anything_is_kept_says_so(given, monkeypatch):
+    def interrupted(fit):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(density_ratios._Fit, "take_step", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=r"None is kept yet. Start anew by running the same command again\."):
+        add(given)
+
+
 def test_combinations_without_support_are_named_and_left_out(given, monkeypatch, capsys):
     monkeypatch.setattr(reweighting, "MIN_EFFECTIVE_SAMPLE_SIZE", 1000)
     data, *_ = add(given)
