@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..adapter.calibration import MAX_KNOTS
 from ..errors import UserValueError
 from .results import EvaluationReport, StrengthCurve
 
@@ -50,7 +51,10 @@ def _problem(curve: StrengthCurve) -> str | None:
 
 
 def _knots(curve: StrengthCurve) -> Knots:
-    """(response, strength), without strengths at which chance, or a fall beyond 1, breaks the order."""
+    """(response, strength), without strengths at which chance, or a fall beyond 1, breaks the order.
+
+    Of more than a config holds, every other one is left out, but for 1 and the last.
+    """
     assert curve.response is not None
     knots: Knots = [(0.0, 0.0)]
     for strength, went in zip(curve.strengths, curve.response.samples, strict=True):
@@ -61,4 +65,6 @@ def _knots(curve: StrengthCurve) -> Knots:
             knots.append((dial, strength))
         elif strength > 1:
             break
+    while len(knots) > MAX_KNOTS:
+        knots = [knot for i, knot in enumerate(knots) if i % 2 == 0 or knot in ((1.0, 1.0), knots[-1])]
     return knots

@@ -1,6 +1,7 @@
 """Calibrations: what a report makes of curves, what it refuses, and the command that stores them."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -34,6 +35,16 @@ def test_strengths_that_go_equally_far_when_rounded_make_one_knot():
     found, _ = calibrations(response_to(lambda s: shape.get(s, s))[0])
     assert found == {"a": [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0)]}
     check_calibration(found, ["a"])
+
+
+def test_there_are_never_more_knots_than_a_config_holds():
+    found, _ = response_to(lambda s: s)
+    (straight,) = found.strength_curves
+    strengths = tuple(i / 149 for i in range(150)) + tuple(1 + i / 100 for i in range(1, 51))
+    many = replace(straight, strengths=strengths, response=replace(straight.response, samples=strengths))
+    knots = calibrations(replace(found, strength_curves=(many,)))[0]["a"]
+    check_calibration({"a": knots}, ["a"])
+    assert (len(knots), knots[-1]) == (53, (1.5, 1.5))
 
 
 def test_what_cannot_be_calibrated_says_why():
