@@ -18,10 +18,10 @@ def set_quiet(quiet: bool) -> None:
     _quiet = quiet
 
 
-def say(text: str) -> None:
-    """Print a message that is neither the result of a command nor a warning."""
-    if not _quiet:
-        print(text, flush=True)
+def say(text: str, warnings: str = "") -> None:
+    """Print a message that is not the result of a command; of one with warnings, `--quiet` leaves these."""
+    if said := warnings if _quiet else text:
+        print(said, flush=True)
 
 
 class ProgressBar(tqdm):

@@ -227,7 +227,7 @@ def say_something(arguments):
     ("flags", "out", "bar", "level"),
     [
         ([], "the result\na message\n", True, None),
-        (["--quiet"], "the result\n", False, "ERROR"),
+        (["--quiet"], "the result\n", False, "WARNING"),
         (["--verbose"], "the result\na message\n", True, "INFO"),
     ],
 )

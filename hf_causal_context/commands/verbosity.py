@@ -31,6 +31,6 @@ def set_verbosity(quiet: bool, verbose: bool) -> None:
         if verbose:
             logs.set_verbosity_info()
         else:
-            logs.set_verbosity_error()
+            logs.set_verbosity_warning()
             module, _, function = switch.rpartition(".")
             getattr(import_module(module), function)()

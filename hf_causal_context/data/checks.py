@@ -63,9 +63,12 @@ class DataReport:
         context, role, count = (max(len(row[column]) for row in cells) for column in range(3))
         lines = [f"{name:<{context}}  {part:<{role}}  {number:>{count}}" for name, part, number in cells]
         lines.insert(1, "-" * len(lines[0]))
-        lines += [f"ERROR    {message}" for message in self.errors]
-        lines += [f"WARNING  {message}" for message in self.warnings]
-        return "\n".join(lines)
+        return "\n".join([*lines, self.remarks()]).rstrip("\n")
+
+    def remarks(self) -> str:
+        """Errors and warnings, as text."""
+        lines = [f"ERROR    {message}" for message in self.errors]
+        return "\n".join([*lines, *(f"WARNING  {message}" for message in self.warnings)])
 
     def raise_for_errors(self) -> None:
         """Raise what was found to be wrong, if anything.

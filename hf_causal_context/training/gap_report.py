@@ -37,9 +37,10 @@ def report_gap(accelerator: Accelerator, arguments: AdapterArguments, measure: C
             raise NotMeasuredError("--shard_base cuts the base into pieces")
         gap = gap or measured(measure)
     except NotMeasuredError as reason:
-        say(str(reason))
+        print(str(reason), flush=True)
         return None
-    say(gap.advice(arguments.observational_rank))
+    advice = gap.advice(arguments.observational_rank)
+    say(advice, advice if advice.startswith("WARNING") else "")
     return gap
 
 

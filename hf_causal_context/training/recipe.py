@@ -188,7 +188,7 @@ class FineTuning(ABC, Generic[AnyArguments]):
             raise UserValueError("A stream has no known length, so it has no epochs. Give --max_train_steps.")
         if accelerator.is_main_process:
             report = check_data(self.data, num_frames=getattr(arguments, "num_frames", None))
-            say(report.table())
+            say(report.table(), report.remarks())
             report.raise_for_errors()
         base = self.load_base()
         with memory_for_base(accelerator.device, arguments):

@@ -133,7 +133,8 @@ def add_reweighted_contexts(
                 device=accelerator.device,
                 keep_in=ratios,
             )
-        say(table(drawn))
+        doubted = [d for d in drawn if d.doubt]
+        say(table(drawn), table(doubted) if doubted else "")
         stored = {"made_from": key, "contexts": {str(d.context): _to_json(d) for d in drawn}}
         text = json.dumps(stored) + "\n"
         write_file(path, output_dir, lambda unfinished: unfinished.write_text(text))

@@ -67,7 +67,7 @@ def train_autoencoder(
         model = model or make_autoencoder(arguments, data.concepts)  # before images are read: it may be refused
         report = check_data(data)
         if accelerator.is_main_process:
-            say(report.table())
+            say(report.table(), report.remarks())
         report.raise_for_errors()
         images = ImageSet.of_data(data, model.backbone.size, model.backbone.channels)
         held_out = tuple(data.held_out)

@@ -70,9 +70,10 @@ class DenoiserBatches:
         check_conditions(base, data, arguments)
         self._frames = clip_length(base, data, arguments)
         if rank == 0 and base.takes_captions and not data.has_captions and not arguments.instance_prompt:
-            say(
+            print(
                 "The data has no captions: the empty prompt is used. Caption the images (of a dataset: name the "
-                "--caption_column), or caption all alike with --instance_prompt."
+                "--caption_column), or caption all alike with --instance_prompt.",
+                flush=True,
             )
         self._flips = Flips(arguments, data.concepts)
         self._reader = self._reader_of((self._resolution, self._resolution))
