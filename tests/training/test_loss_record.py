@@ -1,6 +1,9 @@
 """The losses of a training by context: sums without synchronization, kept, gone on with, and drawn."""
 
+import itertools
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,11 +11,15 @@ import torch
 from PIL import Image
 
 from hf_causal_context.contexts import ConceptSet
-from hf_causal_context.training.arguments import TrainingArguments
+from hf_causal_context.training.arguments import OptimizationArguments, TrainingArguments
 from hf_causal_context.training.finetune import train
+from hf_causal_context.training.loop.early_stopping import EarlyStopping
 from hf_causal_context.training.loop.loss_image import loss_image
 from hf_causal_context.training.loop.loss_record import IMAGE, LOSSES, LossRecord, kinds_of_contexts
+from hf_causal_context.training.loop.processes import make_accelerator
+from hf_causal_context.training.loop.trainer import TrainingDivergedError, fit
 
+from ..adapter.small import adapted
 from .small import settings, write_folders
 
 CPU = torch.device("cpu")
@@ -83,3 +90,30 @@ def test_a_run_leaves_curves_and_the_base_beside_its_samples(pipeline_folder, tm
     rows = len(begin) - 8
     np.testing.assert_array_equal(begin[:rows, -100:], end[:rows, -100:])  # labels differ in width
     assert "obs=" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("ending", ["early stopping", "divergence", "an error"])
+def test_curves_are_drawn_however_a_run_ends(ending, tmp_path):
+    steps = itertools.count(1)
+
+    def objective(model, batch):
+        step = next(steps)
+        if step == 5 and ending == "an error":
+            raise ValueError("no probabilities")
+        return model(batch.x, context=batch.context).square().mean(1) * (float("nan") if step == 5 else 1)
+
+    def batches(first):
+        return (SimpleNamespace(x=torch.ones(2, 10), context=torch.eye(2, 3)) for _ in itertools.count())
+
+    stops = {"validation_steps": 4} if ending == "early stopping" else {}
+    arguments = OptimizationArguments(output_dir=str(tmp_path), max_train_steps=400, **stops)
+    expected = {"early stopping": nullcontext(), "divergence": pytest.raises(TrainingDivergedError)}
+    stopping = EarlyStopping(patience=1, min_delta=0.0)
+    stopping.should_stop(0.0)
+    with expected.get(ending, pytest.raises(ValueError, match="no probabilities")):
+        kinds = {"thick": torch.tensor([True, False, False])}
+        accelerator, validate = make_accelerator(arguments), lambda step: 1.0
+        fit(accelerator, adapted(), objective, batches, arguments, 400, validate, stopping, kinds=kinds)
+    assert [point["step"] for point in json.loads((tmp_path / LOSSES).read_text())] == [2, 4]
+    assert (tmp_path / IMAGE).exists()

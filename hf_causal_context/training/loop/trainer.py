@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
@@ -162,12 +162,11 @@ class Run:
         for state in (self.schedule, self.ema, early_stopping):
             if state is not None:
                 accelerator.register_for_checkpointing(state)
-        self.done = 0
         self.without_memory: set[type[Exception]] = set()  # kinds of errors of validations
         # Of the steps that `synchronize` has not seen: the learning rates before and after each, its loss and norm.
         self.rates: list[tuple[list[float], list[float]]] = []
         self.losses, self.norms = torch.zeros(2, STEPS_PER_SYNC, device=accelerator.device)
-        self.steps_per_sync, self.steps_per_second = 1, 0.0
+        self.done, self.steps_per_sync, self.steps_per_second = 0, 1, 0.0
         self.record = LossRecord(kinds or {}, num_steps, STEPS_PER_SYNC, accelerator.device)
 
     def resume(self, step: int, checkpoint: Path) -> None:
@@ -190,12 +189,13 @@ class Run:
         self.optimizer.train()
         self.stream = batches(self.done * self.arguments.gradient_accumulation_steps)
         hidden = not self.accelerator.is_local_main_process
-        self.bar = ProgressBar(
-            total=self.num_steps, initial=self.done, desc="train", unit="step", delay=0, disable=hidden
-        )
+        progress = {"total": self.num_steps, "initial": self.done, "disable": hidden}
+        self.bar = ProgressBar(**progress, desc="train", unit="step", delay=0)
         # A checkpoint is written before its step's validation, so a resumed run begins with that.
         stopping = self.validation_is_due() and self.validate()
-        with noted_interruptions() as self.interruption, self.bar:
+        with noted_interruptions() as self.interruption, self.bar, ExitStack() as at_end:
+            if self.accelerator.is_main_process:
+                at_end.callback(self.record.save, self.output_dir)
             while self.done < self.num_steps and not stopping:
                 self.train_until_sync()
                 interrupted = self.synchronize()
