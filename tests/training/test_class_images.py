@@ -12,12 +12,14 @@ from hf_causal_context.data import load_folders
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.denoiser.batches import DenoiserBatches
 from hf_causal_context.training.finetune import train
+from hf_causal_context.training.loop.loss_record import LossRecord, kinds_of_contexts
 from hf_causal_context.training.recipe import attach_adapter
 
 from .small import adapter_weights, settings, write_folders
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 PROMPT = "a dog"
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def make(given):
         arguments = given(name, **changes)
         data = load_folders(arguments.train_data_dir)
         base = load_base(arguments.pretrained_model_name_or_path)
-        return DenoiserBatches(base, data, arguments, 40, torch.device("cpu"), rank, world_size)
+        return DenoiserBatches(base, data, arguments, 40, CPU, rank, world_size)
 
     return make
 
@@ -89,6 +91,22 @@ def test_they_are_not_measured_as_observational_rows(make):
     batches = make()
     assert len(batches.few("", 20).clean) == 4
     assert not any(of_class(batches, batches.few("", 20))[0])
+
+
+def test_their_losses_are_not_those_of_observational_rows(make):
+    batches = make(prior_loss_weight=3.0, train_batch_size=6)
+    record = LossRecord(kinds_of_contexts(batches._data.concepts, ["", "slant", "thick"], "obs"), 1, 1, CPU)
+    for batch in islice(batches(0), 6):
+        shown = torch.tensor(of_class(batches, batch)[0])
+        record.add(0, batch.context, torch.where(shown, 100.0, 1.0), batch.apart)
+    assert record.sums[0].tolist() == [[6, 6, 6], [6, 6, 6]]
+
+
+def test_a_run_tells_the_record_which_they_are(given, monkeypatch):
+    told = []
+    monkeypatch.setattr(LossRecord, "add", lambda self, place, context, losses, apart: told.extend(apart.tolist()))
+    train(given(max_train_steps=2, train_batch_size=8, observational_steps=0))
+    assert sum(told) == 4  # of 16, a quarter
 
 
 @pytest.mark.parametrize(("observational", "learns"), [(0.0, False), (1.0, True)])

@@ -178,9 +178,12 @@ class DenoiserBatches:
         mask = columns.get("mask")
         if mask is not None:
             mask = scaled_masks(mask.to(self._device, non_blocking=True), clean)
+        apart = None
+        if self._arguments.class_data_dir is not None:
+            apart = torch.tensor([name == CLASS_IMAGES for name in columns["context"]], device=self._device)
         if self._arguments.train_text_encoder:  # which encodes them in each step
-            return Batch(clean, context, {}, draws, mask, self._captions_of(columns))
-        return Batch(clean, context, self._conditions(columns), draws, mask)
+            return Batch(clean, context, {}, draws, mask, self._captions_of(columns), apart)
+        return Batch(clean, context, self._conditions(columns), draws, mask, apart=apart)
 
     def _mask(self, context: str) -> Tensor:
         if context not in self._masks:

@@ -24,7 +24,8 @@ class Batch:
     `clean` (B, C, H, W): what the denoiser models, pixels in [-1, 1] or latents. `context` (B, K): the intervention
     mask. `conditions`: row-wise tensors of captions or classes. `draws`: the samples' noise. `loss_mask` (B, 1, H, W):
     how much each place counts in the loss; None where all count alike. `captions`: those of the rows that are still to
-    be encoded, if any.
+    be encoded, if any. `apart` (B,), bool: which samples are class images, whose losses are of no context; None where
+    none are.
     """
 
     clean: Tensor
@@ -33,6 +34,7 @@ class Batch:
     draws: Draws
     loss_mask: Tensor | None = None
     captions: list[str] = field(default_factory=list)
+    apart: Tensor | None = None
 
     def losses(self, errors: Tensor) -> Tensor:
         """Errors (B, C, H, W) -> the means of their squares (B,), over what the masks show."""

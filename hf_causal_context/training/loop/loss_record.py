@@ -52,10 +52,15 @@ class LossRecord:
         self._running, self._since_point = np.zeros((2, 2, len(kinds)))
         self._points: list[dict[str, Any]] = []
 
-    def add(self, place: int, context_BK: Tensor, losses_B: Tensor) -> None:
-        """Take in the losses of samples, of the step with this place among those not synchronized."""
+    def add(self, place: int, context_BK: Tensor, losses_B: Tensor, apart_B: Tensor | None = None) -> None:
+        """Take in the losses of samples, of the step with this place among those not synchronized.
+
+        Those that `apart_B` says are of no kind, whatever their context.
+        """
         assert self._kinds_CK is not None
         of_kind_BC = (context_BK.ne(0)[:, None] == self._kinds_CK).all(2).float()
+        if apart_B is not None:
+            of_kind_BC *= ~apart_B[:, None]
         self.sums[place, 0] += losses_B.detach().float() @ of_kind_BC
         self.sums[place, 1] += of_kind_BC.sum(0)
 
@@ -78,7 +83,7 @@ class LossRecord:
 
     def save(self, folder: Path) -> None:
         """Keep what was noted, and draw it; say so where that cannot be written."""
-        if not self._points or not self.names:
+        if not any(point["losses"] for point in self._points):
             return
         text = json.dumps(self._points, ensure_ascii=False) + "\n"
         try:
