@@ -18,6 +18,7 @@ from hf_causal_context.cli import main
 from hf_causal_context.commands import COMMANDS, evaluate
 from hf_causal_context.commands.parsing import parse
 from hf_causal_context.contexts import ConceptSet
+from hf_causal_context.hub.contents import CardContents
 from hf_causal_context.training import finetune
 from tests.data.small import write_folders
 
@@ -253,8 +254,40 @@ def test_quiet_and_verbose_contradict_each_other(capsys):
     assert "--quiet and --verbose contradict each other" in capsys.readouterr().err
 
 
-def test_a_training_says_how_to_measure_its_adapter(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(finetune, "train", lambda arguments: tmp_path / "out")
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """A function: makes `train` leave nothing but card.json."""
+
+    def call(frame_rate=None, name="out"):
+        (tmp_path / name).mkdir()
+        CardContents("out", "diffusers", "base", "text-to-image", frame_rate=frame_rate).save(tmp_path / name)
+        monkeypatch.setattr(finetune, "train", lambda arguments: tmp_path / name)
+
+    return call
+
+
+def test_what_it_says_reads_the_data_as_the_training_did(tmp_path, trained, capsys):
+    trained(name="my out")
+    given = ["--dataset_name", "some/set", "--observational_name", "plain", "--context_column", "kind", "--streaming"]
+    given += ["--concepts", "a", "b", "--held_out_contexts", "a+b", "--image_column", "photo", "--resolution", "64"]
+    base = ["--pretrained_model_name_or_path", "base", "--instance_prompt", "a dog", "--output_dir", "out"]
+    assert main(["train", *base, *given, "--max_train_steps", "1"]) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1].partition("? ")[2])[2:]
+    parsed = parse("evaluate", evaluate.Arguments, command)
+    folder = str(tmp_path / "my out")
+    expected = ["--prompt", "a dog", "--output_dir", f"{folder}-report", *given]
+    assert parsed == parse("evaluate", evaluate.Arguments, [folder, *expected])
+
+
+def test_of_videos_it_says_nothing(trained, tmp_path, capsys):
+    trained(frame_rate=16)
+    base = ["--pretrained_model_name_or_path", "base", "--output_dir", "out"]
+    assert main(["train", *base, "--train_data_dir", str(tmp_path)]) == 0
+    assert "Does it compose" not in capsys.readouterr().out
+
+
+def test_a_training_says_how_to_measure_its_adapter(tmp_path, trained, capsys):
+    trained()
     folder = str(tmp_path / "my images")
     (tmp_path / "my images").mkdir()
     base = ["--pretrained_model_name_or_path", "base"]

@@ -6,10 +6,13 @@ import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 from .._files import checkpoint_steps
 from .._progress import say
+from ..data.arguments import AnyDataArguments
+from ..hub.contents import CardContents
 from ..training.arguments import AdapterArguments, OptimizationArguments
 
 
@@ -20,11 +23,25 @@ def say_where(what: str, folder: Path) -> None:
 
 
 def say_how_to_judge(arguments: AdapterArguments, folder: Path) -> None:
-    """Say how to measure an adapter, on the data that it was trained on and on what was held out of it."""
-    given = {name: getattr(arguments, name) for name in ("train_data_dir", "dataset_name", "dataset_config_name")}
-    data = shlex.join(word for name, value in given.items() if value for word in (f"--{name}", value))
-    if os.environ.get("RANK", "0") == "0":
-        say(f"Does it compose? hf-causal-context evaluate {folder} {data} --output_dir {folder}-report")
+    """Say how to measure an adapter, on the data that it was trained on and on what was held out of it.
+
+    Nothing is said of videos, which `evaluate` does not measure.
+    """
+    if os.environ.get("RANK", "0") != "0" or CardContents.load(folder).frame_rate is not None:
+        return
+    default = type(arguments)(pretrained_model_name_or_path="-", output_dir="-")
+    of_data = {field.name for field in fields(AnyDataArguments)} - {"pretrained_model_name_or_path"}
+    given = {
+        field.name: getattr(arguments, field.name)
+        for field in fields(arguments)
+        if field.name in {*of_data, "variant", "resolution"}
+        and getattr(arguments, field.name) != getattr(default, field.name)
+    }
+    given |= {"prompt": prompt} if (prompt := getattr(arguments, "instance_prompt", "")) else {}
+    words = ["evaluate", str(folder)]
+    for name, value in {**given, "output_dir": f"{folder}-report"}.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    say(f"Does it compose? hf-causal-context {shlex.join(words)}")
 
 
 @contextmanager
