@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hf_causal_context._progress import ProgressBar
 from hf_causal_context.contexts import ConceptSet
 from hf_causal_context.training.arguments import OptimizationArguments, TrainingArguments
 from hf_causal_context.training.finetune import train
@@ -73,6 +74,17 @@ def test_the_image_has_a_curve_for_every_context_in_a_color_of_its_own():
     assert (vivid > 500).sum() == 4
     one = [{"step": 1, "learning_rate": 0.0, "losses": {"obs": 0.0}}]
     assert loss_image(["obs", "a"], one).size == loss_image(["obs", "a"], points).size
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_the_bar_tells_concepts_called_loss_and_lr_from_its_own_numbers(pipeline_folder, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(ProgressBar, "set_postfix", lambda self, values, **how: shown.append(values))
+    data = write_folders(tmp_path / "data", contexts=("obs", "loss", "lr"))
+    given = settings(pipeline_folder("ddpm"), data, tmp_path / "out", max_train_steps=2, observational_steps=0)
+    train(TrainingArguments(**given))
+    assert shown[-1].keys() == {"loss", "loss/obs", "loss/loss", "loss/lr", "lr"}
+    assert shown[-1]["lr"] == 1e-2
 
 
 @pytest.mark.usefixtures("on_cpu")

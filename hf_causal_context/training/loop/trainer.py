@@ -188,9 +188,8 @@ class Run:
         self.wrapped.train()
         self.optimizer.train()
         self.stream = batches(self.done * self.arguments.gradient_accumulation_steps)
-        hidden = not self.accelerator.is_local_main_process
-        progress = {"total": self.num_steps, "initial": self.done, "disable": hidden}
-        self.bar = ProgressBar(**progress, desc="train", unit="step", delay=0)
+        progress = {"total": self.num_steps, "initial": self.done, "desc": "train", "unit": "step", "delay": 0}
+        self.bar = ProgressBar(**progress, disable=not self.accelerator.is_local_main_process)
         # A checkpoint is written before its step's validation, so a resumed run begins with that.
         stopping = self.validation_is_due() and self.validate()
         with noted_interruptions() as self.interruption, self.bar, ExitStack() as at_end:
@@ -308,7 +307,8 @@ class Run:
             by_kind = self.record.note(step, after[0], own_sums)
             named = {f"loss/{name}": mean for name, mean in by_kind.items()}
             self.accelerator.log({"loss": loss, **named, **rates, "gradient_norm": norm}, step=step)
-            self.bar.set_postfix({"loss": loss, **by_kind, "lr": after[0]}, refresh=False)
+            shown = by_kind if by_kind.keys().isdisjoint(("loss", "lr")) else named
+            self.bar.set_postfix({"loss": loss, **shown, "lr": after[0]}, refresh=False)
         self.bar.update(count)
         self.rates.clear()
         return interrupted > 0
