@@ -127,7 +127,11 @@ def test_a_mask_keeps_the_rest_of_an_image(base, monkeypatch):
     ("arguments", "message"),
     [
         (["--images", "one.png", "sub/one.png", "--context", "thick"], "one: several images have this name"),
-        (["--image", "nowhere.png", "--context", "thick"], "nowhere.png"),
+        (["--image", "nowhere.png", "--context", "thick"], "--images: nowhere.png cannot be read as an image (No such"),
+        (
+            ["--image", "one.png", "--context", "thick", "--mask", "adapter"],
+            "--mask: adapter cannot be read as an image",
+        ),
         (["--image", "adapter/adapter_config.json", "--context", "thick"], "cannot identify image file"),
         (["--image", "one.png", "--context", "thik"], "thik"),
         (["--image", "one.png", "--context", "thick", "--from_context", "thik"], "thik"),

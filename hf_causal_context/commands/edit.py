@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .._files import first_line
 from ..contexts import file_name
 from ..data.arguments import argument
 from ..errors import UserValueError
@@ -63,7 +64,7 @@ def edit_files(arguments: Arguments) -> list[Path]:
 
     contexts, strengths = list(dict.fromkeys(arguments.parsed())), list(dict.fromkeys(arguments.strengths))
     (source,) = parse_contexts([arguments.from_context or arguments.observational_name], arguments.observational_name)
-    images = {path.stem: _opened(path) for path in arguments.images}
+    images = {path.stem: _opened(path, "--images") for path in arguments.images}
     labels = {context: file_name(str(context) or arguments.observational_name) for context in contexts}
     edits = {
         (name, context, strength): f"{name}-{labels[context]}{'' if strength == 1 else f'-{strength:g}'}.png"
@@ -79,7 +80,7 @@ def edit_files(arguments: Arguments) -> list[Path]:
             "reconstruction, or over an image. Rename the images, or edit them one by one, or in one context at a "
             "time, into another --output_dir."
         )
-    mask = None if arguments.mask is None else _opened(arguments.mask)
+    mask = None if arguments.mask is None else _opened(arguments.mask, "--mask")
     stored = arguments.open()
     meant = stored.meant([*contexts, source], arguments.calibrated)
     base = stored.pipeline(meant, variant=arguments.variant, **arguments.weights)
@@ -114,10 +115,20 @@ def edit_files(arguments: Arguments) -> list[Path]:
     return paths
 
 
-def _opened(path: Path) -> Image.Image:
-    """An image, read whole."""
+def _opened(path: Path, option: str) -> Image.Image:
+    """An image, read whole.
+
+    Raises:
+        OSError: naming the option.
+    """
     from PIL import Image
 
-    with Image.open(path) as image:
-        image.load()
-        return image
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise OSError(
+            f"{option}: {path} cannot be read as an image ({reason}). Give a file such as photo.png."
+        ) from error
