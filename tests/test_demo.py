@@ -287,6 +287,7 @@ def test_a_space_answers_with_its_adapter_or_the_reason(adapter, monkeypatch, se
     assert "No adapter to show" in str(config)
 
 
+@pytest.mark.slow
 def test_in_a_browser(adapted, served, monkeypatch):
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or shutil.which("google-chrome")

@@ -33,6 +33,7 @@ def test_interventions_recover_every_concept(tables):
 
 
 @pytest.mark.parametrize("variant", ["observational data only", "contexts ignored"])
+@pytest.mark.slow
 def test_without_interventions_concepts_are_mixed_whatever_their_order(tables, variant):
     results, best_assignment = tables
     for table in results[variant]:

@@ -66,6 +66,7 @@ def test_kills_at_random_moments_change_nothing(limit, start, pipeline_folder, t
 
 
 @pytest.mark.parametrize("calls", [60, 120])
+@pytest.mark.slow
 def test_a_kill_while_an_old_checkpoint_is_removed_leaves_none_that_is_half_removed(
     calls, start, pipeline_folder, tmp_path
 ):

@@ -62,6 +62,7 @@ def texts(tmp_path):
         ("pixart_sigma", {"mechanism": "structural", "use_ema": True}),
     ],
 )
+@pytest.mark.slow
 def test_two_halves_of_a_denoiser_train_as_a_whole_one(name, changes, start, together, pipeline_folder, tmp_path):
     data = write_folders(tmp_path / "data", captions=True)
     given = settings(pipeline_folder(name), data, tmp_path / "one", **ONE_STEP, **changes)
@@ -103,6 +104,7 @@ def test_two_processes_train_a_language_model_as_one(name, held_out, changes, st
         assert one_said == two_said
 
 
+@pytest.mark.slow
 def test_runs_on_whole_and_sharded_bases_go_on_from_each_other(start, together, pipeline_folder, tmp_path):
     data = write_folders(tmp_path / "data", captions=True)
     given = settings(pipeline_folder("stable_diffusion"), data, tmp_path / "whole", use_ema=True, max_train_steps=6)
