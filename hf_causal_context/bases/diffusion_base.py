@@ -279,6 +279,11 @@ class DiffusionBase:
     def _normalize(self, latents: Tensor) -> Tensor:
         return latents * self.pipe.vae.config.scaling_factor
 
+    def _latent_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of each channel, as the VAE's config has them, to be used on latents."""
+        config, shape = self.pipe.vae.config, (-1, *(1,) * (latents.ndim - 2))
+        return latents.new_tensor(config.latents_mean).view(shape), latents.new_tensor(config.latents_std).view(shape)
+
     def _denormalize(self, latents: Tensor) -> Tensor:
         # Normalizing is affine: its inverse follows from where it takes 0 and 1.
         offset = self._normalize(torch.zeros_like(latents[:1]))

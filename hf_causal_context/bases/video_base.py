@@ -69,3 +69,11 @@ class VideoBase(DiffusionBase):
 
     def _decode(self, latents: Tensor) -> Tensor:
         return torch.cat([self.pipe.vae.decode(clip, return_dict=False)[0] for clip in latents.split(1)])
+
+    @torch.no_grad()
+    def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
+        # Those of T5, with its mask.
+        hidden, mask, _, _ = self.pipe.encode_prompt(
+            captions, do_classifier_free_guidance=False, device=self.pipe.text_encoder.device
+        )
+        return {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}

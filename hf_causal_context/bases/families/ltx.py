@@ -36,13 +36,6 @@ class LTX(VideoBase):
         time = latents.new_zeros(1) if self.pipe.vae.config.timestep_conditioning else None
         return torch.cat([self.pipe.vae.decode(clip, time, return_dict=False)[0] for clip in latents.split(1)])
 
-    @torch.no_grad()
-    def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
-        hidden, mask, _, _ = self.pipe.encode_prompt(
-            captions, do_classifier_free_guidance=False, device=self.pipe.text_encoder.device
-        )
-        return {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
-
     def predict(
         self, model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor], context: Tensor | None
     ) -> Tensor:

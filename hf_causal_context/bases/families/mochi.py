@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
@@ -32,18 +31,8 @@ class Mochi(VideoBase):
         return self.euler_scheduler(invert_sigmas=False)
 
     def _normalize(self, latents: Tensor) -> Tensor:
-        config = self.pipe.vae.config
-        mean, std = (
-            latents.new_tensor(values).view(-1, 1, 1, 1) for values in (config.latents_mean, config.latents_std)
-        )
-        return (latents - mean) * config.scaling_factor / std
-
-    @torch.no_grad()
-    def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
-        hidden, mask, _, _ = self.pipe.encode_prompt(
-            captions, do_classifier_free_guidance=False, device=self.pipe.text_encoder.device
-        )
-        return {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
+        mean, std = self._latent_statistics(latents)
+        return (latents - mean) * self.pipe.vae.config.scaling_factor / std
 
     def predict(
         self, model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor], context: Tensor | None

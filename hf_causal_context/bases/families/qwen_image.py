@@ -27,8 +27,7 @@ class QwenImage(Flux):
         return super()._decode(latents.unsqueeze(2)).squeeze(2)
 
     def _normalize(self, latents: Tensor) -> Tensor:
-        config = self.pipe.vae.config
-        mean, std = (latents.new_tensor(values).view(-1, 1, 1) for values in (config.latents_mean, config.latents_std))
+        mean, std = self._latent_statistics(latents)
         return (latents - mean) / std
 
     @torch.no_grad()

@@ -17,9 +17,7 @@ class StableDiffusionXL(StableDiffusion):
         config = self.pipe.vae.config
         if config.latents_mean is None or config.latents_std is None:
             return super()._normalize(latents)
-        mean, std = (
-            latents.new_tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std)
-        )
+        mean, std = self._latent_statistics(latents)
         return (latents - mean) * config.scaling_factor / std
 
     @torch.no_grad()

@@ -32,10 +32,7 @@ class Wan(VideoBase):
         return self.euler_scheduler(shift=config.get("flow_shift", config.get("shift", 1.0)))
 
     def _normalize(self, latents: Tensor) -> Tensor:
-        config = self.pipe.vae.config
-        mean, std = (
-            latents.new_tensor(values).view(-1, 1, 1, 1) for values in (config.latents_mean, config.latents_std)
-        )
+        mean, std = self._latent_statistics(latents)
         return (latents - mean) / std
 
     @torch.no_grad()
