@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
 from hf_causal_context._videos import save_video
+from hf_causal_context.cli import main
 
 CONTEXTS = ("obs", "slant", "thick")
 
@@ -69,3 +71,16 @@ def assert_close_to_largest(actual, expected, tolerance=1e-5):
     assert largest > 0
     for name, tensor in expected.items():
         torch.testing.assert_close(actual[name], tensor, rtol=0, atol=float(tolerance * largest), msg=name)
+
+
+def check_commands(adapter, base, folder, options, sampling):
+    """`generate` and `export` take the options of a base, and diffusers loads what is exported."""
+    options = ["--adapter", str(adapter), *options]
+    made = ["--seeds", "0", "--output_dir", str(folder / "made")]
+    assert main(["generate", *options, "--contexts", "obs", "thick", *sampling, *made]) == 0
+    assert len(list((folder / "made").iterdir())) == 2
+    for file_format in ("peft", "diffusers"):
+        written = ["--output_dir", str(folder / file_format)]
+        assert main(["export", *options, "--context", "singles", "--format", file_format, *written]) == 0
+    pipe = DiffusionPipeline.from_pretrained(base)
+    pipe.load_lora_weights(str(next((folder / "diffusers").rglob("*thick*.safetensors"))))

@@ -19,7 +19,7 @@ from hf_causal_context.training.finetune import train
 from hf_causal_context.training.language import train_text
 
 from .gguf_files import write, write_denoiser, write_llama
-from .small import adapter_weights, assert_close_to_largest, settings, write_folders
+from .small import adapter_weights, assert_close_to_largest, check_commands, settings, write_folders
 from .small_language import arguments, language_model, text_data, word_tokenizer
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -86,14 +86,7 @@ def test_commands_take_it(flux, tmp_path, capsys):
     adapter = train(TrainingArguments(**settings(base, data, tmp_path / "out", gguf_file=str(file), resolution=32)))
     options = ["--adapter", str(adapter), "--gguf_file", str(file)]
     sampling = ["--num_inference_steps", "1", "--resolution", "32", "--prompt", "a"]
-    made = ["--seeds", "0", "--output_dir", str(tmp_path / "made")]
-    assert main(["generate", *options, "--contexts", "obs", "thick", *sampling, *made]) == 0
-    assert len(list((tmp_path / "made").iterdir())) == 2
-    for file_format in ("peft", "diffusers"):
-        folder = ["--output_dir", str(tmp_path / file_format)]
-        assert main(["export", *options, "--context", "singles", "--format", file_format, *folder]) == 0
-    pipe = DiffusionPipeline.from_pretrained(base)
-    pipe.load_lora_weights(str(next((tmp_path / "diffusers").rglob("*thick*.safetensors"))))
+    check_commands(adapter, base, tmp_path, ["--gguf_file", str(file)], sampling)
     pushed = ["--output_dir", str(tmp_path / "hub"), *sampling]
     assert main(["push", *options, *pushed]) == 0
     assert json.loads((tmp_path / "hub" / "training_arguments.json").read_text())["gguf_file"] == file.name

@@ -4,20 +4,18 @@ import sys
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from peft.utils.integrations import dequantize_module_weight
 
 from hf_causal_context import causal_effects, save_baked
 from hf_causal_context.bases.language import load_language_model
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.bases.quantization import quantization_config
-from hf_causal_context.cli import main
 from hf_causal_context.inference.adapted import StoredAdapter
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.finetune import train
 from hf_causal_context.training.language import train_text
 
-from .small import adapter_weights, assert_close_to_largest, settings, write_folders
+from .small import adapter_weights, assert_close_to_largest, check_commands, settings, write_folders
 from .small_language import arguments, language_model, text_data, word_tokenizer
 
 pytestmark = [pytest.mark.usefixtures("on_cpu"), pytest.mark.filterwarnings("ignore:.*prepare_for_inference")]
@@ -67,16 +65,8 @@ def test_training_is_that_on_the_rounded_weights_and_resumes_exactly(pipeline_fo
 def test_commands_take_it(pipeline_folder, tmp_path, quantization):
     data, base = write_folders(tmp_path / "data", captions=True), pipeline_folder("stable_diffusion_3")
     adapter = train(TrainingArguments(**settings(base, data, tmp_path / "out", quantization=quantization)))
-    options = ["--adapter", str(adapter), "--quantization", quantization]
     sampling = ["--num_inference_steps", "1", "--prompt", "a"]
-    made = ["--seeds", "0", "--output_dir", str(tmp_path / "made")]
-    assert main(["generate", *options, "--contexts", "obs", "thick", *sampling, *made]) == 0
-    assert len(list((tmp_path / "made").iterdir())) == 2
-    for file_format in ("peft", "diffusers"):
-        folder = ["--output_dir", str(tmp_path / file_format)]
-        assert main(["export", *options, "--context", "singles", "--format", file_format, *folder]) == 0
-    pipe = DiffusionPipeline.from_pretrained(base)
-    pipe.load_lora_weights(str(next((tmp_path / "diffusers").rglob("*thick*.safetensors"))))
+    check_commands(adapter, base, tmp_path, ["--quantization", quantization], sampling)
 
 
 def test_language_models_take_it(tmp_path, quantization):
