@@ -218,18 +218,15 @@ class ConceptSet:
         return name in self.names
 
     def index(self, name: str, where: str = "") -> int:
-        """Position of a concept.
-
-        Raises:
-            ValueError: for an unknown name; `where` says in what it occurred.
-        """
-        try:
+        """Position of a concept; ValueError for an unknown name, and `where` says in what it occurred."""
+        if name in self.names:
             return self.names.index(name)
-        except ValueError:
-            raise UserValueError(
-                f"Unknown concept {name!r}{f' in {where}' if where else ''}. Known concepts: {quoted(self.names)}."
-                f"{nearest(name, self.names)} Correct the name, or add it to the concepts."
-            ) from None
+        words = name.split()
+        meant = ["+".join(words)] if set(words) <= set(self.names) else self.names
+        raise UserValueError(
+            f"Unknown concept {name!r}{f' in {where}' if where else ''}. Known concepts: {quoted(self.names)}."
+            f"{nearest(name, meant)} Correct the name, or add it to the concepts."
+        )
 
     def check_words(self, names: Iterable[str], words: Iterable[str]) -> None:
         """Refuse names that are almost one of the words for several contexts (ValueError), such as 'pair'."""

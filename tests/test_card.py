@@ -105,7 +105,7 @@ def test_it_shows_everything_that_the_folder_holds(folder):
         "# strokes\n",
         "for `user/base`",
         "![Samples in each context](pictures/grid.png)",
-        "There was no data of slant+thick. Rows of single interventions stood in for them.",
+        "Not trained on: slant+thick. Rows of single interventions stood in for them.",
         '| slant+thick | <img src="pictures/slant+thick.png" alt="slant+thick" width="128"> |',
         "pictures/strengths.png",
         "[thick](loras/thick.safetensors)",

@@ -184,7 +184,7 @@ def test_a_base_is_found_from_anywhere_or_asked_for(images, base, tmp_path, monk
     assert "was trained on the base /nowhere, which is not here. Give --pretrained" in capsys.readouterr().err
 
 
-def test_generate_a_grid_that_depends_on_the_context(adapter, tmp_path):
+def test_generate_a_grid_that_depends_on_the_context(adapter, tmp_path, capsys):
     options = ["--num_inference_steps", "2", "--output_dir", str(tmp_path / "made")]
     assert main(["generate", "--adapter", adapter, "--contexts", "obs", "thick", "--grid", *options]) == 0
     with Image.open(tmp_path / "made" / "grid.png") as grid:
@@ -192,6 +192,9 @@ def test_generate_a_grid_that_depends_on_the_context(adapter, tmp_path):
     assert main(["generate", "--adapter", adapter, "--contexts", "obs", "thick", "--seeds", "0", *options]) == 0
     one, other = (Image.open(tmp_path / "made" / f"{name}-seed0.png").tobytes() for name in ("obs", "thick"))
     assert one != other
+    assert "Replaced" not in capsys.readouterr().out
+    assert main(["generate", "--adapter", adapter, "--contexts", "thick", "--seeds", "0", "1", *options]) == 0
+    assert "Replaced files of the same names: 1.\n" in capsys.readouterr().out
 
 
 def test_wrong_use_is_an_error_without_a_traceback(adapter, tmp_path, capsys):

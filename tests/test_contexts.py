@@ -91,6 +91,13 @@ def test_unknown_concept_names_the_known_ones():
         ConceptSet(("shape", "size")).mask([Context("color", "size")])
 
 
+def test_concepts_written_beside_each_other_are_asked_for_a_plus():
+    with pytest.raises(ValueError, match=r"Did you mean 'shape\+size'\? Correct"):
+        ConceptSet(("shape", "size")).mask([Context.parse("shape size")])
+    with pytest.raises(ValueError, match=r"Known concepts: 'shape', 'size'. Correct"):
+        ConceptSet(("shape", "size")).mask([Context.parse("shape color")])
+
+
 @pytest.mark.parametrize(
     ("names", "error", "message"),
     [

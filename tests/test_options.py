@@ -129,11 +129,14 @@ MISTAKES = [
     ("merge . --context a --output_dir file", "--output_dir: file is a file"),
     ("push . --output_dir file", "--output_dir: file is a file"),
     ("info ./nowhere", "./nowhere is no folder here"),
+    ("info ./adaptor", "Did you mean 'adapter'?"),
+    ("train TRAIN --config nowhere.yaml", "--config: nowhere.yaml does not exist"),
 ]
 
 
 def test_mistakes_are_told_before_what_takes_long_is_imported(tmp_path):
     (tmp_path / "file").touch()
+    (tmp_path / "adapter").mkdir()
     required = "--pretrained_model_name_or_path b --output_dir o"
     lines = [line.replace("TRAIN", required).split() for line, _ in MISTAKES]
     code = f"""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .._progress import say
 from ..contexts import file_name
 from ..data.arguments import argument
 from .adapter_arguments import ContextArguments, ImageArguments, RevisionArguments
@@ -47,11 +48,12 @@ def generate_files(arguments: Arguments) -> list[Path]:
         video_package()  # else it would be missed after the work
     rows = generate(base, meant, seeds=seeds, **arguments.options())
     output_dir.mkdir(parents=True, exist_ok=True)
+    there = set(output_dir.iterdir())
     labels = [str(context) or arguments.observational_name for context in contexts]
     if arguments.grid:
         path = output_dir / "grid.png"
         image_grid(rows, labels).save(path)
-        return [path]
+        return _told([path], there)
     paths = []
     for label, row in zip(labels, rows, strict=True):
         for seed, image in zip(seeds, row, strict=True):
@@ -61,4 +63,11 @@ def generate_files(arguments: Arguments) -> list[Path]:
                 save_video([to_image(frame) for frame in image], paths[-1], base.frame_rate)
             else:
                 to_image(image).save(paths[-1])
+    return _told(paths, there)
+
+
+def _told(paths: list[Path], there: set[Path]) -> list[Path]:
+    """Say how many of the files were there before, and return all."""
+    if replaced := there.intersection(paths):
+        say(f"Replaced files of the same names: {len(replaced)}.")
     return paths

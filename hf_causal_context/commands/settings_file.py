@@ -25,6 +25,8 @@ def options_in(file: str, known: Iterable[str]) -> list[str]:
     """
     try:
         settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--config: {file} does not exist. Give a file of options, in YAML or JSON.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserValueError(f"--config: {file} is neither YAML nor JSON: {error}") from error
     if not isinstance(settings, dict):

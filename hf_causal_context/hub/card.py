@@ -188,7 +188,7 @@ def _grid_note(contents: CardContents, data: Mapping[str, Any]) -> str:
     drawn = [c for c in unseen if c in data.get("reweighted", {})]
     how = " For some, rows of single interventions stood in." if drawn else ""
     how = " Rows of single interventions stood in for them." if drawn == unseen else how
-    return f"{note} There was no data of {', '.join(markdown_text(c) for c in unseen)}.{how}"
+    return f"{note} Not trained on: {', '.join(markdown_text(c) for c in unseen)}.{how}"
 
 
 def _usage_note(contents: CardContents, concepts: tuple[str, ...]) -> str:

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ..._files import CONFIG, WEIGHTS, first_line
-from ..._messages import short_repr
+from ..._messages import nearest, short_repr
 
 TOKENIZER_FILES = (
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template.*", "tekken.json"),
@@ -71,8 +71,8 @@ def download(
         raise PermissionError(f"{source} is gated: accept its terms on its page on the Hub, then {_LOG_IN}.") from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"{source} is no folder here, and no repository on the Hub that may be read without a (better) token. "
-            f"Correct the name; if the repository is private, {_LOG_IN}."
+            f"{source} is no folder here, and no repository on the Hub that may be read without a (better) token."
+            f"{_nearest_folder(source)} Correct the name; if the repository is private, {_LOG_IN}."
         ) from error
     except LocalTokenNotFoundError as error:
         raise PermissionError(f"token=True was given, but there is no token here: {_LOG_IN}.") from error
@@ -85,8 +85,8 @@ def download(
             raise PermissionError(f"The Hub refuses the token for {source} ({_cause(error)}): {_LOG_IN}.") from error
         raise ConnectionError(
             f"{source} is no folder here, the cache does not hold {'it' if revision is None else short_repr(revision)} "
-            f"whole, and the Hub could not be read ({_cause(error)}). Try again when it can be reached (and "
-            "HF_HUB_OFFLINE is not set), or give a folder."
+            f"whole, and the Hub could not be read ({_cause(error)}).{_nearest_folder(source)} Try again when it "
+            "can be reached (and HF_HUB_OFFLINE is not set), or give a folder."
         ) from error
 
 
@@ -106,12 +106,20 @@ def local_folder(source: str) -> Path | None:
             raise HFValidationError
     except HFValidationError:
         raise FileNotFoundError(
-            f"{source} is no folder here, and no id of a repository. Give a folder, or an id such as user/name."
+            f"{source} is no folder here, and no id of a repository.{_nearest_folder(source)} Give a folder, or an id "
+            "such as user/name."
         ) from None
     return None
 
 
 _LOG_IN = "log in with `hf auth login`, set HF_TOKEN, or pass token="
+
+
+def _nearest_folder(source: str) -> str:
+    """Ask whether a folder here of almost this name was meant."""
+    place = Path(source).parent
+    folders = [path.name for path in place.iterdir() if path.is_dir()] if place.is_dir() else []
+    return nearest(Path(source).name, folders)
 
 
 def _status(error: BaseException | None) -> int | None:
