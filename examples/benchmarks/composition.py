@@ -4,18 +4,22 @@
     python -m examples.benchmarks.composition --output_dir composition-gap --worlds dependent --base_world independent
 
 The second is what users have: a base that was not trained on their observational set. The data are vectors of a known
-causal world (`hf_causal_context/data/worlds/vectors.py`), dependent and independent. Every result is a file of its own,
-so that the command goes on where it was stopped, and several can share the work (`--worlds`, `--seeds`, `--methods`).
-Distances are sliced Wasserstein to fresh true vectors; the floor is that of as many true vectors.
+causal world (`examples/worlds/vectors.py`), dependent and independent; `--mixing_seed` makes another world of the same
+latents. Every result is a file of its own, so that the command goes on where it was stopped, and several can share the
+work (`--worlds`, `--seeds`, `--methods`). Distances are sliced Wasserstein to fresh true vectors; the floor is that of
+as many true vectors.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -38,44 +42,64 @@ EVERYTHING = Context(*CONCEPTS)
 JUDGED = (Context(), *SINGLES, *PAIRS, *TRIPLES[::4], EVERYTHING)  # five of the twenty triples, to save time
 
 
-def true_vectors(context: Context, num: int, seed: int, world: str) -> Tensor:
-    """Vectors (num, D) of a context."""
-    return torch.from_numpy(sample_vectors(num, context, seed, dependent=world == "dependent")[0])
+@dataclass(frozen=True)
+class World:
+    """Where vectors come from: with or without edges between the latents, through one of many mixings."""
+
+    name: str
+    mixing_seed: int
+
+    def vectors(self, context: Context, num: int, seed: int) -> Tensor:
+        """Return vectors (num, D) of a context."""
+        dependent = self.name == "dependent"
+        return torch.from_numpy(
+            sample_vectors(num, context, seed, dependent=dependent, mixing_seed=self.mixing_seed)[0]
+        )
 
 
-def make_study(world: str, seed: int, arguments: argparse.Namespace) -> Study:
+def make_study(world: World, seed: int, arguments: argparse.Namespace) -> Study:
     """The data of a world, and the base of all seeds, trained on an observational set of its own or another world."""
     first = 1000 * (seed + 1)  # of the seeds: every set has noise of its own
     everything = (Context(), *SINGLES, *PAIRS, *TRIPLES, EVERYTHING)
-    sets = {c: true_vectors(c, ROWS_PER_CONTEXT, first + i, world) for i, c in enumerate(everything)}
-    base_world = arguments.base_world or world
-    path = arguments.output_dir / f"base-{base_world}.safetensors"
+    sets = {c: world.vectors(c, ROWS_PER_CONTEXT, first + i) for i, c in enumerate(everything)}
+    base_world = World(arguments.base_world or world.name, world.mixing_seed)
+    path = arguments.output_dir / f"base-{base_world.name}.safetensors"
     base = VectorFlow().to(arguments.device)
     if path.exists():
         base.load_state_dict(load_file(path))
     else:
-        train_base(base, true_vectors(Context(), ROWS_PER_CONTEXT, 1000, base_world), arguments.base_steps)
+        train_base(base, base_world.vectors(Context(), ROWS_PER_CONTEXT, 1000), arguments.base_steps)
         save_file(base.state_dict(), path)
     base.requires_grad_(False).eval()
     trained = {context: sets[context] for context in (Context(), *SINGLES)}
     return Study(base, ConceptSet(CONCEPTS), trained, sets, PAIRS, seed, arguments.steps, arguments.batch_size)
 
 
-def truth(world: str) -> Sampler:
+def truth(world: World) -> Sampler:
     """Fresh vectors of the world itself, in place of samples."""
-    return lambda context, num, seed: true_vectors(context, num, 2 * 10**6 + _seed_of(context, seed), world)
+    return lambda context, num, seed: world.vectors(context, num, 2 * 10**6 + _seed_of(context, seed))
 
 
 def _seed_of(context: Context, seed: int) -> int:
     return 100 * seed + JUDGED.index(context)  # so that contexts do not share their noise
 
 
-def distances(draw: Sampler, world: str, seed: int) -> dict[str, float]:
+def rows_of(sets: Mapping[Context, Tensor]) -> Sampler:
+    """Rows that a method is trained on, in place of samples."""
+
+    def draw(context: Context, num: int, seed: int) -> Tensor:
+        chosen = np.random.default_rng(seed).permutation(len(sets[context]))[:num]
+        return sets[context][torch.from_numpy(chosen)]
+
+    return draw
+
+
+def distances(draw: Sampler, world: World, seed: int, contexts: Iterable[Context] = JUDGED) -> dict[str, float]:
     """Sliced Wasserstein distance of every judged context."""
     result = {}
-    for context in JUDGED:
+    for context in contexts:
         samples = draw(context, NUM_SAMPLES, seed)
-        reference = true_vectors(context, NUM_REFERENCE, 10**6 + _seed_of(context, seed), world)
+        reference = world.vectors(context, NUM_REFERENCE, 10**6 + _seed_of(context, seed))
         result[str(context)] = sliced_wasserstein(samples, reference)
     return result
 
@@ -87,6 +111,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--methods", nargs="+", choices=("floor", *METHODS), default=("floor", *METHODS))
     parser.add_argument("--base_world", choices=WORLDS, help="world of the base; by default the data's own")
+    parser.add_argument("--mixing_seed", type=int, default=0, help="of the world; nothing was tuned on others than 0")
     parser.add_argument("--steps", type=int, default=1000, help="updates of every method")
     parser.add_argument("--batch_size", type=int, default=512)
     parser.add_argument("--device", default="cpu")
@@ -94,12 +119,13 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    settings = {name: getattr(arguments, name) for name in ("steps", "batch_size", "base_steps", "base_world")}
+    named = ("steps", "batch_size", "base_steps", "base_world", "mixing_seed")
+    settings = {name: getattr(arguments, name) for name in named}
     for seed in arguments.seeds:
-        for world in arguments.worlds:
+        for world in (World(name, arguments.mixing_seed) for name in arguments.worlds):
             study = None
             for method in arguments.methods:
-                done = arguments.output_dir / f"{world}-{seed}-{method.replace(', ', '-').replace(' ', '_')}.json"
+                done = arguments.output_dir / f"{world.name}-{seed}-{method.replace(', ', '-').replace(' ', '_')}.json"
                 if done.exists():
                     if (before := json.loads(done.read_text())["settings"]) != settings:
                         raise SystemExit(f"{done} was made with {before}, not {settings}. Choose another --output_dir.")
@@ -113,9 +139,11 @@ def main() -> None:
                 content: dict[str, Any] = {"settings": settings, "results": results, "seconds": seconds}
                 if "reweighted" in method:
                     content["drawn"] = {str(d.context): [d.effective_sample_size, d.mass] for d in study.reweighted}
+                    drawn = [context for context in PAIRS if context in study.reweighted_sets]
+                    content["rows"] = distances(rows_of(study.reweighted_sets), world, seed, drawn)
                 done.write_text(json.dumps(content, indent=1) + "\n")
                 means = {name: sum(r[str(p)] for p in PAIRS) / len(PAIRS) for name, r in results.items()}
-                print(world, seed, {name: round(mean, 4) for name, mean in means.items()}, seconds, flush=True)
+                print(world.name, seed, {name: round(mean, 4) for name, mean in means.items()}, seconds, flush=True)
     write_tables(arguments.output_dir)
 
 

@@ -24,7 +24,7 @@ DIMENSION = 32
 
 
 def sample_vectors(
-    num: int, context: ContextLike = (), seed: int = 0, *, dependent: bool = True
+    num: int, context: ContextLike = (), seed: int = 0, *, dependent: bool = True, mixing_seed: int = 0
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """Draw vectors (num, 32) and their standardized latents (num, 8) under a context.
 
@@ -33,30 +33,35 @@ def sample_vectors(
         context: the concepts intervened on; () is observational.
         seed: the same seed in another context keeps the noise: row i of both is a pair of counterfactuals.
         dependent: False removes all edges between the latents.
+        mixing_seed: of the orthogonal matrices; another one is another world of the same latents.
 
     Raises:
         ValueError: for a concept this world does not have.
     """
     latents = standardized_latents(num, context, seed, dependent=dependent)
-    center, scale = _observational_moments(dependent)
-    return ((_mix(latents) - center) / scale).astype(np.float32), latents
+    center, scale = _observational_moments(dependent, mixing_seed)
+    return ((_mix(latents, mixing_seed) - center) / scale).astype(np.float32), latents
 
 
-def _mix(latents: NDArray[np.float64]) -> NDArray[np.float64]:
-    first, second, third = _rotations()
+def _mix(latents: NDArray[np.float64], mixing_seed: int) -> NDArray[np.float64]:
+    first, second, third = _rotations(mixing_seed)
     hidden = 2 * latents @ first.T @ second.T
     hidden = np.where(hidden > 0, hidden, 0.3 * hidden) @ third.T
     return np.where(hidden > 0, hidden, 0.5 * hidden)
 
 
 @cache
-def _rotations() -> tuple[NDArray[np.float64], ...]:
+def _rotations(mixing_seed: int) -> tuple[NDArray[np.float64], ...]:
     widths = (len(VARIABLES), DIMENSION, DIMENSION)
-    normal = (np.random.default_rng(seed).standard_normal((DIMENSION, width)) for seed, width in enumerate(widths))
+    seeds = (100 * mixing_seed + i for i in range(len(widths)))
+    normal = (
+        np.random.default_rng(seed).standard_normal((DIMENSION, width))
+        for seed, width in zip(seeds, widths, strict=True)
+    )
     return tuple(np.linalg.qr(matrix)[0] for matrix in normal)
 
 
 @cache
-def _observational_moments(dependent: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    vectors = _mix(standardized_latents(100_000, seed=12345, dependent=dependent))
+def _observational_moments(dependent: bool, mixing_seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    vectors = _mix(standardized_latents(100_000, seed=12345, dependent=dependent), mixing_seed)
     return vectors.mean(axis=0), vectors.std(axis=0)

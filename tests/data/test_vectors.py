@@ -35,9 +35,9 @@ def test_without_edges_nothing_depends_on_anything():
     assert np.abs(np.corrcoef(dependent.T) - np.eye(8)).max() > 0.5
 
 
-@pytest.mark.parametrize("dependent", [True, False])
-def test_vectors_are_standardized_and_determine_their_latents(dependent):
-    vectors, latents = sample_vectors(20_000, seed=1, dependent=dependent)
+@pytest.mark.parametrize(("dependent", "mixing_seed"), [(True, 0), (False, 0), (True, 7)])
+def test_vectors_are_standardized_and_determine_their_latents(dependent, mixing_seed):
+    vectors, latents = sample_vectors(20_000, seed=1, dependent=dependent, mixing_seed=mixing_seed)
     assert vectors.shape == (20_000, DIMENSION)
     assert vectors.dtype == np.float32
     assert vectors.mean(axis=0) == pytest.approx(np.zeros(DIMENSION), abs=0.05)
@@ -52,6 +52,9 @@ def test_seeds_and_contexts():
     one, _ = sample_vectors(50, seed=3)
     assert np.array_equal(one, sample_vectors(50, seed=3)[0])
     assert not np.array_equal(one, sample_vectors(50, seed=4)[0])
+    mixed, latents = sample_vectors(50, seed=3, mixing_seed=1)
+    assert not np.allclose(one, mixed, atol=0.5)
+    assert np.array_equal(latents, sample_vectors(50, seed=3)[1])
     _, observed = sample_vectors(50, seed=3)
     _, moved = sample_vectors(50, "size", seed=3)
     changed = (observed != moved).any(axis=0)
