@@ -48,7 +48,8 @@ class intervene:  # noqa: N801 (reads like torch.no_grad)
         guidance_copies: for a model inside a pipeline: copies of the batch that it stacks in one call for
             classifier-free guidance; calls without them are served too.
         calibrated: the strengths are positions of the dials that `evaluate --calibrate` stored with the adapter: equal
-            steps of a dial are equal changes, 0 and 1 stay what they are.
+            steps of a dial are equal changes, 0 and 1 stay what they are. They are read here: a hot swap in the body
+            changes the weights, not the strengths.
 
     Nested uses replace each other. Rows of `generate` (beams, returned sequences) are matched without being told.
 
