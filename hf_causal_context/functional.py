@@ -150,7 +150,16 @@ def structural(
     Imperfect (soft) interventions cut nothing: they only shift e. `steps` substitutions are exact when no directed path
     of A is longer; K - 1 are enough for any acyclic A.
     """
+    features = e_BTR.shape[-1]
     open_ = 1 - per_feature(mask, e_BTR).clamp(0, 1)
+    # One matrix for every row, or for all of them if they are cut alike.
+    matrices = len(open_) if perfect_interventions else 1
+    if fewest_doublings(steps, e_BTR[..., 0].numel() // matrices, features):
+        effects_BRR, once_BTR = coefficients_RR[None], linear(e_BTR, coefficients_RR)
+        if perfect_interventions:
+            effects_BRR, once_BTR = open_.view(-1, features, 1) * effects_BRR, open_ * once_BTR
+        columns, once = (x.reshape(matrices, -1, features).mT for x in (e_BTR, once_BTR))
+        return _sum_of_powers(columns, once, effects_BRR, steps).mT.reshape(e_BTR.shape)
     c_BTR = e_BTR
     for _ in range(steps):
         effects = linear(c_BTR, coefficients_RR)
@@ -164,48 +173,82 @@ def reduced_matrices(
     """Return M(m) of `reduced` after `intervened`, (L, C, R, R)."""
     cut = mask_CR.clamp(0, 1)
     open_ = 1 - cut
-    observed = open_[:, :, None] * observational_LRR[:, None] * open_[:, None]
-    intervened = interventional_LRR[:, None] * cut[:, None]
-    effects = observed + (intervened * open_[:, :, None] if perfect else intervened)
-    shifted = _shifted(mask_CR, shift_LKWW)
-    return shifted + effects @ shifted
+    listens = open_ if perfect else torch.ones_like(open_)
+    identity_RR, shift_LRR = _block_diagonal(shift_LKWW)
+    matrices = _of_shifted(identity_RR, shift_LRR, mask_CR)
+    for weight_LRR, effects, causes in ((observational_LRR, open_, open_), (interventional_LRR, listens, cut)):
+        of_shifted = _of_shifted(weight_LRR, weight_LRR @ shift_LRR, mask_CR)
+        matrices = torch.addcmul(matrices, of_shifted, effects[:, :, None] * causes[:, None])
+    return matrices
 
 
 def structural_matrices(
     mask_CR: Tensor, shift_LKWW: Tensor, coefficients_LRR: Tensor, steps: int, perfect: bool
 ) -> Tensor:
     """Return M(m) of `structural` after `intervened`, (L, C, R, R)."""
-    shifted = _shifted(mask_CR, shift_LKWW)
-    effects = coefficients_LRR[:, None]
+    identity_RR, shift_LRR = _block_diagonal(shift_LKWW)
+    shifted = _of_shifted(identity_RR, shift_LRR, mask_CR)
+    if not steps:
+        return shifted
+    effects = coefficients_LRR[:, None].expand_as(shifted)
+    once = _of_shifted(coefficients_LRR, coefficients_LRR @ shift_LRR, mask_CR)
     if perfect:
-        effects = (1 - mask_CR.clamp(0, 1))[:, :, None] * effects
-    return _geometric_sum(effects, steps) @ shifted
+        open_CR1 = 1 - mask_CR.clamp(0, 1)[:, :, None]
+        effects, once = open_CR1 * effects, open_CR1 * once
+    total = _sum_of_powers(shifted.flatten(0, 1), once.flatten(0, 1), effects.flatten(0, 1), steps)
+    return total.view_as(shifted)
 
 
-def _shifted(mask_CR: Tensor, shift_LKWW: Tensor) -> Tensor:
-    """Return 1 + diag(m) S with the blocks S_k on the diagonal, (L, C, R, R)."""
-    L, K = shift_LKWW.shape[:2]
-    features = mask_CR.shape[-1]
-    identity = torch.eye(features, dtype=shift_LKWW.dtype, device=shift_LKWW.device)
-    own = torch.eye(K, dtype=shift_LKWW.dtype, device=shift_LKWW.device)[:, None, :, None]
-    blocks = (shift_LKWW[:, :, :, None] * own).view(L, 1, features, features)
-    return torch.addcmul(identity, mask_CR[:, :, None], blocks)
+def _of_shifted(weight_LRR: Tensor, of_shift_LRR: Tensor, mask_CR: Tensor) -> Tensor:
+    """Return B (1 + diag(m) S), (L, C, R, R), from B and B S: no product for every context.
+
+    This needs m to be the same within a block of S, as masks of concepts are.
+    """
+    return torch.addcmul(weight_LRR.unsqueeze(-3), mask_CR[:, None], of_shift_LRR[:, None])
 
 
-def _geometric_sum(matrix: Tensor, steps: int) -> Tensor:
-    """Return 1 + A + ... + A^steps, as so many substitutions of c = e + A c make it, in log-many products."""
-    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    total, power = identity.expand_as(matrix), matrix  # of n powers, and A^n, with n = 1
-    bits = bin(steps + 1)[3:]
-    for place, bit in enumerate(bits):
-        total = total + power @ total
-        if bit == "1":
-            total = identity + matrix @ total
-        if place + 1 < len(bits):
-            power = power @ power
-            if bit == "1":
-                power = matrix @ power
-    return total
+def _block_diagonal(blocks_LKWW: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the identity (R, R), and the blocks on the diagonal of matrices (L, R, R)."""
+    L, K, W, _ = blocks_LKWW.shape
+    identity = torch.eye(K * W, dtype=blocks_LKWW.dtype, device=blocks_LKWW.device)
+    own = identity[::W, ::W][:, None, :, None]
+    return identity, (blocks_LKWW[:, :, :, None] * own).view(L, K * W, K * W)
+
+
+def _sum_of_powers(e_BRT: Tensor, once_BRT: Tensor, effects_BRR: Tensor, steps: int) -> Tensor:
+    """Return (1 + A + ... + A^steps) e, given `once` = A e: what so many substitutions of c = e + A c give.
+
+    Doubling n powers takes a product with e and one of A^n with itself; n substitutions at once take one with e.
+    """
+    terms = steps + 1
+    doublings = fewest_doublings(steps, e_BRT.shape[-1], e_BRT.shape[-2])
+
+    def substituted(c_BRT: Tensor, power_BRR: Tensor, added_BRT: Tensor) -> Tensor:
+        if c_BRT is e_BRT and power_BRR is effects_BRR:
+            return added_BRT + once_BRT
+        return torch.baddbmm(added_BRT, power_BRR, c_BRT)
+
+    power, total, rest = effects_BRR, e_BRT, None  # A^n, the sum of n powers, that of the lower bits of `terms`; n = 1
+    for place in range(doublings):
+        if terms >> place & 1:
+            rest = total if rest is None else substituted(rest, power, total)
+        total = substituted(total, power, total)
+        power = power @ power
+    for _ in range(terms >> doublings):
+        rest = total if rest is None else substituted(rest, power, total)
+    assert rest is not None
+    return rest
+
+
+def fewest_doublings(steps: int, tokens: int, features: int) -> int:
+    """How often to double in `_sum_of_powers`, for the least arithmetic."""
+    terms = steps + 1
+
+    def products(doublings: int) -> int:
+        with_e = doublings + (terms >> doublings) + (terms & ((1 << doublings) - 1)).bit_count()
+        return doublings * features + with_e * tokens
+
+    return min(range(terms.bit_length()), key=products)
 
 
 def normal_like(tensor: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -179,9 +179,9 @@ class CausalLayer(nn.Module):
         """What the adapter adds, before its output layer: o z_o, then c(m), or c(m) - c(0) when anchored; (B, T, S)."""
         mask = F.per_feature(mask, z_BTS, self.observational_rank)
         features = z_BTS.shape[-1]
-        if z_BTS.shape[1:-1].numel() <= features:
+        if z_BTS.numel() <= features * features * len(mask):
             return self._with_observational_part(z_BTS, mask)
-        # With more tokens than features, a product with each row's matrix is less work than all steps with all tokens.
+        # With more tokens of a context than features, a product with its matrix is less work than all steps.
         (matrices,) = self.matrices([self], mask.view(-1, features))
         return F.row_linear(z_BTS, matrices.to(z_BTS.dtype))
 

@@ -7,6 +7,8 @@ from torch.utils.checkpoint import checkpoint
 from examples.benchmarks import launches
 from hf_causal_context import intervene
 from hf_causal_context.adapter.conditioning import hooks
+from hf_causal_context.adapter.conditioning.matrices import causal_matrices
+from hf_causal_context.adapter.lookup import adapted_layers
 
 from .small import MIXED, VARIANTS, adapted, gpt2
 
@@ -16,7 +18,7 @@ def without_matrices(monkeypatch):
     """Call to let every layer mix its features itself, row by row."""
 
     def off():
-        monkeypatch.setattr(hooks, "causal_matrices", lambda layers, name, strengths: {})
+        monkeypatch.setattr(hooks, "causal_matrices", lambda *args: {})
 
     return off
 
@@ -104,7 +106,7 @@ def test_with_gradient_checkpointing_too(use_reentrant, without_matrices):
 
 def test_a_part_that_computes_without_gradients_first_still_trains():
     model = adapted(mechanism="reduced").double().train()
-    x = torch.randn(4, 10, dtype=torch.float64)
+    x = torch.randn(4, 2, 10, dtype=torch.float64)
     expected = torch.autograd.grad(model(x, context=MIXED).sum(), [p for p in model.parameters() if p.requires_grad])
     output = checkpoint(lambda x: model(x, context=MIXED), x.requires_grad_(), use_reentrant=True)
     output.sum().backward()
@@ -112,11 +114,47 @@ def test_a_part_that_computes_without_gradients_first_still_trains():
         torch.testing.assert_close(parameter.grad, gradient)
 
 
+@pytest.mark.parametrize(
+    ("shape", "contexts", "width", "made"),
+    [
+        ((4, 2, 10), MIXED, 4, 2),
+        ((4, 10), MIXED, 4, 0),  # a row is one vector
+        ((4, 10), "thick", 1, 0),
+        ((40, 10), "thick", 4, 2),  # but all have the same matrix
+        ((4, 2, 10), MIXED, 64, 0),
+    ],
+)
+def test_on_a_cpu_matrices_are_made_for_layers_with_enough_tokens(shape, contexts, width, made, monkeypatch):
+    found = []
+    monkeypatch.setattr(hooks, "causal_matrices", lambda *args: found.append(causal_matrices(*args)) or found[-1])
+    model = adapted(mechanism="structural", concept_rank=width).train()
+    model(torch.randn(shape), context=contexts).sum().backward()
+    assert len(found[0]) == made
+
+
+def test_on_other_devices_they_are_made_for_any_number_of_tokens():
+    model = adapted(mechanism="reduced").to("meta")
+    layers = list(adapted_layers(model).values())
+    assert len(causal_matrices(layers, "default", torch.zeros(4, 4, device="meta"), tokens=4)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_wide_layers_give_compiled_what_they_give_uncompiled():
+    model = adapted(mechanism="structural", concept_rank=64).double().train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (2, 7, 300):
+        x = torch.randn(4, tokens, 10, dtype=torch.float64)
+        with intervene(model, MIXED):
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-10, atol=1e-10)
+
+
 def test_a_call_of_generate_makes_its_matrices_once(monkeypatch):
     made = []
     original = hooks.causal_matrices
     monkeypatch.setattr(hooks, "causal_matrices", lambda *args: made.append(args) or original(*args))
-    model = adapted(gpt2(), mechanism="reduced", task_type="CAUSAL_LM")
+    # So wide that a forward of its own would leave them out.
+    model = adapted(gpt2(), mechanism="reduced", concept_rank=64, task_type="CAUSAL_LM")
     ids = torch.tensor([[3, 4, 5]])
     for context in ("thick", "slant=3"):
         with intervene(model, context):

@@ -21,6 +21,7 @@ class Frame:
     request: Request | None = None
     num_rows: int = 0
     ragged: bool = False  # rows inside the model need not be whole multiples per sample
+    tokens: int = 0  # of all rows, about
     device: torch.device | None = None
     places: Places | None = None  # of tokens in the image, where regions have contexts of their own
     strengths: dict[str, Tensor] = field(default_factory=dict)

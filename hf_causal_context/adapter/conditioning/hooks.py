@@ -181,7 +181,7 @@ class Conditioning:
     def _matrices(self, frame: Frame, request: Request, name: str, strengths: Tensor) -> dict[str, Tensor]:
         layers = [layer for layer in self._layers(frame.model) if name in layer.concepts]
         if request.call is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return causal_matrices(layers, name, strengths)
+            return causal_matrices(layers, name, strengths, frame.tokens)
         # Nothing is trained during a call of a pipeline or of `generate`, which runs the model again and again.
         scales = tuple(layer.scaling[name] for layer in layers)
         key = name, strengths.shape, strengths.device, autocast_dtype(strengths.device), scales
@@ -265,7 +265,7 @@ class Conditioning:
             )
         if frame.request is not None:
             self._check_still_valid(frame.request)
-            frame.device, frame.num_rows, frame.ragged = input_rows(model, args, kwargs)
+            frame.device, frame.num_rows, frame.ragged, frame.tokens = input_rows(model, args, kwargs)
             if regions := frame.request.regions():
                 frame.places = places(model, args, kwargs, regions)
             for name in frame.request.adapters:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -26,11 +27,14 @@ class MixingLayer(Protocol):
     def causal(self, adapter_name: str) -> CausalLayer: ...
 
 
-def causal_matrices(layers: Iterable[MixingLayer], adapter_name: str, strengths: Tensor) -> dict[str, Tensor]:
+def causal_matrices(
+    layers: Iterable[MixingLayer], adapter_name: str, strengths: Tensor, tokens: float = math.inf
+) -> dict[str, Tensor]:
     """Name of a layer -> scaling x M(m)^T of an adapter, (N, S, S), for strengths (N, 1 + K).
 
     Left out are layers whose mechanism needs no matrix, and those whose weights are elsewhere or in pieces now, as of
-    a model that is offloaded or sharded.
+    a model that is offloaded or sharded. Left out as well are those whose own steps are less work than matrices for
+    about so many `tokens`, of all rows that they serve: on a CPU, where launches cost nothing.
     """
     device = strengths.device
     groups: defaultdict[tuple[object, float], list[MixingLayer]] = defaultdict(list)
@@ -45,7 +49,8 @@ def causal_matrices(layers: Iterable[MixingLayer], adapter_name: str, strengths:
         causals = [layer.causal(adapter_name) for layer in alike]
         first = causals[0]
         features = first.observational_rank + first.num_concepts * first.width
-        if len(alike) * len(strengths) * features**2 > _MOST_NUMBERS:
+        few_tokens = device.type == "cpu" and tokens < features * len(strengths)
+        if few_tokens or len(alike) * len(strengths) * features**2 > _MOST_NUMBERS:
             continue
         # In full precision: these are few numbers, and every feature passes through them.
         with torch.autocast(device.type, enabled=False) if dtype else nullcontext():

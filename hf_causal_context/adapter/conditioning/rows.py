@@ -18,6 +18,7 @@ from ...errors import UserValueError
 
 # Where the rows of a model's input are counted, first match first; otherwise the first tensor is taken.
 _INPUT_NAMES = ("sample", "hidden_states", "input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values")
+_TOKENS = 128  # of a small image or a short text: how many a layer sees is not known before it runs
 _VISION = re.compile("vision|visual|image")
 # Architectures of transformers that transpose to (time, rows, features) before their layers.
 _SEQUENCE_FIRST = ("longformer", "led", "xlnet")
@@ -141,8 +142,8 @@ def refuse_sequence_first(model: nn.Module) -> None:
         )
 
 
-def input_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.device, int, bool]:
-    """Device and number of rows of a model's input, and whether its samples are ragged inside the model.
+def input_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.device, int, bool, int]:
+    """Device and number of rows of a model's input, whether its samples are ragged inside, and about how many tokens.
 
     Raises:
         ValueError: for a call without tensors.
@@ -150,9 +151,11 @@ def input_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     named = [kwargs[name] for name in _INPUT_NAMES if kwargs.get(name) is not None]
     for value in (*args, *named, *kwargs.values()):
         if isinstance(value, Tensor) and value.ndim > 0:
-            return value.device, value.shape[0], _has_ragged_images(model, kwargs, value.shape[0])
+            rows = value.shape[0]
+            tokens = rows if value.ndim == 2 and value.is_floating_point() else rows * _TOKENS  # vectors have one
+            return value.device, rows, _has_ragged_images(model, kwargs, rows), tokens
         if isinstance(value, list | tuple) and value and all(isinstance(item, Tensor) for item in value):
-            return value[0].device, len(value), True  # one tensor of its own length per sample
+            return value[0].device, len(value), True, len(value) * _TOKENS  # tensors of their own lengths
     raise UserValueError(
         "The model was called without a tensor, so its rows cannot be matched to contexts. Pass the inputs as tensors."
     )
