@@ -132,6 +132,16 @@ def test_on_a_cpu_matrices_are_made_for_layers_with_enough_tokens(shape, context
     assert len(found[0]) == made
 
 
+def test_under_autocast_wide_layers_lose_no_more_than_one_rounding():
+    model = adapted(mechanism="structural", concepts=tuple("abcdefghijklmnopqrst"), concept_rank=8).train()
+    x = torch.randn(4, 2, 10, generator=torch.Generator().manual_seed(0))
+    contexts = ["a", (), "b+c", {"d": 0.5}]
+    expected = model(x, context=contexts)
+    with torch.autocast("cpu", torch.bfloat16):
+        given = model(x, context=contexts)
+    assert (given - expected).norm() < 2**-7 * expected.norm()
+
+
 def test_on_other_devices_they_are_made_for_any_number_of_tokens():
     model = adapted(mechanism="reduced").to("meta")
     layers = list(adapted_layers(model).values())

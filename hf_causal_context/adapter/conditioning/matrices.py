@@ -49,7 +49,8 @@ def causal_matrices(
         causals = [layer.causal(adapter_name) for layer in alike]
         first = causals[0]
         features = first.observational_rank + first.num_concepts * first.width
-        few_tokens = device.type == "cpu" and tokens < features * len(strengths)
+        # Not under autocast, which would round every step of theirs.
+        few_tokens = device.type == "cpu" and dtype is None and tokens < features * len(strengths)
         if few_tokens or len(alike) * len(strengths) * features**2 > _MOST_NUMBERS:
             continue
         # In full precision: these are few numbers, and every feature passes through them.
