@@ -242,13 +242,16 @@ def _sum_of_powers(e_BRT: Tensor, once_BRT: Tensor, effects_BRR: Tensor, steps: 
 
 def fewest_doublings(steps: int, tokens: int, features: int) -> int:
     """How often to double in `_sum_of_powers`, for the least arithmetic."""
-    terms = steps + 1
+    terms, fewest = steps + 1, 0
 
     def products(doublings: int) -> int:
         with_e = doublings + (terms >> doublings) + (terms & ((1 << doublings) - 1)).bit_count()
         return doublings * features + with_e * tokens
 
-    return min(range(terms.bit_length()), key=products)
+    for doublings in range(1, terms.bit_length()):  # compilers know no min(..., key=...)
+        if products(doublings) < products(fewest):
+            fewest = doublings
+    return fewest
 
 
 def normal_like(tensor: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -173,9 +173,9 @@ class Conditioning:
         matrix = frame.matrices.get(adapter_name, {}).get(layer.name) if frame is not None else None
         if frame is None or matrix is None or frame.owner is not self:
             return None
-        if torch.is_grad_enabled() and not matrix.requires_grad:
-            if next(layer.causal(adapter_name).parameters()).requires_grad:
-                return None  # it was made without gradients, by a forward that computes without them at first
+        without = torch.is_grad_enabled() and not matrix.requires_grad
+        if without and next(layer.causal(adapter_name).parameters()).requires_grad:
+            return None  # it was made without gradients, by a forward that computes without them at first
         return match_layer_rows(matrix, num_rows, layer.name, frame.ragged)
 
     def _matrices(self, frame: Frame, request: Request, name: str, strengths: Tensor) -> dict[str, Tensor]:
