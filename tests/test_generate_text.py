@@ -66,7 +66,8 @@ def run(tmp_path, capsys):
 
     def call(adapter, *options, contexts=("obs", "formal", "formal+loud", "formal=0.5,loud=-2"), prompt=PROMPT):
         file = tmp_path / "made" / "texts.jsonl"
-        arguments = ["generate-text", "--adapter", str(adapter), "--contexts", *contexts, "--prompt", prompt]
+        arguments = ["generate-text", "--adapter", str(adapter), "--contexts", *contexts]
+        arguments += [] if prompt is None else ["--prompt", prompt]
         status = main([*arguments, "--output_file", str(file), "--max_new_tokens", "8", *options])
         rows = [json.loads(line) for line in file.read_text().splitlines()] if status == 0 else None
         return status, rows, capsys.readouterr()
@@ -325,3 +326,90 @@ def test_the_file_is_complete_or_absent(store, run, tmp_path, monkeypatch):
     status, _, printed = run(adapter)
     assert status == 1
     assert "is a folder. Give a file in it, such as texts.jsonl" in printed.err
+
+
+@pytest.mark.parametrize("size", [1, 3, 32])
+def test_prompts_of_different_lengths_share_batches(name, size):
+    model, tokenizer = adapted(name), word_tokenizer()
+    prompts = ["a", PROMPT, "a cat sat on the mat and then it barked loudly"]
+    together = generate_texts(model, tokenizer, prompts, CONTEXTS, max_new_tokens=8, seed=None, batch_size=size)
+    apart = [generate_texts(model, tokenizer, [one], CONTEXTS, max_new_tokens=8, seed=None)[0] for one in prompts]
+    assert together == apart
+    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+        generate_texts(model, tokenizer, prompts, CONTEXTS, max_new_tokens=8, seed=None, batch_size=0)
+
+
+def test_prompts_and_chats_of_files(store, run, tmp_path):
+    adapter = store()
+    model, tokenizer = adapted("llama"), word_tokenizer()
+    two = CONTEXTS[:2]
+    prompts, chats = tmp_path / "prompts.txt", tmp_path / "chats.jsonl"
+    prompts.write_text(f"a cat\n\n{PROMPT}\n")
+    first = [{"role": "user", "content": "a cat"}, {"role": "assistant", "content": "sat"}]
+    second = [*first, {"role": "user", "content": PROMPT}]
+    chats.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in (first, second)))
+
+    def made(*options):
+        status, rows, printed = run(adapter, "--greedy", *options, contexts=("obs", "formal"), prompt=None)
+        assert status == 0, printed.err
+        return [(row["prompt"], row["context"], row["text"]) for row in rows]
+
+    def expected(given, shown=None):
+        texts = generate_texts(model, tokenizer, given, two, max_new_tokens=8, seed=None)
+        return [
+            (prompt, context, text)
+            for prompt, own in zip(shown or given, texts, strict=True)
+            for context, text in zip(("obs", "formal"), own, strict=True)
+        ]
+
+    assert made("--prompts_file", str(prompts)) == expected(["a cat", PROMPT])
+    answered = [first[:1], second]  # the last answer is what is written
+    assert made("--messages_file", str(chats)) == expected(answered)
+    system = {"role": "system", "content": "good sir"}
+    with_system = [[system, *chat] for chat in answered]
+    assert made("--messages_file", str(chats), "--system_prompt", "good sir") == expected(with_system)
+    asked = [[system, {"role": "user", "content": text}] for text in ("a cat", PROMPT)]
+    assert made("--prompts_file", str(prompts), "--chat", "--system_prompt", "good sir") == expected(asked)
+    assert made("--prompt", "a cat", "--chat", "--system_prompt", "good sir") == expected(asked[:1], ["a cat"])
+
+
+def test_prompts_that_are_refused(store, run, tmp_path):
+    adapter = store()
+    chats, empty = tmp_path / "chats.jsonl", tmp_path / "empty.txt"
+    chats.write_text(json.dumps({"messages": [{"role": "system", "content": "yo"}, {"role": "user", "content": "a"}]}))
+    empty.write_text("\n")
+
+    def refused(message, *options, prompt=None):
+        status, _, printed = run(adapter, *options, prompt=prompt)
+        assert (status, message in printed.err) == (1, True), printed.err
+
+    refused("Give one of --prompt, --prompts_file, --messages_file. Received: none.")
+    refused("Received: --prompt and --messages_file", "--messages_file", str(chats), prompt="a")
+    refused("--messages_file holds chats already, so --chat has no effect", "--messages_file", str(chats), "--chat")
+    refused("has chats with a system message, and", "--messages_file", str(chats), "--system_prompt", "good")
+    refused("--system_prompt is a message of a chat. Give --chat", "--system_prompt", "good", prompt="a")
+    refused("empty.txt has no lines. Add some", "--prompts_file", str(empty))
+    refused("none.txt does not exist. Give a .txt file", "--prompts_file", str(tmp_path / "none.txt"))
+    refused("must be a .txt file", "--prompts_file", str(chats))
+    chats.write_text(json.dumps({"text": "a"}))
+    refused("Line 1 of", "--messages_file", str(chats))
+
+
+@pytest.mark.parametrize(
+    ("system", "message"),
+    [
+        ("{{ raise_exception('System role not supported') }}", "refuses system messages: System role not supported"),
+        ("", "leaves system messages out, so the model would not read them"),
+    ],
+)
+def test_a_chat_template_without_a_system_role(store, run, system, message):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = (
+        f"{{% for m in messages %}}{{% if m.role == 'system' %}}{system}{{% else %}}{{{{ m.role }}}} : "
+        "{{ m.content }}{% endif %}{% endfor %}"
+    )
+    adapter = store(tokenizer=tokenizer)
+    assert run(adapter, "--chat")[0] == 0
+    status, _, printed = run(adapter, "--chat", "--system_prompt", "good sir")
+    assert status == 1
+    assert f"{message}. Write what they say into the first message of the user." in printed.err

@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._messages import quoted
 from ..errors import UserValueError
+from .chats import render_chat
 
 IGNORED = -100
 DEFAULT_MAX_LENGTH = 1024
@@ -219,20 +219,8 @@ class Tokenization:
     def _text(self, ids: list[int]) -> str:
         return cast(str, self.tokenizer.decode(ids, skip_special_tokens=True))
 
-    def _chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> str:
-        if self.tokenizer.chat_template is None:
-            raise UserValueError(
-                "The rows are messages, but the tokenizer has no chat template. Take the model's instruction-tuned "
-                "version, set tokenizer.chat_template, or write the rows as 'text' or as 'prompt' and 'completion'."
-            )
-        plain = [dict(message) for message in messages]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                plain, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except TemplateError as error:
-            raise UserValueError(f"The chat template refuses these messages: {error}") from error
-        return cast(str, text)
+    def _chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
+        return render_chat(self.tokenizer, messages, add_generation_prompt)
 
     def _cut(self, ids: list[int]) -> list[int]:
         """Return the first tokens of what an encoder reads; if it ends with the end of the sequence, it still does."""

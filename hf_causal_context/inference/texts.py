@@ -1,6 +1,6 @@
 """Texts in chosen contexts: what `hf-causal-context generate-text` does.
 
-Shapes: B contexts, P tokens of the prompt.
+Shapes: B texts at once, P tokens of the longest of their prompts.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapter.intervene import intervene
@@ -19,6 +20,7 @@ from ..contexts import Context
 from ..errors import UserValueError
 
 Prompt = str | Sequence[Mapping[str, str]]
+BATCH_SIZE = 32
 
 
 @torch.no_grad()
@@ -32,11 +34,12 @@ def generate_texts(
     seed: int | None,
     temperature: float | None = None,
     top_p: float | None = None,
+    batch_size: int = BATCH_SIZE,
 ) -> list[list[str]]:
     """Return what the model writes after each prompt in each context, without the prompt: one list of texts per prompt.
 
-    The contexts of a prompt are one batch, so nothing is padded. Its draws depend on the seed, on the prompt and on
-    which contexts there are; the random state of the caller stays as it was.
+    Prompts and contexts share batches. The draws depend on the seed, on all prompts and contexts and on the batch
+    size; the random state of the caller stays as it was.
 
     Args:
         model: with a causal context adapter.
@@ -47,6 +50,7 @@ def generate_texts(
         seed: of the draws; None takes the likeliest token each time.
         temperature: of the draws; None leaves the model's own setting, as does None for the next.
         top_p: share of the probability that is drawn from.
+        batch_size: texts at once.
 
     Raises:
         ValueError: for a prompt without tokens, one that leaves too little room, unknown concepts, or numbers out of
@@ -54,6 +58,8 @@ def generate_texts(
     """
     if max_new_tokens < 1:
         raise UserValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
+    if batch_size < 1:
+        raise UserValueError(f"batch_size={batch_size} must be at least 1.")
     if temperature is not None and not temperature > 0:
         raise UserValueError(
             f"temperature={temperature} must be positive. For the likeliest tokens give seed=None, or --greedy."
@@ -68,23 +74,38 @@ def generate_texts(
         _check_room(model, ids, max_new_tokens, encoder_decoder)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": seed is not None}
     options |= {name: value for name, value in (("temperature", temperature), ("top_p", top_p)) if value is not None}
-    # What follows the end of shorter texts; nothing is padded before.
+    # What follows the end of shorter texts, and what stands before shorter prompts.
     filling = filler(tokenizer)
-    results = []
-    with (
-        torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
-        intervene(model, contexts),
-    ):
-        for ids in prompt_ids:
-            batch = torch.tensor([ids] * len(contexts), device=model.device)
-            if seed is not None:
-                torch.manual_seed(seed)
-            output = cast(Any, model).generate(
-                input_ids=batch, attention_mask=torch.ones_like(batch), pad_token_id=filling, **options
-            )
-            written = output if encoder_decoder else output[:, len(ids) :]
-            results.append(tokenizer.batch_decode(written, skip_special_tokens=True))
-    return results
+    rows = [(ids, context) for ids in prompt_ids for context in contexts]
+    texts: list[str] = []
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        if seed is not None:
+            torch.manual_seed(seed)
+        for start in range(0, len(rows), batch_size):
+            some = rows[start : start + batch_size]
+            batch, mask = _padded([ids for ids, _ in some], filling, left=not encoder_decoder)
+            with intervene(model, [context for _, context in some]):
+                output = cast(Any, model).generate(
+                    input_ids=batch.to(model.device),
+                    attention_mask=mask.to(model.device),
+                    pad_token_id=filling,
+                    **options,
+                )
+            written = output if encoder_decoder else output[:, batch.shape[1] :]
+            texts += tokenizer.batch_decode(written, skip_special_tokens=True)
+    count = len(contexts)
+    return [texts[number * count : (number + 1) * count] for number in range(len(prompts))]
+
+
+def _padded(prompts: Sequence[Sequence[int]], value: int, left: bool) -> tuple[Tensor, Tensor]:
+    """Tokens (B, P) and their mask; what is written goes on at the right, where a causal model reads the prompt."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), value)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        place = slice(width - len(prompt), width) if left else slice(len(prompt))
+        ids[row, place], mask[row, place] = torch.tensor(prompt), 1
+    return ids, mask
 
 
 def _check_room(model: PreTrainedModel | PeftModel, ids: Sequence[int], new: int, encoder_decoder: bool) -> None:
