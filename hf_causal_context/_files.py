@@ -23,6 +23,12 @@ ARGUMENTS = "training_arguments.json"
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
+def file_name(label: str) -> str:
+    """Return a context's name as part of a file name: with "_" for what file names may not hold."""
+    name = "".join(c if c.isalnum() or c in "+=.-_" else "_" for c in label)
+    return "_" + name[1:] if name.startswith(".") else name  # neither hidden nor ".."
+
+
 def first_line(error: BaseException) -> str:
     """Return what an error says, without what clients and devices append to it; its type if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -20,6 +20,7 @@ from .errors import UserTypeError, UserValueError
 
 RESERVED_CHARACTERS = "+=,"
 OBSERVATIONAL = "observational"  # the name, in contexts, of the strength of an adapter's observational part
+OBS = "obs"  # what texts call the empty context; a concept of that name, which data may have, is "obs=1"
 MAX_CONCEPTS = 1_000
 MAX_NAME_LENGTH = 100
 MAX_STRENGTH = torch.finfo(torch.float32).max  # the dtype of masks
@@ -67,7 +68,7 @@ class Context:
 
     @classmethod
     def parse(cls, text: str) -> Context:
-        """Read ``"thick+slant"``, ``"thick=1,slant=0.5"`` or ``""`` (observational).
+        """Read ``"thick+slant"``, ``"thick=1,slant=0.5"``, or ``"obs"`` or ``""`` (observational).
 
         Raises:
             ValueError: for an empty name or a strength that is not a number.
@@ -76,7 +77,7 @@ class Context:
             >>> Context.parse("thick=0.5,slant").strengths
             {'slant': 1.0, 'thick': 0.5}
         """
-        return cls(*({name: strength} for name, strength in _parsed(text)))
+        return cls() if text.strip() == OBS else cls(*({name: strength} for name, strength in _parsed(text)))
 
     @property
     def strengths(self) -> dict[str, float]:
@@ -115,7 +116,8 @@ class Context:
         return Context, (self._strengths,)
 
     def __str__(self) -> str:
-        return "+".join(name if s == 1 else f"{name}={s!r}" for name, s in self._strengths.items())
+        text = "+".join(name if s == 1 else f"{name}={s!r}" for name, s in self._strengths.items())
+        return f"{OBS}=1.0" if text == OBS else text
 
     def __repr__(self) -> str:
         return f"Context({str(self)!r})" if self else "Context()"
@@ -377,7 +379,7 @@ def context_text(value: object, observational_name: str) -> str:
         value = {name: strength for name, strength in value.items() if strength is not None}
     elif value == observational_name or value == [observational_name]:
         return ""
-    context = as_context(value)
+    context = Context(OBS) if value == OBS else as_context(value)
     if isinstance(value, str) and (zero := [name for name, s in _parsed(value) if s == 0 and name != OBSERVATIONAL]):
         raise UserValueError(
             f"The context {value!r} names {zero[0]!r} at strength 0, which is no intervention. Leave the name out; "
@@ -389,9 +391,3 @@ def context_text(value: object, observational_name: str) -> str:
             "inference only: all data belong to the observational world. Leave it out."
         )
     return str(context)
-
-
-def file_name(label: str) -> str:
-    """Return a context's name as part of a file name: with "_" for what file names may not hold."""
-    name = "".join(c if c.isalnum() or c in "+=.-_" else "_" for c in label)
-    return "_" + name[1:] if name.startswith(".") else name  # neither hidden nor ".."

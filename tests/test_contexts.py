@@ -28,6 +28,14 @@ def test_parse_accepts_commas_spaces_and_exponents():
     assert Context.parse("shape+size=0") == Context("shape")
 
 
+def test_texts_call_the_empty_context_obs():
+    assert Context.parse(" obs ") == as_context("obs") == Context()
+    assert as_contexts(["obs", "thick"]) == (Context(), Context("thick"))
+    concept = Context("obs")  # of data that calls the empty context otherwise
+    assert str(concept) == "obs=1.0"
+    assert Context.parse("obs=1") == Context.parse(str(concept)) == concept != Context()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("thick+", "Empty concept name in context 'thick\\+'"), ("thick=dark", "Strength 'dark' of concept 'thick'")],

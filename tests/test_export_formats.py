@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from hf_causal_context import CausalContextConfig, intervene
+from hf_causal_context._files import file_name
 from hf_causal_context.adapter import saving
 from hf_causal_context.bases.loading import as_base, load_base
 from hf_causal_context.cli import main
-from hf_causal_context.contexts import file_name
 from hf_causal_context.inference import export as module
 from hf_causal_context.inference.adapted import StoredAdapter
 from hf_causal_context.inference.export import export_contexts

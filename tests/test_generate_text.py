@@ -172,6 +172,8 @@ def test_options_of_the_command(store, run):
     _, rows, _ = run(adapter, "--greedy", "--observational_name", "none", **two)
     assert [(row["context"], row["seed"]) for row in rows] == [("none", None), ("formal", None)]
     assert [row["text"] for row in rows] == expected(seed=None)
+    _, also, _ = run(adapter, "--greedy", "--observational_name", "none", contexts=("obs",))
+    assert also == rows[:1]
     _, rows, _ = run(adapter, "--temperature", "0.5", "--top_p", "0.8", "--observational_name", "none", **two)
     assert [row["text"] for row in rows] == expected(seed=0, temperature=0.5, top_p=0.8)
     _, rows, _ = run(adapter, "--chat", "--greedy", "--observational_name", "none", **two)

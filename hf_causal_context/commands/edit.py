@@ -10,8 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .._files import first_line
-from ..contexts import file_name
+from .._files import file_name, first_line
 from ..data.arguments import argument
 from ..errors import UserValueError
 from .adapter_arguments import ContextArguments, RevisionArguments, parse_contexts

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .._files import file_name
 from .._progress import say
-from ..contexts import file_name
 from ..data.arguments import argument
 from .adapter_arguments import ContextArguments, ImageArguments, RevisionArguments
 

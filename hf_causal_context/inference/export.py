@@ -20,7 +20,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .._files import complete_or_absent
+from .._files import complete_or_absent, file_name
 from .._messages import quoted
 from .._progress import ProgressBar
 from ..adapter.baking import adapter_config, bake, context_strengths
@@ -28,7 +28,7 @@ from ..adapter.config import CausalContextConfig
 from ..adapter.layer import CausalContextLayer
 from ..adapter.read_back import write_lora
 from ..bases.diffusion_base import DiffusionBase
-from ..contexts import ConceptSet, Context, file_name
+from ..contexts import ConceptSet, Context
 from ..errors import UserValueError
 from .comfyui import comfyui_format, lumina_state
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_causal_context import ConceptSet, Context
-from hf_causal_context.contexts import as_context, as_contexts, context_text, file_name
+from hf_causal_context._files import file_name
+from hf_causal_context.contexts import as_context, as_contexts, context_text
 
 from .cases import UNPRINTABLE, cases, outcome, plain_values
 
