@@ -1,23 +1,21 @@
-"""Text rows -> token ids and labels, and several texts in one row.
+"""Text rows -> token ids and labels.
 
-Rows have a "text", "messages", or a "prompt" with its "completion" (both text, or both messages).
+Rows have a "text", "messages", or a "prompt" with its "completion" (both text, or both messages); beside messages may
+be "tools".
 """
 
 from __future__ import annotations
 
-import bisect
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._messages import quoted
@@ -31,6 +29,8 @@ _MAXIMA = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 _SHAPES = ("text", "messages", "prompt")
 
 Ids = NDArray[np.int32]
+# What a text follows: text, messages, or {"messages", "tools"}.
+Prompt: TypeAlias = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Tokenization:
         encoder_decoder: whether the model is one.
         max_length: tokens per row, of an encoder-decoder on each side.
         completion_only: learn completions only, of messages the last one; None: where there are prompts.
+        assistant_only: learn all messages of the assistant, and nothing else.
 
     Raises:
         ValueError: for rows that such a model cannot learn from.
@@ -72,6 +73,7 @@ class Tokenization:
         encoder_decoder: bool = False,
         max_length: int = DEFAULT_MAX_LENGTH,
         completion_only: bool | None = None,
+        assistant_only: bool = False,
     ) -> None:
         if content_column not in _SHAPES:
             raise UserValueError(
@@ -93,9 +95,16 @@ class Tokenization:
                 "--completion_only_loss: the rows have 'text', without completions. Give them 'prompt' and "
                 "'completion', or 'messages', or leave it out."
             )
+        if assistant_only and (content_column != "messages" or completion_only):
+            also = ", and --completion_only_loss takes the last one only" if completion_only else ""
+            raise UserValueError(
+                f"--assistant_only_loss learns the assistant's turns of 'messages'. The rows have {content_column!r}"
+                f"{also}. Leave one of them out."
+            )
         self.tokenizer, self.content_column, self.max_length = tokenizer, content_column, max_length
         self.encoder_decoder = encoder_decoder
         self.completion_only = content_column == "prompt" if completion_only is None else completion_only
+        self.assistant_only = assistant_only
 
     def __call__(self, row: Mapping[str, Any]) -> TokenRow:
         """Return the tokens of a row.
@@ -103,7 +112,8 @@ class Tokenization:
         Raises:
             ValueError: for a row of which nothing is left to learn, or one that is not as described above.
         """
-        prompt, completion = self._ids(*self._parts(row))
+        tools = row.get("tools")
+        prompt, completion = self._ids(*self._parts(row), tools)
         if self.encoder_decoder:
             if not prompt or not completion:
                 raise UserValueError(f"The {'completion' if prompt else 'prompt'} has no tokens. Remove the row.")
@@ -120,6 +130,8 @@ class Tokenization:
         if self.completion_only:
             labels = ids.copy()
             labels[: len(prompt)] = IGNORED
+        if self.assistant_only:
+            labels = np.where(self._by_assistant(row["messages"], tools, ids.tolist()), ids, IGNORED)
         if not (labels[1:] != IGNORED).any():
             raise UserValueError(
                 f"There is nothing to learn: {len(prompt)} tokens of prompt, {len(completion)} of text. The first "
@@ -127,7 +139,7 @@ class Tokenization:
             )
         return TokenRow(ids, labels, (len(ids),), cut=len(ids) < len(prompt) + len(completion))
 
-    def prompt_ids(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Return the tokens that a completion follows, as in training.
 
         Unless one token holds the end of the prompt and the beginning of the completion: then that one is learned.
@@ -139,9 +151,11 @@ class Tokenization:
             if self._ends(ids) and not prompt.endswith(str(self.tokenizer.eos_token)):
                 del ids[-1]  # of tokenizers that end every text
             return ids
-        return self._tokens(self._chat(prompt, add_generation_prompt=True), add_special_tokens=False)
+        messages, tools = (prompt["messages"], prompt["tools"]) if isinstance(prompt, Mapping) else (prompt, None)
+        text = render_chat(self.tokenizer, messages, tools=tools, add_generation_prompt=True)
+        return self._tokens(text, add_special_tokens=False)
 
-    def beginning(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+    def beginning(self, prompt: Prompt) -> list[int]:
         """Return the tokens that a text begins with: of an empty prompt the beginning- or end-of-sequence token.
 
         Raises:
@@ -156,7 +170,8 @@ class Tokenization:
             )
         return ids or cast(list[int], first)
 
-    def _ids(self, prompt: Any, completion: Any) -> tuple[list[int], list[int]]:
+    def _ids(self, prompt: Any, completion: Any, tools: Any) -> tuple[list[int], list[int]]:
+        chat = partial(render_chat, self.tokenizer, tools=tools)
         if isinstance(completion, str):
             if self.encoder_decoder:
                 answer = self.tokenizer(text_target=completion)["input_ids"]
@@ -165,8 +180,8 @@ class Tokenization:
                 return [], self._ended(self._tokens(completion))
             return self._split(self.prompt_ids(prompt), prompt, completion, add_special_tokens=True)
         if prompt is None:
-            return [], self._tokens(self._chat(completion), add_special_tokens=False)
-        begin, whole = self._chat(prompt, add_generation_prompt=True), self._chat([*prompt, *completion])
+            return [], self._tokens(chat(completion), add_special_tokens=False)
+        begin, whole = chat(prompt, add_generation_prompt=True), chat([*prompt, *completion])
         if not whole.startswith(begin):
             raise UserValueError(
                 "The chat template writes the prompt in another way when the completion follows, so what the model "
@@ -180,7 +195,7 @@ class Tokenization:
     ) -> tuple[list[int], list[int]]:
         """Return a prompt's tokens, and those that continue it; conversations end as their template says."""
         whole = self._tokens(prompt + completion, add_special_tokens=add_special_tokens)
-        begin = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt_ids, whole, strict=False)))
+        begin = _num_shared(prompt_ids, whole)
         answer = whole[begin:]
         if begin < len(prompt_ids):
             alone = self._tokens(completion, add_special_tokens=False)
@@ -219,8 +234,22 @@ class Tokenization:
     def _text(self, ids: list[int]) -> str:
         return cast(str, self.tokenizer.decode(ids, skip_special_tokens=True))
 
-    def _chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
-        return render_chat(self.tokenizer, messages, add_generation_prompt)
+    def _by_assistant(self, messages: Sequence[Mapping[str, Any]], tools: Any, ids: list[int]) -> NDArray[np.bool_]:
+        """Which tokens of a conversation are the assistant's, with what ends its turns (T,)."""
+        chat = partial(render_chat, self.tokenizer, tools=tools)
+        whole, written = chat(messages), np.zeros(len(ids), dtype=bool)
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant":
+                begin, end = chat(messages[:number], add_generation_prompt=True), chat(messages[: number + 1])
+                if not (whole.startswith(begin) and whole.startswith(end)):
+                    raise UserValueError(
+                        "The chat template writes a turn of the assistant in another way when others follow, so "
+                        "--assistant_only_loss would learn what the model never writes. Give --completion_only_loss, "
+                        "which learns the last turn."
+                    )
+                first, after = (_num_shared(self._tokens(text, False), ids) for text in (begin, end))
+                written[first:after] = True
+        return written
 
     def _cut(self, ids: list[int]) -> list[int]:
         """Return the first tokens of what an encoder reads; if it ends with the end of the sequence, it still does."""
@@ -234,6 +263,11 @@ class Tokenization:
 
     def _ends(self, ids: list[int]) -> bool:
         return bool(ids) and ids[-1] == self.tokenizer.eos_token_id
+
+
+def _num_shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, pad_token: str | None) -> None:
@@ -292,74 +326,3 @@ def row_length(model: PreTrainedModel, max_length: int | None) -> int:
             f"--max_length={max_length}, but {type(model).__name__} knows {maximum} positions. Lower it."
         )
     return max_length or min(DEFAULT_MAX_LENGTH, maximum or DEFAULT_MAX_LENGTH)
-
-
-def pack(rows: Sequence[TokenRow], max_length: int) -> list[TokenRow]:
-    """Fill rows of `max_length` tokens with several texts: the longest first, each where it fits best."""
-    packed: list[list[int]] = []
-    spaces: list[int] = []  # of rows that are not full, each size once, in order
-    with_space: defaultdict[int, list[int]] = defaultdict(list)
-    for number in sorted(range(len(rows)), key=lambda n: -len(rows[n].ids)):
-        length = len(rows[number].ids)
-        place = bisect.bisect_left(spaces, length)
-        if place == len(spaces):
-            space, row = max_length, len(packed)
-            packed.append([])
-        else:
-            space = spaces[place]
-            row = with_space[space].pop()
-            if not with_space[space]:
-                del spaces[place]
-        packed[row].append(number)
-        if left := space - length:
-            if not with_space[left]:
-                bisect.insort(spaces, left)
-            with_space[left].append(row)
-    return [_joined([rows[number] for number in numbers]) for numbers in packed]
-
-
-def _joined(rows: Sequence[TokenRow]) -> TokenRow:
-    labels = [row.labels.copy() for row in rows]
-    for label in labels:
-        label[0] = IGNORED  # the text before it is another one
-    ids = np.concatenate([row.ids for row in rows])
-    return TokenRow(ids, np.concatenate(labels), tuple(len(row.ids) for row in rows))
-
-
-@torch.no_grad()
-def check_packing(model: PreTrainedModel, batch_size: int = 2) -> None:
-    """Compare packed texts with the same texts alone, on the model itself.
-
-    transformers tells the texts of a row apart by their positions, where a model supports it and gets no mask; flash
-    attention only in batches of one row.
-
-    Raises:
-        ValueError: for a model whose texts would see each other.
-    """
-    name = type(model).__name__
-    refusal = f"--packing: {name} does not keep the texts of a row apart. Leave it out."
-    if model.config.is_encoder_decoder:
-        raise UserValueError(refusal)
-    training, device = model.training, model.device
-    rows = min(batch_size, 2)
-    tokens = (
-        torch.arange(rows * 16, device=device).view(rows, 16) % cast(Any, model.get_input_embeddings()).num_embeddings
-    )
-    positions = torch.cat([torch.arange(7, device=device), torch.arange(9, device=device)]).expand(rows, -1)
-
-    def logits(ids: Tensor, **arguments: Any) -> Tensor:
-        return model(input_ids=ids, use_cache=False, **arguments).logits[:, -9:].float()
-
-    model.eval()
-    try:
-        alone, joined = logits(tokens[:, 7:]), logits(tokens)
-        packed = logits(tokens, position_ids=positions)
-    except TypeError as error:
-        raise UserValueError(f"{refusal} ({error})") from error
-    finally:
-        model.train(training)
-    # What is left of the influence that the first text has on the second one without positions: 1e-6 where texts are
-    # kept apart, and rounding in half precision.
-    tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
-    if not (packed - alone).abs().max() <= tolerance * (joined - alone).abs().max():
-        raise UserValueError(refusal)

@@ -15,7 +15,7 @@ from ..errors import UserValueError
 from .adapter_arguments import ContextArguments, RevisionArguments
 
 if TYPE_CHECKING:
-    from ..inference.texts import Prompt
+    from ..bases.tokens import Prompt
 
 _SOURCES = ("prompt", "prompts_file", "messages_file")
 
@@ -63,9 +63,11 @@ class Arguments(RevisionArguments, ContextArguments):
             )
         return texts
 
-    def _with_system(self, chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _with_system(self, chat: Any) -> Any:
         if self.system_prompt is None:
             return chat
+        if isinstance(chat, dict):  # with tools
+            return chat | {"messages": self._with_system(chat["messages"])}
         if chat[0]["role"] == "system":
             raise UserValueError(
                 f"--messages_file={self.messages_file} has chats with a system message, and --system_prompt gives "

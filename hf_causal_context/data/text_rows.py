@@ -17,7 +17,8 @@ TEXT_SUFFIXES = frozenset({".txt", ".jsonl"})
 # The columns of each shape; where a row has several, the first counts.
 _SHAPES = (("messages",), ("prompt", "completion"), ("text",))
 _TEXT = Value("string")
-_MESSAGES = List({"role": Value("string"), "content": Value("string")})
+_MESSAGES = List(Json())  # beside role and content may be what calls tools
+_KEPT = ("role", "content", "tool_calls", "tool_call_id", "reasoning_content")
 _ALLOWED = {"text": "text", "messages": "a list of messages"}
 
 
@@ -53,10 +54,13 @@ def row_features(row: Mapping[str, Any]) -> Features:
 
 def row_problem(row: Mapping[str, Any]) -> str | None:
     """Return what is wrong with a row of texts and nothing else, if anything. Only prompts may be empty text."""
-    for column, value in row.items():
+    texts = {column: value for column, value in row.items() if column != "tools"}
+    for column, value in texts.items():
         if problem := _problem(column, value):
             return f"{column!r} {problem}"
-    if len({isinstance(value, str) for value in row.values()}) > 1:
+    if "tools" in row and not isinstance(row["tools"], list):
+        return f"'tools' must be a list of JSON schemas; received {reprlib.repr(row['tools'])}"
+    if len({isinstance(value, str) for value in texts.values()}) > 1:
         return "of 'prompt' and 'completion' one is text and the other a list of messages"
     return None
 
@@ -68,11 +72,17 @@ def _problem(column: str, value: object) -> str | None:
         return f"must be {_ALLOWED.get(column, 'text or a list of messages')}; received {reprlib.repr(value)}"
     for number, message in enumerate(value):
         known = message if isinstance(message, Mapping) else {}
-        if not (known.get("role") and isinstance(known["role"], str) and isinstance(known.get("content"), str)):
+        content = known.get("content") or ("" if known.get("tool_calls") else known.get("content"))
+        if not (known.get("role") and isinstance(known["role"], str) and isinstance(content, str)):
             return f"has a message {number} without 'role' and 'content' as text: {reprlib.repr(message)}"
     if not value:
         return "has no messages"
-    return None if column == "prompt" or any(message["content"].strip() for message in value) else "is empty"
+    answers = [message for message in value if column != "messages" or message["role"] == "assistant"] or value
+    return None if column == "prompt" or any(map(_says_something, answers)) else "is empty"
+
+
+def _says_something(message: Mapping[str, Any]) -> bool:
+    return bool((message.get("content") or "").strip() or message.get("tool_calls"))
 
 
 def read_texts(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -112,9 +122,11 @@ def _parse_object(line: str) -> dict[str, Any]:
             'it must be {"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}; received '
             f"{reprlib.repr(entry)}"
         )
+    if "tools" in entry and isinstance(entry[columns[0]], list):
+        columns = (*columns, "tools")
     if problem := row_problem({column: entry[column] for column in columns}):
         raise UserValueError(f"{problem}. Correct or remove the line")
-    row = {column: _plain(entry[column]) for column in columns}
+    row = {column: entry[column] if column == "tools" else _plain(entry[column]) for column in columns}
     if "\\ud" in line.lower():
         try:
             json.dumps(row, ensure_ascii=False).encode()
@@ -128,16 +140,20 @@ def _parse_object(line: str) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, str):
         return value
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+    kept = [(*_KEPT, "name") if message["role"] == "tool" else _KEPT for message in value]
+    return [{key: message[key] for key in keys if key in message} for keys, message in zip(kept, value, strict=True)]
 
 
-def prompt_of(row: Mapping[str, Any], content_column: str, given: str = "") -> str | list[dict[str, str]]:
-    """Return what a text of the row's shape follows: what is given, by default the row's own prompt, else nothing."""
+def prompt_of(row: Mapping[str, Any], content_column: str, given: str = "") -> Any:
+    """Return what a text of the row's shape follows: what is given, by default the row's own prompt, else nothing.
+
+    It is text, messages, or where there are tools {"messages", "tools"}.
+    """
     content = row[content_column]
-    if isinstance(content, list):
-        if given:
-            return [{"role": "user", "content": given}]
-        if content_column == "prompt" or content[-1]["role"] != "assistant":
-            return content
-        return content[:-1]
-    return given or (content if content_column == "prompt" else "")
+    if not isinstance(content, list):
+        return given or (content if content_column == "prompt" else "")
+    if given:
+        content = [{"role": "user", "content": given}]
+    elif content_column == "messages" and content[-1]["role"] == "assistant":
+        content = content[:-1]
+    return {"messages": content, "tools": row["tools"]} if row.get("tools") else content

@@ -16,11 +16,10 @@ from peft import PeftModel
 from .._progress import ProgressBar
 from ..bases.likelihoods import perplexity
 from ..bases.token_batches import Collation, TextBatch, tokenized
-from ..bases.tokens import Tokenization, TokenRow
+from ..bases.tokens import Prompt, Tokenization, TokenRow
 from ..contexts import ConceptSet, Context
 from ..data import InterventionalData
 from ..data.text_rows import prompt_of
-from ..inference.texts import Prompt
 from .real_rows import rows_of_contexts
 from .results import Perplexity
 from .sampling import adapters_disabled
@@ -99,7 +98,7 @@ def perplexities(
 def _written(row: Mapping[str, Any], column: str) -> str:
     """Return what a model is to write of a row: the completion, or the last message."""
     content = row["completion"] if column == "prompt" else row[column]
-    return content if isinstance(content, str) else content[-1]["content"]
+    return content if isinstance(content, str) else content[-1].get("content") or ""
 
 
 def _ids(text: str, tokenize: Tokenization) -> list[int]:

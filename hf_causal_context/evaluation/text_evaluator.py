@@ -13,12 +13,11 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from ..bases.token_batches import Collation
-from ..bases.tokens import Tokenization, filler, room_after, row_length
+from ..bases.tokens import Prompt, Tokenization, filler, room_after, row_length
 from ..contexts import ConceptSet, Context, ContextLike, as_context
 from ..data import InterventionalData
 from ..data.text_rows import prompt_of
 from ..errors import UserValueError
-from ..inference.texts import Prompt
 from .asked import adapter_concepts, contexts_to_sample
 from .evidence import EvaluationInputs, check_real_rows
 from .measurement import measure

@@ -6,7 +6,7 @@ Shapes: B texts at once, P tokens of the longest of their prompts.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -15,11 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapter.intervene import intervene
-from ..bases.tokens import Tokenization, filler, known_positions, room_after
+from ..bases.tokens import Prompt, Tokenization, filler, known_positions, room_after
 from ..contexts import Context
 from ..errors import UserValueError
 
-Prompt = str | Sequence[Mapping[str, str]]
 BATCH_SIZE = 32
 
 
@@ -44,7 +43,7 @@ def generate_texts(
     Args:
         model: with a causal context adapter.
         tokenizer: its tokenizer.
-        prompts: texts, or lists of messages for the tokenizer's chat template.
+        prompts: texts, or messages for the tokenizer's chat template: a list, or {"messages", "tools"}.
         contexts: () is the observational one.
         max_new_tokens: length of the texts.
         seed: of the draws; None takes the likeliest token each time.

@@ -317,6 +317,7 @@ class TextArguments(AdapterArguments, TextDataArguments):
     completion_only_loss: bool | None = argument(
         None, "Learn the completions only; by default where the data has prompts."
     )
+    assistant_only_loss: bool = argument(False, "Of messages, learn all turns of the assistant, and nothing else.")
     validation_prompt: str = argument("", "Prompt of the sample texts.")
     num_validation_texts: int = argument(2, "Texts per context at validations; 0 for none.")
     max_new_tokens: int = argument(40, "Length of these texts.")

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from hf_causal_context.bases.likelihoods import negative_log_likelihoods, perplexity
+from hf_causal_context.bases.packing import pack
 from hf_causal_context.bases.token_batches import Collation
-from hf_causal_context.bases.tokens import IGNORED, Tokenization, pack
+from hf_causal_context.bases.tokens import IGNORED, Tokenization
 from hf_causal_context.training.language.batches import TextBatches
 from hf_causal_context.training.language.objective import LanguageModelingObjective
 

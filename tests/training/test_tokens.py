@@ -15,14 +15,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from hf_causal_context.bases.packing import check_packing, pack
 from hf_causal_context.bases.tokens import (
     IGNORED,
     Tokenization,
     TokenRow,
-    check_packing,
     filler,
     known_positions,
-    pack,
     prepare_tokenizer,
     row_length,
 )

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from ...bases.packing import pack
 from ...bases.token_batches import Collation, TextBatch, cut_rows, tokenize_all, tokenized
-from ...bases.tokens import IGNORED, Tokenization, TokenRow, pack
+from ...bases.tokens import IGNORED, Tokenization, TokenRow
 from ...contexts import Context
 from ...data import ContextSampler, InterventionalData, stream_batches
 from ..arguments import TextArguments

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...bases.gap import BaseGap
 from ...bases.language import check_language_model, load_language_model, load_tokenizer
 from ...bases.names import resolve_base_name
+from ...bases.packing import check_packing
 from ...bases.token_batches import Collation, tokenize_all
-from ...bases.tokens import Tokenization, TokenRow, check_packing, filler, prepare_tokenizer, row_length
+from ...bases.tokens import Tokenization, TokenRow, filler, prepare_tokenizer, row_length
 from ...contexts import ConceptSet
 from ...data import InterventionalData
 from ...data.from_arguments import load_text_data
@@ -115,6 +116,7 @@ class LanguageFineTuning(FineTuning[TextArguments]):
             encoder_decoder=self.base.config.is_encoder_decoder,
             max_length=row_length(self.base, arguments.max_length),
             completion_only=arguments.completion_only_loss,
+            assistant_only=arguments.assistant_only_loss,
         )
         self.prompt = sample_prompt(self.base, data, self.tokenize, arguments) if self.num_shown else []
         quiet = not self.accelerator.is_main_process

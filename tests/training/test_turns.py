@@ -1,0 +1,116 @@
+"""Conversations: which turns are learned, and the tools that the assistant may call."""
+
+import json
+
+import numpy as np
+import pytest
+from datasets import Dataset, Features, Json, List, Value
+
+from hf_causal_context.bases.tokens import IGNORED, Tokenization
+from hf_causal_context.data import check_data, load_text_folders, texts_from_dataset
+from hf_causal_context.data.text_rows import prompt_of
+
+from .small_language import CHAT, word_tokenizer
+
+CAT = [{"role": "user", "content": "a cat"}, {"role": "assistant", "content": "sat"}]
+DOG = [{"role": "user", "content": "the dog"}, {"role": "assistant", "content": "ran on"}]
+TOOLS = [{"type": "function", "function": {"name": "barked", "parameters": {"type": "object"}}}]
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "barked", "arguments": {}}}]}
+RESULT = {"role": "tool", "content": "loudly", "name": "barked"}
+TOOL_CHAT = (
+    "{% if tools %}on {% for t in tools %}{{ t.function.name }} {% endfor %}{% endif %}{% for m in messages %}"
+    "{{ m.role }} : {{ m.content }}{% for c in m.tool_calls or [] %}yo {{ c.function.name }} {% endfor %} "
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant :{% endif %}"
+)
+
+
+def tool_tokenizer():
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = TOOL_CHAT
+    return tokenizer
+
+
+def learned(row, tokenizer):
+    return tokenizer.decode(row.labels[row.labels != IGNORED])
+
+
+def test_all_turns_of_the_assistant_are_learned_and_nothing_else():
+    tokenizer = word_tokenizer(bos=True)
+    every = Tokenization(tokenizer, "messages")({"messages": CAT + DOG})
+    row = Tokenization(tokenizer, "messages", assistant_only=True)({"messages": CAT + DOG})
+    assert np.array_equal(row.ids, every.ids)
+    assert learned(row, tokenizer) == "sat </s> ran on </s>"
+    assert (row.labels[row.labels != IGNORED] == row.ids[row.labels != IGNORED]).all()
+    last = Tokenization(tokenizer, "messages", completion_only=True)({"messages": CAT})
+    alone = Tokenization(tokenizer, "messages", assistant_only=True)({"messages": CAT})
+    assert np.array_equal(alone.labels, last.labels)
+    cut = Tokenization(tokenizer, "messages", assistant_only=True, max_length=12)({"messages": CAT + DOG})
+    assert (cut.cut, len(cut.ids), learned(cut, tokenizer)) == (True, 12, "sat </s>")
+
+
+def test_turns_that_cannot_be_told_are_errors():
+    tokenizer = word_tokenizer()
+    for column, completion_only, received in (
+        ("text", None, "The rows have 'text'. Leave one of them out"),
+        ("prompt", None, "The rows have 'prompt'. Leave one of them out"),
+        ("messages", True, "The rows have 'messages', and --completion_only_loss takes the last one only"),
+    ):
+        with pytest.raises(ValueError, match=received):
+            Tokenization(tokenizer, column, completion_only=completion_only, assistant_only=True)
+    with pytest.raises(ValueError, match="There is nothing to learn"):
+        Tokenization(tokenizer, "messages", assistant_only=True)({"messages": CAT[:1]})
+    tokenizer.chat_template = CHAT.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else 'and' }}")
+    with pytest.raises(ValueError, match="in another way when others follow.* Give --completion_only_loss"):
+        Tokenization(tokenizer, "messages", assistant_only=True)({"messages": CAT + DOG})
+
+
+def test_tools_are_read_and_calls_are_learned(tmp_path):
+    tokenizer = tool_tokenizer()
+    chat = [CAT[0], CALL | {"content": None}, RESULT, DOG[1]]
+    row = {"messages": chat, "tools": TOOLS}
+    tokens = Tokenization(tokenizer, "messages", assistant_only=True)(row)
+    assert tokenizer.decode(tokens.ids) == (
+        "on barked user : a cat </s> assistant : yo barked </s> <unk> : loudly </s> assistant : ran on </s>"
+    )
+    assert learned(tokens, tokenizer) == "yo barked </s> ran on </s>"
+    as_text = Tokenization(tokenizer, "messages", assistant_only=True)(row | {"tools": json.dumps(TOOLS)})
+    assert np.array_equal(as_text.ids, tokens.ids)
+    prompt = prompt_of(row, "messages")
+    assert prompt == {"messages": chat[:-1], "tools": TOOLS}
+    begin = Tokenization(tokenizer, "messages").prompt_ids(prompt)
+    assert begin == tokens.ids[: len(begin)].tolist()
+    without = word_tokenizer()
+    with pytest.raises(ValueError, match="The chat template leaves tools out, so the model would not read them"):
+        Tokenization(without, "messages")({"messages": CAT, "tools": TOOLS})
+
+
+def test_files_and_datasets_with_tools(tmp_path):
+    rows = [{"messages": [CAT[0], CALL, RESULT, DOG[1]], "tools": TOOLS}, {"messages": CAT, "tools": []}]
+    for context in ("obs", "a"):
+        (tmp_path / context).mkdir()
+        lines = [json.dumps({**row, "id": 3}) + "\n" for row in rows]
+        (tmp_path / context / "rows.jsonl").write_text("".join(lines))
+    data = load_text_folders(tmp_path)
+    assert [{**row, "context": ""} for row in data.rows.select(range(2))] == [{**row, "context": ""} for row in rows]
+    features = Features({"messages": List(Json()), "tools": List(Json()), "context": Value("string")})
+    table = [{**row, "context": context} for context in ("obs", "a") for row in rows]
+    from_columns = texts_from_dataset(Dataset.from_list(table, features=features))
+    assert list(from_columns.rows) == [row | {"context": ""} for row in table[:2]] + table[2:]
+    # Columns of structures: datasets fill what a message lacks with None.
+    structured = texts_from_dataset(Dataset.from_list(table))
+    tokenize = Tokenization(tool_tokenizer(), "messages", assistant_only=True)
+    expected = [tokenize(row) for row in data.rows]
+    for given in (from_columns, structured):
+        assert all(
+            np.array_equal(tokenize(row).labels, other.labels) for row, other in zip(given.rows, expected, strict=True)
+        )
+    (tmp_path / "a" / "rows.jsonl").write_text(json.dumps({"messages": CAT, "tools": "barked"}))
+    with pytest.raises(ValueError, match="'tools' must be a list of JSON schemas; received 'barked'"):
+        load_text_folders(tmp_path)
+
+
+def test_an_assistant_that_says_nothing_is_named():
+    silent = [CAT[0], {"role": "assistant", "content": " "}]
+    table = [{"messages": chat, "context": context} for context, chat in (("obs", CAT), ("a", silent))]
+    (error,) = check_data(texts_from_dataset(Dataset.from_list(table))).errors
+    assert "row 1 of 'a' (train) ('messages' is empty)" in error
