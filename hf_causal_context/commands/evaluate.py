@@ -30,7 +30,7 @@ _IMAGES_ONLY = (
     *("image_column", "caption_column", "class_column", "variant", "num_inference_steps", "class_label"),
     *("guidance_scale", "resolution", "feature_extractor"),
 )
-_TEXTS_ONLY = ("text_column", "max_new_tokens")
+_TEXTS_ONLY = ("text_column", "max_new_tokens", "judge")
 
 
 @dataclass
@@ -63,6 +63,9 @@ class Arguments(BaseWeights, AnyDataArguments):
     batch_size: int | None = argument(None, "Samples at once: 8 images, or 32 texts.")
     feature_extractor: str | None = argument(
         None, "For FID and KID: a transformers vision model, such as facebook/dinov2-small."
+    )
+    judge: str | None = argument(
+        None, 'For texts: your own function by its dotted name, my_module.judge: text -> {"loud": 1.0, "formal": 0.0}.'
     )
     calibrate: bool = argument(
         False, "Store a dial per concept with the adapter, of which equal steps are equal changes; for --calibrated."
@@ -154,8 +157,7 @@ def evaluate_adapter(arguments: Arguments) -> tuple[EvaluationReport, list[Path]
     run = _evaluate_texts if language else _evaluate_images
     report = run(adapter, arguments, contexts, num_seeds=arguments.num_seeds, seed=arguments.seed, **numbers)
     sources = {"adapter": arguments.adapter, "data": arguments.train_data_dir or arguments.dataset_name}
-    if not language:
-        sources |= {"feature_extractor": arguments.feature_extractor}
+    sources |= {"judge": arguments.judge} if language else {"feature_extractor": arguments.feature_extractor}
     report = replace(report, settings=sources | report.settings)
     return report, write_report(report, folder)
 
@@ -192,8 +194,10 @@ def _evaluate_texts(
     adapter: StoredAdapter, arguments: Arguments, contexts: Sequence[Context] | None, **options: Any
 ) -> EvaluationReport:
     from ..data.from_arguments import load_text_data
+    from ..evaluation.judges import load_judge
     from ..evaluation.text_evaluator import evaluate_texts
 
+    judge = None if arguments.judge is None else load_judge(arguments.judge)  # first: a misspelled one is found now
     data = load_text_data(replace(arguments, text_column=arguments.text_column or "text"))
     model, tokenizer = adapter.language_model(contexts or (), **arguments.weights)
     return evaluate_texts(
@@ -203,5 +207,6 @@ def _evaluate_texts(
         contexts=contexts,
         prompt=arguments.prompt,
         max_new_tokens=arguments.max_new_tokens,
+        judge=judge,
         **options,
     )

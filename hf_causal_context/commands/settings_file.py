@@ -37,6 +37,11 @@ def options_in(file: str, known: Iterable[str]) -> list[str]:
     known = tuple(known)
     options: list[str] = []
     for name, value in settings.items():
+        if name == "judge" and value is not None:
+            raise UserValueError(
+                f"--config: {file} names a judge, which is code, and settings files may come from others. Give it on "
+                f"the command line: --judge {value}"
+            )
         if name not in known:
             raise UserValueError(
                 f"--config: {file} has the unknown option {short_repr(name)}.{nearest(str(name), known)} The command's "

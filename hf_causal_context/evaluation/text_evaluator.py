@@ -20,6 +20,7 @@ from ..data.text_rows import prompt_of
 from ..errors import UserValueError
 from .asked import adapter_concepts, contexts_to_sample
 from .evidence import EvaluationInputs, check_real_rows
+from .judges import Judge, Judged
 from .measurement import measure
 from .ngrams import Ngrams
 from .readings import Measurements
@@ -47,6 +48,7 @@ def evaluate_texts(
     max_new_tokens: int | None = None,
     batch_size: int = 32,
     seed: int = 0,
+    judge: Judge | None = None,
 ) -> EvaluationReport:
     """Sample a language model's adapter in the contexts of interventional texts, and compare.
 
@@ -65,10 +67,13 @@ def evaluate_texts(
         max_new_tokens: length of the samples; by default of the real texts.
         batch_size: texts at once.
         seed: of the classifiers and of the splits of the real texts.
+        judge: reads one text and answers with numbers by name, such as {"loud": 1.0}; names of concepts are read in
+            the strength curves, too. Real texts and samples are read alike.
 
     Raises:
         ValueError: for a model without an adapter, other concepts than the data's, unknown contexts, too few real
-            rows, rows that cannot be tokenized, or a prompt without tokens or room after it.
+            rows, rows that cannot be tokenized, a prompt without tokens or room after it, or answers of the judge that
+            are not numbers by name.
     """
     concepts = adapter_concepts(model, data, _NO_ADAPTER)
     wanted = None if contexts is None else list(map(as_context, contexts))
@@ -98,7 +103,7 @@ def evaluate_texts(
     scores = perplexities(model, real, collate, concepts, batch_size)
     sampled = sample_all_texts(sampler, concepts, asked, num_samples, num_seeds)
     shown = {context: shortened(own.texts, tokenize, length) for context, own in real.items()}
-    report = measure(_evidence(concepts, shown, sampled, trained, scores), seed)
+    report = measure(_evidence(concepts, shown, sampled, trained, scores, judge), seed)
     settings = {
         "num_samples": num_samples,
         "num_seeds": num_seeds,
@@ -127,13 +132,15 @@ def _evidence(
     sampled: SampledTexts,
     trained: frozenset[Context],
     scores: Mapping[Context, Perplexity],
+    judge: Judge | None,
 ) -> EvaluationInputs:
     # Of the base, too: what no real text holds tells its texts apart.
     ngrams = Ngrams(text for texts in (*real.values(), *sampled.base) for text in texts)
+    judged = None if judge is None else Judged(judge)
 
     def read(texts: Sequence[str]) -> Measurements:
         values = ngrams(texts)
-        return Measurements(values, None, None, values[:0])
+        return Measurements(values, None if judged is None else judged(texts), None, values[:0])
 
     return EvaluationInputs(
         concepts=concepts,
@@ -147,6 +154,6 @@ def _evidence(
         trained=trained,
         largest_change=0.0,
         mean_change=0.0,
-        attribute_names=(),
+        attribute_names=() if judged is None else judged.names,
         perplexities=scores,
     )

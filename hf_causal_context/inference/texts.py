@@ -19,8 +19,6 @@ from ..bases.tokens import Prompt, Tokenization, filler, known_positions, room_a
 from ..contexts import Context
 from ..errors import UserValueError
 
-BATCH_SIZE = 32
-
 
 @torch.no_grad()
 def generate_texts(
@@ -33,7 +31,7 @@ def generate_texts(
     seed: int | None,
     temperature: float | None = None,
     top_p: float | None = None,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
 ) -> list[list[str]]:
     """Return what the model writes after each prompt in each context, without the prompt: one list of texts per prompt.
 
@@ -49,7 +47,7 @@ def generate_texts(
         seed: of the draws; None takes the likeliest token each time.
         temperature: of the draws; None leaves the model's own setting, as does None for the next.
         top_p: share of the probability that is drawn from.
-        batch_size: texts at once.
+        batch_size: texts at once; None for all.
 
     Raises:
         ValueError: for a prompt without tokens, one that leaves too little room, unknown concepts, or numbers out of
@@ -57,7 +55,7 @@ def generate_texts(
     """
     if max_new_tokens < 1:
         raise UserValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise UserValueError(f"batch_size={batch_size} must be at least 1.")
     if temperature is not None and not temperature > 0:
         raise UserValueError(
@@ -80,8 +78,9 @@ def generate_texts(
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         if seed is not None:
             torch.manual_seed(seed)
-        for start in range(0, len(rows), batch_size):
-            some = rows[start : start + batch_size]
+        size = batch_size or max(1, len(rows))
+        for start in range(0, len(rows), size):
+            some = rows[start : start + size]
             batch, mask = _padded([ids for ids, _ in some], filling, left=not encoder_decoder)
             with intervene(model, [context for _, context in some]):
                 output = cast(Any, model).generate(

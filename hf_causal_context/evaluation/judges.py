@@ -1,0 +1,81 @@
+"""A judge of the user's own: a function that reads a text, and says in numbers what is in it.
+
+Shapes: N texts, A attributes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from .._messages import quoted, short_repr
+from .._progress import ProgressBar
+from ..errors import UserValueError
+
+Judge = Callable[[str], Mapping[str, float]]
+
+
+def load_judge(name: str) -> Judge:
+    """Return the function of a dotted name, such as "my_module.judge", from here or from what is installed.
+
+    It is code: the name must be one that the user typed, never one that came with an adapter or with data.
+
+    Raises:
+        ValueError: for a name of another form, or of no function.
+    """
+    module, _, function = name.rpartition(".")
+    if not module:
+        raise UserValueError(f"--judge={name} must be a module and a function, such as my_module.judge.")
+    if os.getcwd() not in sys.path:  # installed commands do not look here
+        sys.path.append(os.getcwd())
+    try:
+        found = getattr(import_module(module), function, None)
+    except ImportError as error:
+        raise UserValueError(
+            f"--judge={name}: the module {module!r} cannot be imported ({error}). Run the command where {module}.py is."
+        ) from error
+    if not callable(found):
+        raise UserValueError(f"--judge={name}: the module {module!r} has no function {function!r}. Name one it has.")
+    return found
+
+
+class Judged:
+    """What a judge says of texts.
+
+    Attributes:
+        names: of the A things that it says something of, from its first answer.
+    """
+
+    def __init__(self, judge: Judge) -> None:
+        self._judge = judge
+        self.names: tuple[str, ...] = ()
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Read texts (N) -> (N, A).
+
+        Raises:
+            ValueError: for an answer that is no mapping from the same names to numbers.
+        """
+        return torch.tensor([self._read(text) for text in ProgressBar(texts, desc="judge", unit="text")])
+
+    def _read(self, text: str) -> list[float]:
+        answer = self._judge(text)
+        names = tuple(answer) if isinstance(answer, Mapping) else ()
+        self.names = self.names or names
+        if not names or set(names) != set(self.names):
+            before = f", and the same names as before: {quoted(self.names)}" if self.names else ""
+            raise UserValueError(
+                f"The judge answered {short_repr(answer)} to {short_repr(text)}. It must answer with numbers by name, "
+                f'such as {{"loud": 1.0, "formal": 0.0}}{before}.'
+            )
+        try:
+            return [float(answer[name]) for name in self.names]
+        except (TypeError, ValueError) as error:
+            raise UserValueError(
+                f"The judge answered {short_repr(answer)} to {short_repr(text)}, not with numbers by name: {error}."
+            ) from error
