@@ -105,16 +105,21 @@ class RepresentationLayer(nn.Module):
     """Linear map from base features to the coordinates of the observational part and the K x W exogenous ones.
 
     For Linear layers and convolutions. Weight (S, in_features, *kernel); no bias, so that the adapter can become a
-    plain LoRA.
+    plain LoRA. In training mode a share of the features is dropped out, as LoRA's dropout does.
     """
 
-    def __init__(self, in_features: int, out_features: int, kernel_size: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, kernel_size: tuple[int, ...] = (), dropout: float = 0.0
+    ) -> None:
         super().__init__()
+        self.dropout = dropout
         self.weight = nn.Parameter(torch.empty(out_features, in_features, *kernel_size))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as LoRA's A
 
     def forward(self, x: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """product(x, weight). Called, not only read: hooks that fetch an offloaded weight wait for a call."""
+        if self.dropout and self.training:
+            x = nn.functional.dropout(x, self.dropout)
         return product(x, self.weight)
 
 

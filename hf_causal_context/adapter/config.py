@@ -54,6 +54,8 @@ class CausalContextConfig(PeftConfig):
         observational_rank: rank of the observational part, which is on in every context, the empty one included, and
             learns what the data differs from the base by, so that no concept has to. 0: no such part, for a base that
             was trained on the observational set. None: 4 x concept_rank; of a stored adapter that does not say, 0.
+        dropout: share of a module's input features that the adapter does not see, drawn anew in each pass of a
+            training: LoRA's `lora_dropout`. It is off at inference.
         perfect_interventions: an intervened concept listens to no other concept. False: it still does.
         anchored: subtract the observational output, so that the concepts add nothing in the empty context.
             ("independent" always is.)
@@ -86,6 +88,7 @@ class CausalContextConfig(PeftConfig):
     mechanism: Mechanism = "independent"
     alpha: float | None = None
     observational_rank: int | None = None
+    dropout: float = 0.0
     perfect_interventions: bool = True
     anchored: bool = False
     expressive_depth: int = 0
@@ -131,6 +134,7 @@ class CausalContextConfig(PeftConfig):
         for name in ("perfect_interventions", "anchored", "init_weights"):
             fields.check_flag(name, getattr(self, name))
         fields.check_number("alpha", self.alpha, MAX_ALPHA)
+        fields.check_share("dropout", self.dropout)
         fields.check_count("expressive_depth", self.expressive_depth, 0, MAX_EXPRESSIVE_DEPTH)
         self._check_rank("concept_rank", self.concept_rank)
         if self.observational_rank is None:

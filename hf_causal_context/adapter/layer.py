@@ -72,9 +72,9 @@ class CausalContextLayer(ConvertsToLora, BaseTunerLayer):
         self.conditioning.observational_ranks[adapter_name] = part
         self.conditioning.calibrations[adapter_name] = config.knots()
         self.r[adapter_name] = rank = part + len(concepts) * width
-        self._default_scaling[adapter_name] = 1.0 if config.alpha is None else config.alpha / width
-        self.scaling[adapter_name] = self._default_scaling[adapter_name]
-        self.causal_context_down[adapter_name] = RepresentationLayer(self.in_features, rank, self._kernel_size)
+        self.scaling[adapter_name] = self._default_scaling[adapter_name] = (config.alpha or width) / width
+        down = RepresentationLayer(self.in_features, rank, self._kernel_size, config.dropout)
+        self.causal_context_down[adapter_name] = down
         if config.expressive_depth:
             self.causal_context_expressive[adapter_name] = ExpressiveLayer(
                 len(concepts), width, config.expressive_depth, config.init_weights

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .._files import ARGUMENTS
+from ..adapter.storage.fields import check_share
 from ..bases.gguf import check_gguf
 from ..bases.quantization import QUANTIZATIONS, check_quantization
 from ..data.arguments import ContextDataArguments, DataArguments, TextDataArguments, argument
@@ -141,6 +142,7 @@ class AdapterArguments(OptimizationArguments, ContextDataArguments):
         "Optimizer steps at the beginning that train on the observational set alone, so that the concepts find that "
         "difference learned; by default a fifth of the run.",
     )
+    dropout: float = argument(0.0, "Share of a module's input features that the adapter does not see in a step.")
     target_modules: list[str] | None = argument(None, "Modules to adapt; by default the base's attention.")
     anchored: bool = argument(False, "Let concepts add nothing in the empty context (always so for 'independent').")
     gradient_checkpointing: bool = argument(False, "Save memory by computing activations again.")
@@ -166,6 +168,7 @@ class AdapterArguments(OptimizationArguments, ContextDataArguments):
         if missing := ", ".join(f"--{name}" for name in required if not getattr(self, name)):
             raise UserValueError(f"Missing: {missing}. Give the base and the folder for the results.")
         super().__post_init__()
+        check_share("--dropout", self.dropout)
         if self.reweighted_contexts and self.streaming:
             raise UserValueError(
                 "--reweighted_contexts draws rows by number, which a stream has not. Leave --streaming or it out."

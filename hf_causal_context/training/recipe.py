@@ -289,6 +289,7 @@ def attach_adapter(
         concepts=data.concepts.names,
         concept_rank=arguments.concept_rank,
         observational_rank=arguments.observational_rank,
+        dropout=arguments.dropout,
         mechanism=cast(Mechanism, arguments.mechanism),
         anchored=arguments.anchored,
         target_modules=arguments.target_modules,

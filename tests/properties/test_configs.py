@@ -22,6 +22,7 @@ PLAUSIBLE = {
     "alpha": st.one_of(st.none(), st.floats(), st.integers(-1, 10)),
     "perfect_interventions": st.booleans(),
     "anchored": st.booleans(),
+    "dropout": st.sampled_from([0, 0.0, 0.05, 0.999, 1, -0.1, None, True]),
     "expressive_depth": st.integers(-1, 20),
     "concept_graph": st.one_of(st.none(), EDGES),
     "concept_order": st.one_of(st.none(), st.permutations(NAMES), st.lists(st.sampled_from(NAMES), max_size=4)),

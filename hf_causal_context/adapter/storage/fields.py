@@ -59,6 +59,12 @@ def check_number(name: str, value: object, maximum: float) -> None:
         )
 
 
+def check_share(name: str, value: object) -> None:
+    """Raise ValueError for anything but numbers from 0 to 1 (excluded)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise UserValueError(f"{name}={short_repr(value)} must be at least 0 and below 1; 0.05 is usual.")
+
+
 def check_count(name: str, value: object, minimum: int, maximum: int) -> int:
     """Return a whole number; raise ValueError for anything else, or one out of bounds."""
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
