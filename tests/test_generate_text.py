@@ -191,6 +191,23 @@ def test_the_adapters_tokenizer_comes_before_that_of_the_base(store, run):
     assert [row["text"] for row in rows] == texts[0]
 
 
+def test_a_tokenizer_that_is_not_that_of_the_base_is_refused(store, run):
+    adapter = store()
+    more = word_tokenizer()
+    more.add_tokens(["pirate"])
+    more.save_pretrained(adapter)
+    assert run(adapter, "--greedy")[0] == 0  # it may have more tokens
+    assert store(with_adapter=True) == adapter
+    state = json.loads((adapter / "tokenizer.json").read_text())
+    words = state["model"]["vocab"]
+    words["cat"], words["dog"] = words["dog"], words["cat"]
+    (adapter / "tokenizer.json").write_text(json.dumps(state))
+    status, _, printed = run(adapter, "--greedy")
+    assert status == 1
+    assert "2 of the base's " in printed.err
+    assert "tokens have another id or none, such as 'cat' (5 in the base, 6 here)" in printed.err
+
+
 def test_no_padding_token_is_needed(store, run):
     tokenizer = word_tokenizer()
     tokenizer.pad_token = None

@@ -97,7 +97,7 @@ def check_data(data: InterventionalData, *, decode: bool = True, num_frames: int
         held_out[context] = _read(data, rows, (context,), HELD_OUT, num_decoded, seen).total()
     errors = [*_structure_errors(data, train, seen.noun), *_content_errors(seen)]
     warnings = [*data.warnings, *_size_warnings(data, train)]
-    warnings += [*_strength_warnings(data), *_duplicate_warnings(seen), *_image_warnings(seen)]
+    warnings += [*_strength_warnings(data), *_duplicate_warnings(seen, train), *_image_warnings(seen)]
     leaks = seen.leaks()
     if leaks:
         # Short texts coincide by chance, images do not.
@@ -125,12 +125,15 @@ class _Seen:
         # Digest of a row's content -> the first row with it; every later one adds a pair.
         self.first: dict[bytes, Place] = {}
         self.pairs: list[tuple[Place, Place]] = []
+        self.again = Counter[tuple[str, str]]()  # role and context -> rows that are there already
 
     def add(self, content: bytes, place: Place, image: PIL.Image.Image | None) -> None:
         digest = hashlib.blake2b(content, digest_size=16).digest()
         first = self.first.setdefault(digest, place)
         if first[:2] != place[:2]:
             self.pairs.append((first, place))
+        elif first is not place:
+            self.again[place[0], place[1]] += 1
         if image is not None:
             self.look_alikes.add(image, digest, place)
 
@@ -290,12 +293,19 @@ def _strength_warnings(data: InterventionalData) -> Iterator[str]:
             )
 
 
-def _duplicate_warnings(seen: _Seen) -> Iterator[str]:
+def _duplicate_warnings(seen: _Seen, train: Counter[str]) -> Iterator[str]:
     twice = [pair for pair in seen.pairs if pair[0][0] == pair[1][0]]
     if twice:
         yield (
             f"{len(twice)} {seen.noun} are in two contexts: {_examples(_same(twice))}. What was intervened on is then "
             "ambiguous; keep each in one."
+        )
+    again = {context: number for (role, context), number in seen.again.items() if role == TRAIN}
+    if again:
+        listed = ", ".join(f"{n} of {train[c]} of {c or '(observational)'}" for c, n in sorted(again.items()))
+        yield (
+            f"Some {seen.noun} are there more than once, and weigh that much more: {listed}. Remove them, unless that "
+            "is meant."
         )
 
 

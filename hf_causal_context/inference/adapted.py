@@ -278,12 +278,30 @@ class StoredAdapter:
             return load_tokenizer(base, revision, self.token)
         load: Any = AutoTokenizer.from_pretrained
         try:
-            return cast(PreTrainedTokenizerBase, load(str(self.folder), trust_remote_code=False))
+            tokenizer = cast(PreTrainedTokenizerBase, load(str(self.folder), trust_remote_code=False))
         except Exception as error:  # its files may hold anything, and transformers raises anything
             raise AdapterError(
                 f"The tokenizer of {self.source} cannot be read ({type(error).__name__}: {error}). Take "
                 "tokenizer*.json out of its folder to use the tokenizer of its base."
             ) from error
+        try:
+            of_base = load_tokenizer(base, revision, self.token)
+        except (OSError, UserValueError):  # it has none
+            return tokenizer
+        self._check_tokenizer(tokenizer, of_base, base)
+        return tokenizer
+
+    def _check_tokenizer(self, own: PreTrainedTokenizerBase, of_base: PreTrainedTokenizerBase, base: str) -> None:
+        """Refuse an adapter's tokenizer that means other tokens by the ids of its base; it may have more of them."""
+        ids, ids_of_base = own.get_vocab(), of_base.get_vocab()
+        if moved := [token for token, number in ids_of_base.items() if ids.get(token) != number]:
+            token = min(moved, key=ids_of_base.__getitem__)
+            raise AdapterError(
+                f"The tokenizer of {self.source} is not that of its base {base}: {len(moved):,} of the base's "
+                f"{len(ids_of_base):,} tokens have another id or none, such as {token!r} ({ids_of_base[token]} in the "
+                f"base, {ids.get(token)} here). Give the base that the adapter was trained on "
+                "(--pretrained_model_name_or_path)."
+            )
 
 
 def device() -> str:

@@ -136,6 +136,16 @@ def test_payloads_that_are_not_images():
     )
 
 
+def test_rows_that_are_there_more_than_once(tmp_path):
+    for context, lines in (("obs", ["x", "y", "x", "x"]), ("a", ["z", "w"])):
+        (tmp_path / context).mkdir()
+        (tmp_path / context / "texts.txt").write_text("\n".join(lines))
+    assert (
+        "Some texts are there more than once, and weigh that much more: 2 of 4 of (observational). Remove them, unless "
+        "that is meant."
+    ) in check_data(load_text_folders(tmp_path)).warnings
+
+
 def test_warnings_of_the_data_are_kept(root):
     assert "from elsewhere" in check_data(replace(load_folders(root), warnings=("from elsewhere",))).warnings
 

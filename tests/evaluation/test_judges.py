@@ -1,6 +1,7 @@
 """A judge of the user's own reads samples and real texts."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -43,10 +44,9 @@ def test_a_judge_reads_samples_and_real_texts(quick):  # noqa: F811
 def test_the_command_takes_a_dotted_name(adapter, folder, tmp_path, quick, monkeypatch, capsys):  # noqa: F811
     (tmp_path / "own_judge.py").write_text("def shows(text):\n    return {'loud': 'loudly' in text}\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", [path for path in __import__("sys").path if path])
-    assert (
-        main(command(adapter, folder, tmp_path / "out", "--judge", "own_judge.shows", "--max_new_tokens", "16")) == 0
-    ), capsys.readouterr().err
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # as of an installed command
+    options = ["--judge", "own_judge.shows", "--max_new_tokens", "16"]
+    assert main(command(adapter, folder, tmp_path / "out", *options)) == 0, capsys.readouterr().err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["settings"]["judge"] == "own_judge.shows"
     assert {each["context"]: each["real_attributes"]["loud"] for each in report["contexts"]} == {
