@@ -54,7 +54,7 @@ class ContextLosses:
         Raises:
             CheckpointError: when they cannot be kept.
         """
-        bar = ProgressBar(self._measures.items(), desc="measure losses", unit="context")
+        bar = ProgressBar(self._measures.items(), desc="measure losses", unit="context", delay=0)
         losses = {context: measure() for context, measure in bar}
         if not losses or not self._accelerator.is_main_process:
             return

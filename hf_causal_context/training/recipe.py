@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -225,15 +226,22 @@ class FineTuning(ABC, Generic[AnyArguments]):
             losses.begin(first)
             return record_gap(gap, output_dir)
 
+        seconds: list[float] = []  # of validations
+
         def validate(step: int) -> None:
+            began = perf_counter()
             losses.tell(step)
             if self.num_shown:
                 self.show(step)
+            seconds.append(perf_counter() - began)
 
         def finish(folder: Path) -> None:
             self.write_beside(folder)
             record_data(self.data, folder)
             self._write_card(folder)
+            if self.validates:
+                known = f"; the one before took {seconds[-1]:.0f} seconds" if seconds else ""
+                say(f"Trained, and saved in {folder}. What is left is the last validation{known}.")
 
         folder = fit(
             accelerator,

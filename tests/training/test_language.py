@@ -125,7 +125,7 @@ class TestTraining:
     @pytest.mark.parametrize(
         ("name", "shape", "changes"),
         [
-            ("gpt2", "text", {"packing": True, "max_length": 16}),
+            ("gpt2", "text", {"packing": True, "max_length": 16, "dropout": 0.3}),
             ("bart", "prompt", {"use_ema": True}),
             ("llama", "text", {"streaming": True}),
         ],
@@ -149,6 +149,14 @@ class TestTraining:
         changes = changes | {"max_length": 20}
         with pytest.raises(ValueError, match="belongs to a run with other settings .*--max_length"):
             run("parts", 6, "latest")
+
+    def test_what_comes_after_the_last_step_is_said(self, tmp_path, capsys):
+        shown = {"num_validation_texts": 1, "max_new_tokens": 2, "max_train_steps": 3}
+        for steps, known in ((2, r"; the one before took \d+ seconds\."), (None, r"\.")):
+            given = arguments(tmp_path, output_dir=str(tmp_path / str(steps)), validation_steps=steps, **shown)
+            folder = train_text(given, language_model("llama"), word_tokenizer(), text_data())
+            said = rf"Trained, and saved in {folder}. What is left is the last validation{known}"
+            assert re.search(said, capsys.readouterr().out)
 
     def test_accumulated_gradients_are_those_of_one_large_batch(self, tmp_path, monkeypatch):
         norms = {}

@@ -63,7 +63,7 @@ def sample_texts(
     ids = torch.tensor([list(prompt)] * arguments.num_validation_texts, device=model.device)
     room = min(arguments.max_new_tokens, room_after(model, prompt))
     texts = []
-    for context in ProgressBar(contexts, desc="write", unit="context"):
+    for context in ProgressBar(contexts, desc="write", unit="context", delay=0):
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(arguments.seed)
             output = model.generate(
