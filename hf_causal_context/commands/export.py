@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.arguments import argument
+from ..errors import UserValueError
 from .adapter_arguments import CALIBRATED, RevisionArguments
 
 
@@ -22,9 +23,10 @@ class Arguments(RevisionArguments):
     )
     format: str = field(
         metadata={
-            "help": "peft: folders for PeftModel.from_pretrained; diffusers: files for load_lora_weights; kohya: files "
-            "for the tools around Stable Diffusion; comfyui: what ComfyUI reads for the base.",
-            "choices": ["peft", "diffusers", "kohya", "comfyui"],
+            "help": "peft: folders for PeftModel.from_pretrained, vLLM and SGLang; gguf: files for llama.cpp; "
+            "diffusers: files for load_lora_weights; kohya: files for the tools around Stable Diffusion; comfyui: what "
+            "ComfyUI reads for the base.",
+            "choices": ["peft", "gguf", "diffusers", "kohya", "comfyui"],
         }
     )
     output_dir: Path = field(metadata={"help": "Folder for the files."})
@@ -33,10 +35,24 @@ class Arguments(RevisionArguments):
 
 
 def run(arguments: Arguments) -> None:
-    """Write one LoRA per context, and print the paths; see `export_contexts` for what it raises."""
+    """Write one LoRA per context, and print the paths.
+
+    Raises:
+        ValueError, OSError, ImportError: see `export_contexts` and `export_text_contexts`.
+    """
     from ..inference.export import export_contexts, lora_paths
+    from ..inference.language_export import check_text_format, export_text_contexts
 
     stored = arguments.open()
+    if stored.is_of_language_model:
+        file_format = check_text_format(arguments.format)
+        files = lora_paths(stored.config, arguments.contexts, arguments.output_dir, file_format, arguments.calibrated)
+        model, _ = stored.language_model(list(files.values()), **arguments.weights)
+        export_text_contexts(model, files, file_format)
+        print("\n".join(map(str, files)))
+        return
+    if arguments.format == "gguf":
+        raise UserValueError("--format gguf is for language models. Use one of the others.")
     options: dict[str, Any] = {"file_format": arguments.format, "calibrated": arguments.calibrated}
     # Refuses before the base is loaded.
     contexts = list(lora_paths(stored.config, arguments.contexts, arguments.output_dir, **options).values())

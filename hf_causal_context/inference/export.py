@@ -33,6 +33,7 @@ from ..errors import UserValueError
 from .comfyui import comfyui_format, lumina_state
 
 FileFormat = Literal["peft", "diffusers", "kohya", "comfyui"]
+_SUFFIXES = {"peft": "", "gguf": ".gguf"}  # of files, where it is not .safetensors
 
 # What kohya's scripts call the models with text embeddings of this width.
 _KOHYA_MODELS = {768: "sd_v1", 2048: "sdxl_base_v1-0"}
@@ -106,7 +107,7 @@ def lora_paths(
     config: CausalContextConfig,
     names: Sequence[str],
     output_dir: Path,
-    file_format: FileFormat,
+    file_format: FileFormat | Literal["gguf"],
     calibrated: bool = False,
 ) -> dict[Path, Context]:
     """Path -> context, none of which exists."""
@@ -131,7 +132,7 @@ def lora_paths(
         raise UserValueError(
             "The empty context of this adapter is the base model itself; its LoRA would change nothing. Leave it out."
         )
-    suffix = "" if file_format == "peft" else ".safetensors"
+    suffix = _SUFFIXES.get(file_format, ".safetensors")
     files: dict[Path, Context] = {}
     taken: dict[str, Context] = {}
     for context in wanted:

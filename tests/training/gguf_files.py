@@ -5,14 +5,14 @@ import gguf
 Q8 = gguf.GGMLQuantizationType.Q8_0
 
 
-def write(path, architecture, tensors, numbers=()):
+def write(path, architecture, tensors, numbers=(), quantized=True):
     """Write tensors, matrices in eight bits where their rows can be cut into blocks."""
     writer = gguf.GGUFWriter(path, architecture)
     for name, number in dict(numbers).items():
         writer.add_uint32(f"{architecture}.{name}", number)
     for name, tensor in tensors.items():
         values = tensor.detach().float().numpy()
-        fits = values.ndim == 2 and values.shape[1] % gguf.GGML_QUANT_SIZES[Q8][0] == 0
+        fits = quantized and values.ndim == 2 and values.shape[1] % gguf.GGML_QUANT_SIZES[Q8][0] == 0
         kind = Q8 if fits else gguf.GGMLQuantizationType.F32
         writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
