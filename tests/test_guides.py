@@ -27,11 +27,11 @@ def _folder(tmp_path, monkeypatch):
     """The folder that the guides are followed in, and estimates that take no time."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("edit", "rewrite"):
+    for name in ("edit", "rewrite", "rules"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     shorten_estimates(monkeypatch)
     yield
-    for name in ("edit", "rewrite"):
+    for name in ("edit", "rewrite", "rules"):
         sys.modules.pop(name, None)
 
 
@@ -120,7 +120,7 @@ def test_language(tmp_path_factory, capsys):
         "max_new_tokens=200": "max_new_tokens=5",
     }
     saved = follow("language.md", changes)
-    assert saved == ["rewrite.py", "make_texts.py", "make_sets.py", "rewrite.py", "count.py", "judge.py"]
+    assert saved == ["rewrite.py", "make_texts.py", "make_sets.py", "rewrite.py", "count.py", "rules.py", "judge.py"]
     output = capsys.readouterr().out
     assert "your observational set (perplexity" in output
     for context in ("obs", "capitals", "emoji", "capitals+emoji"):

@@ -39,6 +39,14 @@ MAX_RANK = 16_384  # K x W
 MAX_MIXED_RANK = 4_096  # where a layer holds an R x R or (depth, K, W, W) weight
 MAX_EXPRESSIVE_DEPTH = 16
 MAX_ALPHA = 1e6
+# Fields of LoRA that users of PEFT look for.
+_OF_LORA = {
+    "r": "it is concept_rank, the width of each concept.",
+    "lora_alpha": "it is alpha.",
+    "lora_dropout": "it is dropout.",
+    "target_parameters": "experts see tokens of several rows mixed, so a row could have no context of its own.",
+    "trainable_token_indices": "tokens act without a context, too; modules_to_save trains the whole embedding.",
+}
 OBSERVATIONAL_RANK = 4  # times that of a concept: data differs from a base by more than a concept does
 
 
@@ -112,10 +120,11 @@ class CausalContextConfig(PeftConfig):
         allowed = [f.name for f in dataclasses.fields(cls)]
         unknown = sorted(set(kwargs).difference(allowed))
         if unknown:
+            of_lora = "".join(f" LoRA's {name}: {_OF_LORA[name]}" for name in unknown if name in _OF_LORA)
             raise UserTypeError(
                 f"Unknown fields {short_repr(unknown)} in the adapter's config (format version {FORMAT_VERSION}). "
                 f"Allowed: {', '.join(allowed)}. Correct the spelling, or upgrade hf_causal_context if a newer one "
-                "saved it."
+                f"saved it.{of_lora}"
             )
         return super().__new__(cls)
 

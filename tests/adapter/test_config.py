@@ -81,6 +81,12 @@ def test_errors(kwargs, error, message):
     ("change", "error", "message"),
     [
         ({"surprise": 1}, TypeError, r"Unknown fields \['surprise'\]"),
+        ({"lora_dropout": 0.1}, TypeError, "LoRA's lora_dropout: it is dropout"),
+        (
+            {"target_parameters": ["a"], "surprise": 1},
+            TypeError,
+            "LoRA's target_parameters: experts see tokens of several rows",
+        ),
         ({"format_version": 7, "surprise": 1}, ValueError, "This adapter has format version 7"),
     ],
 )
