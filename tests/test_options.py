@@ -200,7 +200,7 @@ def completed(tmp_path, capsys):
 def test_completion_knows_commands_options_and_their_choices(completed):
     assert completed("tr") == ["train", "train-text", "train-autoencoder"]
     assert completed("export", "--for") == ["--format"]
-    assert completed("export", "--format", "") == ["peft", "diffusers", "kohya", "comfyui"]
+    assert completed("export", "--format", "") == ["peft", "diffusers", "kohya", "comfyui", "gguf"]
     assert completed("export", "--format", "peft", "--co") == ["--config", "--contexts"]
     assert completed("export", "--output_dir", "") == []  # bash then offers files
 

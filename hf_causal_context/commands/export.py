@@ -23,10 +23,10 @@ class Arguments(RevisionArguments):
     )
     format: str = field(
         metadata={
-            "help": "peft: folders for PeftModel.from_pretrained, vLLM and SGLang; gguf: files for llama.cpp; "
-            "diffusers: files for load_lora_weights; kohya: files for the tools around Stable Diffusion; comfyui: what "
-            "ComfyUI reads for the base.",
-            "choices": ["peft", "gguf", "diffusers", "kohya", "comfyui"],
+            "help": "peft: folders for PeftModel.from_pretrained, vLLM and SGLang; diffusers: files for "
+            "load_lora_weights; kohya: files for the tools around Stable Diffusion; comfyui: what ComfyUI reads for "
+            "the base; gguf: files of language models for llama.cpp.",
+            "choices": ["peft", "diffusers", "kohya", "comfyui", "gguf"],
         }
     )
     output_dir: Path = field(metadata={"help": "Folder for the files."})

@@ -54,7 +54,8 @@ class Arguments(RevisionArguments, ContextArguments):
             if self.chat:
                 raise UserValueError("--messages_file holds chats already, so --chat has no effect. Leave it out.")
             return [self._with_system(chat) for chat in _read(self.messages_file, ".jsonl", "messages")]
-        texts = [self.prompt or ""] if self.prompts_file is None else _read(self.prompts_file, ".txt", "text")
+        file = self.prompts_file
+        texts: list[Any] = [self.prompt or ""] if file is None else _read(file, ".txt", "text")
         if self.chat:
             return [self._with_system([{"role": "user", "content": text}]) for text in texts]
         if self.system_prompt is not None:

@@ -14,6 +14,7 @@ from .readings import Measurements
 from .results import Perplexity
 
 MIN_REAL_ROWS = 10
+_ALIKE = 1e-6  # standard deviation of an attribute that does not vary
 _JUDGED_SHARE = 0.3  # of the real rows; the classifiers are trained on the others
 
 
@@ -69,13 +70,14 @@ class EvaluationInputs:
         return learned, judged
 
     def standardized(self, attributes: Tensor) -> Tensor:
-        """Attributes (N, A) in standard deviations of the observational real rows."""
+        """Attributes (N, A) in standard deviations of the observational real rows; as they are if these are alike."""
         observational = self.real[Context()].attributes
         assert observational is not None
         seen = observational[~observational.isnan().any(1)]
         if len(seen) < 2:  # no standard deviation
             return torch.full_like(attributes, torch.nan)
-        return (attributes - seen.mean(0)) / seen.std(0).clamp(min=1e-6)
+        deviation = seen.std(0)
+        return (attributes - seen.mean(0)) / torch.where(deviation > _ALIKE, deviation, 1.0)
 
 
 def check_real_rows(concepts: ConceptSet, counts: Mapping[Context, int]) -> None:

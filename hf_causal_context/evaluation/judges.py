@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def load_judge(name: str) -> Judge:
         ) from error
     if not callable(found):
         raise UserValueError(f"--judge={name}: the module {module!r} has no function {function!r}. Name one it has.")
-    return found
+    return cast(Judge, found)
 
 
 class Judged:

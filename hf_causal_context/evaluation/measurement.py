@@ -109,7 +109,7 @@ def _attribute_leakage(evidence: EvaluationInputs) -> Leakage | None:
 
     samples = {context: read(*groups) for context, groups in evidence.samples.items()}
     real = {context: read(rows) for context, rows in evidence.usable().items()}
-    unit = "attribute, in standard deviations of the observational real rows"
+    unit = "attribute, in standard deviations of the observational real rows (as it is where these are alike)"
     return leakage(evidence.concepts, evidence.attribute_names, samples, real, unit)
 
 

@@ -37,6 +37,10 @@ def test_a_judge_reads_samples_and_real_texts(quick):  # noqa: F811
         assert real[str(context)]["loud"] == pytest.approx(sum(each["loud"] for each in shares) / len(shares))
         assert real[str(context)]["words"] == pytest.approx(sum(each["words"] for each in shares) / len(shares))
     assert all(0 < result.attributes["words"] <= 16 for result in report.contexts)
+    # No plain text is loud, so there is no standard deviation to divide by.
+    leakage = report.attribute_leakage
+    place = leakage.causes.index("loud"), leakage.effects.index("loud")
+    assert leakage.data[place[0]][place[1]] == pytest.approx(1.0)
     formal, loud = report.strength_curves
     assert (formal.attribute, len(loud.attribute)) == (None, len(loud.strengths))
 
