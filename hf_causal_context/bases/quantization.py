@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from ..errors import MissingPackageError, UserValueError
 from .names import DENOISERS
@@ -71,3 +72,11 @@ def pipeline_quantization(name: str, components: Mapping[str, Any], dtype: torch
         elif component.startswith("text_encoder") and "CLIP" not in str(described):
             mapping[component] = quantization_config(name, "transformers", dtype)
     return PipelineQuantizationConfig(quant_mapping=mapping)
+
+
+def keeps_unpacked(model: nn.Module) -> bool:
+    """Whether a training step keeps the weights that layers unpack: those of torchao and of GGUF files.
+
+    Those of bitsandbytes are unpacked again in the backward pass.
+    """
+    return any(hasattr(weight, "__tensor_flatten__") or hasattr(weight, "quant_type") for weight in model.parameters())

@@ -20,6 +20,7 @@ from .._progress import say
 from ..adapter.config import CausalContextConfig
 from ..bases.gap import BaseGap
 from ..bases.names import resolve_base_name
+from ..bases.quantization import keeps_unpacked
 from ..contexts import Context
 from ..data import InterventionalData, check_data
 from ..errors import UserValueError
@@ -46,6 +47,11 @@ from .reweighting import add_reweighted_contexts
 T = TypeVar("T")
 # Of the frozen weights; the adapter's are float32.
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+KEPT_UNPACKED = (
+    "Warning: without --gradient_checkpointing, a step keeps the unpacked weights of this base in memory, as much as "
+    "without --quantization or --gguf_file."
+)
 
 
 class FineTuning(ABC, Generic[AnyArguments]):
@@ -192,6 +198,8 @@ class FineTuning(ABC, Generic[AnyArguments]):
             say(report.table(), report.remarks())
             report.raise_for_errors()
         base = self.load_base()
+        if accelerator.is_main_process and not arguments.gradient_checkpointing and keeps_unpacked(base):
+            say(KEPT_UNPACKED, KEPT_UNPACKED)
         with memory_for_base(accelerator.device, arguments):
             self.place_base()
             if not arguments.shard_base:  # else a device may be too small for it

@@ -17,6 +17,7 @@ from hf_causal_context.inference.adapted import StoredAdapter
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.finetune import train
 from hf_causal_context.training.language import train_text
+from hf_causal_context.training.recipe import KEPT_UNPACKED
 
 from .gguf_files import write, write_denoiser, write_llama
 from .small import adapter_weights, assert_close_to_largest, check_commands, settings, write_folders
@@ -62,10 +63,11 @@ def test_the_transformer_is_held_in_the_bits_of_the_file(flux):
     assert 0 < (dequantize_gguf_tensor(weight) - stored).abs().max() < 0.01 * stored.abs().max()
 
 
-def test_training_is_that_on_the_values_of_the_file_and_resumes_exactly(flux, tmp_path):
+def test_training_is_that_on_the_values_of_the_file_and_resumes_exactly(flux, tmp_path, capsys):
     data, (base, file) = write_folders(tmp_path / "data", captions=True), flux
     changes = {"gguf_file": str(file), "resolution": 32, "checkpointing_steps": 2, "max_train_steps": 4}
     folder = train(TrainingArguments(**settings(base, data, tmp_path / "whole", **changes)))
+    assert capsys.readouterr().out.count(KEPT_UNPACKED) == 1
     whole = adapter_weights(folder)
     cut = settings(base, data, tmp_path / "cut", **changes)
     train(TrainingArguments(**cut | {"max_train_steps": 2}))
@@ -104,10 +106,11 @@ def test_what_the_adapter_does_is_measured_against_the_values_of_the_file(flux, 
     assert torch.allclose(causal_effects(packed).changes, causal_effects(plain).changes, rtol=1e-5)
 
 
-def test_language_models_take_it(llama, tmp_path):
+def test_language_models_take_it(llama, tmp_path, capsys):
     base, file = llama
     given = arguments(tmp_path, pretrained_model_name_or_path=str(base), gguf_file=str(file), max_train_steps=2)
     folder = train_text(given, data=text_data())
+    assert KEPT_UNPACKED not in capsys.readouterr().out  # they are unpacked when the file is read
     ids = torch.arange(3, 9)[None]
     packed = load_language_model(str(base), None, torch.float32, gguf_file=str(file))
     difference = (packed(ids).logits - language_model("llama")(ids).logits).abs().max()

@@ -14,6 +14,7 @@ from hf_causal_context.inference.adapted import StoredAdapter
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.finetune import train
 from hf_causal_context.training.language import train_text
+from hf_causal_context.training.recipe import KEPT_UNPACKED
 
 from .small import adapter_weights, assert_close_to_largest, check_commands, settings, write_folders
 from .small_language import arguments, language_model, text_data, word_tokenizer
@@ -69,13 +70,26 @@ def test_commands_take_it(pipeline_folder, tmp_path, quantization):
     check_commands(adapter, base, tmp_path, ["--quantization", quantization], sampling)
 
 
-def test_language_models_take_it(tmp_path, quantization):
+@pytest.mark.parametrize("changes", [{}, {"dry_run": True}])
+def test_it_is_said_once_that_unpacked_weights_are_kept(pipeline_folder, tmp_path, capsys, changes):
+    data, base = write_folders(tmp_path / "data", captions=True), pipeline_folder("stable_diffusion_3")
+
+    def said(name, **more):
+        train(TrainingArguments(**settings(base, data, tmp_path / name, **changes, **more)))
+        return capsys.readouterr().out.count(KEPT_UNPACKED)
+
+    assert said("kept", quantization="int8") == 1
+    assert said("checkpointed", quantization="int8", gradient_checkpointing=True) == said("plain") == 0
+
+
+def test_language_models_take_it(tmp_path, capsys, quantization):
     language_model("llama").save_pretrained(tmp_path / "base")
     word_tokenizer().save_pretrained(tmp_path / "base")
     given = arguments(
         tmp_path, pretrained_model_name_or_path=str(tmp_path / "base"), quantization=quantization, max_train_steps=2
     )
     folder = train_text(given, data=text_data())
+    assert capsys.readouterr().out.count(KEPT_UNPACKED) == 1
     model, _ = StoredAdapter.open(folder).language_model(quantization=quantization)
     save_baked(model, "formal", tmp_path / "baked")
     plain = load_language_model(str(tmp_path / "base"), None, torch.float32)
