@@ -7,13 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from examples.configs.plan import SIZES, Allocations, file_name, text
+from examples.configs import memory
+from examples.configs.memory import Allocations, language_peaks
+from examples.configs.parts import LanguageShape
+from examples.configs.plan import file_name, text
 from examples.configs.shapes import SHAPES
+from examples.configs.sizes import SIZES
+from examples.configs.table import SAMPLES, row
+from hf_causal_context.bases.loading import as_base
 from hf_causal_context.commands.parsing import parse
 from hf_causal_context.training.arguments import TrainingArguments
 
 FOLDER = Path(__file__).parents[1] / "examples" / "configs"
+GUIDE = FOLDER.parent / "guides" / "scale.md"
 FILES = {file_name(base, size): (base, size) for base, sizes in SIZES.items() for size in sizes}
 # As published with the bases.
 PARAMETERS = {
@@ -23,10 +31,40 @@ PARAMETERS = {
     "qwen-image": {"transformer": 20_430_401_088, "text_encoder": 8_292_166_656},
     "z-image": {"transformer": 6_154_908_736, "text_encoder": 4_022_468_096},
 }
+# The same in billions, where only that is published.
+BILLIONS = {
+    "sd35-medium": 2.2,
+    "sd35-large": 8.1,
+    "pixart-sigma": 0.6,
+    "flux2-klein-4b": 3.9,
+    "flux2-klein-9b": 9.1,
+    "flux2-dev": 32.2,
+    "chroma": 8.9,
+    "krea2": 12.8,
+    "sana": 1.6,
+    "lumina2": 2.6,
+    "auraflow": 6.8,
+    "hidream": 17.1,
+    "cogview4": 6.4,
+    "hunyuan-image": 17.4,
+    "wan21-1.3b": 1.4,
+    "wan22-a14b": 14.3,
+    "ltx": 1.9,
+    "cogvideox-5b": 5.6,
+    "hunyuan-video": 12.8,
+    "mochi": 10.0,
+}
+TINY = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+LLAMA = LlamaConfig(**TINY, num_hidden_layers=3, vocab_size=128)
 
 
 def test_there_is_a_file_for_each_base_and_size_and_no_other():
     assert {path.name for path in FOLDER.glob("*.yaml")} == FILES.keys()
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_no_file_repeats_another(sizes):
+    assert len({str(sorted(settings.items())) for settings in sizes.values()}) == len(sizes)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -54,6 +92,19 @@ def test_shapes_are_those_of_the_base(base):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("base", BILLIONS)
+def test_denoisers_are_as_large_as_published(base):
+    denoiser = as_base(SHAPES[base].pipeline(torch.bfloat16)).denoiser
+    assert sum(parameter.numel() for parameter in denoiser.parameters()) / 1e9 == pytest.approx(
+        BILLIONS[base], abs=0.06
+    )
+
+
+def test_the_sizes_of_every_base_are_checked():
+    assert PARAMETERS.keys() | BILLIONS.keys() == SHAPES.keys() == SIZES.keys()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [file_name(base, min(sizes)) for base, sizes in SIZES.items()])
 def test_the_numbers_in_the_file_are_computed_from_its_settings(name):
     written, computed = ((FOLDER / name).read_text(), text(*FILES[name]))
@@ -62,6 +113,34 @@ def test_the_numbers_in_the_file_are_computed_from_its_settings(name):
     found, expected = ([float(each) for each in number.findall(given)] for given in (written, computed))
     assert len(found) == 5
     assert found == pytest.approx(expected, rel=0.03, abs=0.1)
+
+
+@pytest.mark.slow
+def test_the_table_of_the_guide_is_computed():
+    assert f"| {' | '.join(row('smollm2-1.7b').values())} |" in GUIDE.read_text().replace("**", "")
+
+
+def test_the_table_of_the_guide_has_a_row_for_each_base():
+    assert GUIDE.read_text().count(" pixels | ") + GUIDE.read_text().count(" tokens | ") >= len(SAMPLES)
+
+
+def test_memory_and_arithmetic_without_values_are_those_of_a_real_step(monkeypatch):
+    shape = LanguageShape("tiny", "tiny", lambda: LlamaForCausalLM(LLAMA), tokens=64)
+    settings = {"train_batch_size": 2, "mixed_precision": "bf16"}
+    computed = [language_peaks(shape, settings | {"gradient_checkpointing": on}) for on in (False, True)]
+    monkeypatch.setattr(memory, "no_values", lambda: torch.device("cpu"))
+    real = [language_peaks(shape, settings | {"gradient_checkpointing": on}) for on in (False, True)]
+    assert computed == [pytest.approx(one, rel=1e-6) for one in real]
+    plain, checkpointed = computed
+    kept = "kept for the backward pass"
+    assert checkpointed[kept] < plain[kept]
+    assert checkpointed["TFLOP"] > plain["TFLOP"]
+    # Two operations for each weight and token, in the forward pass and again for the gradient of the input.
+    weights = 3 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 256) + 64 * 128
+    attention = 3 * 4 * 64 * 64 * 64 * 3.5
+    own = 3 * 2 * plain["adapter"] / 4 * 128  # of which there is a gradient, too
+    assert plain["TFLOP"] * 1e12 == pytest.approx(2 * 2 * weights * 128 + 2 * attention + own, rel=0.15)
+    assert plain["base"] == pytest.approx(2 * sum(p.numel() for p in LlamaForCausalLM(LLAMA).parameters()), rel=0.01)
 
 
 def test_allocations_are_counted_while_they_are_alive():

@@ -1,0 +1,53 @@
+"""What differs between the settings files: by base, and by the memory of the GPU in GB."""
+
+from __future__ import annotations
+
+from typing import Any
+
+COMMON: dict[str, Any] = {"mixed_precision": "bf16", "learning_rate": 1e-4, "max_train_steps": 4000}
+FRUGAL: dict[str, Any] = {"train_batch_size": 1, "gradient_accumulation_steps": 8, "gradient_checkpointing": True}
+ROOMY: dict[str, Any] = {"train_batch_size": 4, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+NF4: dict[str, Any] = {"quantization": "nf4"}
+INT8: dict[str, Any] = {"quantization": "llm_int8"}
+LARGE: dict[str, Any] = {"resolution": 1024}
+LARGEST: dict[str, Any] = {"resolution": 2048}
+HIGH: dict[str, Any] = {"noise_expert": "high"}
+
+
+def clip(num_frames: int, resolution: int = 480) -> dict[str, Any]:
+    """The size of a clip."""
+    return {"resolution": resolution, "num_frames": num_frames, "num_validation_images": 1}
+
+
+SIZES: dict[str, dict[int, dict[str, Any]]] = {
+    "sd15": {12: {"resolution": 512, "train_batch_size": 6}, 24: {"resolution": 512, "train_batch_size": 16}},
+    "sdxl": {12: LARGE | FRUGAL, 24: LARGE | ROOMY | {"train_batch_size": 8}},
+    "sd35-medium": {12: LARGE | NF4 | FRUGAL},
+    "sd35-large": {16: LARGE | NF4 | FRUGAL},
+    "pixart-sigma": {12: LARGE | INT8 | ROOMY},
+    "flux1-dev": {
+        12: {"resolution": 512, **NF4, **FRUGAL},
+        16: LARGE | NF4 | FRUGAL,
+        24: LARGE | INT8 | FRUGAL,
+        48: LARGE | ROOMY,
+    },
+    "flux2-klein-4b": {12: LARGE | INT8 | FRUGAL},
+    "flux2-klein-9b": {16: LARGE | NF4 | FRUGAL},
+    "flux2-dev": {48: LARGE | NF4 | FRUGAL},
+    "chroma": {12: LARGE | NF4 | FRUGAL},
+    "qwen-image": {24: LARGE | NF4 | FRUGAL, 48: LARGE | INT8 | ROOMY, 80: LARGE | ROOMY},
+    "krea2": {16: LARGE | NF4 | FRUGAL},
+    "z-image": {12: LARGE | NF4 | FRUGAL, 16: LARGE | INT8 | FRUGAL, 24: LARGE | FRUGAL},
+    "sana": {12: LARGE | ROOMY},
+    "lumina2": {12: LARGE | INT8 | FRUGAL},
+    "auraflow": {12: LARGE | INT8 | FRUGAL},
+    "hidream": {24: LARGE | NF4 | FRUGAL},
+    "cogview4": {12: LARGE | NF4 | FRUGAL},
+    "hunyuan-image": {24: LARGEST | NF4 | FRUGAL},
+    "wan21-1.3b": {12: clip(33) | INT8 | FRUGAL},
+    "wan22-a14b": {24: HIGH | clip(17, 384) | NF4 | FRUGAL},
+    "ltx": {12: clip(49, 512) | INT8 | FRUGAL},
+    "cogvideox-5b": {24: clip(17) | INT8 | FRUGAL},
+    "hunyuan-video": {24: clip(17) | NF4 | FRUGAL},
+    "mochi": {24: clip(19) | INT8 | FRUGAL},
+}
