@@ -13,7 +13,7 @@ from examples.configs import memory
 from examples.configs.memory import Allocations, language_peaks
 from examples.configs.parts import LanguageShape
 from examples.configs.plan import file_name, text
-from examples.configs.shapes import SHAPES
+from examples.configs.shapes import LANGUAGE, SHAPES
 from examples.configs.sizes import SIZES
 from examples.configs.table import SAMPLES, row
 from hf_causal_context.bases.loading import as_base
@@ -33,7 +33,6 @@ PARAMETERS = {
 }
 # The same in billions, where only that is published.
 BILLIONS = {
-    "sd35-medium": 2.2,
     "sd35-large": 8.1,
     "pixart-sigma": 0.6,
     "flux2-klein-4b": 3.9,
@@ -117,11 +116,11 @@ def test_the_numbers_in_the_file_are_computed_from_its_settings(name):
 
 @pytest.mark.slow
 def test_the_table_of_the_guide_is_computed():
-    assert f"| {' | '.join(row('smollm2-1.7b').values())} |" in GUIDE.read_text().replace("**", "")
+    assert f"| {' | '.join(row('smollm2-1.7b').values())} |" in GUIDE.read_text()
 
 
 def test_the_table_of_the_guide_has_a_row_for_each_base():
-    assert GUIDE.read_text().count(" pixels | ") + GUIDE.read_text().count(" tokens | ") >= len(SAMPLES)
+    assert all(f"| {(LANGUAGE | SHAPES)[base].title} | " in GUIDE.read_text() for base in SAMPLES)
 
 
 def test_memory_and_arithmetic_without_values_are_those_of_a_real_step(monkeypatch):
@@ -130,7 +129,7 @@ def test_memory_and_arithmetic_without_values_are_those_of_a_real_step(monkeypat
     computed = [language_peaks(shape, settings | {"gradient_checkpointing": on}) for on in (False, True)]
     monkeypatch.setattr(memory, "no_values", lambda: torch.device("cpu"))
     real = [language_peaks(shape, settings | {"gradient_checkpointing": on}) for on in (False, True)]
-    assert computed == [pytest.approx(one, rel=1e-6) for one in real]
+    assert computed == [pytest.approx(one, rel=1e-3) for one in real]
     plain, checkpointed = computed
     kept = "kept for the backward pass"
     assert checkpointed[kept] < plain[kept]

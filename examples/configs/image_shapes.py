@@ -48,11 +48,8 @@ _UNET_XL: dict[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-_SD3: dict[str, Any] = {"joint_attention_dim": 4096, "pooled_projection_dim": 2048, "qk_norm": "rms_norm"}
-_SD35_MEDIUM: dict[str, Any] = _SD3 | {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
-_SD35_MEDIUM |= {"pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13))}
-_SD35_LARGE: dict[str, Any] = _SD3 | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
-_SD35_LARGE |= {"pos_embed_max_size": 192}
+_SD35_LARGE: dict[str, Any] = {"joint_attention_dim": 4096, "pooled_projection_dim": 2048, "qk_norm": "rms_norm"}
+_SD35_LARGE |= {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192}
 _KLEIN_4B: dict[str, Any] = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24}
 _KLEIN_4B |= {"joint_attention_dim": 7680, "guidance_embeds": False}
 _KLEIN_9B: dict[str, Any] = {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32}
@@ -66,25 +63,6 @@ _HUNYUAN_VAE: dict[str, Any] = {"in_channels": 3, "out_channels": 3, "latent_cha
 _HUNYUAN_VAE |= {"block_out_channels": (128, 256, 512, 512, 1024, 1024), "spatial_compression_ratio": 32}
 _HUNYUAN_VAE |= {"sample_size": 384, "scaling_factor": 0.75289}
 _NOT_CHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-
-
-def _sd35(size: str, sizes: dict[str, Any]) -> Shape:
-    return Shape(
-        f"Stable Diffusion 3.5 {size}",
-        f"stabilityai/stable-diffusion-3.5-{size}",
-        pipeline(
-            "StableDiffusion3Pipeline",
-            parts={
-                "transformer": lambda: diffusers.SD3Transformer2DModel(**sizes),
-                "vae": lambda: vae(16, use_quant_conv=False, use_post_quant_conv=False),
-                "text_encoder": clip_l_projected,
-                "text_encoder_2": clip_g,
-                "text_encoder_3": t5_xxl,
-            },
-        ),
-        captions(encoder_hidden_states=(77 + 256, 4096), pooled_projections=(2048,)),
-        "diffusers' scripts/convert_sd3_to_diffusers.py",
-    )
 
 
 def _klein(size: str, sizes: dict[str, Any], encoder: Any) -> Shape:
@@ -137,8 +115,22 @@ IMAGES = {
         captions(encoder_hidden_states=(77, 2048), text_embeds=(1280,)),
         "the base's config.json",
     ),
-    "sd35-medium": _sd35("medium", _SD35_MEDIUM),
-    "sd35-large": _sd35("large", _SD35_LARGE),
+    "sd35-large": Shape(
+        "Stable Diffusion 3.5 large",
+        "stabilityai/stable-diffusion-3.5-large",
+        pipeline(
+            "StableDiffusion3Pipeline",
+            parts={
+                "transformer": lambda: diffusers.SD3Transformer2DModel(**_SD35_LARGE),
+                "vae": lambda: vae(16, use_quant_conv=False, use_post_quant_conv=False),
+                "text_encoder": clip_l_projected,
+                "text_encoder_2": clip_g,
+                "text_encoder_3": t5_xxl,
+            },
+        ),
+        captions(encoder_hidden_states=(77 + 256, 4096), pooled_projections=(2048,)),
+        "diffusers' scripts/convert_sd3_to_diffusers.py",
+    ),
     "pixart-sigma": Shape(
         "PixArt-Sigma",
         "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",

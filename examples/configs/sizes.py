@@ -22,7 +22,6 @@ def clip(num_frames: int, resolution: int = 480) -> dict[str, Any]:
 SIZES: dict[str, dict[int, dict[str, Any]]] = {
     "sd15": {12: {"resolution": 512, "train_batch_size": 6}, 24: {"resolution": 512, "train_batch_size": 16}},
     "sdxl": {12: LARGE | FRUGAL, 24: LARGE | ROOMY | {"train_batch_size": 8}},
-    "sd35-medium": {12: LARGE | NF4 | FRUGAL},
     "sd35-large": {16: LARGE | NF4 | FRUGAL},
     "pixart-sigma": {12: LARGE | INT8 | ROOMY},
     "flux1-dev": {
