@@ -5,7 +5,7 @@ Sizes of text encoders are those of the configurations that their authors publis
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,7 @@ class LanguageShape:
 
 
 def pipeline(
-    name: str, scheduler: str = FLOW, parts: dict[str, Callable[[], nn.Module]] | None = None, **settings: Any
+    name: str, scheduler: str = FLOW, parts: Mapping[str, Any] | None = None, **settings: Any
 ) -> Callable[[torch.dtype], Any]:
     """Return what makes a pipeline of a class, of parts by their names, on the meta device."""
 
@@ -122,7 +122,14 @@ def _t5(**sizes: Any) -> nn.Module:
 
 def umt5(**sizes: Any) -> nn.Module:
     """UMT5's encoder: of 5.7 B parameters, or of other sizes."""
-    xxl = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 256384}
+    xxl: dict[str, Any] = {
+        "d_model": 4096,
+        "d_kv": 64,
+        "d_ff": 10240,
+        "num_layers": 24,
+        "num_heads": 64,
+        "vocab_size": 256384,
+    }
     config = transformers.UMT5Config(feed_forward_proj="gated-gelu", **(xxl | sizes))
     encoder = transformers.UMT5EncoderModel(config)
     encoder.encoder.embed_tokens = encoder.shared
@@ -161,7 +168,13 @@ def _tied(model: Any) -> nn.Module:
 
 def qwen_3_vl_4b() -> nn.Module:
     """Qwen3-VL of 4 B parameters, with its eyes."""
-    seeing = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "out_hidden_size": 2560}
+    seeing: dict[str, Any] = {
+        "depth": 24,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_heads": 16,
+        "out_hidden_size": 2560,
+    }
     seeing["deepstack_visual_indexes"] = (5, 11, 17)
     config = transformers.Qwen3VLConfig(text_config=_QWEN_3_4B, vision_config=seeing)
     return transformers.Qwen3VLModel(config)
