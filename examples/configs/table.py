@@ -19,7 +19,9 @@ from .shapes import LANGUAGE, SHAPES
 # What one sample is.
 SAMPLES: dict[str, dict[str, Any]] = {
     "sd15": {"resolution": 512},
+    "sdxl": {"resolution": 1024},
     "flux1-dev": {"resolution": 1024},
+    "qwen-image": {"resolution": 1024},
     **{base: {} for base in LANGUAGE},
 }
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from transformers import AutoConfig
 
-from .._messages import quoted
+from .._messages import nearest, quoted
 from ..errors import UserValueError
 from .diffusion_base import DiffusionBase
 from .families import FAMILIES
@@ -163,7 +163,8 @@ def _family(class_name: object) -> type[DiffusionBase]:
     family = FAMILIES.get(class_name) if isinstance(class_name, str) else None
     if family is None:
         raise UserValueError(
-            f"Pipelines of class {class_name!r} are not supported as a base. Supported: {quoted(FAMILIES)}. Save the "
-            "base as one of them, or train its denoiser in a loop of your own: get_peft_model(denoiser, config)."
+            f"Pipelines of class {class_name!r} are not supported as a base.{nearest(str(class_name), FAMILIES)} "
+            f"Supported: {quoted(FAMILIES)}. Save the base as one of them, or train its denoiser in a loop of "
+            "your own: get_peft_model(denoiser, config)."
         )
     return family
