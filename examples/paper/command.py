@@ -7,9 +7,6 @@ from typing import Any
 from .protocol import METHODS, World, floor, run, write
 from .tables import table
 
-# The issue's methods for a machine without a GPU; the full protocol runs all.
-SMALL_METHODS = ("base", "base pooled", "CM end-to-end", "CM fine-tune")
-
 
 def plain_parser(description: str | None) -> argparse.ArgumentParser:
     """Arguments of every command."""
@@ -23,7 +20,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     """Arguments of every table."""
     result = plain_parser(description)
     result.add_argument("--seeds", type=int, nargs="+", help="by default 0 (small) or 0 to 4 (full)")
-    result.add_argument("--methods", nargs="+", choices=METHODS, help="by default all, or those that fit in minutes")
+    result.add_argument("--methods", nargs="+", choices=METHODS, help="by default all")
     result.add_argument("--published", action="store_true", help="add the published variant of every context module")
     return result
 
@@ -32,7 +29,7 @@ def run_table(arguments: argparse.Namespace, world: World, cited: str | None) ->
     """Train and measure what the arguments ask for, and write the table after every run."""
     small = arguments.scale == "small"
     seeds = arguments.seeds or ([0] if small else range(5))
-    chosen = set(arguments.methods or (SMALL_METHODS if small else METHODS))
+    chosen = set(arguments.methods or METHODS)
     if any(METHODS[method].get("mode") for method in chosen):
         chosen.add("base pooled")  # which they start from
     methods = [method for method in METHODS if method in chosen]

@@ -3,11 +3,13 @@
 Metrics: sliced Wasserstein distance to held-out images in [0, 1], 50 projections, mean over contexts; for concept
 learning the trained contexts, for composition the held-out ones. "distinct" takes 1,280 different samples. "published"
 takes what the published evaluation did, which drew the same noise for every batch: 64 samples, repeated 20 times.
+Attributes read back from the pixels have a distance of their own each, since images hardly change with some of them.
 """
 
 import json
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,10 +28,12 @@ from hf_causal_context.training.autoencoder.objective import AutoencoderObjectiv
 from hf_causal_context.training.autoencoder.train import mean_loss, train_autoencoder
 from hf_causal_context.training.loop.checkpoints import write_file
 
+from .baselines import BASELINES
+
 NUM_SAMPLES, BATCH = 1280, 64
 PROJECTIONS = 50
 
-# Ablations and methods of the paper; the last ones start from "base pooled" of the same seed.
+# Ablations, methods and baselines of the paper; those with a mode start from "base pooled" of the same seed.
 METHODS: dict[str, dict[str, Any]] = {
     "base": {"without_context_module": True},
     "base pooled": {"without_context_module": True},
@@ -37,6 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "CM end-to-end": {},
     "CM frozen": {"mode": "frozen"},
     "CM fine-tune": {"mode": "fine-tune"},
+    **{name: {"without_context_module": True} for name in BASELINES},
 }
 
 
@@ -47,7 +52,7 @@ class World:
     `training()` are rows to train and validate on; `real(context, num, seed)` are others, (num, C, S, S) bytes, all
     different.
 
-    `attributes`, where they can be read back: images (n, C, S, S), bytes -> (n, A).
+    `attributes`, where they can be read back: images (n, C, S, S), bytes -> name -> (n, A).
     """
 
     name: str
@@ -56,7 +61,7 @@ class World:
     held_out: tuple[Context, ...]
     training: Callable[[], ImageSet]
     real: Callable[[Context, int, int], Tensor]
-    attributes: Callable[[Tensor], NDArray[np.floating]] | None = None
+    attributes: Callable[[Tensor], Mapping[str, NDArray[np.floating]]] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -92,7 +97,7 @@ def run(world: World, method: str, seed: int, folder: Path, changes: dict[str, A
     if arguments.max_train_steps is None:
         arguments = watched(arguments, len(images.contexts))
     begin = time.perf_counter()
-    train_autoencoder(arguments, images)
+    train_autoencoder(arguments, images, objective_class=BASELINES.get(method, AutoencoderObjective))
     seconds = time.perf_counter() - begin
     model = ContextAutoencoder.from_pretrained(run_folder).eval()
     model = cast(Any, model).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -146,20 +151,22 @@ def at_most(rows: NDArray[np.int64], num: int) -> NDArray[np.int64]:
     return rows[:num]
 
 
-def measure(world: World, draw: Callable[[Context, int], Tensor], seed: int) -> dict[str, dict[str, float]]:
-    """Distances of samples from real images by metric and context."""
-    result: dict[str, dict[str, float]] = {"distinct": {}, "published": {}, "attributes": {}}
+def measure(world: World, draw: Callable[[Context, int], Tensor], seed: int) -> dict[str, dict[str, Any]]:
+    """Distances of samples from real images: metric -> context -> number; "attributes" -> name -> context -> number."""
+    distinct, published = {}, {}
+    attributes: defaultdict[str, dict[str, float]] = defaultdict(dict)
     for number, context in enumerate(world.judged):
         own = 1000 * seed + 10 * number  # so that contexts do not share their noise
         real = world.real(context, NUM_SAMPLES, own)
         samples = draw(context, own).cpu()
         name = str(context)
-        result["distinct"][name] = distance(samples, to_floats(real))
-        result["published"][name] = distance(repeated(samples), to_floats(real))
+        distinct[name] = distance(samples, to_floats(real))
+        published[name] = distance(repeated(samples), to_floats(real))
         if world.attributes is not None:
-            values = [world.attributes(images) for images in ((samples * 255).round().byte(), real)]
-            result["attributes"][name] = distance(*map(torch.from_numpy, values))
-    return result
+            drawn, true = (world.attributes(images) for images in ((samples * 255).round().byte(), real))
+            for attribute, values in drawn.items():
+                attributes[attribute][name] = distance(torch.from_numpy(values), torch.from_numpy(true[attribute]))
+    return {"distinct": distinct, "published": published, "attributes": dict(attributes)}
 
 
 def distance(samples: Tensor, real: Tensor) -> float:

@@ -46,9 +46,15 @@ def quad_world(scale: str, dependent: bool) -> World:
     def real(context: Context, num: int, seed: int) -> torch.Tensor:
         return torch.from_numpy(sample_quad(num, context, _HELD_OUT_SEEDS + seed, size=size, dependent=dependent)[0])
 
-    def attributes(images: torch.Tensor) -> np.ndarray:
-        # A shape that cannot be told from all quarters counts as the smallest.
-        return np.nan_to_num(np.stack(list(read_quad(images).values()), axis=1))
+    def attributes(images: torch.Tensor) -> dict[str, np.ndarray]:
+        read = read_quad(images)
+        angles = 2 * np.pi * read["orientation"]
+        return {
+            "hues": np.stack([read[f"quad{i}"] for i in range(1, 5)], axis=1),
+            # A shape that cannot be told from all quarters counts as the smallest; it and circles have no direction.
+            "size": np.nan_to_num(read["size"])[:, None],
+            "orientation": np.nan_to_num(np.stack([np.cos(angles), np.sin(angles)], axis=1)),
+        }
 
     widths = {"depth": 2, "noise_width": 32, "concept_width": 8}
     return World(

@@ -10,12 +10,11 @@ import numpy as np
 from .protocol import World
 
 PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text())
-_CITED = ("Ada-GVAE", "BetaTCVAE", "TVAE")
 
 
 def table(world: World, published: str | None, runs: dict[str, list[dict[str, Any]]], floors: list[dict]) -> str:
     """One row for each method: mean and standard deviation over seeds, concept learning / composition."""
-    metrics = ["published", "distinct"] + (["attributes"] if world.attributes is not None else [])
+    metrics = ["published", "distinct", *floors[0]["attributes"]]
     header = ["method", "published results", *(f"ours, {metric}" for metric in metrics), "reconstruction", "seconds"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     numbers = PUBLISHED[published] if published else {}
@@ -27,15 +26,16 @@ def table(world: World, published: str | None, runs: dict[str, list[dict[str, An
         lines.append("| " + " | ".join(cells) + " |")
     cells = [_pair(world, floors, metric) for metric in metrics]
     lines.append(f"| real images (floor) | | {' | '.join(cells)} | | |")
-    for method in _CITED:
-        if method in numbers:
-            lines.append(f"| {method} (cited) | {_cited(numbers[method])} |" + " |" * (len(header) - 2))
+    for method, cited in numbers.items():
+        if method not in runs:
+            lines.append(f"| {method} (not run) | {_cited(cited)} |" + " |" * (len(header) - 2))
     return "\n".join(lines)
 
 
 def _pair(world: World, results: list[dict[str, Any]], metric: str) -> str:
+    measured = [result | result["attributes"] for result in results]
     groups = [group for group in (world.trained, world.held_out) if group]
-    return " / ".join(_mean([np.mean([r[metric][str(c)] for c in group]) for r in results]) for group in groups)
+    return " / ".join(_mean([np.mean([r[metric][str(c)] for c in group]) for r in measured]) for group in groups)
 
 
 def _mean(values: Sequence[Any]) -> str:

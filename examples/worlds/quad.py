@@ -70,6 +70,8 @@ _CHUNK_PIXELS = 2**18  # per step: a few arrays of this size stay in the process
 # The templates that shapes are compared with: every size, and every angle up to the symmetry of the shape.
 _TEMPLATE_SIZES = np.linspace(0.2, 1, 21)
 _TEMPLATE_TURNS = ((1, 1.0), (8, 1 / 4), (12, 1 / 3), (16, 1 / 2))  # shape -> number of angles, part of a full turn
+# How far each template is turned, as a share of that part; a circle is not.
+_TEMPLATE_PHASES = np.array([np.nan if n == 1 else turn / n for n, _ in _TEMPLATE_TURNS for turn in range(n)])
 _TEMPLATE_SIDE = 32  # images are reduced to about this side for the comparison
 _INVISIBLE = 0.02  # a shape whose color is this near to all quarters' has no size to read
 
@@ -120,12 +122,16 @@ def sample_quad(
 
 
 def read_quad(images: NDArray[np.uint8] | _Floats | Tensor) -> dict[str, NDArray[np.float64]]:
-    """Measure what images (N, 3, S, S) show: the u of "quad1", "quad2", "quad3", "quad4" and "size", each (N,).
+    """Measure what images (N, 3, S, S) show: "quad1", "quad2", "quad3", "quad4", "size" and "orientation", each (N,).
+
+    All are the u, apart from the orientation: shapes look the same after a part of a full turn (a square after 1/4, a
+    triangle 1/3, an ellipse 1/2), and it is the share of that part, in [0, 1), by which the shape is turned; NaN for
+    circles.
 
     Images are uint8, or floating point in [0, 1], arrays or tensors. Hues are those of the four corners, which no
-    shape covers. The size is that of the shape which fits best in least squares, among templates of all four kinds;
-    it is NaN where the shape has the color of every quarter. Below 16 pixels a side the size is a rough estimate:
-    no pixel needs to lie within the shape.
+    shape covers. Size and orientation are those of the shape which fits best in least squares, among templates of all
+    four kinds; they are NaN where the shape has the color of every quarter. Below 16 pixels a side they are rough
+    estimates: no pixel needs to lie within the shape.
 
     Raises:
         ValueError: for images of another shape, or fewer than 8 pixels a side.
@@ -144,13 +150,14 @@ def read_quad(images: NDArray[np.uint8] | _Floats | Tensor) -> dict[str, NDArray
     side = _checked_side(array.shape[2])
     scale = np.float32(255 if array.dtype == np.uint8 else 1)
     hues = np.empty((len(array), 4))
-    sizes = np.empty(len(array))
+    sizes, turns = np.empty(len(array)), np.empty(len(array))
     for rows in _chunks(len(array), side):
         chunk = array[rows].astype(np.float32) / scale
         corners = _corner_colors(chunk)
         hues[rows] = _hue_to_u(corners)
-        sizes[rows] = _read_sizes(chunk, corners)
-    return {**{name: hues[:, i] for i, name in enumerate(VARIABLES[:4])}, "size": (sizes - 0.2) / 0.8}
+        sizes[rows], turns[rows] = _read_shapes(chunk, corners)
+    hue_columns = {name: hues[:, i] for i, name in enumerate(VARIABLES[:4])}
+    return {**hue_columns, "size": (sizes - 0.2) / 0.8, "orientation": turns}
 
 
 def _checked_side(size: int) -> int:
@@ -251,8 +258,10 @@ def _corner_colors(images: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.stack([images[..., rows, columns].mean(axis=(2, 3)) for rows, columns in corners], axis=1)
 
 
-def _read_sizes(images: NDArray[np.float32], corners: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Sizes (n,), in [0.2, 1], of the shapes in images (n, 3, S, S) with corner colors (n, 4, 3).
+def _read_shapes(
+    images: NDArray[np.float32], corners: NDArray[np.float32]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Sizes (n,), in [0.2, 1], and turns (n,), in [0, 1), of the shapes in images (n, 3, S, S) with corners (n, 4, 3).
 
     With t the coverage of a template and c - q the difference of the shape's color and a quarter's, an image is
     q + t (c - q), so the squared error of a template is |c - q|^2 t^2 - 2 t <image - q, c - q> + constant, summed
@@ -278,7 +287,8 @@ def _read_sizes(images: NDArray[np.float32], corners: NDArray[np.float32]) -> ND
     curvature = before - 2 * here + after
     offset = np.divide((before - after) / 2, curvature, out=np.zeros(len(each)), where=curvature > 0)
     sizes = _TEMPLATE_SIZES[place] + np.clip(offset, -1, 1) * (_TEMPLATE_SIZES[1] - _TEMPLATE_SIZES[0])
-    return np.where(weights.max(axis=1) > _INVISIBLE**2, sizes, np.nan)
+    visible_at_all = weights.max(axis=1) > _INVISIBLE**2
+    return np.where(visible_at_all, sizes, np.nan), np.where(visible_at_all, _TEMPLATE_PHASES[kind], np.nan)
 
 
 def _reduction(side: int) -> int:

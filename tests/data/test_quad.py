@@ -17,7 +17,7 @@ from examples.worlds.quad import (
 from hf_causal_context import Context
 
 QUAD1, QUAD2, QUAD3, QUAD4, SIZE, COLOR, SHAPE, ORIENTATION = range(8)
-READ = VARIABLES[:5]  # what read_quad returns
+READ = (*VARIABLES[:5], "orientation")  # what read_quad returns
 # rows and columns of quad1 .. quad4, 64 pixels: lower left, lower right, upper left, upper right
 LOW, HIGH = slice(0, 32), slice(32, 64)
 QUARTERS = [(HIGH, LOW), (HIGH, HIGH), (LOW, LOW), (LOW, HIGH)]

@@ -77,13 +77,17 @@ class AutoencoderObjective(Objective):
     def parts(self, model: nn.Module, batch: ImageBatch) -> tuple[Tensor, Tensor]:
         """Reconstruction error and KL divergence of every sample, (B,) each, in nats."""
         output, kl = model(batch.images, batch.context, batch.generator)
-        output, images = output.float(), batch.images.float()
+        return self.errors(output, batch.images), kl.float()
+
+    def errors(self, output: Tensor, images: Tensor) -> Tensor:
+        """Reconstruction error of every image, (B,), in nats, for what the base decoded to, (B, C, S, S)."""
+        output, images = output.float(), images.float()
         if self.reconstruction == "bce":
             errors = nn.functional.binary_cross_entropy_with_logits(output, images, reduction="none")
         else:
             pixels = output.sigmoid() if self.output == "logits" else output
             errors = (pixels - images).square() / (2 * GAUSSIAN_STANDARD_DEVIATION**2)
-        return errors.flatten(1).sum(1), kl.float()
+        return errors.flatten(1).sum(1)
 
     def penalty(self) -> Tensor | float:
         """Of the causal weights, a scalar."""

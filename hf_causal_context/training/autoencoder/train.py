@@ -35,6 +35,7 @@ def train_autoencoder(
     images: ImageSet | None = None,
     validation: ImageSet | None = None,
     model: ContextAutoencoder | None = None,
+    objective_class: type[AutoencoderObjective] = AutoencoderObjective,
 ) -> Path:
     """Train a `ContextAutoencoder` and return the folder that `from_pretrained` loads it from.
 
@@ -43,6 +44,7 @@ def train_autoencoder(
         images: what to train on, instead of the data that `arguments` name.
         validation: other rows; by default `validation_fraction` of `images`.
         model: a model to train, instead of one that `arguments` describe.
+        objective_class: the loss to train with, for a subclass of one's own.
 
     Raises:
         ValueError: for data that cannot be trained on, or arguments that do not fit the model.
@@ -78,7 +80,7 @@ def train_autoencoder(
         images, validation = images.split(arguments.validation_fraction, arguments.seed)
     _check_fit(model, images, arguments)
     model.to(accelerator.device)
-    objective = AutoencoderObjective(
+    objective = objective_class(
         model, arguments.reconstruction, arguments.beta, arguments.group_penalty, arguments.l2_penalty
     )
     num_steps = arguments.max_train_steps or arguments.num_train_epochs * arguments.steps_per_epoch(
