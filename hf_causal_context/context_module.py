@@ -183,9 +183,10 @@ class InterventionLayer(nn.Module):
         super().__init__()
         self.observational = _uniform(width, num_concepts, width, width)
         self.bias = _uniform(width, num_concepts, width)
-        # An intervention starts without an effect of its own, and may move the mean: the noise has none.
-        self.interventional = nn.Parameter(self.observational.detach().clone())
-        self.interventional_bias = nn.Parameter(self.bias.detach().clone())
+        # An intervention starts with an effect of its own, a strong one: without, the first steps put what it changes
+        # into any concept, and it stays there.
+        self.interventional = _uniform(width, num_concepts, width, width)
+        self.interventional_bias = nn.Parameter(torch.randn(num_concepts, width))
 
     def forward(self, z_BKN: Tensor, mask: Tensor) -> Tensor:
         """(B, K, N) and a mask (B or 1, K) -> (B, K, N)."""

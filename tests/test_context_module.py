@@ -304,7 +304,7 @@ class TestWeights:
         module = ContextModule(FEATURES, OUT, K, N, W, published=published)
         inputs = {"first": K * N if published else N, "expressive": N, "causal": K * W}
         for name, parameter in module.named_parameters():
-            if (layer := name.split(".")[0]) in inputs and "norm" not in name:
+            if (layer := name.split(".")[0]) in inputs and "norm" not in name and name != "first.interventional_bias":
                 bound = 1 / math.sqrt(inputs[layer])
                 assert 0.5 * bound < parameter.abs().max() <= bound, name
 
@@ -337,11 +337,16 @@ class TestPosterior:
             assert torch.equal(one, two)
         assert not hasattr(module, "mean_shift")
 
-    def test_an_intervention_starts_without_an_effect_of_its_own(self):
+    def test_an_intervention_starts_with_an_effect_on_its_concept_that_the_posterior_does_not_share(self):
         module, features = ContextModule(FEATURES, OUT, K, N, W).double(), torch.randn(5, FEATURES).double()
         for one, two in zip(module.encode(features, masks()[:1]), module.encode(features, masks()[5:6]), strict=True):
             assert torch.equal(one, two)
-        assert torch.equal(module.first(noise(3), masks()[:1]), module.first(noise(3), masks()[5:6]))
+        # Nothing moves but the concept, and that by about the deviation of a standard normal bias.
+        context = torch.eye(K, dtype=torch.float64)[:1]
+        moved = module.first(noise(3), context) - module.first(noise(3), torch.zeros_like(context))
+        assert torch.equal(moved[:, 1:], torch.zeros_like(moved[:, 1:]))
+        assert 0.3 < module.first.interventional_bias.std() < 3
+        assert moved[:, 0].abs().mean() > 0.3
 
     def test_extreme_variances_are_bounded(self):
         module = random_module()

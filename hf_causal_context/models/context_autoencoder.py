@@ -24,10 +24,17 @@ from .encoder_decoders import EncoderDecoder, base_from_config
 
 
 class AutoencoderOutput(NamedTuple):
-    """What `forward` returns: `output` (B, C, S, S), logits or pixels as the base decodes, and `kl` (B,) in nats."""
+    """What `forward` returns.
+
+    Attributes:
+        output: (B, C, S, S), logits or pixels as the base decodes.
+        kl: of the posterior from the prior in nats, (B,).
+        mean: of the posterior of the exogenous coordinates, (B, K, N).
+    """
 
     output: Tensor
     kl: Tensor
+    mean: Tensor
 
 
 class _FoundError(Exception):
@@ -123,14 +130,16 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
         if self.latent_module is None:
             posterior = self.context_module.encode(self.backbone.encode(images), mask)
             features = self.context_module(posterior.sample(generator), mask)
-            return AutoencoderOutput(self.backbone.decode(features), posterior.kl())
+            return AutoencoderOutput(self.backbone.decode(features), posterior.kl(), posterior.mean)
+        means: list[Tensor] = []
 
         def latent(features: Tensor) -> tuple[Tensor, Tensor]:
             posterior = self.context_module.encode(features.flatten(1), mask)
+            means.append(posterior.mean)
             return self.context_module(posterior.sample(generator), mask).view_as(features), posterior.kl()
 
         with self._replaced(latent):
-            return AutoencoderOutput(*self.backbone(images, generator))
+            return AutoencoderOutput(*self.backbone(images, generator), means.pop())
 
     def encode(self, images: Tensor, context: ContextBatch = ()) -> Posterior:
         """Images (B, C, S, S) in [0, 1], drawn in a context -> the posterior of their exogenous coordinates.

@@ -179,7 +179,22 @@ def test_readings_are_the_values(dependent):
     assert np.quantile(errors, 0.99) < 0.03
     as_tensor = read_quad(torch.from_numpy(images[:50]).float() / 255)
     for name in READ:
-        assert as_tensor[name] == pytest.approx(read[name][:50], abs=1e-4)
+        assert as_tensor[name] == pytest.approx(read[name][:50], abs=1e-4, nan_ok=name == "orientation")
+
+
+@pytest.mark.parametrize("side", [16, 64])
+def test_orientations_are_read_up_to_the_symmetry_of_the_shape(side):
+    images, values = sample_quad(1000, seed=2, size=side)
+    shapes = np.rint(3 * values[:, SHAPE]).astype(int)
+    read = read_quad(images)["orientation"]
+    assert np.isnan(read[shapes == 0]).all()  # circles
+    for shape, times in ((1, 4), (2, 3), (3, 2)):  # squares, triangles, ellipses
+        turned = (times * values[shapes == shape, ORIENTATION]) % 1
+        errors = np.abs(read[shapes == shape] - turned)
+        errors = np.minimum(errors, 1 - errors)[np.isfinite(errors)]
+        assert len(errors) > 0.99 * len(turned)
+        # Templates are 1/8 apart, or less.
+        assert np.quantile(errors, 0.9) < 1 / 16
 
 
 def test_sizes_are_read_where_the_shape_has_the_hue_of_a_quarter():

@@ -202,10 +202,11 @@ class TestImages:
         images = images_for(model)
         posterior = model.encode(images, CONTEXTS)
         assert posterior.mean.shape == posterior.log_variance.shape == (4, len(CONCEPTS), N)
-        output, kl = model(images, model.mask(CONTEXTS, 4), seeded())
+        output, kl, mean = model(images, model.mask(CONTEXTS, 4), seeded())
         assert output.shape == images.shape
         assert kl.shape == (4,)
         assert (kl >= posterior.kl() - 1e-5).all()
+        torch.testing.assert_close(mean, posterior.mean)
         if name != "hierarchical":
             features = model.context_module(posterior.sample(seeded()), model.mask(CONTEXTS, 4))
             assert torch.equal(output, model.backbone.decode(features))
@@ -240,7 +241,7 @@ class TestImages:
         model = trained(name)
         for parameter in model.parameters():
             parameter.grad = None
-        output, kl = model(images_for(model), model.mask(CONTEXTS, 4), seeded())
+        output, kl, _ = model(images_for(model), model.mask(CONTEXTS, 4), seeded())
         (output.sum() + kl.sum()).backward()
         for key, parameter in model.named_parameters():
             if key.startswith("backbone.top."):
@@ -305,8 +306,9 @@ class TestHierarchicalBase:
             state = model.context_module(exogenous, model.mask(CONTEXTS, 4)).view(4, *base.latent_shape)
             expected = base.to_output(base.down[1](base.down[0](state))).sigmoid()
             torch.testing.assert_close(decode(), expected, rtol=0, atol=1e-6)
-        _, kl = model(images_for(model), model.mask(CONTEXTS, 4))
+        _, kl, mean = model(images_for(model), model.mask(CONTEXTS, 4))
         torch.testing.assert_close(kl, posteriors.kl())
+        torch.testing.assert_close(mean, posteriors.mean)
 
     def test_the_base_is_left_as_it_was(self, models):
         base = models["hierarchical"].backbone

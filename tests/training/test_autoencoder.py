@@ -1,6 +1,7 @@
 """Training of ContextAutoencoder: its losses, modes, batches, resuming, early stopping and errors."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from hf_causal_context.training.autoencoder.objective import (
     ImageBatch,
     TrainingMode,
     bits_per_dimension,
+    squared_means,
 )
 from hf_causal_context.training.autoencoder.train import mean_loss, train_autoencoder
 from hf_causal_context.training.loop.early_stopping import EarlyStopping
@@ -123,6 +125,38 @@ class TestObjective:
         without = AutoencoderObjective(model.eval())(model, self.batch())
         with_penalty = AutoencoderObjective(model, group_penalty=1.0, l2_penalty=1.0)(model, batch)
         torch.testing.assert_close(with_penalty - without, torch.full((4,), 52.0))
+
+    def test_squared_means_multiply_each_sample_with_the_others_of_its_context(self):
+        mean = torch.tensor([[[1.0, 2.0]], [[3.0, 0.0]], [[5.0, 4.0]], [[9.0, 9.0]]])  # two coordinates, B = 4
+        contexts = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+        # Row 0 with the mean of rows 2 and 3, (7, 6.5): 7 + 13; row 1 is alone; row 2 with (5, 5.5); row 3 with (3, 3).
+        assert squared_means(mean, contexts).tolist() == [20.0, 0.0, 47.0, 54.0]
+        # On average it is the square of the mean.
+        many = torch.randn(60, 1, 2, generator=torch.Generator().manual_seed(0)) + torch.tensor([3.0, 4.0])
+        assert squared_means(many, torch.zeros(60, 2)).mean().item() == pytest.approx(25, rel=0.1)
+
+    def test_the_penalty_of_means_is_on_where_contexts_act(self, tmp_path):
+        assert arguments(tmp_path).mean_penalty == 10
+        for name in ("published", "without_context_module", "ignore_contexts"):
+            assert arguments(tmp_path, **{name: True}).mean_penalty == 0
+            assert arguments(tmp_path, **{name: True}, mean_penalty=2.0).mean_penalty == 2
+        with pytest.raises(ValueError, match="--mean_penalty=-1 must not be negative"):
+            arguments(tmp_path, mean_penalty=-1)
+        model = autoencoder().eval()
+        batch = self.batch()
+        batch.context[2] = batch.context[1]
+        losses = (
+            AutoencoderObjective(model, mean_penalty=w)(
+                model, replace(batch, generator=torch.Generator().manual_seed(2))
+            )
+            for w in (0, 6)
+        )
+        without, with_penalty = losses
+        mean = model.encode(batch.images, batch.context).mean
+        product = (mean[1] * mean[2]).sum()
+        expected = torch.stack([torch.zeros(()), 3 * product, 3 * product, torch.zeros(())])
+        assert product.abs() > 1e-6
+        torch.testing.assert_close(with_penalty - without, expected, rtol=0, atol=1e-4)
 
     def test_refuses_what_does_not_fit(self):
         with pytest.raises(ValueError, match="has no context module"):

@@ -37,6 +37,11 @@ class AutoencoderArguments(OptimizationArguments, DataArguments):
     beta: float = argument(1.0, "Weight of the KL divergence.")
     group_penalty: float = argument(0.0, "Weight of the causal weights' group norm, one group for a pair of concepts.")
     l2_penalty: float = argument(0.0, "Weight of the causal weights' squares.")
+    mean_penalty: float | None = argument(
+        None,
+        "Weight of the squared mean of the coordinates in each context, which should be 0: keeps what an intervention "
+        "changes in its own concept. By default 10, and 0 with --published and in ablations.",
+    )
     validation_fraction: float = argument(0.3, "Share of the rows that is kept for validation.")
     early_stopping_patience: int | None = argument(None, "Validations without a better loss after which to stop.")
     early_stopping_min_delta: float = argument(1e-4, "What counts as a better loss, in nats per image.")
@@ -51,7 +56,10 @@ class AutoencoderArguments(OptimizationArguments, DataArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("beta", "group_penalty", "l2_penalty", "early_stopping_min_delta"):
+        if self.mean_penalty is None:
+            plain = self.published or self.without_context_module or self.ignore_contexts
+            self.mean_penalty = 0.0 if plain else 10.0
+        for name in ("beta", "group_penalty", "l2_penalty", "mean_penalty", "early_stopping_min_delta"):
             if not getattr(self, name) >= 0:
                 raise UserValueError(f"--{name}={getattr(self, name)} must not be negative.")
         if not 0 < self.validation_fraction < 1:

@@ -43,6 +43,7 @@ class AutoencoderObjective(Objective):
         beta: weight of the KL divergence.
         group_penalty: weight of the sum of Frobenius norms of the causal weights' blocks, one for a pair of concepts.
         l2_penalty: weight of the sum of their squares.
+        mean_penalty: weight of half the squared mean of the coordinates in each context; see `squared_means`.
 
     Raises:
         ValueError: for a likelihood that the base's output does not fit, or penalties without causal weights.
@@ -55,6 +56,7 @@ class AutoencoderObjective(Objective):
         beta: float = 1.0,
         group_penalty: float = 0.0,
         l2_penalty: float = 0.0,
+        mean_penalty: float = 0.0,
     ) -> None:
         module = model.context_module
         if (group_penalty or l2_penalty) and not isinstance(module, ContextModule):
@@ -66,17 +68,20 @@ class AutoencoderObjective(Objective):
                 "Use --reconstruction=gaussian."
             )
         self.reconstruction, self.beta = reconstruction, beta
-        self.group_penalty, self.l2_penalty = group_penalty, l2_penalty
+        self.group_penalty, self.l2_penalty, self.mean_penalty = group_penalty, l2_penalty, mean_penalty
         self.causal = module.causal if isinstance(module, ContextModule) else None
 
     def __call__(self, model: nn.Module, batch: ImageBatch) -> Tensor:
         """Losses (B,), one per sample."""
-        reconstruction, kl = self.parts(model, batch)
-        return reconstruction + self.beta * kl + self.penalty()
+        output, kl, mean = model(batch.images, batch.context, batch.generator)
+        losses = self.errors(output, batch.images) + self.beta * kl.float() + self.penalty()
+        if self.mean_penalty:
+            losses = losses + self.mean_penalty / 2 * squared_means(mean.float(), batch.context)
+        return losses
 
     def parts(self, model: nn.Module, batch: ImageBatch) -> tuple[Tensor, Tensor]:
         """Reconstruction error and KL divergence of every sample, (B,) each, in nats."""
-        output, kl = model(batch.images, batch.context, batch.generator)
+        output, kl, _ = model(batch.images, batch.context, batch.generator)
         return self.errors(output, batch.images), kl.float()
 
     def errors(self, output: Tensor, images: Tensor) -> Tensor:
@@ -97,6 +102,22 @@ class AutoencoderObjective(Objective):
         group = sum(group_norm(weight, self.causal.num_concepts) for weight in effects)
         squares = sum(weight.square().sum() for weight in effects)
         return self.group_penalty * group + self.l2_penalty * squares
+
+
+def squared_means(mean: Tensor, context: Tensor) -> Tensor:
+    """Return the squared norm of the coordinates' mean in the context of each sample, (B,), estimated from the batch.
+
+    Exogenous coordinates have mean 0 in every context. What an intervention changes moves them, unless it is in the
+    concept that is intervened on, whose posterior knows the context. So this keeps it there, from the first step on,
+    where the KL divergence alone would let it settle anywhere.
+
+    Each sample (B, K, N) is multiplied with the mean of the *others* of its context (B, K), which is unbiased, and may
+    be negative; 0 where there are none.
+    """
+    z_BR = mean.flatten(1)
+    same_BB = (context[:, None] == context).all(-1).to(z_BR).fill_diagonal_(0)
+    others_BR = same_BB @ z_BR / same_BB.sum(1, keepdim=True).clamp(min=1)
+    return (z_BR * others_BR).sum(1)
 
 
 class TrainingMode(StepHooks):

@@ -81,7 +81,12 @@ def train_autoencoder(
     _check_fit(model, images, arguments)
     model.to(accelerator.device)
     objective = objective_class(
-        model, arguments.reconstruction, arguments.beta, arguments.group_penalty, arguments.l2_penalty
+        model,
+        arguments.reconstruction,
+        arguments.beta,
+        arguments.group_penalty,
+        arguments.l2_penalty,
+        arguments.mean_penalty or 0.0,
     )
     num_steps = arguments.max_train_steps or arguments.num_train_epochs * arguments.steps_per_epoch(
         len(images.contexts), accelerator.num_processes
