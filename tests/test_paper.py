@@ -100,6 +100,28 @@ def test_mnist(command, tmp_path):
     assert not trained & {bytes(p) for p in world.real(Context(), 40, 0).numpy()}
 
 
+def test_mnist_attributes(command):
+    images = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
+    images[0, 0, 4:14, 10:12] = 255  # a line, 2 pixels wide and 10 high
+    read = command.modules["mnist"]._attributes(images)
+    assert {name: values[0].tolist() for name, values in read.items()} == {
+        "thickness": pytest.approx([2], abs=0.6),
+        "slant": [0],
+        "height": [10],
+        "place": [8.5, 10.5],
+    }
+    assert all(not values[1].any() for values in read.values())  # no ink
+
+
+def test_three_d_ident_attributes(command):
+    images = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    images[:, 0] = 255
+    images[:, 1, 6:10, 6:10] = 51
+    read = command.modules["three_d_ident"]._attributes(images)
+    assert read["background"].tolist() == [[1, 0, 0]]
+    assert read["object"].tolist() == pytest.approx(np.array([[1, 0.2, 0]]))
+
+
 def test_three_d_ident(command, tmp_path):
     generator = np.random.default_rng(0)
     for name in ("obs", "bg", "obj", "sl", "bg-obj", "bg-sl", "obj-sl"):

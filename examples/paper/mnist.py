@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from hf_causal_context import ConceptSet, Context
+from hf_causal_context.data.worlds.digits import read_attributes
 from hf_causal_context.training.autoencoder.images import ImageSet
 
 from ..worlds.morphology import CONCEPTS, apply, load_mnist
@@ -45,7 +46,16 @@ def mnist_world(scale: str, folder: Path) -> World:
         return torch.from_numpy(apply(digits[chosen], context)[:, None])
 
     widths = {"depth": 2, "noise_width": 15, "concept_width": 5, "resolution": 28, "channels": 1}
-    return World("MNIST", concepts, trained, HELD_OUT, training, real, None, SCALES[scale] | widths)
+    return World("MNIST", concepts, trained, HELD_OUT, training, real, _attributes, SCALES[scale] | widths)
+
+
+def _attributes(images: torch.Tensor) -> dict[str, np.ndarray]:
+    """Thickness, slant and height of the ink in its own units, and the place of its center; 0 without ink."""
+    thickness, _, slant, height = np.nan_to_num(read_attributes(images[:, 0].numpy())).T[..., None]
+    ink = images[:, 0].double()
+    places = torch.arange(ink.shape[1]).double()
+    center = torch.stack([ink.sum(2) @ places, ink.sum(1) @ places], dim=1) / ink.sum((1, 2))[:, None].clamp(min=1)
+    return {"thickness": thickness, "slant": slant, "height": height, "place": center.numpy()}
 
 
 def main() -> None:

@@ -51,7 +51,19 @@ def ident_world(scale: str, folder: Path) -> World:
 
     held_out = tuple(map(Context.parse, data.held_out))
     settings = SCALES[scale] | {"depth": 2, "noise_width": 32, "concept_width": 8}
-    return World("3DIdent", data.concepts, trained, held_out, lambda: parts()[0], real, None, settings)
+    return World("3DIdent", data.concepts, trained, held_out, lambda: parts()[0], real, _attributes, settings)
+
+
+def _attributes(images: torch.Tensor) -> dict[str, np.ndarray]:
+    """Mean color of the corners, which show the background, and of the middle, which shows the object; in [0, 1]."""
+    margin = images.shape[-1] // 8
+    outer = torch.cat([images[..., :margin], images[..., -margin:]], dim=-1)
+    corners = torch.cat([outer[..., :margin, :], outer[..., -margin:, :]], dim=-2)
+    middle = images[..., 3 * margin : -3 * margin, 3 * margin : -3 * margin]
+    return {
+        name: part.double().mean((2, 3)).div(255).numpy()
+        for name, part in (("background", corners), ("object", middle))
+    }
 
 
 def main() -> None:
