@@ -139,7 +139,10 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
             return self.context_module(posterior.sample(generator), mask).view_as(features), posterior.kl()
 
         with self._replaced(latent):
-            return AutoencoderOutput(*self.backbone(images, generator), means.pop())
+            output, kl = self.backbone(images, generator)
+        if not means:
+            raise self._never_called()
+        return AutoencoderOutput(output, kl, means.pop())
 
     def encode(self, images: Tensor, context: ContextBatch = ()) -> Posterior:
         """Images (B, C, S, S) in [0, 1], drawn in a context -> the posterior of their exogenous coordinates.
@@ -161,7 +164,7 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
                 self.backbone(images)
         except _FoundError as stop:
             return self.context_module.encode(cast(Tensor, stop.args[0]).flatten(1), mask)
-        raise UserValueError(f"The base never called {self.latent_module!r}, so there is nothing to encode.")
+        raise self._never_called()
 
     def decode(self, noise: Tensor, context: ContextBatch, generator: torch.Generator | None = None) -> Tensor:
         """Exogenous coordinates (B, K, N) in a context, or one per sample -> images (B, C, S, S) in [0, 1].
@@ -260,6 +263,9 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
                 f"Images have values from {low:g} to {high:g}; they must lie in [0, 1]. Divide bytes by 255; for "
                 "values in [-1, 1] take (x + 1) / 2."
             )
+
+    def _never_called(self) -> UserValueError:
+        return UserValueError(f"The base never called {self.latent_module!r}, so there is nothing to encode.")
 
     def _pixels(self, output: Tensor) -> Tensor:
         return output.sigmoid() if self.backbone.output == "logits" else output.clamp(0, 1)

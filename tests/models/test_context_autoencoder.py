@@ -322,6 +322,8 @@ class TestHierarchicalBase:
         model = ContextAutoencoder(CONCEPTS, HierarchicalVAE(8, width=2), latent_module="up").eval()
         with pytest.raises(ValueError, match="The base never called 'up', so there is nothing to encode."):
             model.encode(torch.zeros(1, 3, 8, 8))
+        with pytest.raises(ValueError, match="The base never called 'up'"):
+            model(torch.zeros(1, 3, 8, 8), model.mask("", 1))
 
 
 class TestHierarchicalVAE:
