@@ -68,7 +68,7 @@ def plain_updates(arrays: dict[Context, np.ndarray], size: int) -> Iterator[None
             if images is None:
                 streams[place] = (mask, iter(loaders[place][1]))
                 images = next(streams[place][1])
-            output, kl = model(images, mask)
+            output, kl, _ = model(images, mask)
             error = nn.functional.binary_cross_entropy(output.sigmoid(), images, reduction="sum")
             loss = (error + kl.sum()) / PER_UPDATE
             loss.backward()
