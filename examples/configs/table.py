@@ -16,6 +16,7 @@ from .memory import language_peaks, peaks
 from .parts import LanguageShape
 from .shapes import LANGUAGE, SHAPES
 
+TFLOP_PER_SECOND = 170  # of one H200 at the size of Stable Diffusion 1.5: `examples/benchmarks/gpu_training.py`
 # What one sample is.
 SAMPLES: dict[str, dict[str, Any]] = {
     "sd15": {"resolution": 512},
@@ -41,6 +42,7 @@ def row(base: str) -> dict[str, str]:
         "step": readable(plain["step"]),
         "step, checkpointed": readable(checkpointed["step"]),
         "TFLOP": f"{plain['TFLOP']:.3g}",
+        "time": f"{plain['TFLOP'] / TFLOP_PER_SECOND:.1g} s",
     }
 
 
