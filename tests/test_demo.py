@@ -194,7 +194,7 @@ def test_a_file_without_a_image_is_told(tmp_path):
     assert decoded(None) is None
 
 
-def test_an_inversion_that_did_not_hold_is_a_warning(adapted):
+def test_a_reconstruction_that_did_not_hold_is_a_warning(adapted):
     studio = DemoBackend(adapted("stable_diffusion"))
     noise = Image.effect_noise((300, 200), 100)  # of another size, and gray
     html = studio.counterfactual(noise, "slant", "1", 1.0, 0.0, "a digit", *SMALL)

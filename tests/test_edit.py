@@ -39,7 +39,7 @@ def edit(*arguments):
     return main(["edit", "adapter", *STEPS, "--output_dir", "edits", *map(str, arguments)])
 
 
-@pytest.mark.filterwarnings("ignore:.*the inversion did not hold|.*The inversion did not hold")
+@pytest.mark.filterwarnings("ignore:.*The reconstruction did not hold")
 def test_the_files_are_what_counterfactual_returns(base, tmp_path, capsys):
     images = ["--images", "one.png", "two.png"]
     assert edit(*images, "--contexts", "thick", "slant+thick", "--from_context", "slant", "--strengths", 0.5, 1) == 0
@@ -58,7 +58,7 @@ def test_the_files_are_what_counterfactual_returns(base, tmp_path, capsys):
         assert f"one: reconstruction error {float(found.reconstruction_error[0]):.4f}" in "\n".join(said)
 
 
-@pytest.mark.filterwarnings("ignore:.*The inversion did not hold")
+@pytest.mark.filterwarnings("ignore:.*The reconstruction did not hold")
 def test_calibrated_strengths_are_those_that_are_meant_on_the_way_too(base, tmp_path, capsys):
     command = ["--image", "one.png", "--context", "thick", "--strengths", 0.5, "--calibrated"]
     assert edit(*command) == 1
@@ -72,8 +72,8 @@ def test_calibrated_strengths_are_those_that_are_meant_on_the_way_too(base, tmp_
     assert np.abs(made - np.asarray(Image.open("edits/one-thick-0.5.png"))).max() > 1
 
 
-@pytest.mark.filterwarnings("ignore:.*The inversion did not hold")
-def test_contexts_share_one_inversion_which_quiet_shows_no_bar_of(base, monkeypatch, capsys):
+@pytest.mark.filterwarnings("ignore:.*The reconstruction did not hold")
+def test_contexts_share_one_abduction_which_quiet_shows_no_bar_of(base, monkeypatch, capsys):
     monkeypatch.setattr("hf_causal_context._progress._SECONDS_BEFORE", 0)
     backward, images = Sampler.backward, []
     monkeypatch.setattr(Sampler, "backward", lambda self, *args: images.append(len(args[0])) or backward(self, *args))
@@ -116,7 +116,7 @@ def test_a_mask_keeps_the_rest_of_an_image(base, monkeypatch):
     mask[:, side // 2 :] = 255
     Image.fromarray(mask).save("mask.png")
     monkeypatch.setattr("hf_causal_context.inference.counterfactuals.VISIBLE_ERROR", -1.0)
-    with pytest.warns(UserWarning, match=r"one: The inversion did not hold.*one-reconstruction\.png"):
+    with pytest.warns(UserWarning, match=r"one: The reconstruction did not hold.*one-reconstruction\.png"):
         assert edit("--image", "one.png", "--context", "thick", "--mask", "mask.png") == 0
     given, made = (np.asarray(Image.open(path).convert("RGB")) for path in ("one.png", "edits/one-thick.png"))
     assert (made[mask == 0] == given[mask == 0]).all()

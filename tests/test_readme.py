@@ -130,7 +130,7 @@ def test_guides_run_for_somebody_who_has_images(page, newcomer):
 
 
 @pytest.mark.filterwarnings("ignore:.* was saved without its causal context adapter")
-@pytest.mark.filterwarnings("ignore:.*The inversion did not hold")  # a base of random weights
+@pytest.mark.filterwarnings("ignore:.*The reconstruction did not hold")  # a base of random weights
 @pytest.mark.parametrize("page", ["apps", "evaluation"])
 def test_guides_run_for_somebody_who_followed_the_readme(page, finished, monkeypatch):
     # Nothing was learned in two steps, so there is nothing to calibrate.

@@ -30,7 +30,7 @@ class Arguments(RevisionArguments, ContextArguments):
     mask: Path | None = argument(None, "Gray image: white where the edit may act.")
     prompt: str | None = argument(None, "Of the images, for bases that take text.")
     class_label: int | None = argument(None, "Of the images, for class-conditional bases.")
-    num_inference_steps: int = argument(50, "Denoising steps; more follow the image more closely.")
+    num_inference_steps: int = argument(50, "Denoising steps.")
     batch_size: int = argument(8, "Images at once.")
     variant: str | None = argument(None, "Of the base's files, such as fp16.")
 
@@ -44,8 +44,8 @@ def run(arguments: Arguments) -> None:
 def edit_files(arguments: Arguments) -> list[Path]:
     """Write one PNG per image, context and strength (``photo-thick+slant-0.5.png``), and return the paths.
 
-    Beside them lies what the image became when it was taken apart and drawn again, ``photo-reconstruction.png``.
-    A warning names the images where that is visibly another image.
+    Beside them lies the image as the base draws it again after some noise, ``photo-reconstruction.png``. A warning
+    names the images where that is visibly another image.
 
     Raises:
         ValueError: for two files of the same name, another kind of adapter, and what `counterfactual` refuses.

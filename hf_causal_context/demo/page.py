@@ -128,7 +128,7 @@ class DemoBackend:
         return to_image(image)
 
     def counterfactual(self, image: Image.Image | None, made_in: str, strengths: str, *values: Any) -> str:
-        """Return what the image would have been in the sliders' context, and how well it could be taken apart."""
+        """Return what the image would have been in the sliders' context, and how well the base knows the image."""
         from ..inference.counterfactuals import counterfactual, doubt
 
         settings, numbers = self._settings(values), _numbers(strengths)

@@ -1,16 +1,23 @@
 """What an image would have been under another intervention: abduction, action, prediction (Pearl).
 
-Abduction runs the sampler backwards, from the image to the noise that it would have been drawn from; action changes
-the context; prediction runs the sampler forwards. The sampler takes Euler steps of the probability-flow ODE, for
-diffusion those of DDIM (Song et al., 2021): from the noisier x' to x with x' = c x + d e(x'), where e is the predicted
-noise (for flows the velocity, and c = 1). The step backwards solves the same equation for x': it is the exact inverse.
+Abduction finds the noise by which a stochastic sampler would have drawn the image; action changes the context;
+prediction samples again, with that noise. The image is given noise of every level, x_t = a_t x_0 + s_t e_t, for each
+level anew. A step of the sampler (for diffusion that of DDPM, Ho et al., 2020) leads from x_t to the less noisy
+x_s = mean(x_t) + d z, and the noise map z is chosen so that it leads there exactly. Without a change of context the
+image itself comes back, and with one
 
-Shapes: B images, L strengths, C channels, H x W pixels or latent pixels.
+    y_s = mean(y_t; to) + d z = x_s + mean(y_t; to) - mean(x_t; from).
+
+Such maps keep the structure of an image better than the noise of a deterministic sampler does: Huberman-Spiegelglas et
+al., "An Edit Friendly DDPM Noise Space" (CVPR 2024).
+
+Shapes: B images, L strengths, S steps, C channels, H x W pixels or latent pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,22 +43,20 @@ if TYPE_CHECKING:
 
 VISIBLE_ERROR = 0.05  # root mean square, of images in [0, 1]: what an eye sees when it compares
 _SMALLEST_SNR = 1e-4
-_MAX_ITERATIONS = 50
-_TOLERANCE = 1e-4  # of x', root mean square; data have about unit variance
-_SMALLEST_DAMPING = 0.05  # below it, a half-precision denoiser's rounding is all that is left
+_SOME_NOISE = 0.15  # of data of about unit variance: the base must draw their details again, and knows the rest
 
 
 @dataclass(frozen=True)
 class Counterfactual:
-    """Images of a counterfactual, and how far the abduction can be trusted.
+    """Images of a counterfactual, and how far the base can be trusted with them.
 
     Attributes:
         images: (L, B, C, H, W) in [0, 1], float32 on the CPU, one for every strength.
-        reconstruction: (B, C, H, W), the abducted noise under `from_context`: what should be the image itself.
+        reconstruction: (B, C, H, W), the images as the base draws them again under `from_context`, after some noise:
+            what should be the images themselves.
         reconstruction_error: (B,), root mean square difference between the two in [0, 1] units. Of latent bases it is
             that from what the autoencoder makes of the image, whose own loss comes on top.
-        noise: (B, C, H, W), what abduction found, in the denoiser's space; standard normal if the image is one that
-            the base could have drawn.
+        noise: (S, B, C, H, W), the noise map of every step, in the denoiser's space.
     """
 
     images: Tensor
@@ -75,7 +80,7 @@ def counterfactual(
 ) -> Counterfactual:
     """Return what images of `from_context` would have been under `to_context`, all else being equal.
 
-    There is no classifier-free guidance: amplified predictions cannot be inverted.
+    There is no classifier-free guidance, and the same noise for the same image at every call.
 
     Args:
         pipe: a pipeline with an adapter.
@@ -87,7 +92,7 @@ def counterfactual(
         mask: (H, W) in [0, 1] or a gray image: 1 where the edit may act, elsewhere the image stays as it is.
         prompt: of the images, for bases that take text.
         class_label: of the images, for bases that are conditioned on classes.
-        num_inference_steps: of the sampler. More make the steps smaller, so that abduction is easier.
+        num_inference_steps: of the sampler.
         calibrated: strengths, those on the way too, are positions of dials; see `intervene`.
 
     Raises:
@@ -133,8 +138,8 @@ def counterfactuals(
     if len(strengths) == 0 or not np.isfinite(strengths).all():
         raise UserValueError(f"strengths={list(strengths)} must be one or more finite numbers, such as [0.5, 1.0].")
     source = as_context(from_context)
-    ways = [[source, *(_between(source, as_context(each), s) for s in strengths)] for each in to_contexts]
-    for contexts in ways:
+    ways = [[_between(source, as_context(each), s) for s in strengths] for each in to_contexts]
+    for contexts in ([source], *ways):
         intervene(base.pipe, contexts, calibrated=calibrated)  # errors show here, before any work
     if num_inference_steps < 1:
         raise UserValueError(f"num_inference_steps={num_inference_steps} must be at least 1; 50 is usual.")
@@ -144,19 +149,19 @@ def counterfactuals(
     with eval_mode(base.denoiser):
         sampler = Sampler(base, num_inference_steps, prompt, class_label, calibrated)
         clean = base.encode_images((2 * pixels - 1).to(sampler.device)).float()
-        path = sampler.backward(clean, source)
         coarse = None if weights is None else F.adaptive_avg_pool2d(weights, clean.shape[2:])  # type: ignore[arg-type]
         shown = base.decode_images(clean).float().cpu()
+        abducted = sampler.backward(clean, source)
+        reconstruction = base.decode_images(abducted.redrawn).float().cpu()
+        error = (reconstruction - shown).square().flatten(1).mean(1).sqrt()
+        noise = torch.stack(abducted.maps).cpu()
         found = []
         for contexts in ways:
-            rows = torch.cat([path[-1]] * len(contexts))
-            decoded = base.decode_images(sampler.forward(rows, contexts, path, coarse)).float().cpu()
-            reconstruction, *edits = decoded.split(len(pixels))
-            images = torch.stack(edits)
+            edits = base.decode_images(sampler.forward(abducted, contexts, coarse)).float().cpu()
+            images = edits.view(len(contexts), *pixels.shape)
             if weights is not None:
                 images = weights * images + (1 - weights) * pixels
-            error = (reconstruction - shown).square().flatten(1).mean(1).sqrt()
-            found.append(Counterfactual(images, reconstruction, error, path[-1].cpu()))
+            found.append(Counterfactual(images, reconstruction, error, noise))
     return found
 
 
@@ -165,10 +170,25 @@ def doubt(reconstruction_error: float) -> str:
     if reconstruction_error <= VISIBLE_ERROR:
         return ""
     return (
-        f"The inversion did not hold: the reconstruction is visibly another image (error above {VISIBLE_ERROR:g}), so "
-        "this is no counterfactual of yours. The image may be unlike what the base draws, or made in another context "
-        "than you say; more steps help sometimes."
+        "The reconstruction did not hold: after some noise, the base draws visibly another image (error above "
+        f"{VISIBLE_ERROR:g}), so its edits of yours are not to be trusted. The image may be unlike what the base "
+        "draws, or made in another context than you say; more steps help sometimes."
     )
+
+
+@dataclass(frozen=True)
+class Abducted:
+    """What is known of images (B, C, H, W) in the denoiser's space.
+
+    Attributes:
+        path: the images with ever less noise, S of them, and the images themselves.
+        maps: the noise with which each step leads from one to the next, S of (B, C, H, W).
+        redrawn: what the denoiser takes for the images where they have some noise.
+    """
+
+    path: list[Tensor]
+    maps: list[Tensor]
+    redrawn: Tensor
 
 
 class Sampler:
@@ -183,81 +203,80 @@ class Sampler:
         self.device: torch.device = base.pipe._execution_device
         self.steps = steps
 
-    def backward(self, clean: Tensor, context: Context) -> list[Tensor]:
-        """(B, C, H, W) at every step, from the image to its noise."""
-        path = [clean]
-        grid = self._grid(clean)
-        conditions = self._conditions([context] * len(clean))
+    def backward(self, clean: Tensor, context: Context) -> Abducted:
+        """Find the noise of images (B, C, H, W) that were made in a context."""
+        grid, conditions = self._grid(clean), self._conditions([context] * len(clean))
+        generator = torch.Generator().manual_seed(0)
+        noises = torch.randn((len(grid), *clean.shape[1:]), generator=generator).to(clean)  # in a batch as alone
+        path = [step.alpha * clean + step.sigma * noise for step, noise in zip(grid, noises, strict=True)] + [clean]
+        redrawn, maps = clean, []
         with (
             intervene(self.base.pipe, context, calibrated=self.calibrated),
             ProgressBar(total=len(grid), desc="edit", unit="step") as bar,
         ):
-            for step in grid:
-                path.append(step.backward(path[-1], lambda x, step=step: self._predict(x, step, conditions)))
+            for number, step in enumerate(grid):
+                predicted = self.predict_clean(path[number], step, conditions)
+                if step.sigma > _SOME_NOISE or number == 0:
+                    redrawn = predicted
+                maps.append((path[number + 1] - step.mean(path[number], predicted)) / step.deviation)
                 bar.update()
-        return path
+        return Abducted(path, maps, redrawn)
 
-    def forward(self, noise: Tensor, contexts: Sequence[Context], path: list[Tensor], weight: Tensor | None) -> Tensor:
-        """From noise (rows of the first context, then of the second, ...) to images; outside the mask as on the path.
-
-        The first context's rows are those of the reconstruction, and are not masked.
-        """
-        images = len(path[0])
-        each = [context for context in contexts for _ in range(images)]
-        conditions = self._conditions(each)
-        grid = self._grid(path[0])
-        x = noise
-        weight = None if weight is None else weight.to(x.device)
+    def forward(self, found: Abducted, contexts: Sequence[Context], weight: Tensor | None = None) -> Tensor:
+        """Images in the first context, then in the second, ...; where the weight is 0, they stay on the path."""
+        each = [context for context in contexts for _ in range(len(found.redrawn))]
+        grid, conditions = self._grid(found.redrawn), self._conditions(each)
+        weight = None if weight is None else weight.to(found.redrawn.device)
+        x = _repeated(found.path[0], contexts)
         with (
             intervene(self.base.pipe, each, calibrated=self.calibrated),
             ProgressBar(total=len(grid), desc="edit", unit="step") as bar,
         ):
-            for number, step in reversed(list(enumerate(grid))):
-                x = step.forward(x, self._predict(x, step, conditions))
+            for number, step in enumerate(grid):
+                noise = _repeated(step.deviation * found.maps[number], contexts)
+                x = step.mean(x, self.predict_clean(x, step, conditions)) + noise
                 if weight is not None:
-                    kept = torch.cat([path[number]] * (len(contexts) - 1))
-                    x = torch.cat([x[:images], weight * x[images:] + (1 - weight) * kept])
+                    x = weight * x + (1 - weight) * _repeated(found.path[number + 1], contexts)
                 bar.update()
         return x
 
+    def predict_clean(self, x: Tensor, step: _Step, conditions: dict[str, Tensor]) -> Tensor:
+        """What the denoiser takes for the clean images of x, float32."""
+        times = torch.full((len(x),), step.time, device=x.device)
+        if self.base.prediction != "flow":
+            times = times.long()
+        output = self.base.predict(self.base.denoiser, x.to(self.dtype), times, conditions, None).float()
+        if self.base.prediction == "sample":
+            return output
+        if self.base.prediction == "flow":
+            return x - step.sigma * output
+        if self.base.prediction == "v_prediction":
+            return step.alpha * x - step.sigma * output
+        return (x - step.sigma * output) / step.alpha
+
     def _grid(self, clean: Tensor) -> list[_Step]:
-        """Steps from the image towards noise."""
+        """Steps from noise towards the image."""
         scheduler: Any = self.base.pipe.scheduler
         if self.base.prediction == "flow":
             flow: Any = self.base.euler_scheduler()
             flow.set_timesteps(self.steps, **self.base.flow_schedule(self.steps, clean))
-            sigmas, times = flow.sigmas.flip(0).double(), flow.timesteps.flip(0)
-            return [
-                _Step(float(t), 1.0, float(b - a), 0, 1) for t, a, b in zip(times, sigmas[:-1], sigmas[1:], strict=True)
-            ]
-        diffusion: Any = DDIMScheduler.from_config(scheduler.config)
-        diffusion.set_timesteps(self.steps)
-        times = diffusion.timesteps.flip(0)
-        squares = diffusion.alphas_cumprod[times].double()
-        # A step from (almost) pure noise forgets where it came from: there is nothing to invert.
-        times, squares = times[squares > _SMALLEST_SNR], squares[squares > _SMALLEST_SNR]
-        if not len(times):
-            raise UserValueError(
-                f"num_inference_steps={self.steps} leads from pure noise to the image without a step in between that "
-                "could be inverted. Use more; 50 is usual."
-            )
-        alphas = torch.cat([torch.ones(1), squares.sqrt()])
-        sigmas = torch.cat([torch.zeros(1), (1 - squares).sqrt()])
-        ratios = alphas[1:] / alphas[:-1]
-        slopes = sigmas[1:] - ratios * sigmas[:-1]
-        columns = (times, ratios, slopes, alphas[1:], sigmas[1:])
+            times, sigmas = flow.timesteps, flow.sigmas.double()
+            alphas = 1 - sigmas
+        else:
+            diffusion: Any = DDIMScheduler.from_config(scheduler.config)
+            diffusion.set_timesteps(self.steps)
+            times, squares = diffusion.timesteps, diffusion.alphas_cumprod[diffusion.timesteps].double()
+            # What is predicted of (almost) pure noise is not about the image.
+            times, squares = times[squares > _SMALLEST_SNR], squares[squares > _SMALLEST_SNR]
+            if not len(times):
+                raise UserValueError(
+                    f"num_inference_steps={self.steps} leads from pure noise to the image without a step in between. "
+                    "Use more; 50 is usual."
+                )
+            alphas = torch.cat([squares.sqrt(), torch.ones(1)])
+            sigmas = torch.cat([(1 - squares).sqrt(), torch.zeros(1)])
+        columns = (times, alphas[:-1], sigmas[:-1], alphas[1:], sigmas[1:])
         return [_Step(*(float(value) for value in row)) for row in zip(*columns, strict=True)]
-
-    def _predict(self, x: Tensor, step: _Step, conditions: dict[str, Tensor]) -> Tensor:
-        """e(x): the predicted noise, or of a flow the velocity, float32."""
-        times = torch.full((len(x),), step.time, device=x.device)
-        if self.base.prediction != "flow":
-            times = times.long()
-        given = x.to(self.dtype)
-        output = self.base.predict(self.base.denoiser, given, times, conditions, None).float()
-        if self.base.prediction == "v_prediction":
-            return step.alpha * output + step.sigma * x
-        return (x - step.alpha * output) / step.sigma if self.base.prediction == "sample" else output
 
     def _conditions(self, contexts: list[Context]) -> dict[str, Tensor]:
         """Those of rows in these contexts, which text encoders may know, too."""
@@ -274,37 +293,31 @@ class Sampler:
 
 @dataclass(frozen=True)
 class _Step:
-    """x' = ratio x + slope e(x'), from x to the noisier x'; `time` as the denoiser knows it; alpha and sigma of x'."""
+    """From x' = alpha x + sigma e to the less noisy one; `time` as the denoiser knows it."""
 
     time: float
-    ratio: float
-    slope: float
     alpha: float
     sigma: float
+    next_alpha: float
+    next_sigma: float
 
-    def forward(self, noisier: Tensor, prediction: Tensor) -> Tensor:
-        return (noisier - self.slope * prediction) / self.ratio
+    @property
+    def deviation(self) -> float:
+        """Of the less noisy x', given the noisier one and the clean image; 1 where that is certain."""
+        return self.next_sigma * math.sqrt(max(0.0, 1 - self._kept**2)) or 1.0
 
-    def backward(self, x: Tensor, predict: Callable[[Tensor], Tensor]) -> Tensor:
-        """Solve for x' by fixed-point iteration, damped in rows where it does not converge by itself."""
-        column = (-1, *(1,) * (x.ndim - 1))
-        found, change = x, torch.zeros_like(x)
-        left = x.new_full((len(x),), torch.inf)
-        damping = torch.ones_like(left)
-        for _ in range(_MAX_ITERATIONS):
-            # Rows stop on their own, so that a batch gives what its rows give alone.
-            going = (left > _TOLERANCE) & (damping > _SMALLEST_DAMPING)
-            if not going.any():
-                break
-            candidate = found + damping.view(column) * change
-            step = self.ratio * x + self.slope * predict(candidate) - candidate
-            size = step.square().flatten(1).mean(1).sqrt()
-            better = going & (size < left)
-            damping = torch.where(going & ~better, damping / 2, damping)
-            left = torch.where(better, size, left)
-            found = torch.where(better.view(column), candidate, found)
-            change = torch.where(better.view(column), step, change)
-        return found + damping.view(column) * change
+    def mean(self, x: Tensor, clean: Tensor) -> Tensor:
+        """Of the less noisy x'."""
+        return self.next_alpha * clean + self.next_sigma * self._kept * (x - self.alpha * clean) / self.sigma
+
+    @property
+    def _kept(self) -> float:
+        """How much of the noise in x stays."""
+        return self.alpha * self.next_sigma / (self.next_alpha * self.sigma)
+
+
+def _repeated(rows: Tensor, contexts: Sequence[Context]) -> Tensor:
+    return torch.cat([rows] * len(contexts))
 
 
 def _between(source: Context, target: Context, strength: float) -> Context:
