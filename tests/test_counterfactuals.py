@@ -113,7 +113,7 @@ def test_a_shift_of_gaussian_data_is_found_exactly(name, variance, monkeypatch):
     found = sampler.backward(x, Context())
     torch.testing.assert_close(sampler.forward(found, [Context()]), x, rtol=0, atol=1e-5)
     mean = 0.7
-    first = sampler._grid(x)[0]
+    first = sampler.grid(x)[0]
     left = first.alpha * 0.7 * variance * first.alpha / (first.alpha**2 * variance + first.sigma**2)  # not pure noise
     torch.testing.assert_close(sampler.forward(found, [Context()]), x + 0.7, rtol=0, atol=1e-3 + left)
 
@@ -138,7 +138,7 @@ def start(base, image):
     with torch.no_grad():
         clean = base.encode_images(2 * image - 1)
     noise = torch.randn((STEPS, *clean.shape[1:]), generator=torch.Generator().manual_seed(0))[0]
-    first = sampler._grid(clean)[0]
+    first = sampler.grid(clean)[0]
     return first.alpha * clean + first.sigma * noise
 
 

@@ -205,7 +205,7 @@ class Sampler:
 
     def backward(self, clean: Tensor, context: Context) -> Abducted:
         """Find the noise of images (B, C, H, W) that were made in a context."""
-        grid, conditions = self._grid(clean), self._conditions([context] * len(clean))
+        grid, conditions = self.grid(clean), self._conditions([context] * len(clean))
         generator = torch.Generator().manual_seed(0)
         noises = torch.randn((len(grid), *clean.shape[1:]), generator=generator).to(clean)  # in a batch as alone
         path = [step.alpha * clean + step.sigma * noise for step, noise in zip(grid, noises, strict=True)] + [clean]
@@ -225,7 +225,7 @@ class Sampler:
     def forward(self, found: Abducted, contexts: Sequence[Context], weight: Tensor | None = None) -> Tensor:
         """Images in the first context, then in the second, ...; where the weight is 0, they stay on the path."""
         each = [context for context in contexts for _ in range(len(found.redrawn))]
-        grid, conditions = self._grid(found.redrawn), self._conditions(each)
+        grid, conditions = self.grid(found.redrawn), self._conditions(each)
         weight = None if weight is None else weight.to(found.redrawn.device)
         x = _repeated(found.path[0], contexts)
         with (
@@ -240,7 +240,7 @@ class Sampler:
                 bar.update()
         return x
 
-    def predict_clean(self, x: Tensor, step: _Step, conditions: dict[str, Tensor]) -> Tensor:
+    def predict_clean(self, x: Tensor, step: Step, conditions: dict[str, Tensor]) -> Tensor:
         """What the denoiser takes for the clean images of x, float32."""
         times = torch.full((len(x),), step.time, device=x.device)
         if self.base.prediction != "flow":
@@ -254,7 +254,7 @@ class Sampler:
             return step.alpha * x - step.sigma * output
         return (x - step.sigma * output) / step.alpha
 
-    def _grid(self, clean: Tensor) -> list[_Step]:
+    def grid(self, clean: Tensor) -> list[Step]:
         """Steps from noise towards the image."""
         scheduler: Any = self.base.pipe.scheduler
         if self.base.prediction == "flow":
@@ -276,7 +276,7 @@ class Sampler:
             alphas = torch.cat([squares.sqrt(), torch.ones(1)])
             sigmas = torch.cat([(1 - squares).sqrt(), torch.zeros(1)])
         columns = (times, alphas[:-1], sigmas[:-1], alphas[1:], sigmas[1:])
-        return [_Step(*(float(value) for value in row)) for row in zip(*columns, strict=True)]
+        return [Step(*(float(value) for value in row)) for row in zip(*columns, strict=True)]
 
     def _conditions(self, contexts: list[Context]) -> dict[str, Tensor]:
         """Those of rows in these contexts, which text encoders may know, too."""
@@ -292,7 +292,7 @@ class Sampler:
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
     """From x' = alpha x + sigma e to the less noisy one; `time` as the denoiser knows it."""
 
     time: float
