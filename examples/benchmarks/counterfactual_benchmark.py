@@ -67,7 +67,7 @@ def edits_of(method: str, task: Task, study: Study, arguments: argparse.Namespac
             "DDIM inversion": methods.ddim_inversion,
             "stacked LoRAs": partial(methods.stacked_loras, study=study, updates=arguments.max_train_steps),
         }[method]
-        edit = make(adapted_base(study, arguments.max_train_steps), steps)
+        edit = make(adapted_base(study, arguments.max_train_steps, task.reweighted), steps)
     factual = floats(task.factual[0])
     contexts = task.world.contexts[1:]
     made = {str(context): images for context, images in zip(contexts, edit(factual, contexts), strict=True)}

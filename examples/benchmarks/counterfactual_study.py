@@ -50,6 +50,7 @@ class Task:
         measure: images -> attributes (N, A).
         attributes: their names.
         effects: concept -> the attributes that it moves.
+        reweighted: combinations that our adapter trains on reweighted rows of.
     """
 
     world: World
@@ -59,6 +60,7 @@ class Task:
     measure: Callable[[NDArray[np.uint8]], NDArray[np.floating[Any]]]
     attributes: tuple[str, ...]
     effects: dict[str, set[str]]
+    reweighted: tuple[str, ...]
 
     def moved(self, context: Context) -> NDArray[np.bool_]:
         """Which attributes the context moves (A,)."""
@@ -82,6 +84,7 @@ def digit_task(num: int, seed: int) -> Task:
         digits.read_attributes,
         digits.CONCEPTS,
         effects,
+        ("pairs",),
     )
 
 
@@ -120,6 +123,7 @@ def morpho_task(num: int, seed: int, mnist_dir: Path, public_dir: Path) -> Task:
         lambda images: morpho_mnist.measure(images[:, MARGIN:-MARGIN, MARGIN:-MARGIN]),
         morpho_mnist.ATTRIBUTES,
         effects,
+        (),  # thicknesses that are set to one value do not overlap with those of other rows
     )
 
 
@@ -141,13 +145,13 @@ def prepare_base(world: World, folder: Path, steps: int, num_images: int) -> Pat
     return folder
 
 
-def adapted_base(study: Study, steps: int) -> DiffusionBase:
+def adapted_base(study: Study, steps: int, reweighted: tuple[str, ...]) -> DiffusionBase:
     """Return the base with our adapter, which is trained once."""
     settings = study.settings("ours", steps)
     folder = Path(settings.output_dir)
     if not (folder / "adapter_model.safetensors").exists():
         # The base was trained on the observational set.
-        settings = dataclasses.replace(settings, observational_rank=0, reweighted_contexts=["pairs"])
+        settings = dataclasses.replace(settings, observational_rank=0, reweighted_contexts=list(reweighted))
         train(settings, study.load_base(), study.data)
     base = study.load_base()
     load_context_adapter(base.pipe, folder).set_progress_bar_config(disable=True)
