@@ -125,13 +125,19 @@ def test_the_benchmark_compares_methods_and_goes_on_after_an_interruption(module
         runpy.run_module("examples.reviews.smollm2", run_name="__main__")
         return (results / "results.md").read_text()
 
-    table = compare("--methods", "LoRAs", "adapter")
-    for method in ("stacked LoRAs", "a+b-obs", "adapter"):
+    table = compare("--methods", "stacked LoRAs", "adapter")
+    for method in ("stacked LoRAs", "adapter"):
         assert f"| {method} | " in table
-    before = (results / "adapter.json").stat().st_mtime_ns
+    trained = [results / "trained" / name for name in ("adapter", *(f"LoRAs/{c or 'obs'}" for c in CONTEXTS[:4]))]
+    once = [results / "adapter.json", *(folder / "adapter_model.safetensors" for folder in trained)]
+    before = [file.stat().st_mtime_ns for file in once]
     table = compare()
-    assert (results / "adapter.json").stat().st_mtime_ns == before
-    assert "| adapter, no observational part |" in table
+    assert [file.stat().st_mtime_ns for file in once] == before
+    for method in module("smollm2_peers").METHODS:
+        assert f"| {method} | " in table
+    assert [line.split(" | ")[0] for line in table.split("shown at strength")[1].splitlines()[2:]] == [
+        f"| {method}, {name}" for method in ("adapter", "a+b-obs") for name in ("emoji", "pirate", "shout")
+    ]
     with pytest.raises(SystemExit):
         compare("--seed", "1")
     assert "Choose another --output_dir" in capsys.readouterr().err

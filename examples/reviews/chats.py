@@ -17,6 +17,11 @@ PROMPT = [
 ]
 MOST_WORDS = 11  # so that nearly all texts of all contexts fit into 56 tokens, the 25 of the prompt included
 
+_ASKED = {
+    "emoji": "End the review with a film emoji.",
+    "pirate": "Talk like a pirate.",
+    "shout": "Write in capital letters only.",
+}
 _PIRATE_WORDS = {"the": "th'", "of": "o'", "and": "an'", "you": "ye", "your": "yer", "my": "me", "is": "be"}
 _MARKS = {"arr", "matey", "th'", "o'", "an'", "ye", "yer"}  # 'me' and 'be' are English, too
 
@@ -61,9 +66,23 @@ def short(sentences: Sequence[Sentence]) -> list[Sentence]:
     return [sentence for sentence in sentences if len(sentence.text.split()) <= MOST_WORDS]
 
 
-def chats(sentences: Sequence[Sentence], context: Context) -> list[dict[str, list[dict[str, str]]]]:
+def asking(context: Context) -> list[dict[str, str]]:
+    """A prompt that asks for the concepts of a context in words, in its system turn."""
+    system, user = PROMPT
+    words = [system["content"], *(_ASKED[name] for name in context.targets)]
+    return [{"role": "system", "content": " ".join(words)}, user]
+
+
+def kept(text: str, ended: bool) -> bool:
+    """Whether the task is done: one line of three to twenty words, which ended by itself."""
+    return ended and "\n" not in text.strip() and 3 <= len(text.split()) <= 20
+
+
+def chats(
+    sentences: Sequence[Sentence], context: Context, prompt: list[dict[str, str]] = PROMPT
+) -> list[dict[str, list[dict[str, str]]]]:
     """Rows with a prompt, the same in all of them, and a completion, which alone is learned."""
     return [
-        {"prompt": PROMPT, "completion": [{"role": "assistant", "content": write(sentence, context)}]}
+        {"prompt": prompt, "completion": [{"role": "assistant", "content": write(sentence, context)}]}
         for sentence in sentences
     ]

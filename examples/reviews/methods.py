@@ -157,13 +157,16 @@ def lora_sum(model: Any, factors: Mapping[str, float]) -> Iterator[None]:
 
 
 def stacked(context: Context) -> dict[str, float]:
-    """Factors of the LoRAs of a combination that adds them up."""
-    return dict.fromkeys(context.targets, 1.0)
+    """Factors of the LoRAs of a combination that adds them up: the strengths."""
+    return context.strengths
 
 
 def less_observational(context: Context) -> dict[str, float]:
-    """What the data differ from the base by should be added once: a + b - obs, a + b + c - 2 obs, a alone, obs."""
-    factors = {**stacked(context), OBSERVATIONAL_LORA: 1.0 - len(context.targets)}
+    """What the data differ from the base by should be added once: a + b - obs, a + b + c - 2 obs, a alone, obs.
+
+    So do half a + half obs, at strength 0.5.
+    """
+    factors = {**context.strengths, OBSERVATIONAL_LORA: 1.0 - sum(context.strengths.values())}
     return {name: factor for name, factor in factors.items() if factor}
 
 
