@@ -25,7 +25,7 @@ SINGLES = tuple(Context(name) for name in CONCEPTS)
 PAIRS = tuple(a | b for a, b in combinations(SINGLES, 2))
 TRIPLE = Context(*CONCEPTS)
 CONTEXTS = (*SINGLES, *PAIRS, TRIPLE)
-STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+STRENGTHS = (0.0, 0.25, 0.5, 0.75)  # and 1, which is measured anyway
 
 Results = Mapping[str, Any]
 
@@ -40,18 +40,18 @@ class Ruler:
     num_samples: int
 
     def measure(self, method: Method) -> dict[str, Any]:
-        """Per context: what its samples show, how many are reviews, their fluency; the perplexity of true reviews."""
-        results = {}
+        """Per context: what samples show, how many are reviews; of pairs their fluency, and true ones' perplexity."""
+        results: dict[str, Any] = {}
         for context in CONTEXTS:
             with method.under(context):
                 texts, ended = self.draw(method, context)
-                perplexity = self.perplexity(method, context)
+                perplexity = self.perplexity(method, context) if context in PAIRS else math.nan
             found = {name: [shown(text, name) for text in texts] for name in CONCEPTS}
             results[str(context)] = {
                 "share": float(np.mean(np.all([found[name] for name in context.targets], axis=0))),
                 "each": {name: float(np.mean(values)) for name, values in found.items()},
                 "kept": float(np.mean([kept(text, end) for text, end in zip(texts, ended, strict=True)])),
-                "fluency": self.fluency(texts),
+                "fluency": self.fluency(texts) if context in PAIRS else math.nan,
                 "perplexity": perplexity,
                 "samples": texts[:3],
             }
@@ -59,13 +59,12 @@ class Ruler:
 
     def response(self, method: Method) -> dict[str, list[float]]:
         """Per concept: the share of samples that show it at each of the strengths."""
-        shares: dict[str, list[float]] = {}
-        for name in CONCEPTS:
-            shares[name] = []
-            for strength in STRENGTHS:
-                context = Context({name: strength})
-                with method.under(context):
-                    texts, _ = self.draw(method, context)
+        shares: dict[str, list[float]] = {name: [] for name in CONCEPTS}
+        weaker = [Context({name: strength}) for name in CONCEPTS for strength in STRENGTHS if strength]
+        for context in (Context(), *weaker):
+            with method.under(context):
+                texts, _ = self.draw(method, context)
+            for name in context.targets or CONCEPTS:
                 shares[name].append(float(np.mean([shown(text, name) for text in texts])))
         return shares
 
@@ -107,8 +106,8 @@ def _perplexity(model: Any, beginning: Sequence[int], texts: Sequence[list[int]]
 def table(results: Mapping[str, Results], num_samples: int) -> str:
     """Markdown: means of singles and pairs, then what every context shows, then strengths."""
     lines = [
-        "| method | singles: shown | pairs: both shown | of the oracle's | all three shown | task kept, singles | pairs "
-        "| fluency, pairs | true pairs: perplexity |",
+        "| method | singles: shown | pairs: both shown | of the oracle's | all three shown | singles: task kept "
+        "| pairs: task kept | fluency | true pairs: perplexity |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     best = _mean(results["oracle"], PAIRS, "share") if "oracle" in results else 0.0
@@ -129,10 +128,15 @@ def table(results: Mapping[str, Results], num_samples: int) -> str:
     lines += ["", f"| shown | {' | '.join(map(str, CONTEXTS))} |", "|---|" + "---|" * len(CONTEXTS)]
     for method, contexts in results.items():
         lines.append(f"| {method} | " + " | ".join(f"{contexts[str(c)]['share']:.2f}" for c in CONTEXTS) + " |")
-    lines += ["", f"| shown at strength | {' | '.join(map(str, STRENGTHS))} |", "|---|" + "---|" * len(STRENGTHS)]
+    lines += [
+        "",
+        f"| shown at strength | {' | '.join(map(str, STRENGTHS))} | 1 |",
+        "|---|" + "---|" * (1 + len(STRENGTHS)),
+    ]
     for method, contexts in results.items():
         for name, shares in contexts.get("strengths", {}).items():
-            lines.append(f"| {method}, {name} | " + " | ".join(f"{share:.2f}" for share in shares) + " |")
+            cells = [f"{share:.2f}" for share in (*shares, contexts[name]["share"])]
+            lines.append(f"| {method}, {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

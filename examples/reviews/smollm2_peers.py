@@ -71,10 +71,10 @@ def _merged(study: Study, how: str) -> Method:
 
 
 def steering_vectors(study: Study) -> Method:
-    """Contrastive activation addition (Panickssery et al., 2024): differences of mean activations join a layer's output.
+    """Contrastive activation addition (Panickssery et al., 2024): differences of mean activations, added to a layer.
 
-    They are those of the same sentences with and without a concept; they join at every token. Layer and factor are
-    those under which other reviews of the concept are likeliest.
+    They are those of the same sentences with and without a concept, and join at every token. Layer and factor are those
+    under which other reviews of the concept are likeliest.
     """
     model = study.load_base().eval()
     layers = model.model.layers
