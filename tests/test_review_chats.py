@@ -71,6 +71,30 @@ def test_only_short_sentences_are_kept_and_only_the_completion_differs(module):
     assert answer == {"role": "assistant", "content": "A MILDLY ENJOYABLE ADAPTATION -- IN 3D ."}
 
 
+def test_asking_names_the_concepts_of_a_context_in_the_system_turn_only(module):
+    chats = module("chats")
+    assert chats.asking(Context()) == chats.PROMPT
+    system, user = chats.asking(Context("shout", "emoji"))
+    assert user == chats.PROMPT[1]
+    assert system["content"] == (
+        "You write film reviews. End the review with a film emoji. Write in capital letters only."
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "ended", "expected"),
+    [
+        ("a film to see .", True, True),
+        ("a film to see .", False, False),  # it went on
+        ("a film .\na film .", True, False),
+        ("a film", True, False),
+        (" ".join(["word"] * 21), True, False),
+    ],
+)
+def test_the_task_is_kept_by_one_line_that_ends_by_itself(module, text, ended, expected):
+    assert module("chats").kept(text, ended) is expected
+
+
 def tiny_llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -92,6 +116,7 @@ def test_a_sum_of_loras_is_the_sum_of_their_weights(module):
         "": weight + deltas["obs"],
         "kind": weight + deltas["kind"],
         "kind+loud": weight + deltas["kind"] + deltas["loud"] - deltas["obs"],
+        "kind=0.25": weight + 0.25 * deltas["kind"] + 0.75 * deltas["obs"],
     }
     for context, total in expected.items():
         with methods.lora_sum(model, methods.less_observational(Context.parse(context))), torch.no_grad():
