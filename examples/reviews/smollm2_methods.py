@@ -146,7 +146,7 @@ def asked_lora(study: Study) -> Method:
         model = get_peft_model(study.load_base(), _lora_config(study.rank * len(study.contexts)))
         rows = [row for context in study.contexts for row in study.tokens(study.sentences, context, asking(context))]
         _fit(study, model, rows, ROWS * len(study.contexts))
-        model.save_pretrained(folder)
+        model.save_pretrained(str(folder))
     return Method(model.eval(), lambda context: nullcontext(), asking)
 
 
