@@ -63,6 +63,8 @@ def test_what_a_run_leaves_repeats_it(settings, tmp_path):
         ("3: 1.0", "has the unknown option 3. The command's --help lists what there is."),
         ("- seed", "holds ['seed'], not options and their values"),
         ("seed: {a: 1}", "seed in"),
+        ("concepts: [a, --seed, 1]", "holds '--seed', which would be read as an option. Write it as a line of its own"),
+        ("concepts: [a, --seed=1]", "holds '--seed=1', which would be read as an option"),
         ("seed: [", "is neither YAML nor JSON"),
         ("", "holds None, not options"),
     ],

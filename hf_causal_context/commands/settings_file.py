@@ -52,6 +52,11 @@ def options_in(file: str, known: Iterable[str]) -> list[str]:
             raise UserValueError(
                 f"--config: {name} in {file} is {short_repr(value)}. Allowed is one value, or a list of values."
             )
+        if isinstance(value, list) and (option := next((each for each in map(str, value) if each[:2] == "--"), None)):
+            raise UserValueError(
+                f"--config: {name} in {file} holds {short_repr(option)}, which would be read as an option. Write it as "
+                "a line of its own, without dashes."
+            )
         if isinstance(value, list):
             options += [f"--{name}", *map(str, value)] if value else []
         elif value is not None:
