@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, cast
 
 import torch
@@ -35,8 +36,9 @@ def generate_texts(
 ) -> list[list[str]]:
     """Return what the model writes after each prompt in each context, without the prompt: one list of texts per prompt.
 
-    Prompts and contexts share batches. The draws depend on the seed, on all prompts and contexts and on the batch
-    size; the random state of the caller stays as it was.
+    Prompts and contexts share batches; for models that read what fills up shorter prompts, prompts of one length do.
+    The draws depend on the seed, on all prompts and contexts and on the batch size; the random state of the caller
+    stays as it was.
 
     Args:
         model: with a causal context adapter.
@@ -74,13 +76,15 @@ def generate_texts(
     # What follows the end of shorter texts, and what stands before shorter prompts.
     filling = filler(tokenizer)
     rows = [(ids, context) for ids in prompt_ids for context in contexts]
+    together = _ignores_padding(model, prompt_ids, filling, left=not encoder_decoder)
+    size = batch_size or max(1, len(rows))
+    alike = (list(own) for _, own in groupby(rows, key=lambda row: 0 if together else len(row[0])))
+    batches = (own[start : start + size] for own in alike for start in range(0, len(own), size))
     texts: list[str] = []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         if seed is not None:
             torch.manual_seed(seed)
-        size = batch_size or max(1, len(rows))
-        for start in range(0, len(rows), size):
-            some = rows[start : start + size]
+        for some in batches:
             batch, mask = _padded([ids for ids, _ in some], filling, left=not encoder_decoder)
             with intervene(model, [context for _, context in some]):
                 output = cast(Any, model).generate(
@@ -93,6 +97,28 @@ def generate_texts(
             texts += tokenizer.batch_decode(written, skip_special_tokens=True)
     count = len(contexts)
     return [texts[number * count : (number + 1) * count] for number in range(len(prompts))]
+
+
+def _ignores_padding(
+    model: PreTrainedModel | PeftModel, prompts: Sequence[Sequence[int]], filling: int, left: bool
+) -> bool:
+    """Try out whether a prompt goes on as it does alone where it is filled up: some recurrent models see no mask."""
+    short, long = min(prompts, key=len, default=()), max(prompts, key=len, default=())
+    if len(short) == len(long):
+        return True
+
+    def logits(ids: Tensor, mask: Tensor) -> Tensor:
+        options = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+        return cast(Any, model).generate(**inputs, pad_token_id=filling, **options).logits[0][0].float()
+
+    ids, mask = _padded([short, long], filling, left)
+    with intervene(model, Context()):
+        alone = logits(*_padded([short], filling, left))
+        padded, as_text = logits(ids, mask), logits(ids, torch.ones_like(mask))
+    # What is left of the influence that the filling has without a mask: rounding.
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    return bool((padded - alone).abs().max() <= tolerance * (as_text - alone).abs().max())
 
 
 def _padded(prompts: Sequence[Sequence[int]], value: int, left: bool) -> tuple[Tensor, Tensor]:
