@@ -7,6 +7,7 @@ import torch
 from peft import get_peft_model
 
 from hf_causal_context import CausalContextConfig, Context
+from hf_causal_context.bases.chats import render_chat
 from hf_causal_context.cli import main
 from hf_causal_context.inference.texts import generate_texts
 
@@ -412,6 +413,9 @@ def test_prompts_that_are_refused(store, run, tmp_path):
     refused("must be a .txt file", "--prompts_file", str(chats))
     chats.write_text(json.dumps({"text": "a"}))
     refused("Line 1 of", "--messages_file", str(chats))
+    chats.write_text(json.dumps({"messages": [{"role": "assistant", "content": "a"}]}))
+    refused("There is no message before the assistant's first one", "--messages_file", str(chats))
+    assert run(adapter, "--messages_file", str(chats), "--system_prompt", "good sir", prompt=None)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -432,3 +436,6 @@ def test_a_chat_template_without_a_system_role(store, run, system, message):
     status, _, printed = run(adapter, "--chat", "--system_prompt", "good sir")
     assert status == 1
     assert f"{message}. Write what they say into the first message of the user." in printed.err
+    alone = [{"role": "system", "content": "good sir"}]
+    with pytest.raises(ValueError, match="The chat template (refuses these messages|leaves system messages out)"):
+        render_chat(tokenizer, alone)

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from .._messages import short_repr
 from ..errors import UserValueError
 
 _INTO_THE_FIRST = "Write what they say into the first message of the user."
@@ -38,17 +39,23 @@ def render_chat(
             "The rows are messages, but the tokenizer has no chat template. Take the model's instruction-tuned "
             "version, set tokenizer.chat_template, or write the rows as 'text' or as 'prompt' and 'completion'."
         )
+    if not messages:
+        raise UserValueError(
+            "There is no message before the assistant's first one, so it answers nothing. Begin with one of the user "
+            "or the system."
+        )
     plain = [_without_none(message) for message in messages]
-    tools = json.loads(tools) if isinstance(tools, str) else _without_none(tools or None)
+    tools = _read_tools(tools) if isinstance(tools, str) else _without_none(tools or None)
     render = partial(_rendered, tokenizer, tools=tools)
-    has_system = bool(plain) and plain[0]["role"] == "system"
+    has_system = plain[0]["role"] == "system"
     try:
         text = render(plain, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
-        if has_system and _takes(render, plain[1:]):
+        if has_system and plain[1:] and _rendered_if_taken(render, plain[1:]) is not None:
             raise UserValueError(f"The chat template refuses system messages: {error}. {_INTO_THE_FIRST}") from error
         raise UserValueError(f"The chat template refuses these messages: {error}") from error
-    if has_system and plain[0].get("content", "").strip() not in text:
+    system = plain[0].get("content") if has_system else None
+    if isinstance(system, str) and system.strip() not in text:
         raise UserValueError(
             f"The chat template leaves system messages out, so the model would not read them. {_INTO_THE_FIRST}"
         )
@@ -57,7 +64,22 @@ def render_chat(
             "The chat template leaves tools out, so the model would not read them. Take a model that was made to call "
             "tools, or remove the column 'tools'."
         )
+    silent = [{key: each for key, each in message.items() if key != "tool_calls" or not each} for message in plain]
+    if silent != plain and text == _rendered_if_taken(render, silent, add_generation_prompt):
+        raise UserValueError(
+            "The chat template leaves 'tool_calls' out, so the model would read an assistant that calls nothing. Take "
+            "a model that was made to call tools, or write the calls into the content."
+        )
     return text
+
+
+def _read_tools(text: str) -> Any:
+    try:
+        return json.loads(text) if text.strip() else None
+    except ValueError as error:
+        raise UserValueError(
+            f"'tools' must be JSON schemas in a list; {short_repr(text)} is no JSON: {error}."
+        ) from error
 
 
 def _rendered(tokenizer: Any, messages: list[dict[str, Any]], *, tools: Any, add_generation_prompt: bool) -> str:
@@ -73,9 +95,10 @@ def _without_none(value: Any) -> Any:
     return [_without_none(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def _takes(render: Callable[..., str], messages: list[dict[str, Any]]) -> bool:
+def _rendered_if_taken(
+    render: Callable[..., str], messages: list[dict[str, Any]], add_generation_prompt: bool = False
+) -> str | None:
     try:
-        render(messages, add_generation_prompt=False)
+        return render(messages, add_generation_prompt=add_generation_prompt)
     except TemplateError:
-        return False
-    return True
+        return None

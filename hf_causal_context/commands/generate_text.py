@@ -69,7 +69,7 @@ class Arguments(RevisionArguments, ContextArguments):
             return chat
         if isinstance(chat, dict):  # with tools
             return chat | {"messages": self._with_system(chat["messages"])}
-        if chat[0]["role"] == "system":
+        if chat and chat[0]["role"] == "system":
             raise UserValueError(
                 f"--messages_file={self.messages_file} has chats with a system message, and --system_prompt gives "
                 "another. Leave it out, or take these messages out."

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, Features, Json, List, Value
 
+from hf_causal_context.bases.chats import render_chat
 from hf_causal_context.bases.tokens import IGNORED, Tokenization
 from hf_causal_context.data import check_data, load_text_folders, texts_from_dataset
 from hf_causal_context.data.text_rows import prompt_of
@@ -48,6 +49,13 @@ def test_all_turns_of_the_assistant_are_learned_and_nothing_else():
     assert (cut.cut, len(cut.ids), learned(cut, tokenizer)) == (True, 12, "sat </s>")
 
 
+def test_a_system_message_may_be_of_parts():
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content[0].text }} {% endfor %}"
+    parts = [{"role": "system", "content": [{"type": "text", "text": "good sir"}]}]
+    assert render_chat(tokenizer, parts) == "good sir "
+
+
 def test_turns_that_cannot_be_told_are_errors():
     tokenizer = word_tokenizer()
     for column, completion_only, received in (
@@ -59,6 +67,9 @@ def test_turns_that_cannot_be_told_are_errors():
             Tokenization(tokenizer, column, completion_only=completion_only, assistant_only=True)
     with pytest.raises(ValueError, match="There is nothing to learn"):
         Tokenization(tokenizer, "messages", assistant_only=True)({"messages": CAT[:1]})
+    for options in ({"assistant_only": True}, {"completion_only": True}):
+        with pytest.raises(ValueError, match="There is no message before the assistant's first one"):
+            Tokenization(tokenizer, "messages", **options)({"messages": CAT[1:]})
     tokenizer.chat_template = CHAT.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else 'and' }}")
     with pytest.raises(ValueError, match="in another way when others follow.* Give --completion_only_loss"):
         Tokenization(tokenizer, "messages", assistant_only=True)({"messages": CAT + DOG})
@@ -73,13 +84,21 @@ def test_tools_are_read_and_calls_are_learned(tmp_path):
         "on barked user : a cat </s> assistant : yo barked </s> <unk> : loudly </s> assistant : ran on </s>"
     )
     assert learned(tokens, tokenizer) == "yo barked </s> ran on </s>"
+    cat = Tokenization(tokenizer, "messages")({"messages": CAT})
     as_text = Tokenization(tokenizer, "messages", assistant_only=True)(row | {"tools": json.dumps(TOOLS)})
     assert np.array_equal(as_text.ids, tokens.ids)
     prompt = prompt_of(row, "messages")
     assert prompt == {"messages": chat[:-1], "tools": TOOLS}
     begin = Tokenization(tokenizer, "messages").prompt_ids(prompt)
     assert begin == tokens.ids[: len(begin)].tolist()
+    assert np.array_equal(Tokenization(tokenizer, "messages")({"messages": CAT, "tools": ""}).ids, cat.ids)
+    with pytest.raises(ValueError, match=r"'tools' must be JSON schemas in a list; '\[barked' is no JSON"):
+        Tokenization(tokenizer, "messages")({"messages": CAT, "tools": "[barked"})
     without = word_tokenizer()
+    no_call = [CAT[0], CAT[1] | {"tool_calls": []}]
+    assert np.array_equal(Tokenization(without, "messages")({"messages": no_call}).ids, cat.ids)
+    with pytest.raises(ValueError, match="The chat template leaves 'tool_calls' out, so the model would read an"):
+        Tokenization(without, "messages")({"messages": chat})
     with pytest.raises(ValueError, match="The chat template leaves tools out, so the model would not read them"):
         Tokenization(without, "messages")({"messages": CAT, "tools": TOOLS})
 
