@@ -9,10 +9,11 @@ from gguf.quants import dequantize
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GgufConfig
+from transformers import AutoModelForCausalLM, GgufConfig, LlamaForCausalLM
 
-from hf_causal_context import CausalContextConfig, intervene
+from hf_causal_context import CausalContextConfig, Context, intervene
 from hf_causal_context.cli import main
+from hf_causal_context.inference.language_export import export_text_contexts
 
 from .training.gguf_files import write, write_llama
 from .training.small_language import language_model, word_tokenizer
@@ -122,6 +123,22 @@ def test_a_gguf_file_adds_to_a_weight_what_the_context_does(export, tmp_path):
     assert len(expected) == len(changes) == 12
     for name, change in expected.items():
         torch.testing.assert_close(read[name], change, rtol=1e-4, atol=1e-6)
+
+
+def test_an_output_layer_has_a_place_unless_it_is_the_embedding(tmp_path):
+    config = language_model("llama").config
+    for tied in (False, True):
+        config.tie_word_embeddings = tied
+        options = {"concepts": ("formal", "loud"), "task_type": "CAUSAL_LM", "target_modules": ["q_proj", "lm_head"]}
+        model = get_peft_model(LlamaForCausalLM(config), CausalContextConfig(**options))
+        path = tmp_path / f"{tied}.gguf"
+        if tied:
+            with pytest.raises(ValueError, match="'lm_head' has no place in a LoRA of llama.cpp for a llama"):
+                export_text_contexts(model, {path: Context("formal")}, "gguf")
+            assert not path.exists()
+        else:
+            export_text_contexts(model, {path: Context("formal")}, "gguf")
+            assert "output.weight.lora_b" in {tensor.name for tensor in GGUFReader(path).tensors}
 
 
 def test_what_has_no_place_in_a_gguf_file_is_refused(export):

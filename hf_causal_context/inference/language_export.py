@@ -81,7 +81,9 @@ def _gguf_tensors(config: Any, weights: Mapping[str, Tensor]) -> dict[str, Tenso
     for key, weight in weights.items():
         module, _, part = key.removeprefix(PEFT_PREFIX).partition(".lora_")
         name = names.get_name(module)
-        if name is None or part not in ("A.weight", "B.weight"):
+        # Where the output layer is tied to the embedding, files have no weight of its own.
+        missing = name == "output" and config.tie_word_embeddings
+        if name is None or missing or part not in ("A.weight", "B.weight"):
             raise UserValueError(
                 f"{module!r} has no place in a LoRA of llama.cpp for a {config.model_type}. Train without it, or use "
                 "`hf-causal-context merge`, and llama.cpp's own converter."
