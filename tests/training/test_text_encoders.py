@@ -16,6 +16,7 @@ from hf_causal_context import CausalContextConfig, intervene, load_context_adapt
 from hf_causal_context.bases.families.flux import Flux
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.cli import main
+from hf_causal_context.layers import RepresentationLayer
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.denoiser.objectives import Batch, denoising_objective
 from hf_causal_context.training.denoiser.text_encoders import AdaptedPipeline
@@ -159,6 +160,20 @@ def test_a_fresh_adapter_leaves_the_loss_as_it_is_without_dropout(name, pipeline
     assert torch.equal(model(objective, batch), expected)
 
 
+def test_dropout_hides_features_from_the_adapters_of_encoders(pipeline_folder):
+    base, model = adapted(pipeline_folder("stable_diffusion"))
+    objective = denoising_objective(base)
+    torch.manual_seed(0)
+    for share in (0.0, 0.5):
+        for module in model.text_encoder.modules():
+            if isinstance(module, RepresentationLayer):
+                module.dropout = share
+        first, second = (model.train()(objective, batch_for(base)) for _ in range(2))
+        assert torch.equal(first, second) == (share == 0)
+        first, second = (model.eval()(objective, batch_for(base)) for _ in range(2))
+        assert torch.equal(first, second)
+
+
 @pytest.fixture
 def run(pipeline_folder, tmp_path, on_cpu):
     """A function: settings -> the folder of an adapter that was trained with its text encoders."""
@@ -218,7 +233,7 @@ def test_the_adapter_has_a_part_for_each_and_loads_into_the_pipeline(name, run, 
         assert any((told[key] - silent[key]).abs().max() > 1e-5 for key in told if told[key].is_floating_point()), part
 
 
-@pytest.mark.parametrize("changes", [{}, {"streaming": True}])
+@pytest.mark.parametrize("changes", [{"dropout": 0.3}, {"streaming": True}])
 def test_a_run_resumes_bit_for_bit(changes, run):
     changes |= {"use_ema": True, "text_encoder_learning_rate": 2e-2, "checkpointing_steps": 2, "observational_steps": 1}
     changes |= {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 3, "max_train_steps": 4}

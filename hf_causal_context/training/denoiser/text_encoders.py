@@ -21,6 +21,7 @@ from ...adapter.intervene import intervene
 from ...adapter.lookup import adapted_layers
 from ...bases.diffusion_base import DiffusionBase
 from ...errors import UserValueError
+from ...layers import RepresentationLayer
 from ..loop.objective import Objective
 from .objectives import Batch
 
@@ -53,12 +54,12 @@ class AdaptedPipeline(nn.Module):
         return objective(self.denoiser, replace(batch, conditions=conditions))
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode; of encoders only what checkpoints gradients sees it, since dropout would spoil resuming."""
+        """Set the mode; of encoders only what checkpoints gradients and the adapter's dropout see it."""
         super().train(mode)
         for encoder in self._encoders.values():
             encoder.eval()
             for module in encoder.modules():
-                if isinstance(module, GradientCheckpointingLayer):
+                if isinstance(module, GradientCheckpointingLayer | RepresentationLayer):
                     module.training = mode
         return self
 
