@@ -14,7 +14,7 @@ from .readings import Measurements
 from .results import Perplexity
 
 MIN_REAL_ROWS = 10
-_ALIKE = 1e-6  # standard deviation of an attribute that does not vary
+_ALIKE = 1e-6  # standard deviation of an attribute that does not vary, and its share of a large one
 _JUDGED_SHARE = 0.3  # of the real rows; the classifiers are trained on the others
 
 
@@ -77,7 +77,8 @@ class EvaluationInputs:
         if len(seen) < 2:  # no standard deviation
             return torch.full_like(attributes, torch.nan)
         deviation = seen.std(0)
-        return (attributes - seen.mean(0)) / torch.where(deviation > _ALIKE, deviation, 1.0)
+        varies = deviation > _ALIKE * seen.abs().amax(0).clamp(min=1)  # more than by rounding
+        return (attributes - seen.mean(0)) / torch.where(varies, deviation, 1.0)
 
 
 def check_real_rows(concepts: ConceptSet, counts: Mapping[Context, int]) -> None:

@@ -30,12 +30,14 @@ def load_judge(name: str) -> Judge:
         ValueError: for a name of another form, or of no function.
     """
     module, _, function = name.rpartition(".")
-    if not module:
+    if not module or not all(name.split(".")):
         raise UserValueError(f"--judge={name} must be a module and a function, such as my_module.judge.")
     if os.getcwd() not in sys.path:  # installed commands do not look here
         sys.path.append(os.getcwd())
     try:
         found = getattr(import_module(module), function, None)
+    except SyntaxError as error:
+        raise UserValueError(f"--judge={name}: the module {module!r} cannot be read: {error}. Correct it.") from error
     except ImportError as error:
         raise UserValueError(
             f"--judge={name}: the module {module!r} cannot be imported ({error}). Run the command where {module}.py is."

@@ -6,8 +6,11 @@ import sys
 import pytest
 import torch
 
+from hf_causal_context import ConceptSet, Context
 from hf_causal_context.cli import main
+from hf_causal_context.evaluation.evidence import EvaluationInputs
 from hf_causal_context.evaluation.judges import Judged, load_judge
+from hf_causal_context.evaluation.readings import Measurements
 from hf_causal_context.evaluation.text_evaluator import evaluate_texts
 
 from ..training.small_language import word_tokenizer
@@ -66,6 +69,8 @@ def test_the_command_takes_a_dotted_name(adapter, folder, tmp_path, quick, monke
     ("name", "message"),
     [
         ("shows", "--judge=shows must be a module and a function, such as my_module.judge"),
+        (".rules.shows", "must be a module and a function"),
+        ("rules.", "must be a module and a function"),
         ("no_such.shows", "the module 'no_such' cannot be imported .*Run the command where no_such.py is"),
         ("json.shows", "the module 'json' has no function 'shows'"),
     ],
@@ -73,6 +78,30 @@ def test_the_command_takes_a_dotted_name(adapter, folder, tmp_path, quick, monke
 def test_names_of_no_function(name, message):
     with pytest.raises(ValueError, match=message):
         load_judge(name)
+
+
+def test_a_deviation_that_is_rounding_is_none():
+    values = torch.full((12, 1), 33333.33)
+    assert values.std() > 1e-3
+    evidence = EvaluationInputs(
+        concepts=ConceptSet(("loud",)),
+        real={each: Measurements(values, values, None, values) for each in (Context(), Context("loud"))},
+        samples={},
+        base=[],
+        strengths={},
+        trained=frozenset(),
+        largest_change=0.0,
+        mean_change=0.0,
+        attribute_names=("large",),
+    )
+    assert evidence.standardized(values + 2).tolist() == [[pytest.approx(2, abs=0.01)]] * 12
+
+
+def test_a_module_that_is_no_python_is_named(tmp_path, monkeypatch):
+    (tmp_path / "half_a_judge.py").write_text("def shows(text:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"the module 'half_a_judge' cannot be read: .*half_a_judge.py, line 1"):
+        load_judge("half_a_judge.shows")
 
 
 @pytest.mark.parametrize("answer", [0.5, {}, {"loud": "very"}, {"loud": None}])
