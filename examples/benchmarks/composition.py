@@ -63,7 +63,7 @@ def make_study(world: World, seed: int, arguments: argparse.Namespace) -> Study:
     everything = (Context(), *SINGLES, *PAIRS, *TRIPLES, EVERYTHING)
     sets = {c: world.vectors(c, ROWS_PER_CONTEXT, first + i) for i, c in enumerate(everything)}
     base_world = World(arguments.base_world or world.name, world.mixing_seed)
-    path = arguments.output_dir / f"base-{base_world.name}.safetensors"
+    path = arguments.output_dir / f"base-{base_world.name}-{base_world.mixing_seed}.safetensors"
     base = VectorFlow().to(arguments.device)
     if path.exists():
         base.load_state_dict(load_file(path))
