@@ -117,8 +117,10 @@ _LOG_IN = "log in with `hf auth login`, set HF_TOKEN, or pass token="
 
 def _nearest_folder(source: str) -> str:
     """Ask whether a folder here of almost this name was meant."""
-    place = Path(source).parent
-    folders = [path.name for path in place.iterdir() if path.is_dir()] if place.is_dir() else []
+    try:
+        folders = [path.name for path in Path(source).parent.iterdir() if path.is_dir()]
+    except OSError:  # there are none to be seen
+        return ""
     return nearest(Path(source).name, folders)
 
 
