@@ -103,6 +103,9 @@ def test_the_sizes_of_every_base_are_checked():
     assert PARAMETERS.keys() | BILLIONS.keys() == SHAPES.keys() == SIZES.keys()
 
 
+# A CPU stands in for the GPU.
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
+@pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype:UserWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [file_name(base, min(sizes)) for base, sizes in SIZES.items()])
 def test_the_numbers_in_the_file_are_computed_from_its_settings(name):
