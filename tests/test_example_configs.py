@@ -20,6 +20,8 @@ from hf_causal_context.bases.loading import as_base
 from hf_causal_context.commands.parsing import parse
 from hf_causal_context.training.arguments import TrainingArguments
 
+from .training.conftest import apart
+
 FOLDER = Path(__file__).parents[1] / "examples" / "configs"
 GUIDE = FOLDER.parent / "guides" / "scale.md"
 FILES = {file_name(base, size): (base, size) for base, sizes in SIZES.items() for size in sizes}
@@ -55,6 +57,11 @@ BILLIONS = {
 }
 TINY = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
 LLAMA = LlamaConfig(**TINY, num_hidden_layers=3, vocab_size=128)
+
+
+@pytest.fixture(autouse=True)
+def _apart(tmp_path, monkeypatch):
+    yield from apart(tmp_path, monkeypatch)
 
 
 def test_there_is_a_file_for_each_base_and_size_and_no_other():

@@ -45,7 +45,7 @@ def run(arguments: Arguments) -> None:
         ValueError, OSError: see `save` and `push`.
     """
     from ..hub import push, save
-    from ..hub.repository import check_pushable
+    from ..hub.repository import base_of_nobody_else, check_pushable
 
     settings = vars(arguments).copy()
     repo_id, private, branch = (settings.pop(name) for name in ("repo_id", "private", "branch"))
@@ -55,6 +55,8 @@ def run(arguments: Arguments) -> None:
         check_pushable(repo_id, arguments.open().base[0], license=arguments.license)
     folder = save(adapter, output_dir or f"{adapter.rstrip('/')}-hub", **settings)
     print(f"The folder for the Hub is {folder}. Its README.md is the card; where you edit it, it is kept.")
+    if repo_id is None and Path(adapter).is_dir() and (doubt := base_of_nobody_else(arguments.open().base[0])):
+        print(f"Warning: {doubt}")
     if repo_id is not None:
         print(push(folder, repo_id, private=private or None, revision=branch))
 

@@ -106,12 +106,8 @@ def check_pushable(
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise UserValueError(f"{repo_id!r} is no name of a repository: {error} Give user/name.") from error
-    if is_folder(resolve_base_name(base)):
-        raise UserValueError(
-            f"The base {base!r} is a folder of this machine, which nobody who downloads the adapter has. Push the base "
-            "first (push_to_hub of the pipeline, or of the model and its tokenizer), then give its id: "
-            "--pretrained_model_name_or_path user/base."
-        )
+    if refusal := base_of_nobody_else(base):
+        raise UserValueError(refusal)
     with hub_errors(repo_id):
         account = HfApi(token=token).whoami()
         namespaces = [account["name"], *(organization["name"] for organization in account.get("orgs", ()))]
@@ -125,6 +121,17 @@ def check_pushable(
                 ModelCard(f"---\nlicense: {json.dumps(license)}\n---\n").validate()
             except ValueError as error:
                 raise UserValueError(f"The Hub refuses the license {license!r}: {error}") from error
+
+
+def base_of_nobody_else(base: str) -> str:
+    """Say what to do about a base that only this machine has; empty for others."""
+    if not is_folder(resolve_base_name(base)):
+        return ""
+    return (
+        f"The base {base!r} is a folder of this machine, which nobody who downloads the adapter has. Push the base "
+        "first (push_to_hub of the pipeline, or of the model and its tokenizer), then give its id: "
+        "--pretrained_model_name_or_path user/base."
+    )
 
 
 @contextmanager

@@ -327,6 +327,8 @@ def test_the_command(hub, adapter, tmp_path, capsys, pipeline_folder):  # noqa: 
     arguments = ["push", "--adapter", str(adapter), "--num_inference_steps", "1"]
     assert main(arguments) == 0
     assert (tmp_path / "strokes-hub" / "README.md").exists()
+    assert "Warning: The base" in (said := capsys.readouterr().out)
+    assert "is a folder of this machine, which nobody who downloads the adapter has" in said
     assert main([*arguments, "--repo_id", "user/strokes"]) == 1
     error = capsys.readouterr().err
     assert "is a folder of this machine" in error
