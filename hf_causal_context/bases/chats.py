@@ -47,17 +47,18 @@ def render_chat(
     plain = [_without_none(message) for message in messages]
     tools = _read_tools(tools) if isinstance(tools, str) else _without_none(tools or None)
     render = partial(_rendered, tokenizer, tools=tools)
-    has_system = plain[0]["role"] == "system"
+    first = plain[0]["role"]
+    instructs = first in ("system", "developer")
     try:
         text = render(plain, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
-        if has_system and plain[1:] and _rendered_if_taken(render, plain[1:]) is not None:
-            raise UserValueError(f"The chat template refuses system messages: {error}. {_INTO_THE_FIRST}") from error
+        if instructs and plain[1:] and _rendered_if_taken(render, plain[1:]) is not None:
+            raise UserValueError(f"The chat template refuses {first} messages: {error}. {_INTO_THE_FIRST}") from error
         raise UserValueError(f"The chat template refuses these messages: {error}") from error
-    system = plain[0].get("content") if has_system else None
+    system = plain[0].get("content") if instructs else None
     if isinstance(system, str) and system.strip() not in text:
         raise UserValueError(
-            f"The chat template leaves system messages out, so the model would not read them. {_INTO_THE_FIRST}"
+            f"The chat template leaves {first} messages out, so the model would not read them. {_INTO_THE_FIRST}"
         )
     if tools and text == render(plain, add_generation_prompt=add_generation_prompt, tools=None):
         raise UserValueError(

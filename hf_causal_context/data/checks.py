@@ -25,7 +25,7 @@ from .columns import BATCH_ROWS, Rows, known_features
 from .interventional import InterventionalData
 from .look_alikes import LookAlikes, Place
 from .masks import plain_mask
-from .text_rows import columns_of, row_problem
+from .text_rows import columns_of, is_answered, row_problem, text_lines
 
 TINY = 50
 LOPSIDED = 10
@@ -98,6 +98,7 @@ def check_data(data: InterventionalData, *, decode: bool = True, num_frames: int
     errors = [*_structure_errors(data, train, seen.noun), *_content_errors(seen)]
     warnings = [*data.warnings, *_size_warnings(data, train)]
     warnings += [*_strength_warnings(data), *_duplicate_warnings(seen, train), *_image_warnings(seen)]
+    warnings += _unanswered_warnings(seen)
     leaks = seen.leaks()
     if leaks:
         # Short texts coincide by chance, images do not.
@@ -120,6 +121,7 @@ class _Seen:
         self.texts = texts
         self.noun = "texts" if texts else otherwise
         self.unreadable: list[str] = []
+        self.unanswered: list[str] = []
         self.look_alikes = LookAlikes()
         self.remarks: defaultdict[str, list[str]] = defaultdict(list)  # -> names of images
         # Digest of a row's content -> the first row with it; every later one adds a pair.
@@ -149,14 +151,21 @@ def _read(
     opener = Image() if isinstance(features[data.content_column], Image) and num_decoded else None
     counts = Counter[str]()
     images = (data.content_column, "mask") if data.has_masks else (data.content_column,)
-    for number, context, values in _payloads(rows, seen.texts or images, contexts, role):
+    lines = {context: _lines(files) for context, files in data.files.items()}
+    for context, values in _payloads(rows, seen.texts or images, contexts, role):
+        source = values[0].get("path") if isinstance(values[0], dict) else next(lines.get(context, iter(())), None)
+        row = f"row {counts[context]} of {repr(context) if context else 'the observational context'} ({role})"
+        name, whole = (source, f"{source} ({context or 'observational'})") if source else (row, row)
         counts[context] += 1
-        path = values[0].get("path") if isinstance(values[0], dict) else None
-        name = str(path or f"row {number} of {repr(context) if context else 'the observational context'} ({role})")
         image = None
         # Decoders raise whatever they like, and a damaged file must not hide the others.
         try:
-            content = _text(dict(zip(seen.texts, values, strict=True))) if seen.texts else _content(values[0])
+            if seen.texts:
+                content = _text(texts := dict(zip(seen.texts, values, strict=True)))
+                if not is_answered(texts):
+                    seen.unanswered.append(name)
+            else:
+                content = _content(values[0])
             if data.has_videos and num_decoded and not sum(1 for _ in islice(frames(values[0]), num_decoded)):
                 raise UserValueError("The clip has no frames.")
             if opener is not None:
@@ -165,7 +174,7 @@ def _read(
                     seen.remarks[remark].append(name)
                 if data.has_masks and values[1] is not None:
                     plain_mask(opener.decode_example({"bytes": _content(values[1]), "path": None}), image)
-            seen.add(content, (role, context, name), image)
+            seen.add(content, (role, context, whole), image)
         except Exception as error:
             seen.unreadable.append(
                 f"{name} ({error if seen.texts or isinstance(error, UserError) else type(error).__name__})"
@@ -175,7 +184,7 @@ def _read(
 
 def _payloads(
     rows: Rows, names: Sequence[str], contexts: Sequence[str], role: str
-) -> Iterator[tuple[int, str, tuple[Any, ...]]]:
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
     if isinstance(rows, IterableDataset):
         yield from _first_of_stream(rows, names, contexts)
         return
@@ -184,29 +193,32 @@ def _payloads(
         if isinstance(columns.features[name], Image):
             columns = columns.cast_column(name, Image(decode=False))
     with ProgressBar(total=len(rows), desc=f"Checking ({role})", unit="row") as progress:
-        number = 0
         for batch in columns.iter(BATCH_ROWS):
             assert isinstance(batch, dict)
             for context, *values in zip(batch["context"], *(batch[name] for name in names), strict=True):
-                yield number, context, tuple(values)
-                number += 1
+                yield context, tuple(values)
                 progress.update()
 
 
 def _first_of_stream(
     rows: IterableDataset, names: Sequence[str], contexts: Sequence[str]
-) -> Iterator[tuple[int, str, tuple[Any, ...]]]:
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
     left = dict.fromkeys(contexts, STREAM_ROWS)
     _, features = known_features(rows)
     # Images stay files, while JSON in texts must be read.
     images = any(isinstance(features[name], Image) for name in names)
-    for number, row in enumerate(rows.decode(False) if images else rows):
+    for row in rows.decode(False) if images else rows:
         context = row["context"]
         if left.get(context, 0) > 0:
             left[context] -= 1
-            yield number, context, tuple(row[name] for name in names)
+            yield context, tuple(row[name] for name in names)
         if not any(left.values()):
             return
+
+
+def _lines(files: Sequence[Path]) -> Iterator[str]:
+    """Names of the rows of files of texts."""
+    return (f"line {number} of {str(file)!r}" for file in files for number, _ in text_lines(file))
 
 
 def _text(row: Mapping[str, Any]) -> bytes:
@@ -319,11 +331,17 @@ def _image_warnings(seen: _Seen) -> Iterator[str]:
         yield f"{len(names)} images ({_examples(names)}) {remark}"
 
 
+def _unanswered_warnings(seen: _Seen) -> Iterator[str]:
+    if seen.unanswered:
+        yield (
+            f"{len(seen.unanswered)} texts have no message of the assistant: {_examples(seen.unanswered)}. Training "
+            "learns what others say in them, or stops at them where it learns answers only. Add the answers, or remove "
+            "the texts."
+        )
+
+
 def _same(pairs: Sequence[tuple[Place, Place]]) -> list[str]:
-    return [
-        f"{first[2]} ({first[1] or 'observational'}) = {second[2]} ({second[1] or 'observational'})"
-        for first, second in pairs
-    ]
+    return [f"{first} = {second}" for (*_, first), (*_, second) in pairs]
 
 
 def _examples(items: Sequence[str]) -> str:

@@ -39,7 +39,8 @@ class InterventionalData:
     `texts_from_dataset`), "context" (the printed form of a `Context`, "" is observational), "caption" and "mask" if
     there are captions and masks, and whatever else the dataset had. `contexts` are those of `rows`, sorted. `held_out`
     maps contexts to rows that are never trained on. `counts` are the rows per training context, None where a stream
-    does not tell. `reweighted` maps combinations to the numbers of rows that stand for them in training.
+    does not tell. `reweighted` maps combinations to the numbers of rows that stand for them in training. `files` maps
+    contexts to the files whose lines are their rows, in this order; it is empty where there are none.
     """
 
     rows: Rows
@@ -50,6 +51,7 @@ class InterventionalData:
     content_column: str = "image"
     warnings: tuple[str, ...] = ()
     reweighted: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    files: dict[str, list[Path]] = field(default_factory=dict)
 
     @property
     def streaming(self) -> bool:

@@ -15,7 +15,7 @@ from .._pixels import plain
 TOLERANCE, MEAN_TOLERANCE = 8, 2.0
 _SIDE = 16
 
-Place: TypeAlias = tuple[str, str, str]  # role, context, name
+Place: TypeAlias = tuple[str, str, str]  # role, context, name with the context
 
 
 class LookAlikes:

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from datasets import Features, Json, LargeList, List, Value
 
+from .._messages import quoted
 from ..errors import UserValueError
 
 TEXT_SUFFIXES = frozenset({".txt", ".jsonl"})
@@ -19,6 +20,7 @@ _SHAPES = (("messages",), ("prompt", "completion"), ("text",))
 _TEXT = Value("string")
 _MESSAGES = List(Json())  # beside role and content may be what calls tools
 _KEPT = ("role", "content", "tool_calls", "tool_call_id", "reasoning_content")
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 _ALLOWED = {"text": "text", "messages": "a list of messages"}
 
 
@@ -75,10 +77,19 @@ def _problem(column: str, value: object) -> str | None:
         content = known.get("content") or ("" if known.get("tool_calls") else known.get("content"))
         if not (known.get("role") and isinstance(known["role"], str) and isinstance(content, str)):
             return f"has a message {number} without 'role' and 'content' as text: {reprlib.repr(message)}"
+        if known["role"] not in _ROLES:
+            role = reprlib.repr(known["role"])
+            return f"has the role {role} in message {number}; allowed are {quoted(_ROLES)}"
     if not value:
         return "has no messages"
     answers = [message for message in value if column != "messages" or message["role"] == "assistant"] or value
     return None if column == "prompt" or any(map(_says_something, answers)) else "is empty"
+
+
+def is_answered(row: Mapping[str, Any]) -> bool:
+    """Whether the assistant says something in what is learned of a row; of texts that are no messages, always."""
+    learned = row.get("messages", row.get("completion"))
+    return not isinstance(learned, list) or any(message["role"] == "assistant" for message in learned)
 
 
 def _says_something(message: Mapping[str, Any]) -> bool:
@@ -92,19 +103,31 @@ def read_texts(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         ValueError: for a line that is not UTF-8, not JSON, or has no text; it names file and line.
     """
     parse: Callable[[str], dict[str, Any]] = _parse_object if path.suffix.lower() == ".jsonl" else _parse_text
+    for number, line in text_lines(path):
+        try:
+            row = parse(line)
+        except ValueError as error:
+            raise UserValueError(f"Line {number} of {str(path)!r}: {error}.") from None
+        yield number, row
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbers and texts of the lines of a file that are not blank: its rows.
+
+    Raises:
+        ValueError: for a line that is not UTF-8.
+    """
     # Bytes, because text mode would also end lines where Unicode does.
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                if line.strip():
-                    yield number, parse(line)
             except UnicodeDecodeError as error:
                 raise UserValueError(
                     f"Line {number} of {str(path)!r} is not UTF-8 ({error.reason}). Save the file as UTF-8."
                 ) from None
-            except ValueError as error:
-                raise UserValueError(f"Line {number} of {str(path)!r}: {error}.") from None
+            if line.strip():
+                yield number, line
 
 
 def _parse_text(line: str) -> dict[str, Any]:

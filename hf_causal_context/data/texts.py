@@ -70,6 +70,7 @@ def load_text_folders(
         counts=dict(Counter(rows["context"][:])) if isinstance(rows, Dataset) else None,
         warnings=(*files.warnings, *skipped(others, root), *inside),
         content_column=next(iter(features)),
+        files=texts,
     )
 
 

@@ -40,7 +40,7 @@ def only_few(data: InterventionalData, context: str, num: int, seed: int) -> Int
     """Return the data as if it had these rows only: a stream, of which nothing is computed ahead."""
     rows = few_rows(data, context, num, seed)
     stream = rows.to_iterable_dataset() if isinstance(rows, Dataset) else rows
-    return replace(data, rows=stream, contexts=(context,), held_out={}, counts=None, reweighted={})
+    return replace(data, rows=stream, contexts=(context,), held_out={}, counts=None, reweighted={}, files={})
 
 
 def joined(batches: Sequence[Batch], base: DiffusionBase) -> Batch:

@@ -122,6 +122,11 @@ BAD_LINES = [
     ({"messages": [{"content": "x"}]}, "without 'role' and 'content'"),
     ({"messages": [{"role": "", "content": "x"}]}, "without 'role' and 'content'"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "without 'role' and 'content' as text"),
+    (
+        {"messages": [user("x"), {"role": "bot", "content": "y"}]},
+        "'messages' has the role 'bot' in message 1; allowed are",
+    ),
+    ({"prompt": [{"role": "usr", "content": "x"}], "completion": [assistant("y")]}, "'prompt' has the role 'usr' in"),
     ({"messages": [assistant(" ")]}, "'messages' is empty"),
     ('{"text": "a \\uD83D"}', r"half a character .'.ud83d'.. Correct or remove"),
 ]
@@ -245,7 +250,7 @@ def test_json_columns(streaming):
     data = texts_from_dataset(dataset.to_iterable_dataset() if streaming else dataset, concepts=("a",))
     assert next(iter(data.rows)) == {"messages": [user("a")], "context": ""}
     (error,) = check_data(data).errors
-    assert error.startswith("1 texts are no training data: row 1 of 'a' (train) ('messages' has a message 1 without")
+    assert error.startswith("1 texts are no training data: row 0 of 'a' (train) ('messages' has a message 1 without")
 
 
 def test_dataset_errors():
@@ -308,7 +313,9 @@ def test_a_few_short_texts_may_coincide():
     rows = [{"text": text, "context": context} for context, texts in sets.items() for text in texts]
     report = check_data(texts_from_dataset(Dataset.from_list(rows)))
     assert report.errors == ()
-    assert report.warnings[-1].startswith("1 held-out texts are also trained on: row 67 of 'a' (train) (a) = row 0 of")
+    assert report.warnings[-1].startswith(
+        "1 held-out texts are also trained on: row 7 of 'a' (train) = row 0 of 'a+b' (held out)."
+    )
     rows.append({"text": "B 7", "context": "a+b"})
     (error,) = check_data(texts_from_dataset(Dataset.from_list(rows))).errors
     assert error.startswith("2 held-out texts are also trained on")
@@ -325,9 +332,47 @@ def test_whole_rows_are_compared(streaming):
     dataset = dataset.to_iterable_dataset() if streaming else dataset
     report = check_data(texts_from_dataset(dataset, concepts=("a", "b"), held_out_contexts=["a+b"]))
     (error,) = report.errors
-    assert error.startswith("1 held-out texts are also trained on: row 3 of 'a' (train) (a) = row ")
+    assert error.startswith("1 held-out texts are also trained on: row 0 of 'a' (train) = row 1 of 'a+b' ")
     (warning,) = [warning for warning in report.warnings if "two contexts" in warning]
     assert warning.startswith("1 texts are in two contexts: row 1 of the observational context (train)")
+
+
+@streamed
+def test_rows_of_files_are_named_by_their_lines(tmp_path, streaming):
+    write(tmp_path / "obs" / "a.txt", "a", "", "b")
+    write(tmp_path / "obs" / "b.txt", "\u00a0", "c")
+    write(tmp_path / "formal" / "b.txt", "d", "  ", "c")
+    report = check_data(load_text_folders(tmp_path, streaming=streaming))
+    (warning,) = [warning for warning in report.warnings if "two contexts" in warning]
+    formal, plain = (f"{str(tmp_path / folder / 'b.txt')!r}" for folder in ("formal", "obs"))
+    assert f": line 3 of {formal} (formal) = line 2 of {plain} (observational). " in warning
+
+
+@streamed
+def test_chats_without_an_answer_are_named(tmp_path, streaming):
+    instructed = [{"role": "developer", "content": "Be short."}, user("b"), assistant("c")]
+    write(tmp_path / "obs" / "a.jsonl", {"messages": [user("a"), assistant("b")]}, {"messages": instructed})
+    write(tmp_path / "a" / "a.jsonl", {"messages": [user("a"), assistant("c")]}, {"messages": [user("d")]})
+    report = check_data(load_text_folders(tmp_path, streaming=streaming))
+    (warning,) = [warning for warning in report.warnings if "assistant" in warning]
+    assert f"1 texts have no message of the assistant: line 2 of {str(tmp_path / 'a' / 'a.jsonl')!r}. " in warning
+    rows = [
+        {"prompt": [user("a")], "completion": [who("b")], "context": c} for who, c in ((assistant, "obs"), (user, "a"))
+    ]
+    report = check_data(texts_from_dataset(Dataset.from_list(rows)))
+    assert "1 texts have no message of the assistant: row 0 of 'a' (train). " in " ".join(report.warnings)
+
+
+def test_an_unknown_role_in_a_dataset_is_an_error():
+    rows = [
+        {"messages": [user("a"), {"role": role, "content": "b"}], "context": c}
+        for role, c in (("bot", "a"), ("tool", "obs"))
+    ]
+    (error,) = check_data(texts_from_dataset(Dataset.from_list(rows))).errors
+    assert (
+        "row 0 of 'a' (train) ('messages' has the role 'bot' in message 1; allowed are 'system', 'developer', 'user', "
+        "'assistant', 'tool')"
+    ) in error
 
 
 @streamed

@@ -132,4 +132,4 @@ def test_an_assistant_that_says_nothing_is_named():
     silent = [CAT[0], {"role": "assistant", "content": " "}]
     table = [{"messages": chat, "context": context} for context, chat in (("obs", CAT), ("a", silent))]
     (error,) = check_data(texts_from_dataset(Dataset.from_list(table))).errors
-    assert "row 1 of 'a' (train) ('messages' is empty)" in error
+    assert "row 0 of 'a' (train) ('messages' is empty)" in error
