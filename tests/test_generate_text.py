@@ -1,6 +1,7 @@
 """Texts in chosen contexts, from Python and from the command line."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -413,6 +414,8 @@ def test_prompts_that_are_refused(store, run, tmp_path):
     refused("must be a .txt file", "--prompts_file", str(chats))
     chats.write_text(json.dumps({"text": "a"}))
     refused("Line 1 of", "--messages_file", str(chats))
+    chats.write_text(json.dumps({"messages": [{"role": "usr", "content": "a"}]}))
+    refused(f"Line 1 of {str(chats)!r}: 'messages' has the role 'usr' in message 0", "--messages_file", str(chats))
     chats.write_text(json.dumps({"messages": [{"role": "assistant", "content": "a"}]}))
     refused("There is no message before the assistant's first one", "--messages_file", str(chats))
     assert run(adapter, "--messages_file", str(chats), "--system_prompt", "good sir", prompt=None)[0] == 0
@@ -439,3 +442,24 @@ def test_a_chat_template_without_a_system_role(store, run, system, message):
     alone = [{"role": "system", "content": "good sir"}]
     with pytest.raises(ValueError, match="The chat template (refuses these messages|leaves system messages out)"):
         render_chat(tokenizer, alone)
+
+
+def test_a_chat_template_without_a_developer_role():
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    chat = [{"role": "developer", "content": "good sir"}, {"role": "user", "content": "a"}]
+    with pytest.raises(ValueError, match="The chat template leaves developer messages out, so the model would not"):
+        render_chat(tokenizer, chat)
+
+
+def test_a_replaced_file_is_told_beside_the_lines(store, run):
+    adapter = store()
+    assert "Replaced" not in run(adapter, contexts=("obs",))[2].err
+    _, rows, printed = run(adapter, contexts=("formal",))
+    assert re.search(r"^Replaced .*made/texts.jsonl\.$", printed.err, re.M)
+    assert [json.loads(line) for line in printed.out.splitlines()] == rows
+
+
+def test_a_temperature_that_is_not_positive_is_told_in_options(store, run):
+    _, _, printed = run(store(), "--temperature", "-1")
+    assert "--temperature=-1.0 must be positive. For the likeliest tokens give --greedy.\n" in printed.err

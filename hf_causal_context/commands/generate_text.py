@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._files import complete_or_absent
-from .._progress import ProgressBar
+from .._progress import ProgressBar, say
 from ..data.arguments import argument
 from ..errors import UserValueError
 from .adapter_arguments import ContextArguments, RevisionArguments
@@ -100,6 +102,10 @@ def generate_text_file(arguments: Arguments) -> list[dict[str, Any]]:
         raise UserValueError(
             "--greedy draws nothing, so --temperature and --top_p have no effect. Leave one or the other out."
         )
+    if arguments.temperature is not None and not arguments.temperature > 0:
+        raise UserValueError(
+            f"--temperature={arguments.temperature} must be positive. For the likeliest tokens give --greedy."
+        )
     if output_file.is_dir():
         raise IsADirectoryError(f"--output_file {output_file} is a folder. Give a file in it, such as texts.jsonl.")
     contexts, prompts = arguments.parsed(), arguments.prompts()
@@ -126,8 +132,12 @@ def generate_text_file(arguments: Arguments) -> list[dict[str, Any]]:
             for prompt, texts in zip(shown, written, strict=True)
             for context, text in zip(contexts, texts, strict=True)
         ]
+    there = output_file.exists()
     with complete_or_absent(output_file) as unfinished:
         unfinished.write_text("".join(map(_json_line, rows)), encoding="utf-8")
+    if there:
+        with redirect_stdout(sys.stderr):  # the output holds lines of JSON, and nothing else
+            say(f"Replaced {output_file}.")
     return rows
 
 

@@ -60,9 +60,7 @@ def generate_texts(
     if batch_size is not None and batch_size < 1:
         raise UserValueError(f"batch_size={batch_size} must be at least 1.")
     if temperature is not None and not temperature > 0:
-        raise UserValueError(
-            f"temperature={temperature} must be positive. For the likeliest tokens give seed=None, or --greedy."
-        )
+        raise UserValueError(f"temperature={temperature} must be positive. For the likeliest tokens give seed=None.")
     if top_p is not None and not 0 <= top_p <= 1:
         raise UserValueError(f"top_p={top_p} must be from 0 to 1.")
     encoder_decoder = bool(cast(Any, model).config.is_encoder_decoder)
