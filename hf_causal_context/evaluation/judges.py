@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from inspect import isfunction
 from typing import cast
 
 import torch
@@ -30,20 +31,31 @@ def load_judge(name: str) -> Judge:
         ValueError: for a name of another form, or of no function.
     """
     module, _, function = name.rpartition(".")
+    if function == "py" or "/" in name or os.sep in name:
+        raise UserValueError(
+            f"--judge={name}: give a dotted name such as judge.shows, of a module and its function, not a file. Run "
+            "the command where the file is."
+        )
     if not module or not all(name.split(".")):
         raise UserValueError(f"--judge={name} must be a module and a function, such as my_module.judge.")
     if os.getcwd() not in sys.path:  # installed commands do not look here
         sys.path.append(os.getcwd())
     try:
-        found = getattr(import_module(module), function, None)
+        there = import_module(module)
     except SyntaxError as error:
         raise UserValueError(f"--judge={name}: the module {module!r} cannot be read: {error}. Correct it.") from error
     except ImportError as error:
         raise UserValueError(
             f"--judge={name}: the module {module!r} cannot be imported ({error}). Run the command where {module}.py is."
         ) from error
-    if not callable(found):
-        raise UserValueError(f"--judge={name}: the module {module!r} has no function {function!r}. Name one it has.")
+    if not callable(found := getattr(there, function, None)):
+        own = [
+            key
+            for key, value in vars(there).items()
+            if isfunction(value) and value.__module__ == module and key[0] != "_"
+        ]
+        has = f"It has {quoted(own)}. Name one of them." if own else "It has none of its own. Write one into it."
+        raise UserValueError(f"--judge={name}: the module {module!r} has no function {function!r}. {has}")
     return cast(Judge, found)
 
 

@@ -72,7 +72,10 @@ def test_the_command_takes_a_dotted_name(adapter, folder, tmp_path, quick, monke
         (".rules.shows", "must be a module and a function"),
         ("rules.", "must be a module and a function"),
         ("no_such.shows", "the module 'no_such' cannot be imported .*Run the command where no_such.py is"),
-        ("json.shows", "the module 'json' has no function 'shows'"),
+        ("json.shows", "the module 'json' has no function 'shows'. It has .*'dumps', .*'load', .*. Name one of them"),
+        ("this_file/judge.py", "judge.py: give a dotted name such as judge.shows, .* not a file"),
+        ("judge.py", "give a dotted name such as judge.shows"),
+        ("./judge.shows", "give a dotted name such as judge.shows"),
     ],
 )
 def test_names_of_no_function(name, message):
@@ -102,6 +105,15 @@ def test_a_module_that_is_no_python_is_named(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=r"the module 'half_a_judge' cannot be read: .*half_a_judge.py, line 1"):
         load_judge("half_a_judge.shows")
+
+
+def test_a_module_without_functions_is_told(tmp_path, monkeypatch):
+    (tmp_path / "no_judge.py").write_text("from json import loads\ndef _hidden(text): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        ValueError, match="the module 'no_judge' has no function 'shows'. It has none of its own. Write"
+    ):
+        load_judge("no_judge.shows")
 
 
 @pytest.mark.parametrize("answer", [0.5, {}, {"loud": "very"}, {"loud": None}])
