@@ -29,10 +29,10 @@ def quoted(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in names)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Ask what may have been meant by an unknown name, if anything is like it."""
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Ask what may have been meant by an unknown name, if anything is like it; names are shown after the prefix."""
     alike = difflib.get_close_matches(name, known, cutoff=0.7)
-    return f" Did you mean {' or '.join(map(repr, alike))}?" if alike else ""
+    return f" Did you mean {' or '.join(repr(prefix + each) for each in alike)}?" if alike else ""
 
 
 def in_options(message: str, options: Iterable[str]) -> str:

@@ -209,7 +209,7 @@ def test_wrong_use_is_an_error_without_a_traceback(adapter, tmp_path, capsys):
         main(["train", "--max_train_step", "3", "--foo", "--output_dir", "a", "--pretrained-model-name-or-path", "b"])
         == 1
     )
-    assert "Unknown arguments: --max_train_step 3 --foo. Did you mean 'max_train_steps'" in capsys.readouterr().err
+    assert "Unknown arguments: --max_train_step 3 --foo. Did you mean '--max_train_steps'?" in capsys.readouterr().err
     (tmp_path / "half" / "checkpoint-7").mkdir(parents=True)
     assert main(["generate", "--adapter", str(tmp_path / "half"), "--contexts", "thick", *made]) == 1
     assert "training is not finished: resume it, or use a checkpoint" in capsys.readouterr().err

@@ -121,7 +121,7 @@ MISTAKES = [
     ("train TRAIN --train_data_dir . --ema_decay 2", "--ema_decay=2.0 must be at least 0 and below 1"),
     ("train TRAIN --train_data_dir . --output_dir file", "--output_dir: file is a file"),
     ("train TRAIN --train_data_dir . --pretrained_model_name_or_path ./b", "There is no base './b'"),
-    ("train-autoencoder --output_dir o --dataset_name d --mod frozen", "Did you mean 'mode'?"),
+    ("train-autoencoder --output_dir o --dataset_name d --mod frozen", "Did you mean '--mode'?"),
     ("evaluate . --output_dir o", "received neither"),
     ("generate nowhere/at/all --contexts a --output_dir o", "nowhere/at/all is no folder here"),
     ("generate . --context a --output_dir file", "--output_dir: file is a file"),

@@ -72,7 +72,7 @@ def parse(command: str, settings: type, given: Sequence[str]) -> Any:
         list(given), return_remaining_strings=True
     )
     if unknown:
-        guess = nearest(unknown[0].lstrip("-").partition("=")[0], options)
+        guess = nearest(unknown[0].lstrip("-").partition("=")[0], options, prefix="--")
         raise UserValueError(
             f"Unknown arguments: {' '.join(unknown)}.{guess} hf-causal-context {command} --help lists what there is."
         )
