@@ -146,9 +146,10 @@ def context_folders(root: Path, observational_name: str, joint_separator: str, h
             )
         folders[context] = folder
     if not folders:
+        above = f" If its files are one context, give the folder above it: {str(root.resolve().parent)!r}."
         raise UserValueError(
             f"{str(root)!r} has no folders. It must hold one folder of {held} per context, such as "
-            f"'{observational_name}', 'thick' and 'thick+slant'."
+            f"'{observational_name}', 'thick' and 'thick+slant'.{above if any(files_in(root)) else ''}"
         )
     return folders
 

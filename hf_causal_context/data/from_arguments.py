@@ -21,7 +21,7 @@ from . import (
 from .arguments import AnyDataArguments, ContextDataArguments, DataArguments, TextDataArguments, check_source
 from .captions import METADATA
 from .columns import Rows, known_features
-from .folders import IMAGE_SUFFIXES, visible_files
+from .folders import IMAGE_SUFFIXES, skipped, visible_files
 from .text_rows import TEXT_SUFFIXES, text_columns
 
 
@@ -123,12 +123,16 @@ def _dataset_options(arguments: ContextDataArguments) -> dict[str, Any]:
 
 def _holds_texts(root: Path) -> bool:
     paths = root.iterdir() if root.is_dir() else ()
-    folders = [path for path in paths if path.is_dir() and not path.name.startswith(".")]
-
+    folders = [path for path in paths if path.is_dir() and not path.name.startswith(".")] or [root]
     texts = any(file.name not in METADATA for folder in folders for file in visible_files(folder, TEXT_SUFFIXES))
-    return texts and not all(
-        any(True for _ in visible_files(folder, IMAGE_SUFFIXES | VIDEO_SUFFIXES)) for folder in folders
-    )
+    images = [any(True for _ in visible_files(folder, IMAGE_SUFFIXES | VIDEO_SUFFIXES)) for folder in folders]
+    if not texts and not any(images) and (files := sorted(visible_files(root))):
+        raise UserValueError(
+            f"{str(root)!r} has neither images nor texts. {' '.join(skipped(files, root))} Allowed are, in one folder "
+            "per context, the formats of Pillow, such as .png and .jpg, videos, such as .mp4, and texts: .txt, with "
+            f"one text per line, or .jsonl, with one object per line, but not {METADATA[0]}."
+        )
+    return texts and not all(images)
 
 
 def _parse_rules(items: list[str]) -> dict[str, str]:

@@ -1,4 +1,6 @@
 import json
+import re
+import shutil
 
 import PIL.Image
 import pytest
@@ -113,8 +115,13 @@ def test_captions_in_some_folders_only(tmp_path):
 def test_missing_and_empty_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a folder. Give the folder that holds one folder of images per"):
         load_folders(tmp_path / "missing")
-    with pytest.raises(ValueError, match="has no folders. It must hold one folder of images per context"):
+    with pytest.raises(ValueError, match="has no folders. It must hold one folder of images per .*'thick.slant'.$"):
         load_folders(tmp_path)
+    write_folders(tmp_path / "given", {"obs": 1})
+    above = re.escape(f"If its files are one context, give the folder above it: {str(tmp_path / 'given')!r}.")
+    with pytest.raises(ValueError, match=f"{above}$"):
+        load_folders(tmp_path / "given" / "obs")
+    shutil.rmtree(tmp_path / "given")
     (tmp_path / "obs").mkdir()
     with pytest.raises(ValueError, match="obs' has no images. .* Add images, or remove the folder"):
         load_folders(tmp_path)

@@ -61,3 +61,16 @@ def test_images_and_texts_are_told_apart(tmp_path, shape):
     assert load_any_data(AnyDataArguments(dataset_name=captioned, text_column="text")).content_column == "text"
     table(shape).add_column("image", [1] * 11).save_to_disk(tmp_path / "seen")
     assert load_any_data(AnyDataArguments(dataset_name=str(tmp_path / "seen"))).content_column == "image"
+
+
+def test_folders_of_neither_images_nor_texts_are_told_what_is_read(tmp_path):
+    for name in ("obs", "formal"):
+        (tmp_path / "tables" / name).mkdir(parents=True)
+        (tmp_path / "tables" / name / "rows.csv").write_text("text\nhi\n")
+    read = r"\. Allowed are, .* such as \.mp4, and texts: \.txt, .* or \.jsonl"
+    for folder, files in (("", r"2 \.csv \(formal/rows.csv, \.\.\.\)"), ("obs", r"1 \.csv \(rows.csv\)")):
+        with pytest.raises(ValueError, match=f"has neither images nor texts. Files that are not read: {files}{read}"):
+            load_any_data(AnyDataArguments(train_data_dir=str(tmp_path / "tables" / folder)))
+    (tmp_path / "tables" / "obs" / "rows.csv").rename(tmp_path / "tables" / "obs" / "rows.txt")
+    with pytest.raises(ValueError, match="one folder of texts per context.* give the folder above it: '.*tables'"):
+        load_any_data(AnyDataArguments(train_data_dir=str(tmp_path / "tables" / "obs")))
