@@ -15,7 +15,7 @@ from hf_causal_context.adapter.lookup import conditionings
 from hf_causal_context.bases.loading import as_base
 from hf_causal_context.inference.counterfactuals import Sampler
 
-from .training.packing import NO_GUIDANCE, STATIC, noise_argument, unpacked
+from .training.packing import NO_GUIDANCE, STATIC, noise_argument, step_latents, unpacked
 from .training.tiny_pipelines import EVERY, JOINED, PIPELINES, SLOWLY, side
 
 CONCEPTS = ("thick", "slant")
@@ -179,7 +179,7 @@ def test_flow_prediction_is_the_pipelines_own(name):
         kept = (1 - t) * s / ((1 - s) * t)
         deviation = s * (1 - kept**2) ** 0.5 or 1.0
         x = (1 - s) * clean + s * kept * (x - (1 - t) * clean) / t + deviation * result.noise[number]
-        return {"latents": noise_argument(name, x)}
+        return {"latents": step_latents(name, x)}
 
     options |= {"latents": noise_argument(name, x), "output_type": "latent", "num_inference_steps": STEPS}
     with intervene(base.pipe, "thick"):

@@ -21,8 +21,10 @@ from hf_causal_context.data.worlds.digits import sample_digits
 
 
 def run(monkeypatch, name, *arguments):
+    module = f"examples.{name.removesuffix('.py').replace('/', '.')}"
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    runpy.run_module(f"examples.{name.removesuffix('.py').replace('/', '.')}", run_name="__main__")
+    monkeypatch.delitem(sys.modules, module, raising=False)  # which another test may have imported
+    runpy.run_module(module, run_name="__main__")
 
 
 @pytest.mark.parametrize("name", ["own_folder.py", "text_to_image.py"])

@@ -44,3 +44,8 @@ def noise_argument(name: str, noise: Tensor) -> Tensor:
     if name in ("flux", "qwen_image", "chroma", "krea2"):
         return diffusers.FluxPipeline._pack_latents(noise, *noise.shape)
     return noise
+
+
+def step_latents(name: str, latents: Tensor) -> Tensor:
+    """Latents (B, C, H, W) -> what the pipeline has between its steps."""
+    return latents.flatten(2).mT if name.startswith("flux2") else noise_argument(name, latents)
