@@ -221,14 +221,15 @@ class ConceptSet:
 
     def index(self, name: str, where: str = "") -> int:
         """Position of a concept; ValueError for an unknown name, and `where` says in what it occurred."""
-        if name in self.names:
+        try:
             return self.names.index(name)
-        words = name.split()
-        meant = ["+".join(words)] if set(words) <= set(self.names) else self.names
-        raise UserValueError(
-            f"Unknown concept {name!r}{f' in {where}' if where else ''}. Known concepts: {quoted(self.names)}."
-            f"{nearest(name, meant)} Correct the name, or add it to the concepts."
-        )
+        except ValueError:
+            words = name.split()
+            meant = ["+".join(words)] if set(words) <= set(self.names) else self.names
+            raise UserValueError(
+                f"Unknown concept {name!r}{f' in {where}' if where else ''}. Known concepts: {quoted(self.names)}."
+                f"{nearest(name, meant)} Correct the name, or add it to the concepts."
+            ) from None
 
     def check_words(self, names: Iterable[str], words: Iterable[str]) -> None:
         """Refuse names that are almost one of the words for several contexts (ValueError), such as 'pair'."""

@@ -219,16 +219,11 @@ def control_tokens(setting: Setting, rows: Rows) -> Method:
     return Method(adapted, lambda context: nullcontext(), prefix)
 
 
-def steering_vectors(setting: Setting, rows: Rows) -> Method:
-    """Difference of mean activations, added to a layer's output; layer and factor suit the single set best."""
-    model = setting.load_base().eval()
-    layers = model.model.layers
+def steerable(layers: Any) -> Callable[[Sequence[tuple[int, Tensor]]], AbstractContextManager[None]]:
+    """Return what adds vectors (D,) to the outputs of numbered layers of a model, while it is entered."""
     added: dict[int, Tensor] = {}
     for number, layer in enumerate(layers):
         layer.register_forward_hook(lambda module, args, output, n=number: output + added[n] if n in added else output)
-    half = {context: len(texts) // 2 for context, texts in rows.items()}
-    means = {context: _mean_activations(model, texts[: half[context]]) for context, texts in rows.items()}
-    chosen: dict[str, tuple[int, Tensor]] = {}
 
     @contextmanager
     def steered(vectors: Sequence[tuple[int, Tensor]]) -> Iterator[None]:
@@ -239,6 +234,17 @@ def steering_vectors(setting: Setting, rows: Rows) -> Method:
         finally:
             added.clear()
 
+    return steered
+
+
+def steering_vectors(setting: Setting, rows: Rows) -> Method:
+    """Difference of mean activations, added to a layer's output; layer and factor suit the single set best."""
+    model = setting.load_base().eval()
+    layers = model.model.layers
+    steered = steerable(layers)
+    half = {context: len(texts) // 2 for context, texts in rows.items()}
+    means = {context: _mean_activations(model, texts[: half[context]]) for context, texts in rows.items()}
+    chosen: dict[str, tuple[int, Tensor]] = {}
     for concept in setting.concepts:
         single = Context(concept)
         losses: dict[tuple[int, float], float] = {}

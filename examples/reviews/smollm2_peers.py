@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import set_seed
 from hf_causal_context import Context
 
 from .chats import asking
-from .methods import log_losses, lora_sum, stacked
+from .methods import log_losses, lora_sum, stacked, steerable
 from .smollm2_methods import (
     Method,
     Study,
@@ -78,19 +78,7 @@ def steering_vectors(study: Study) -> Method:
     """
     model = study.load_base().eval()
     layers = model.model.layers
-    added: dict[int, Tensor] = {}
-    for number, layer in enumerate(layers):
-        layer.register_forward_hook(lambda module, args, output, n=number: output + added[n] if n in added else output)
-
-    @contextmanager
-    def steered(vectors: Sequence[tuple[int, Tensor]]) -> Iterator[None]:
-        for layer, vector in vectors:
-            added[layer] = added.get(layer, 0) + vector
-        try:
-            yield
-        finally:
-            added.clear()
-
+    steered = steerable(layers)
     means = {context: _mean_activations(model, study, context) for context in study.contexts}
     prompt = study.beginning()
     chosen: dict[str, tuple[int, Tensor]] = {}
