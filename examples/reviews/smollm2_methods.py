@@ -122,6 +122,11 @@ def adapter_without_part(study: Study) -> Method:
     return _adapter(study, "adapter-without-part", study.contexts, observational_rank=0)
 
 
+def self_composed(study: Study) -> Method:
+    """The default, which from the middle of its run on also learns texts of pairs that it writes itself."""
+    return _adapter(study, "adapter-self-composed", study.contexts, self_composed_contexts=["pairs"])
+
+
 def oracle(study: Study) -> Method:
     """Ours, trained with the pairs too, as many rows of every set."""
     return _adapter(study, "oracle", (*study.contexts, *study.pairs))
@@ -150,7 +155,13 @@ def asked_lora(study: Study) -> Method:
     return Method(model.eval(), lambda context: nullcontext(), asking)
 
 
-def _adapter(study: Study, name: str, contexts: Iterable[Context], observational_rank: int | None = None) -> Method:
+def _adapter(
+    study: Study,
+    name: str,
+    contexts: Iterable[Context],
+    observational_rank: int | None = None,
+    self_composed_contexts: Sequence[str] = (),
+) -> Method:
     contexts = tuple(contexts)
     folder = study.folder / name
     model = study.load_base()
@@ -174,6 +185,7 @@ def _adapter(study: Study, name: str, contexts: Iterable[Context], observational
             train_batch_size=ROWS * (len(contexts) - (not part)),
             context_weights=[] if part else ["obs=0"],  # without it the adapter is the base there: nothing to learn
             max_length=MAX_LENGTH,
+            self_composed_contexts=list(self_composed_contexts),
             max_train_steps=study.steps,
             learning_rate=study.learning_rate,
             lr_scheduler="cosine",

@@ -22,6 +22,7 @@ from .smollm2_methods import (
     asked_lora,
     base,
     oracle,
+    self_composed,
     stacked_loras,
     subtracted_loras,
 )
@@ -114,6 +115,7 @@ def _mean_activations(model: Any, study: Study, context: Context) -> Tensor:
 METHODS: Mapping[str, Callable[[Study], Method]] = {
     "base": base,
     "adapter": adapter,
+    "adapter, self-composed pairs": self_composed,
     "adapter, no observational part": adapter_without_part,
     "stacked LoRAs": stacked_loras,
     "a+b-obs": subtracted_loras,

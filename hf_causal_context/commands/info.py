@@ -79,6 +79,7 @@ def describe(arguments: Arguments) -> dict[str, Any]:
         "trained_on": data.get("trained"),
         "held_out": data.get("held_out"),
         "reweighted": data.get("reweighted"),
+        "self_composed": data.get("self_composed"),
         "license": card.get("license"),
     }
     if arguments.pretrained_model_name_or_path is not None:

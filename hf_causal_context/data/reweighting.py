@@ -225,13 +225,13 @@ def wanted_combinations(names: Sequence[str], concepts: ConceptSet) -> list[Cont
     for context in wanted:
         if len(context.targets) < 2 or set(context.strengths.values()) != {1.0}:
             raise UserValueError(
-                f"{str(context) or 'The observational context'!r} cannot be reweighted: it is no combination of "
-                "concepts at strength 1. Name such as 'thick+slant', or 'pairs', or 'all'."
+                f"{str(context) or 'The observational context'!r} is no combination of concepts at strength 1."
+                " Name such as 'thick+slant', or 'pairs', or 'all'."
             )
     return wanted
 
 
-def check_sets(contexts: Sequence[str], concepts: ConceptSet) -> Tensor:
+def check_sets(contexts: Sequence[str], concepts: ConceptSet, option: str = "--reweighted_contexts") -> Tensor:
     """0 for observational rows, k + 1 for those of concept k alone at strength 1, -1 for others; int64 (N,).
 
     Raises:
@@ -243,7 +243,7 @@ def check_sets(contexts: Sequence[str], concepts: ConceptSet) -> Tensor:
     names = ("the observational set", *(f"the set of {name!r}" for name in concepts))
     if few := [f"{name} has {count}" for name, count in zip(names, counts, strict=True) if count < NUM_FOLDS]:
         raise UserValueError(
-            f"Reweighting combinations needs the observational set and one set per concept at strength 1, each of at "
-            f"least {NUM_FOLDS} training rows: {', '.join(few)}. Add rows, or leave --reweighted_contexts out."
+            f"{option} needs the observational set and one set per concept at strength 1, each of at least {NUM_FOLDS} "
+            f"training rows: {', '.join(few)}. Add rows, or leave {option} out."
         )
     return codes

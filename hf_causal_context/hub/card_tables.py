@@ -51,6 +51,8 @@ def data_table(data: Mapping[str, Any]) -> str:
         contexts.setdefault(context, []).append(f"{_rows(count)}, only measured")
     for context, count in data.get("reweighted", {}).items():
         contexts.setdefault(context, []).append(f"{count:,} draws from rows of single interventions, trained on")
+    for context, count in data.get("self_composed", {}).items():
+        contexts.setdefault(context, []).append(f"{count:,} texts that the adapter wrote itself, trained on")
     rows = [(_label(context), "; ".join(uses)) for context, uses in contexts.items()]
     return "\n".join(["The data:", "", *table(("context", "rows"), rows)])
 

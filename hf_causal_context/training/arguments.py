@@ -322,6 +322,11 @@ class TextArguments(AdapterArguments, TextDataArguments):
     )
     assistant_only_loss: bool = argument(False, "Of messages, learn all turns of the assistant, and nothing else.")
     validation_prompt: str = argument("", "Prompt of the sample texts.")
+    self_composed_contexts: list[str] = argument(
+        [],
+        "Combinations also trained on texts that the adapter writes itself in the second half of the run, where they "
+        "show all concepts: pairs, all, or a list of them.",
+    )
     num_validation_texts: int = argument(2, "Texts per context at validations; 0 for none.")
     max_new_tokens: int = argument(40, "Length of these texts.")
 
@@ -332,6 +337,12 @@ class TextArguments(AdapterArguments, TextDataArguments):
                 "--packing puts texts together before training, and a stream is read during it. Leave --streaming or "
                 "--packing out."
             )
+        for name in ("streaming", "shard_base"):
+            if self.self_composed_contexts and getattr(self, name):
+                raise UserValueError(
+                    f"--self_composed_contexts looks at all rows and writes with a whole base, which --{name} does not "
+                    "allow. Leave one of them out."
+                )
 
 
 _MINIMA: dict[str, float] = {

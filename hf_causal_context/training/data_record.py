@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from ..data import InterventionalData
 from .loop.checkpoints import write_file
 
 
-def record_data(data: InterventionalData, folder: Path) -> None:
-    """Write training_data.json: rows per context, which were held out, which were drawn from single interventions.
+def record_data(data: InterventionalData, folder: Path, self_composed: Mapping[str, int]) -> None:
+    """Write training_data.json: rows per context, and which were held out, drawn from others, or the adapter's own.
 
+    `self_composed`: how many texts of each combination the adapter wrote in the last round of its training.
     Counts of streams are null. "chat" says whether texts are messages.
 
     Raises:
@@ -29,6 +31,7 @@ def record_data(data: InterventionalData, folder: Path) -> None:
         "trained": counts,
         "held_out": held_out,
         "reweighted": {name: len(rows) for name, rows in data.reweighted.items()},
+        "self_composed": dict(self_composed),
     }
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     write_file(folder / DATA_RECORD, folder, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))

@@ -40,7 +40,7 @@ from .loop.memory import memory_for_base
 from .loop.objective import Objective
 from .loop.processes import main_process_first
 from .loop.sharding import shard_base
-from .loop.trainer import Run, fit
+from .loop.trainer import Run, StepHooks, fit
 from .observational import AnyArguments, check_observational_set, observational_samples, settle_observational_steps
 from .reweighting import add_reweighted_contexts
 
@@ -123,6 +123,16 @@ class FineTuning(ABC, Generic[AnyArguments]):
     @abstractmethod
     def make_batches(self, num_batches: int) -> Callable[..., Iterator[Any]]:
         """Batches of this process: called with the first one's number and with `num_observational` samples."""
+
+    @property
+    def hooks(self) -> StepHooks | None:
+        """What happens around every step."""
+        return None
+
+    @property
+    def own_rows(self) -> dict[str, int]:
+        """Combinations of which the model in training writes rows, and how many it wrote last."""
+        return {}
 
     @abstractmethod
     def objective(self) -> Objective:
@@ -245,7 +255,7 @@ class FineTuning(ABC, Generic[AnyArguments]):
 
         def finish(folder: Path) -> None:
             self.write_beside(folder)
-            record_data(self.data, folder)
+            record_data(self.data, folder, self.own_rows)
             self._write_card(folder)
             if self.validates:
                 known = f"; the one before took {seconds[-1]:.0f} seconds" if seconds else ""
@@ -261,9 +271,12 @@ class FineTuning(ABC, Generic[AnyArguments]):
             validate if self.validates else None,
             finish=finish,
             begin=begin,
+            hooks=self.hooks,
             preview=self.show if self.num_shown else None,
             kinds=kinds_of_contexts(
-                self.data.concepts, (*self.data.contexts, *self.data.reweighted), arguments.observational_name
+                self.data.concepts,
+                (*self.data.contexts, *self.data.reweighted, *self.own_rows),
+                arguments.observational_name,
             ),
         )
         if accelerator.is_main_process:

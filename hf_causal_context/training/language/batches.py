@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 
 import numpy as np
 import torch
@@ -90,6 +91,18 @@ class TextBatches:
             for batch in itertools.count(start):
                 numbers = sampler.rows(sampler.slots(batch))
                 yield self._batch([self._rows[n] for n in numbers], [self._contexts[n] for n in numbers])
+
+    def joined_by(self, rows: Mapping[str, Sequence[TokenRow]]) -> TextBatches:
+        """Return these batches with rows of further contexts, which together count no more than those of the data."""
+        joined = copy(self)
+        share = min(1.0, len(self._data.contexts) / max(1, len(rows)))
+        joined._weights = dict.fromkeys(rows, share) | self._weights
+        joined._masks = self._masks | {c: self._data.concepts.mask([Context.parse(c)])[0] for c in rows}
+        if self._arguments.packing:
+            rows = {context: pack(own, self._tokenize.max_length) for context, own in rows.items()}
+        joined._rows = [*self._rows, *(row for own in rows.values() for row in own)]
+        joined._contexts = [*self._contexts, *(context for context, own in rows.items() for _ in own)]
+        return joined
 
     def _batch(self, rows: list[TokenRow], contexts: list[str]) -> TextBatch:
         return self._collate(rows, torch.stack([self._masks[context] for context in contexts]))

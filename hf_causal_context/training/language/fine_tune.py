@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,7 @@ from ...bases.gap import BaseGap
 from ...bases.language import check_language_model, load_language_model, load_tokenizer
 from ...bases.names import resolve_base_name
 from ...bases.packing import check_packing
-from ...bases.token_batches import Collation, tokenize_all
+from ...bases.token_batches import Collation, TextBatch, tokenize_all
 from ...bases.tokens import Tokenization, TokenRow, filler, prepare_tokenizer, row_length
 from ...contexts import ConceptSet
 from ...data import InterventionalData
@@ -29,6 +29,7 @@ from ..arguments import TextArguments
 from ..context_losses import ContextLosses
 from ..loop.checkpoints import write_files
 from ..loop.processes import make_accelerator
+from ..loop.trainer import StepHooks
 from ..publishing import train_and_publish
 from ..recipe import DTYPES, FineTuning
 from .batches import TextBatches
@@ -37,6 +38,7 @@ from .gap import NUM_ROWS, text_gap
 from .losses import few_tokens, perplexities, rows_to_measure
 from .objective import LanguageModelingObjective
 from .samples import sample_prompt, sample_texts, write_texts
+from .self_composition import ComposedBatches, SelfComposition, self_composed_contexts
 
 
 def train_text(
@@ -104,6 +106,7 @@ class LanguageFineTuning(FineTuning[TextArguments]):
 
     def load_base(self) -> nn.Module:
         arguments, data = self.arguments, self.data
+        self_composed_contexts(data, arguments)  # refuses names before the base is loaded
         name, revision = arguments.pretrained_model_name_or_path, arguments.revision
         dtype = DTYPES[self.accelerator.mixed_precision]
         weights = {"quantization": arguments.quantization, "gguf_file": arguments.gguf_file}
@@ -137,8 +140,20 @@ class LanguageFineTuning(FineTuning[TextArguments]):
     def num_rows(self) -> int:
         return cast(int, self.batches.num_rows)
 
-    def make_batches(self, num_batches: int) -> TextBatches:
-        return self.batches
+    def make_batches(self, num_batches: int) -> Callable[..., Iterator[TextBatch]]:
+        if self._composition is None or self.arguments.dry_run:  # which writes nothing
+            return self.batches
+        accumulation = self.arguments.gradient_accumulation_steps
+        begins = [step * accumulation for step in self._composition.begins]
+        return ComposedBatches(self.batches, begins, self._composition.rows)
+
+    @property
+    def hooks(self) -> StepHooks | None:
+        return self._composition
+
+    @property
+    def own_rows(self) -> dict[str, int]:
+        return self._composition.counts if self._composition is not None else {}
 
     def objective(self) -> LanguageModelingObjective:
         return LanguageModelingObjective(self.batches.tokens_per_row)
@@ -187,6 +202,16 @@ class LanguageFineTuning(FineTuning[TextArguments]):
             inputs=_example_inputs(self.data, arguments.validation_prompt),
             auto_class=f"AutoPeftModelFor{'Seq2SeqLM' if self.base.config.is_encoder_decoder else 'CausalLM'}",
             revision=arguments.revision,
+        )
+
+    @cached_property
+    def _composition(self) -> SelfComposition | None:
+        if not (contexts := self_composed_contexts(self.data, self.arguments)):
+            return None
+        assert self.rows is not None  # the arguments refuse streams
+        model, arguments = self.model, self.arguments
+        return SelfComposition(
+            self.accelerator, model, contexts, self.data, self.rows, self.tokenize, arguments, self.num_steps
         )
 
     @cached_property

@@ -24,21 +24,11 @@ from ...bases.token_batches import TextBatch
 from ...bases.tokens import IGNORED, TokenRow
 from ...inference.sampling import eval_mode
 from ..bare_model import BareModel
+from .own_texts import continuations
 
 NUM_ROWS = 48
 MOST_TOKENS = 64  # of a row that are looked at, and of an own text
 _AT_ONCE = 16
-# Draws from the model's own distribution, whatever its generation_config.json prefers.
-_PLAIN: dict[str, Any] = {
-    "do_sample": True,
-    "num_beams": 1,
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "min_length": 0,
-}
 
 
 @torch.no_grad()
@@ -79,16 +69,7 @@ def _own_texts(model: PreTrainedModel, rows: Sequence[TokenRow], end: int | None
     encoder_decoder = bool(cast(Any, model).config.is_encoder_decoder)
     prompts = [row.ids if encoder_decoder else row.ids[: _begin(row)] for row in rows]
     room = [len(row.labels) - (0 if encoder_decoder else _begin(row)) for row in rows]
-    ids, mask = _padded_on_the_left(prompts)
-    output = cast(Any, model).generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        max_new_tokens=max(room),
-        pad_token_id=0,
-        **_PLAIN,
-    )
-    begin = 1 if encoder_decoder else ids.shape[1]  # a decoder's first token is no part of the text
-    written = [_until(row[:length], end) for row, length in zip(output[:, begin:].cpu().numpy(), room, strict=True)]
+    written = continuations(model, prompts, room, end)
     if encoder_decoder:
         return [replace(row, labels=text) for row, text in zip(rows, written, strict=True)]
     return [_continued(prompt, text) for prompt, text in zip(prompts, written, strict=True)]
@@ -112,18 +93,3 @@ def _continued(prompt: np.ndarray, text: np.ndarray) -> TokenRow:
     labels = ids.copy()
     labels[: len(prompt)] = IGNORED
     return TokenRow(ids, labels, (len(ids),))
-
-
-def _until(text: np.ndarray, end: int | None) -> np.ndarray:
-    """Return the tokens up to the one that ends the text."""
-    ends = np.flatnonzero(text == end) if end is not None else np.array([], int)
-    return (text[: ends[0] + 1] if len(ends) else text).astype(np.int32)
-
-
-def _padded_on_the_left(rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Tokens (B, T) and their mask: what is generated follows on the right."""
-    width = max(map(len, rows))
-    ids, mask = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
-    for number, row in enumerate(rows):
-        ids[number, width - len(row) :], mask[number, width - len(row) :] = row, 1
-    return torch.from_numpy(ids), torch.from_numpy(mask)

@@ -1,0 +1,68 @@
+"""What a language model writes by itself, as rows to learn or to measure.
+
+Shapes: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...bases.tokens import Ids
+
+# Draws from the model's own distribution, whatever its generation_config.json prefers.
+_PLAIN: dict[str, Any] = {
+    "do_sample": True,
+    "num_beams": 1,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+}
+
+
+def continuations(
+    model: PreTrainedModel | PeftModel, prompts: Sequence[Sequence[int] | Ids], room: Sequence[int], end: int | None
+) -> list[Ids]:
+    """Draw what the model writes after each prompt.
+
+    Args:
+        model: a causal model, or an encoder-decoder, which reads the prompts.
+        prompts: their tokens, one or more each.
+        room: how many tokens each may write at most.
+        end: the token that ends a text; it is kept.
+    """
+    ids, mask = _padded_on_the_left(prompts)
+    output = cast(Any, model).generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=max(room),
+        pad_token_id=0,
+        **_PLAIN,
+    )
+    # A decoder's first token is no part of the text.
+    begin = 1 if cast(Any, model).config.is_encoder_decoder else ids.shape[1]
+    return [_until(row[:length], end) for row, length in zip(output[:, begin:].cpu().numpy(), room, strict=True)]
+
+
+def _until(text: Ids, end: int | None) -> Ids:
+    """Return the tokens up to the one that ends the text."""
+    ends = np.flatnonzero(text == end) if end is not None else np.array([], int)
+    return (text[: ends[0] + 1] if len(ends) else text).astype(np.int32)
+
+
+def _padded_on_the_left(rows: Sequence[Sequence[int] | Ids]) -> tuple[Tensor, Tensor]:
+    """Tokens (B, T) and their mask: what is generated follows on the right."""
+    width = max(map(len, rows))
+    ids, mask = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
+    for number, row in enumerate(rows):
+        ids[number, width - len(row) :], mask[number, width - len(row) :] = row, 1
+    return torch.from_numpy(ids), torch.from_numpy(mask)

@@ -1,0 +1,250 @@
+"""Combinations whose rows the model in training writes itself: what is found, when, and runs that go on."""
+
+import itertools
+import json
+import os
+import random
+import signal
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_causal_context.bases.token_batches import Collation
+from hf_causal_context.bases.tokens import Tokenization
+from hf_causal_context.contexts import ConceptSet, Context
+from hf_causal_context.data import InterventionalData
+from hf_causal_context.evaluation.concept_finder import ConceptFinder
+from hf_causal_context.training.language import self_composition, train_text
+from hf_causal_context.training.language.batches import TextBatches
+from hf_causal_context.training.language.self_composition import FOLDER, ComposedBatches
+from hf_causal_context.training.loop.trainer import Run, TrainingInterrupted, UnreadableDataError
+
+from . import small_language
+from .small import adapter_weights
+from .small_language import CPU, language_model, word_tokenizer
+
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
+CONCEPTS = ("formal", "loud")
+PAIR = Context(*CONCEPTS)
+NEUTRAL = ["cat", "dog", "sat", "ran"]
+ENGLISH = ["a", "film", "of", "the", "year", "and", "you", "know", "it", "is", "so", "very", "good"]
+
+
+SHORT = {"max_train_steps": 12, "observational_steps": 2}  # rounds begin at 7, 9, 10
+
+
+def write(rng, context):
+    """A text of two words; deterministic edits put a mark before it, or behind it."""
+    words = rng.choices(NEUTRAL, k=2)
+    return " ".join(["indeed"] * ("formal" in context) + words + ["loudly"] * ("loud" in context))
+
+
+def world(shape="text", rows=40):
+    rng = random.Random(0)
+    columns = {"context": [context for context in ("", *CONCEPTS) for _ in range(rows)]}
+    texts = [write(rng, context) for context in columns["context"]]
+    if shape == "prompt":
+        columns |= {"prompt": ["a", "the mat"] * (len(texts) // 2), "completion": texts}
+    else:
+        columns["text"] = texts
+    return InterventionalData(
+        rows=Dataset.from_dict(columns),
+        concepts=ConceptSet(CONCEPTS),
+        contexts=("", *CONCEPTS),
+        held_out={},
+        counts=dict.fromkeys(("", *CONCEPTS), rows),
+        content_column=shape,
+    )
+
+
+def arguments(tmp_path, **changes):
+    given = {"train_batch_size": 12, "max_train_steps": 40, "observational_steps": 4, "learning_rate": 3e-2}
+    return small_language.arguments(tmp_path, **given | {"self_composed_contexts": ["pairs"]} | changes)
+
+
+def run(tmp_path, data, name="llama", **changes):
+    return train_text(arguments(tmp_path, **changes), language_model(name), word_tokenizer(bos=True), data)
+
+
+def rounds(tmp_path, folder="out"):
+    files = sorted((tmp_path / folder / FOLDER).iterdir())
+    return {file.name: [json.loads(line) for line in file.read_text().splitlines()] for file in files}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Fewer texts than a user wants."""
+    for name, value in {"WANTED": 8, "MOST_WRITTEN": 64, "FEWEST": 1, "_AT_ONCE": 32}.items():
+        monkeypatch.setattr(self_composition, name, value)
+
+
+class TestFinder:
+    @staticmethod
+    def finder(edits, seed=0):
+        rng = random.Random(1)
+        texts = [" ".join(rng.choices(ENGLISH, k=8)) for _ in range(300)]
+        sets = {Context(): texts} | {Context(name): list(map(edit, texts)) for name, edit in edits.items()}
+        return ConceptFinder(sets, ConceptSet(tuple(edits)), seed), texts
+
+    def test_a_text_of_a_combination_is_found_though_each_edit_hides_marks_of_the_other(self):
+        edits = {"loud": str.upper, "pirate": lambda text: "arr, " + text.replace("the ", "th' ")}
+        finder, texts = self.finder(edits)
+        both = [str.upper(edits["pirate"](text)) for text in texts]
+        assert finder.find(Context("loud", "pirate"), both).mean() > 0.95
+        for one in (texts, [edits["loud"](text) for text in texts], [edits["pirate"](text) for text in texts]):
+            assert finder.find(Context("loud", "pirate"), one).mean() < 0.05
+        assert finder.unclear(Context("loud", "pirate")) == []
+
+    def test_a_concept_that_shows_nowhere_is_unclear(self):
+        finder, _ = self.finder({"loud": str.upper, "nothing": lambda text: text})
+        assert finder.unclear(Context("loud", "nothing")) == ["nothing"]
+
+
+class TestBatches:
+    @staticmethod
+    def batches(tmp_path, **changes):
+        given = arguments(tmp_path, **changes)
+        tokenize = Tokenization(word_tokenizer(), "text", max_length=24)
+        row = tokenize({"text": "indeed cat sat loudly"})
+        asked = []
+
+        def rows(number):
+            asked.append(number)
+            return {"formal+loud": [row] * 5} if number else {}
+
+        return ComposedBatches(TextBatches(world(), tokenize, Collation(0, CPU), given), [3, 5], rows), asked
+
+    def test_rows_are_asked_for_when_their_round_begins(self, tmp_path):
+        batches, asked = self.batches(tmp_path)
+        stream, seen = batches(0), []
+        for number in range(8):
+            shares = (next(stream).context.sum(1) == 2).float().mean()
+            seen.append((len(asked), round(float(shares), 2)))
+            assert asked == [0, 1][: (number >= 3) + (number >= 5)]
+        assert [share for _, share in seen] == [0, 0, 0, 0, 0, 0.25, 0.25, 0.25]  # as much as each of the others
+
+    @pytest.mark.parametrize(
+        ("start", "expected"),
+        [(2, [0, 1]), (3, [0, 1]), (4, [0, 1]), (5, [1]), (6, [1])],
+    )
+    def test_a_resumed_run_has_the_same_batches(self, start, expected, tmp_path):
+        batches, asked = self.batches(tmp_path)
+        whole = list(itertools.islice(batches(0), 8))[start:]
+        asked.clear()
+        resumed = list(itertools.islice(batches(start), 8 - start))
+        assert asked == expected
+        for ours, theirs in zip(resumed, whole, strict=True):
+            assert torch.equal(ours.inputs["input_ids"], theirs.inputs["input_ids"])
+            assert torch.equal(ours.context, theirs.context)
+
+
+def test_own_texts_that_show_all_concepts_are_trained_on(tmp_path, quick, capsys):
+    everywhere = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+    learned = {"max_train_steps": 300, "learning_rate": 1e-2, "concept_rank": 8, "target_modules": everywhere}
+    folder = run(tmp_path, world(), **learned)
+    said = capsys.readouterr().out
+    written = rounds(tmp_path)
+    assert list(written) == ["round-1.jsonl", "round-2.jsonl", "round-3.jsonl"]
+    last = written["round-3.jsonl"]
+    assert last
+    for line in last:
+        words = line["text"].split()
+        assert {"indeed", "loudly"} <= set(words)
+        assert word_tokenizer().decode(line["tokens"], skip_special_tokens=True) == line["text"]
+    assert f"formal+loud: {len(last)} of" in said
+    record = json.loads((folder / "training_data.json").read_text())
+    assert record["self_composed"] == {"formal+loud": len(last)}
+    assert f"{len(last)} texts that the adapter wrote itself, trained on" in (folder / "README.md").read_text()
+    losses = json.loads((folder / "training_losses.json").read_text())
+    assert "formal+loud" in str(losses)
+
+
+def test_combinations_that_hardly_show_are_left_to_the_mechanism(tmp_path, quick, monkeypatch, capsys):
+    monkeypatch.setattr(self_composition, "FEWEST", 65)
+    folder = run(tmp_path, world(), **SHORT)
+    assert rounds(tmp_path) == {f"round-{number}.jsonl": [] for number in (1, 2, 3)}
+    assert "of 64 own texts show all concepts. It is left to the mechanism." in capsys.readouterr().out
+    assert json.loads((folder / "training_data.json").read_text())["self_composed"] == {"formal+loud": 0}
+
+
+@pytest.fixture
+def all_found(quick, monkeypatch):
+    """Texts of a model that has learned next to nothing, as if they showed all concepts."""
+    monkeypatch.setattr(ConceptFinder, "find", lambda self, combination, texts: np.ones(len(texts), dtype=bool))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "changes"),
+    [
+        ("llama", "text", {}),
+        ("llama", "prompt", {"gradient_accumulation_steps": 2, "train_batch_size": 6}),
+        ("llama", "text", {"packing": True, "max_length": 24}),
+        ("t5", "prompt", {}),
+    ],
+)
+def test_a_resumed_run_gives_the_same_adapter(name, shape, changes, tmp_path, all_found, monkeypatch):
+    changes = SHORT | changes
+    run(tmp_path, world(shape), name, **changes)
+    whole, written = adapter_weights(tmp_path / "out"), rounds(tmp_path)
+    assert all(len(lines) >= 8 for lines in written.values())
+    for stop in (7, 8):  # where a round begins, and amid it
+        half = changes | {"output_dir": str(tmp_path / f"half-{stop}")}
+        with pytest.raises(TrainingInterrupted), interrupted_after(monkeypatch, stop):
+            run(tmp_path, world(shape), name, **half)
+        run(tmp_path, world(shape), name, **half, resume_from_checkpoint="latest")
+        resumed = adapter_weights(tmp_path / f"half-{stop}")
+        assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())
+        assert rounds(tmp_path, f"half-{stop}") == written
+
+
+@contextmanager
+def interrupted_after(monkeypatch, step):
+    """Ctrl-C comes during a step."""
+    take = Run.train_step
+
+    def interrupt(self):
+        take(self)
+        if self.done == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "train_step", interrupt)
+        yield
+
+
+def test_prompts_are_those_of_observational_rows(tmp_path, all_found, monkeypatch):
+    monkeypatch.setattr(self_composition, "WANTED", 64)
+    run(tmp_path, world("prompt"), **SHORT)
+    tokenizer = word_tokenizer()
+    lines = [line for lines in rounds(tmp_path).values() for line in lines]
+    assert {tokenizer.decode(line["prompt_tokens"], skip_special_tokens=True) for line in lines} == {"a", "the mat"}
+
+
+def test_a_round_that_is_gone_is_named(tmp_path, all_found, monkeypatch):
+    with pytest.raises(TrainingInterrupted), interrupted_after(monkeypatch, 8):
+        run(tmp_path, world(), **SHORT)
+    (tmp_path / "out" / FOLDER / "round-1.jsonl").unlink()
+    with pytest.raises(UnreadableDataError, match=r"The data of step 9 cannot be read: .*round-1.jsonl.* Put back"):
+        run(tmp_path, world(), **SHORT, resume_from_checkpoint="latest")
+
+
+def test_a_dry_run_writes_no_texts(tmp_path):
+    run(tmp_path, world(), **SHORT, dry_run=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["streaming", "shard_base"])
+def test_what_cannot_write_is_refused(option, tmp_path):
+    with pytest.raises(ValueError, match=f"which --{option} does not allow. Leave one of them out"):
+        arguments(tmp_path, **{option: True})
+
+
+def test_wrong_names_and_missing_sets_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="Unknown concept 'round'"):
+        run(tmp_path, world(), self_composed_contexts=["round+loud"])
+    with pytest.raises(ValueError, match="--self_composed_contexts needs .* the set of 'loud' has 1"):
+        run(tmp_path, world(rows=1))
