@@ -124,7 +124,7 @@ def adapter_without_part(study: Study) -> Method:
 
 def self_composed(study: Study) -> Method:
     """The default, which from the middle of its run on also learns texts of pairs that it writes itself."""
-    return _adapter(study, "adapter-self-composed", study.contexts, self_composed_contexts=["pairs"])
+    return _adapter(study, "adapter-self-composed", study.contexts, self_composed=study.pairs)
 
 
 def oracle(study: Study) -> Method:
@@ -160,7 +160,7 @@ def _adapter(
     name: str,
     contexts: Iterable[Context],
     observational_rank: int | None = None,
-    self_composed_contexts: Sequence[str] = (),
+    self_composed: Sequence[Context] = (),
 ) -> Method:
     contexts = tuple(contexts)
     folder = study.folder / name
@@ -182,10 +182,10 @@ def _adapter(
             target_modules=TARGETS,
             concept_rank=study.rank,
             observational_rank=observational_rank,
-            train_batch_size=ROWS * (len(contexts) - (not part)),
+            train_batch_size=ROWS * (len(contexts) + len(self_composed) - (not part)),
             context_weights=[] if part else ["obs=0"],  # without it the adapter is the base there: nothing to learn
             max_length=MAX_LENGTH,
-            self_composed_contexts=list(self_composed_contexts),
+            self_composed_contexts=[str(context) for context in self_composed],
             max_train_steps=study.steps,
             learning_rate=study.learning_rate,
             lr_scheduler="cosine",

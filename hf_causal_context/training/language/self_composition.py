@@ -43,7 +43,7 @@ from .own_texts import continuations
 
 FOLDER = "self_composed"
 # When rounds begin, as shares of the steps that train concepts.
-ROUNDS = (0.5, 0.7, 0.85)
+ROUNDS = (0.4, 0.6, 0.8)
 STRENGTHS = (1.0, 1.25, 1.5)  # of what is written, in turn: beyond 1, concepts show more often
 WANTED, MOST_WRITTEN, FEWEST = 64, 768, 8  # texts of a combination in a round
 _AT_ONCE = 64
