@@ -27,11 +27,14 @@ from torch import Tensor
 from hf_causal_context import ConceptSet, Context
 from hf_causal_context.evaluation.metrics import sliced_wasserstein
 
-from ..worlds.vectors import CONCEPTS, sample_vectors
-from .composition_methods import METHODS, Sampler, Study
+from ..worlds.vectors import CONCEPTS, latent_model, sample_vectors
+from .causal_sliders import SLIDERS
+from .composition_methods import METHODS as OTHERS
+from .composition_methods import Sampler, Study
 from .composition_table import write_tables
 from .vector_flow import VectorFlow, train_base
 
+METHODS = {**OTHERS, **SLIDERS}
 WORLDS = ("dependent", "independent")
 ROWS_PER_CONTEXT = 20_000
 NUM_SAMPLES = 1_500
@@ -72,7 +75,10 @@ def make_study(world: World, seed: int, arguments: argparse.Namespace) -> Study:
         save_file(base.state_dict(), path)
     base.requires_grad_(False).eval()
     trained = {context: sets[context] for context in (Context(), *SINGLES)}
-    return Study(base, ConceptSet(CONCEPTS), trained, sets, PAIRS, seed, arguments.steps, arguments.batch_size)
+    model = latent_model(world.name == "dependent")
+    causes = {name: model.causes(name) for name in CONCEPTS}
+    size = (arguments.steps, arguments.batch_size)
+    return Study(base, ConceptSet(CONCEPTS), trained, sets, PAIRS, causes, seed, *size)
 
 
 def truth(world: World) -> Sampler:

@@ -40,6 +40,7 @@ class Study:
     sets: Sets
     oracle_sets: Sets  # with the combinations that are held out from the others
     pairs: tuple[Context, ...]
+    causes: Mapping[str, frozenset[str]]  # of every concept, direct or not: the true graph
     seed: int
     steps: int
     batch_size: int
@@ -51,7 +52,8 @@ class Study:
 
     def sample(self, velocity: Velocity, num: int, seed: int, corrections: int = 0) -> Tensor:
         """Vectors (num, D) of a model on that device."""
-        return sample(velocity, num, seed, corrections=corrections, device=self.device)
+        dimension = self.base.out_proj.out_features
+        return sample(velocity, num, seed, dimension=dimension, corrections=corrections, device=self.device)
 
     @cached_property
     def reweighted(self) -> list[ReweightedContext]:
@@ -140,14 +142,16 @@ class MultiHot(nn.Module):
 def multi_hot_lora(study: Study, sets: Sets, coind: float = 0.0) -> Sampler:
     """One pooled LoRA and a multi-hot concept embedding.
 
-    `coind` weighs the pairwise independence objective |v(a, b) - v(a) - v(b) + v()|^2 on random pairs: Gaudi et al.,
-    "CoInD: Enabling Logical Compositions in Diffusion Models" (ICLR 2025).
+    `coind` weighs the pairwise independence objective |v(a, b) - v(a) - v(b) + v()|^2 on random pairs of the study:
+    Gaudi et al., "CoInD: Enabling Logical Compositions in Diffusion Models" (ICLR 2025).
     """
     torch.manual_seed(study.seed)
-    lora: Any = get_peft_model(cast(Any, copy.deepcopy(study.base)), _lora(len(study.concepts) * WIDTH))
-    model = MultiHot(lora.base_model.model, len(study.concepts))
+    tuned: Any = get_peft_model(cast(Any, copy.deepcopy(study.base)), lora(len(study.concepts) * WIDTH))
+    model = MultiHot(tuned.base_model.model, len(study.concepts))
     model.concepts.requires_grad_()
     batches = Batches(study, sets)
+    singles = [[Context(target) for target in sorted(pair.targets)] for pair in study.pairs]
+    pairs = torch.stack([study.concepts.mask(pair) for pair in singles]).to(study.device)  # (pairs, 2, K)
 
     def loss() -> Tensor:
         x, time, velocity, mask = batches()
@@ -156,8 +160,7 @@ def multi_hot_lora(study: Study, sets: Sets, coind: float = 0.0) -> Sampler:
             return loss
         rows = len(x) // 4  # as many forward passes as the loss itself takes
         x, time = x[:rows], time[:rows]
-        pair = torch.rand(rows, len(study.concepts), generator=batches.generator).topk(2).indices.to(study.device)
-        first, second = torch.nn.functional.one_hot(pair, len(study.concepts)).float().unbind(1)
+        first, second = pairs[torch.randint(len(pairs), (rows,), generator=batches.generator)].unbind(1)
         masks = torch.cat([first + second, first, second, torch.zeros_like(first)])
         both, a, b, neither = model(x.repeat(4, 1), time.repeat(4), masks).chunk(4)
         return loss + coind * (both - a - b + neither).square().mean()
@@ -178,9 +181,9 @@ class SingleLoras:
         torch.manual_seed(study.seed)
         self.sample = study.sample
         first, *others = (*study.concepts, _OBSERVATIONAL)
-        self.model: Any = get_peft_model(cast(Any, copy.deepcopy(study.base)), _lora(WIDTH), adapter_name=first)
+        self.model: Any = get_peft_model(cast(Any, copy.deepcopy(study.base)), lora(WIDTH), adapter_name=first)
         for name in others:
-            self.model.add_adapter(name, _lora(WIDTH))
+            self.model.add_adapter(name, lora(WIDTH))
         for name in (first, *others):
             self.model.set_adapter(name)
             context = Context() if name == _OBSERVATIONAL else Context(name)
@@ -231,7 +234,8 @@ class SingleLoras:
         return self.sample(velocity, num, seed, corrections)
 
 
-def _lora(rank: int) -> LoraConfig:
+def lora(rank: int) -> LoraConfig:
+    """A LoRA of every Linear of the base."""
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=list(VectorFlow.LINEARS))
 
 

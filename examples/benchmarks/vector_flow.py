@@ -1,6 +1,6 @@
 """The base of the composition benchmark: a flow-matching network for vectors, its training loop and its sampler.
 
-Shapes: B samples, D = 32 dimensions, H hidden features.
+Shapes: B samples, D dimensions, H hidden features.
 """
 
 import copy
@@ -103,17 +103,18 @@ def sample(
     num: int,
     seed: int,
     *,
+    dimension: int = 32,
     steps: int = 16,
     corrections: int = 0,
     device: str | torch.device = "cpu",
 ) -> Tensor:
-    """Vectors (num, D) on the CPU from noise, by second-order Adams-Bashforth steps.
+    """Vectors (num, dimension) on the CPU from noise, by second-order Adams-Bashforth steps.
 
     `corrections` Langevin steps follow each of them but the last, at its noise level and with steps relative to the
     score (Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations", ICLR 2021).
     """
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(num, 32, generator=generator).to(device)
+    x = torch.randn(num, dimension, generator=generator).to(device)
     times = torch.linspace(1, 0, steps + 1).tolist()
     previous = None
     for now, following in pairwise(times):

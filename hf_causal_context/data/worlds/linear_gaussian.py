@@ -61,6 +61,11 @@ class LinearGaussianModel:
                 values[name] = sum((a * values[cause] for cause, a in self._parents[name].items()), start=own)
         return np.stack([values[name] for name in self.names], axis=1)
 
+    def causes(self, name: str) -> frozenset[str]:
+        """All variables that a path leads from to this one."""
+        direct = self._parents[name]
+        return frozenset(direct).union(*map(self.causes, direct))
+
     def deviations(self) -> NDArray[np.float64]:
         """Standard deviations (V,) of the observational distribution, whose means are 0."""
         size = len(self.names)
