@@ -135,7 +135,7 @@ def test_a_mask_keeps_the_rest_of_an_image(base, monkeypatch):
         (["--image", "adapter/adapter_config.json", "--context", "thick"], "cannot identify image file"),
         (["--image", "one.png", "--context", "thik"], "thik"),
         (["--image", "one.png", "--context", "thick", "--from_context", "thik"], "thik"),
-        (["--image", "one.png", "--context", "thick", "--batch_size", "0"], "--batch_size 0 must be at least 1"),
+        (["--image", "one.png", "--context", "thick", "--batch_size", "0"], "--batch_size=0 must be at least 1"),
         (["--image", "one.png", "--context", "thick", "--num_inference_steps", "0"], "must be at least 1"),
     ],
 )
@@ -143,3 +143,16 @@ def test_what_cannot_be_edited_is_refused_and_nothing_is_written(base, tmp_path,
     assert edit(*arguments) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "edits").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*The reconstruction did not hold")
+def test_what_is_cut_off_and_what_is_replaced_is_said(base, capsys):
+    Image.new("L", (40, 16)).save("wide.png")
+    assert edit("--image", "wide.png", "--context", "thick") == 0
+    said = capsys.readouterr().out
+    assert "wide: edits are squares, so of its 40 x 16 pixels the 16 x 16 in the middle are kept.\n" in said
+    assert "Replaced" not in said
+    assert edit("--image", "wide.png", "one.png", "--context", "thick") == 0
+    said = capsys.readouterr().out
+    assert "Replaced files of the same names: 2.\n" in said
+    assert "one: edits are squares" not in said

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .._files import file_name, first_line
+from .._progress import say
 from ..data.arguments import argument
 from ..errors import UserValueError
 from .adapter_arguments import ContextArguments, RevisionArguments, parse_contexts
+from .replaced import told_replacements
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -56,8 +58,6 @@ def edit_files(arguments: Arguments) -> list[Path]:
             f"--images: {', '.join(twice)}: several images have this name, and their edits would be the same files. "
             "Rename them, or edit them in another folder."
         )
-    if arguments.batch_size < 1:
-        raise UserValueError(f"--batch_size {arguments.batch_size} must be at least 1.")
     from ..bases.images import to_image
     from ..inference.counterfactuals import counterfactuals, doubt
 
@@ -79,38 +79,45 @@ def edit_files(arguments: Arguments) -> list[Path]:
             "reconstruction, or over an image. Rename the images, or edit them one by one, or in one context at a "
             "time, into another --output_dir."
         )
+    for name, image in images.items():
+        if (side := min(image.size)) < max(image.size):
+            say(
+                f"{name}: edits are squares, so of its {image.width} x {image.height} pixels the {side} x {side} in "
+                "the middle are kept."
+            )
     mask = None if arguments.mask is None else _opened(arguments.mask, "--mask")
     stored = arguments.open()
     meant = stored.meant([*contexts, source], arguments.calibrated)
     base = stored.pipeline(meant, variant=arguments.variant, **arguments.weights)
 
-    paths, names = [], list(images)
-    for start in range(0, len(names), arguments.batch_size):
-        batch = names[start : start + arguments.batch_size]
-        found = counterfactuals(
-            base,
-            [images[name] for name in batch],
-            contexts,
-            source,
-            strengths=strengths,
-            mask=mask,
-            prompt=arguments.prompt,
-            class_label=arguments.class_label,
-            num_inference_steps=arguments.num_inference_steps,
-            calibrated=arguments.calibrated,
-        )
-        arguments.output_dir.mkdir(parents=True, exist_ok=True)
-        for row, name in enumerate(batch):
-            for context, of_context in zip(contexts, found, strict=True):
-                for strength, made in zip(strengths, of_context.images, strict=True):
-                    paths.append(arguments.output_dir / edits[name, context, strength])
-                    to_image(made[row]).save(paths[-1])
-            paths.append(arguments.output_dir / reconstructions[name])
-            to_image(found[0].reconstruction[row]).save(paths[-1])
-            error = float(found[0].reconstruction_error[row])
-            print(f"{name}: reconstruction error {error:.4f} (root mean square; images go from 0 to 1)")
-            if doubted := doubt(error):
-                warnings.warn(f"{name}: {doubted} See {paths[-1]}.", stacklevel=2)
+    names = list(images)
+    with told_replacements(arguments.output_dir) as paths:
+        for start in range(0, len(names), arguments.batch_size):
+            batch = names[start : start + arguments.batch_size]
+            found = counterfactuals(
+                base,
+                [images[name] for name in batch],
+                contexts,
+                source,
+                strengths=strengths,
+                mask=mask,
+                prompt=arguments.prompt,
+                class_label=arguments.class_label,
+                num_inference_steps=arguments.num_inference_steps,
+                calibrated=arguments.calibrated,
+            )
+            arguments.output_dir.mkdir(parents=True, exist_ok=True)
+            for row, name in enumerate(batch):
+                for context, of_context in zip(contexts, found, strict=True):
+                    for strength, made in zip(strengths, of_context.images, strict=True):
+                        paths.append(arguments.output_dir / edits[name, context, strength])
+                        to_image(made[row]).save(paths[-1])
+                paths.append(arguments.output_dir / reconstructions[name])
+                to_image(found[0].reconstruction[row]).save(paths[-1])
+                error = float(found[0].reconstruction_error[row])
+                print(f"{name}: reconstruction error {error:.4f} (root mean square; images go from 0 to 1)")
+                if doubted := doubt(error):
+                    warnings.warn(f"{name}: {doubted} See {paths[-1]}.", stacklevel=2)
     return paths
 
 

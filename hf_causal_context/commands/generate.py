@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .._files import file_name
-from .._progress import say
 from ..data.arguments import argument
 from .adapter_arguments import ContextArguments, ImageArguments, RevisionArguments
+from .replaced import told_replacements
 
 
 @dataclass(kw_only=True)
@@ -48,26 +48,18 @@ def generate_files(arguments: Arguments) -> list[Path]:
         video_package()  # else it would be missed after the work
     rows = generate(base, meant, seeds=seeds, **arguments.options())
     output_dir.mkdir(parents=True, exist_ok=True)
-    there = set(output_dir.iterdir())
     labels = [str(context) or arguments.observational_name for context in contexts]
-    if arguments.grid:
-        path = output_dir / "grid.png"
-        image_grid(rows, labels).save(path)
-        return _told([path], there)
-    paths = []
-    for label, row in zip(labels, rows, strict=True):
-        for seed, image in zip(seeds, row, strict=True):
-            clip = base.is_video and len(image) > 1
-            paths.append(output_dir / f"{file_name(label)}-seed{seed}.{'mp4' if clip else 'png'}")
-            if clip:
-                save_video([to_image(frame) for frame in image], paths[-1], base.frame_rate)
-            else:
-                to_image(image).save(paths[-1])
-    return _told(paths, there)
-
-
-def _told(paths: list[Path], there: set[Path]) -> list[Path]:
-    """Say how many of the files were there before, and return all."""
-    if replaced := there.intersection(paths):
-        say(f"Replaced files of the same names: {len(replaced)}.")
+    with told_replacements(output_dir) as paths:
+        if arguments.grid:
+            paths.append(output_dir / "grid.png")
+            image_grid(rows, labels).save(paths[0])
+            return paths
+        for label, row in zip(labels, rows, strict=True):
+            for seed, image in zip(seeds, row, strict=True):
+                clip = base.is_video and len(image) > 1
+                paths.append(output_dir / f"{file_name(label)}-seed{seed}.{'mp4' if clip else 'png'}")
+                if clip:
+                    save_video([to_image(frame) for frame in image], paths[-1], base.frame_rate)
+                else:
+                    to_image(image).save(paths[-1])
     return paths

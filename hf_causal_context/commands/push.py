@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from .._progress import say
 from ..data.arguments import argument
 from ..errors import UserValueError
 from .adapter_arguments import AdapterSource
@@ -45,6 +46,7 @@ def run(arguments: Arguments) -> None:
         ValueError, OSError: see `save` and `push`.
     """
     from ..hub import push, save
+    from ..hub.contents import CardContents
     from ..hub.repository import base_of_nobody_else, check_pushable
 
     settings = vars(arguments).copy()
@@ -53,9 +55,13 @@ def run(arguments: Arguments) -> None:
     settings["descriptions"] = dict(_description(text) for text in arguments.descriptions)
     if repo_id is not None and Path(adapter).is_dir():  # before the samples are made
         check_pushable(repo_id, arguments.open().base[0], license=arguments.license)
-    folder = save(adapter, output_dir or f"{adapter.rstrip('/')}-hub", **settings)
+    target = Path(output_dir or f"{adapter.rstrip('/')}-hub")
+    there = target.exists()
+    folder = save(adapter, target, **settings)
+    if there:
+        say(f"Replaced {folder}.")
     print(f"The folder for the Hub is {folder}. Its README.md is the card; where you edit it, it is kept.")
-    if repo_id is None and Path(adapter).is_dir() and (doubt := base_of_nobody_else(arguments.open().base[0])):
+    if repo_id is None and (doubt := base_of_nobody_else(CardContents.load(folder).base)):
         print(f"Warning: {doubt}")
     if repo_id is not None:
         print(push(folder, repo_id, private=private or None, revision=branch))

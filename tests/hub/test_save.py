@@ -22,6 +22,7 @@ from hf_causal_context.cli import main
 from hf_causal_context.hub import load, push, save
 from hf_causal_context.hub.card import is_edited
 from hf_causal_context.hub.contents import CardContents
+from hf_causal_context.inference.adapted import StoredAdapter
 
 from ..test_pipelines import write_adapter
 from ..training.conftest import pipeline_folder  # noqa: F401 (a fixture)
@@ -323,9 +324,12 @@ def test_concepts_are_described(adapter, tmp_path):
         save(adapter, tmp_path / "out", descriptions={"wide": "?"})
 
 
-def test_the_command(hub, adapter, tmp_path, capsys, pipeline_folder):  # noqa: F811
+def test_the_command(hub, adapter, tmp_path, capsys, monkeypatch, pipeline_folder):  # noqa: F811
     arguments = ["push", "--adapter", str(adapter), "--num_inference_steps", "1"]
+    opened, read = [], StoredAdapter.open
+    monkeypatch.setattr(StoredAdapter, "open", lambda *a, **k: opened.append(a) or read(*a, **k))
     assert main(arguments) == 0
+    assert len(opened) == 1
     assert (tmp_path / "strokes-hub" / "README.md").exists()
     assert "Warning: The base" in (said := capsys.readouterr().out)
     assert "is a folder of this machine, which nobody who downloads the adapter has" in said
