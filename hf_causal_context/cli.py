@@ -51,13 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options: list[str] = []
     try:
         command = importlib.import_module(f".commands.{chosen.command.replace('-', '_')}", __package__)
-        from .commands.early_checks import check_places
+        from .commands.early_checks import check_numbers, check_places
         from .commands.parsing import option_names, parse
         from .commands.verbosity import set_verbosity
 
         set_verbosity(quiet, verbose)
         options = option_names(command.Arguments)
         parsed = parse(chosen.command, command.Arguments, chosen.arguments)
+        check_numbers(parsed)
         check_places(parsed)
         command.run(parsed)
     except KeyboardInterrupt as error:

@@ -115,6 +115,14 @@ def adapter_config(model: nn.Module, adapter_name: str = "default") -> CausalCon
     return config
 
 
+def check_linear(config: CausalContextConfig) -> None:
+    """Refuse an adapter that is no change of weights in any context, before its base is loaded (ValueError)."""
+    if config.expressive_depth:
+        raise UserValueError(
+            "The adapter cannot be baked or merged: its mechanism is not linear (expressive_depth > 0)."
+        )
+
+
 def save_baked(model: nn.Module, context: ContextLike, folder: str | Path, adapter_name: str = "default") -> Path:
     """Bake a context and write it as a folder that `PeftModel.from_pretrained` loads without this package.
 

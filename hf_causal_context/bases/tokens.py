@@ -90,21 +90,20 @@ class Tokenization:
                 "--completion_only_loss=False: an encoder-decoder learns completions only. Leave it out, or take a "
                 "causal model."
             )
-        if completion_only and content_column == "text":
-            raise UserValueError(
-                "--completion_only_loss: the rows have 'text', without completions. Give them 'prompt' and "
-                "'completion', or 'messages', or leave it out."
-            )
-        if assistant_only and (content_column != "messages" or completion_only):
-            also = ", and --completion_only_loss takes the last one only" if completion_only else ""
-            raise UserValueError(
-                f"--assistant_only_loss learns the assistant's turns of 'messages'. The rows have {content_column!r}"
-                f"{also}. Leave one of them out."
-            )
+        check_learned(content_column, completion_only, assistant_only)
         self.tokenizer, self.content_column, self.max_length = tokenizer, content_column, max_length
         self.encoder_decoder = encoder_decoder
         self.completion_only = content_column == "prompt" if completion_only is None else completion_only
         self.assistant_only = assistant_only
+
+    @property
+    def learned(self) -> str:
+        """What of the rows is learned, in words."""
+        if self.assistant_only:
+            return "the assistant's turns"
+        if self.encoder_decoder or self.completion_only:
+            return "the last messages" if self.content_column == "messages" else "the completions"
+        return "all of their tokens"
 
     def __call__(self, row: Mapping[str, Any]) -> TokenRow:
         """Return the tokens of a row.
@@ -263,6 +262,21 @@ class Tokenization:
 
     def _ends(self, ids: list[int]) -> bool:
         return bool(ids) and ids[-1] == self.tokenizer.eos_token_id
+
+
+def check_learned(content_column: str, completion_only: bool | None, assistant_only: bool) -> None:
+    """Refuse to learn parts of rows that these do not have, before a model is loaded (ValueError)."""
+    if completion_only and content_column == "text":
+        raise UserValueError(
+            "--completion_only_loss: the rows have 'text', without completions. Give them 'prompt' and "
+            "'completion', or 'messages', or leave it out."
+        )
+    if assistant_only and (content_column != "messages" or completion_only):
+        also = ", and --completion_only_loss takes the last one only" if completion_only else ""
+        raise UserValueError(
+            f"--assistant_only_loss learns the assistant's turns of 'messages'. The rows have {content_column!r}"
+            f"{also}. Leave one of them out."
+        )
 
 
 def _num_shared(first: Sequence[int], second: Sequence[int]) -> int:

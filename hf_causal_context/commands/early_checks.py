@@ -1,13 +1,18 @@
-"""What is told of folders before anything that takes long is imported or read."""
+"""What is told of options before anything that takes long is imported or read."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from ..adapter.storage.download import local_folder
 from ..bases.names import check_there
 from ..data.arguments import ContextDataArguments, check_source
+from ..errors import UserValueError
+
+# Of commands whose settings do not check their numbers themselves.
+_AT_LEAST_ONE = ("num_inference_steps", "batch_size", "max_new_tokens", "resolution", "num_frames")
 
 
 def check_places(arguments: Any) -> None:
@@ -25,3 +30,26 @@ def check_places(arguments: Any) -> None:
     output_dir = getattr(arguments, "output_dir", None)
     if output_dir is not None and Path(output_dir).exists() and not Path(output_dir).is_dir():
         raise NotADirectoryError(f"--output_dir: {output_dir} is a file. Give a folder, which need not exist yet.")
+    for name in ("output_dir", "output_file", "contact_sheet"):
+        if (path := getattr(arguments, name, None)) is not None:
+            _check_writable(f"--{name}: {path}", Path(path).absolute())
+
+
+def check_numbers(arguments: Any) -> None:
+    """Refuse numbers that no base takes.
+
+    Raises:
+        ValueError: naming one.
+    """
+    for name in _AT_LEAST_ONE:
+        value = getattr(arguments, name, None)
+        if value is not None and value < 1:
+            raise UserValueError(f"--{name}={value} must be at least 1.")
+
+
+def _check_writable(what: str, path: Path) -> None:
+    there = next(each for each in (path if path.is_dir() else path.parent, *path.parents) if each.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{what} cannot be made, since {there} is a file. Choose another place.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{what} cannot be made, since {there} cannot be written to. Choose another place.")

@@ -34,12 +34,17 @@ def adapter_concepts(model: nn.Module, data: InterventionalData, missing: str) -
         raise UserValueError(missing)
     active = [name for name in layer.active_adapters if name in layer.concepts]
     concepts = ConceptSet(tuple(concept for name in active for concept in layer.concepts[name]))
+    check_concepts(concepts, data)
+    return concepts
+
+
+def check_concepts(concepts: Collection[str], data: InterventionalData) -> None:
+    """Refuse data with other concepts than an adapter's (ValueError)."""
     if set(concepts) != set(data.concepts):
         raise UserValueError(
             f"The adapter has the concepts {quoted(concepts)}, the data {quoted(data.concepts)}. They must be the "
             "same: rename the contexts of the data, or leave the others out."
         )
-    return concepts
 
 
 def contexts_to_sample(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .._files import complete_or_absent, file_name
 from .._messages import quoted
 from .._progress import ProgressBar
-from ..adapter.baking import adapter_config, bake, context_strengths
+from ..adapter.baking import adapter_config, bake, check_linear, context_strengths
 from ..adapter.config import CausalContextConfig
 from ..adapter.layer import CausalContextLayer
 from ..adapter.read_back import write_lora
@@ -111,6 +111,7 @@ def lora_paths(
     calibrated: bool = False,
 ) -> dict[Path, Context]:
     """Path -> context, none of which exists."""
+    check_linear(config)
     concepts = ConceptSet(config.concepts)
     words = {
         "singles": [Context(name) for name in concepts],

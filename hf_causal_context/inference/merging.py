@@ -8,6 +8,7 @@ from typing import Any, cast
 from torch import nn
 
 from .._files import complete_or_absent
+from ..adapter.baking import check_linear
 from ..adapter.intervene import intervene
 from ..adapter.lookup import adapted_layers, conditionings
 from ..bases.diffusion_base import DiffusionBase
@@ -29,6 +30,7 @@ def write_merged(
     """
     if output_dir.exists() and any(output_dir.iterdir()):
         raise FileExistsError(f"{output_dir} exists and is not empty. Choose another --output_dir, or remove it.")
+    check_linear(stored.config)
     if stored.is_of_language_model:
         model, tokenizer = stored.language_model([context], **weights)
         with intervene(model, context):

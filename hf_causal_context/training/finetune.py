@@ -24,8 +24,10 @@ from ..inference.sampling import check_conditions, generate
 from .arguments import NOISE_EXPERTS, TrainingArguments
 from .context_losses import ContextLosses
 from .denoiser.batches import DenoiserBatches
+from .denoiser.class_images import class_images
 from .denoiser.clips import check_clips, clip_length
 from .denoiser.features import denoiser_features
+from .denoiser.flips import Flips
 from .denoiser.gap import NUM_ROWS, check_measurable, denoiser_gap
 from .denoiser.losses import denoising_losses
 from .denoiser.objectives import denoising_objective
@@ -89,6 +91,11 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
 
     def load_data(self) -> InterventionalData:
         return load_data(self.arguments)
+
+    def check_names(self) -> None:
+        super().check_names()
+        Flips(self.arguments, self.data.concepts)
+        class_images(self.arguments)
 
     def load_base(self) -> nn.Module:
         arguments = self.arguments

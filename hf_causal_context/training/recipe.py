@@ -23,6 +23,7 @@ from ..bases.names import resolve_base_name
 from ..bases.quantization import keeps_unpacked
 from ..contexts import Context
 from ..data import InterventionalData, check_data
+from ..data.reweighting import wanted_combinations
 from ..errors import UserValueError
 from ..evaluation.sampling import adapters_disabled
 from ..hub.card import write_card
@@ -34,15 +35,17 @@ from .data_record import record_data
 from .dry_run import MEASURED_STEPS, dry_run
 from .gap_report import record_gap, report_gap
 from .grids import validation_contexts
-from .loop.checkpoints import check_unused
+from .loop.checkpoints import check_start
 from .loop.loss_record import kinds_of_contexts
 from .loop.memory import memory_for_base
 from .loop.objective import Objective
+from .loop.optimization import check_optimizer
 from .loop.processes import main_process_first
 from .loop.sharding import shard_base
 from .loop.trainer import Run, StepHooks, fit
 from .observational import AnyArguments, check_observational_set, observational_samples, settle_observational_steps
 from .reweighting import add_reweighted_contexts
+from .weights import check_weights, parse_weights
 
 T = TypeVar("T")
 # Of the frozen weights; the adapter's are float32.
@@ -90,6 +93,14 @@ class FineTuning(ABC, Generic[AnyArguments]):
     @abstractmethod
     def load_data(self) -> InterventionalData:
         """Load what the arguments name."""
+
+    def check_names(self) -> None:
+        """Refuse settings that name what the data does not have, before the base is loaded."""
+        arguments, data = self.arguments, self.data
+        self.shown = validation_contexts(arguments, arguments.observational_name, data.concepts, data.held_out)
+        reweighted = wanted_combinations(arguments.reweighted_contexts, data.concepts)
+        weights = parse_weights(arguments.context_weights, arguments.observational_name) or {}
+        check_weights(weights, (*data.contexts, *map(str, reweighted)), arguments.observational_name)
 
     @abstractmethod
     def load_base(self) -> nn.Module:
@@ -197,8 +208,9 @@ class FineTuning(ABC, Generic[AnyArguments]):
         """Fine-tune, and return the folder that holds the result; of a dry run, say what that would take."""
         arguments, accelerator, output_dir = self.arguments, self.accelerator, Path(self.arguments.output_dir)
         check_observational_set(arguments)
-        if arguments.resume_from_checkpoint is None and not arguments.dry_run:
-            check_unused(output_dir)
+        check_optimizer(arguments)
+        if not arguments.dry_run:
+            check_start(arguments, accelerator.num_processes)
         self.check_base()
         self._data = self._data if self._data is not None else self.load_data()
         if self.data.streaming and arguments.max_train_steps is None:
@@ -207,6 +219,7 @@ class FineTuning(ABC, Generic[AnyArguments]):
             report = check_data(self.data, num_frames=getattr(arguments, "num_frames", None))
             say(report.table(), report.remarks())
             report.raise_for_errors()
+        self.check_names()
         base = self.load_base()
         if accelerator.is_main_process and not arguments.gradient_checkpointing and keeps_unpacked(base):
             say(KEPT_UNPACKED, KEPT_UNPACKED)
@@ -214,12 +227,11 @@ class FineTuning(ABC, Generic[AnyArguments]):
             self.place_base()
             if not arguments.shard_base:  # else a device may be too small for it
                 base.to(accelerator.device)
-        self.shown = validation_contexts(
-            arguments, arguments.observational_name, self.data.concepts, self.data.held_out
-        )
         set_seed(arguments.seed)  # the adapter's initial weights
         self.model = attach_adapter(base, self.data, arguments, self.task_type, component=self.component)
         self.trained = self.trained_model()
+        if not arguments.dry_run:
+            check_start(arguments, accelerator.num_processes, self.trained)
         if arguments.reweighted_contexts and not arguments.dry_run:  # their rows are as large as others
             with main_process_first(accelerator, output_dir):  # it estimates what the others read
                 self._data = add_reweighted_contexts(self.data, arguments, accelerator, *self.feature_extractor())

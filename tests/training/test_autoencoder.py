@@ -420,6 +420,7 @@ class TestErrors:
             ({"mode": "thawed"}, "--mode=thawed is unknown. Allowed: end-to-end, frozen, fine-tune"),
             ({"reconstruction": "mse"}, "--reconstruction=mse is unknown. Allowed: bce, gaussian"),
             ({"beta": -1.0}, "--beta=-1.0 must not be negative"),
+            ({"resolution": 30}, "--resolution=30 must be 28, or a multiple of 16"),
             ({"validation_fraction": 1.0}, "must lie between 0 and 1"),
             ({"early_stopping_patience": 3}, "Give --validation_steps, too"),
             ({"streaming": True}, "kept in memory. Leave --streaming out"),

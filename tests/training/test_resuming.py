@@ -1,6 +1,7 @@
 """What a resumed run may change, and what it may not."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -45,19 +46,25 @@ def learning_rates(folder):
         ({"use_ema": True}, "--use_ema: False then, True now"),
         ({"concepts": ["thick", "slant"]}, "--concepts: None then, .'thick', 'slant'. now"),
         ({"concept_rank": 2}, "--concept_rank: 4 then, 2 now"),
+        ({"resume_from_checkpoint": "checkpoint-7"}, "--resume_from_checkpoint=checkpoint-7 is not a checkpoint"),
     ],
 )
-def test_other_settings_are_another_run(given, changes, message, tmp_path):
+def test_another_run_is_refused_before_the_base_and_the_data_are_read(given, changes, message, tmp_path, capsys):
     before = (tmp_path / "out" / "training_arguments.json").read_bytes()
-    with pytest.raises(ValueError, match=message):
+    shutil.rmtree(tmp_path / "data")
+    capsys.readouterr()
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         train(TrainingArguments(**given | changes))
     assert (tmp_path / "out" / "training_arguments.json").read_bytes() == before
+    assert capsys.readouterr().out == ""
 
 
-def test_concepts_that_the_data_names_otherwise_are_another_run(given, tmp_path):
+def test_concepts_that_the_data_names_otherwise_are_another_run(given, tmp_path, capsys):
     (tmp_path / "data" / "slant").rename(tmp_path / "data" / "tall")
+    capsys.readouterr()
     with pytest.raises(ValueError, match="concepts: .'slant', 'thick'. then, .'tall', 'thick'. now"):
         train(TrainingArguments(**given))
+    assert "The base" not in capsys.readouterr().out
 
 
 def test_length_and_learning_rate_may_change(given, tmp_path):

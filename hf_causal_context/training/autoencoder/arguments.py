@@ -59,6 +59,8 @@ class AutoencoderArguments(OptimizationArguments, DataArguments):
         if self.mean_penalty is None:
             plain = self.published or self.without_context_module or self.ignore_contexts
             self.mean_penalty = 0.0 if plain else 10.0
+        if self.base is None and self.resolution != 28 and self.resolution % 16:
+            raise UserValueError(f"--resolution={self.resolution} must be 28, or a multiple of 16.")
         for name in ("beta", "group_penalty", "l2_penalty", "mean_penalty", "early_stopping_min_delta"):
             if not getattr(self, name) >= 0:
                 raise UserValueError(f"--{name}={getattr(self, name)} must not be negative.")

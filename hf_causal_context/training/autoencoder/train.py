@@ -18,9 +18,10 @@ from ...errors import UserValueError
 from ...models.context_autoencoder import ContextAutoencoder
 from ...models.encoder_decoders import KLAutoencoder
 from ..grids import validation_contexts, write_grid
-from ..loop.checkpoints import check_unused
+from ..loop.checkpoints import check_start
 from ..loop.early_stopping import EarlyStopping
 from ..loop.loss_record import kinds_of_contexts
+from ..loop.optimization import check_optimizer
 from ..loop.processes import make_accelerator
 from ..loop.trainer import fit
 from .arguments import AutoencoderArguments
@@ -52,8 +53,8 @@ def train_autoencoder(
         TrainingDivergedError, TrainingMemoryError, TrainingInterrupted, CheckpointError, FileNotFoundError: see `fit`.
     """
     accelerator = make_accelerator(arguments)
-    if arguments.resume_from_checkpoint is None:
-        check_unused(Path(arguments.output_dir))
+    check_optimizer(arguments)
+    check_start(arguments, accelerator.num_processes)
     set_seed(arguments.seed)  # the initial weights
     if images is None:
         data = load_data(arguments)

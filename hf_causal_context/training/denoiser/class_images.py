@@ -21,14 +21,14 @@ from ..arguments import TrainingArguments
 CLASS_IMAGES = "class images"  # the name under which they have a share of the batches
 
 
-def with_class_images(data: InterventionalData, rows: Dataset, arguments: TrainingArguments) -> Dataset:
-    """Return the rows of the data, followed by the class images if there are some, all with captions.
+def class_images(arguments: TrainingArguments) -> list[str]:
+    """Return the files of the class images, none where no folder is named.
 
     Raises:
-        ValueError: for a folder without images, or a concept of their name.
+        ValueError: for a folder without images.
     """
     if arguments.class_data_dir is None:
-        return rows
+        return []
     folder = Path(arguments.class_data_dir)
     images = sorted(str(file) for file in visible_files(folder, IMAGE_SUFFIXES))
     if not images:
@@ -36,6 +36,18 @@ def with_class_images(data: InterventionalData, rows: Dataset, arguments: Traini
             f"--class_data_dir={str(folder)!r} has no images. Put images of the class into it, such as those that the "
             "base makes of --class_prompt."
         )
+    return images
+
+
+def with_class_images(data: InterventionalData, rows: Dataset, arguments: TrainingArguments) -> Dataset:
+    """Return the rows of the data, followed by the class images if there are some, all with captions.
+
+    Raises:
+        ValueError: for a folder without images, images that cannot be read, or a concept of their name.
+    """
+    images = class_images(arguments)
+    if not images:
+        return rows
     for image in images:
         try:
             with Image.open(image) as opened:

@@ -19,7 +19,7 @@ from ...bases.language import check_language_model, load_language_model, load_to
 from ...bases.names import resolve_base_name
 from ...bases.packing import check_packing
 from ...bases.token_batches import Collation, TextBatch, tokenize_all
-from ...bases.tokens import Tokenization, TokenRow, filler, prepare_tokenizer, row_length
+from ...bases.tokens import Tokenization, TokenRow, check_learned, filler, prepare_tokenizer, row_length
 from ...contexts import ConceptSet
 from ...data import InterventionalData
 from ...data.from_arguments import load_text_data
@@ -104,9 +104,14 @@ class LanguageFineTuning(FineTuning[TextArguments]):
     def load_data(self) -> InterventionalData:
         return load_text_data(self.arguments)
 
+    def check_names(self) -> None:
+        super().check_names()
+        self_composed_contexts(self.data, self.arguments)
+        learned = (self.arguments.completion_only_loss, self.arguments.assistant_only_loss)
+        check_learned(self.data.content_column, *learned)
+
     def load_base(self) -> nn.Module:
         arguments, data = self.arguments, self.data
-        self_composed_contexts(data, arguments)  # refuses names before the base is loaded
         name, revision = arguments.pretrained_model_name_or_path, arguments.revision
         dtype = DTYPES[self.accelerator.mixed_precision]
         weights = {"quantization": arguments.quantization, "gguf_file": arguments.gguf_file}
@@ -235,8 +240,9 @@ def _features(
 
 def _example_inputs(data: InterventionalData, prompt: str) -> str:
     """Python code for the card."""
-    prompt = json.dumps(prompt or "Once upon a time", ensure_ascii=False)
-    if isinstance(next(iter(data.rows))[data.content_column], str):
+    chat = not isinstance(next(iter(data.rows))[data.content_column], str)
+    prompt = json.dumps(prompt or ("Tell me a short story." if chat else "Once upon a time"), ensure_ascii=False)
+    if not chat:
         return f'tokenizer({prompt}, return_tensors="pt")'
     messages = f'[{{"role": "user", "content": {prompt}}}]'
     options = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'

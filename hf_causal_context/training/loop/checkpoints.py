@@ -27,7 +27,7 @@ from torch import nn
 from ..._files import ARGUMENTS, CHECKPOINT_NAME, PARTIAL, checkpoint_steps, complete_files, complete_or_absent
 from ...adapter.config import CausalContextConfig
 from ...errors import UserError, UserValueError
-from ..arguments import OLDER_RUNS, OptimizationArguments
+from ..arguments import OLDER_RUNS, AdapterArguments, OptimizationArguments
 from .corruption import find_corruption, read_record, write_record
 from .parts import adapted_models
 
@@ -144,6 +144,19 @@ def check_unused(output_dir: Path) -> None:
         )
 
 
+def check_start(arguments: OptimizationArguments, num_processes: int, model: nn.Module | None = None) -> None:
+    """Refuse what a run cannot begin in or go on from, as far as it is known, before anything that takes long.
+
+    Raises:
+        FileNotFoundError, FileExistsError, CheckpointError, ValueError: see `open_output_dir`.
+    """
+    output_dir, wanted = Path(arguments.output_dir), arguments.resume_from_checkpoint
+    if wanted is None:
+        check_unused(output_dir)
+    elif found := find_checkpoint(output_dir, wanted, lambda _: None):
+        check_same_run(found[1], arguments, model, num_processes)
+
+
 def open_output_dir(
     accelerator: Accelerator, model: nn.Module, arguments: OptimizationArguments
 ) -> tuple[int, Path] | None:
@@ -220,10 +233,11 @@ def _named(output_dir: Path, wanted: str) -> Path:
     return output_dir / wanted if (output_dir / wanted).is_dir() else Path(wanted)
 
 
-def check_same_run(folder: Path, arguments: OptimizationArguments, model: nn.Module, num_processes: int) -> None:
+def check_same_run(folder: Path, arguments: OptimizationArguments, model: nn.Module | None, num_processes: int) -> None:
     """Refuse to go on from a checkpoint with settings that would make another run of it.
 
-    The rows of an adapter's step, and their noise, do not depend on how it is cut into batches and processes.
+    The rows of an adapter's step, and their noise, do not depend on how it is cut into batches and processes. Without a
+    model, what the arguments leave to it and to the data is not compared.
 
     Raises:
         ValueError: naming what differs.
@@ -235,22 +249,15 @@ def check_same_run(folder: Path, arguments: OptimizationArguments, model: nn.Mod
     differing = {
         f"--{name}": (stored[name], given[name])
         for name in sorted(given.keys() - _MAY_CHANGE - _SIZES)
-        if stored[name] != given[name]
+        if stored[name] != given[name] and (name != "observational_steps" or given[name] is not None)
     }
     then = _size(stored, read_record(folder).get("num_processes", num_processes))
     now = _size(given, num_processes)
-    adapted = adapted_models(model).get("")
-    same_rows = math.prod(then) == math.prod(now) if adapted is not None else then == now
+    same_rows = math.prod(then) == math.prod(now) if isinstance(arguments, AdapterArguments) else then == now
     if not same_rows:
         rows = "rows of a step, --train_batch_size x --gradient_accumulation_steps x processes"
         differing[rows] = (" x ".join(map(str, then)), " x ".join(map(str, now)))
-    # What the arguments leave to the data and the base.
-    if adapted is not None:
-        old, new = vars(CausalContextConfig.from_pretrained(str(folder))), vars(adapted.peft_config["default"])
-        decided = ("concepts", "target_modules", "observational_rank")
-    else:
-        old, new = cast(Any, model).load_config(folder), dict(cast(Any, model).config)
-        decided = ("concepts", "base")
+    old, new, decided = ({}, {}, ()) if model is None else _left_open(folder, model)
     for name in decided:
         if old[name] != new[name] and f"--{name}" not in differing:
             differing[name] = (old[name], new[name])
@@ -260,6 +267,14 @@ def check_same_run(folder: Path, arguments: OptimizationArguments, model: nn.Mod
             f"{folder} belongs to a run with other settings ({listed}). Resume with the same ones, or "
             "start anew in another --output_dir."
         )
+
+
+def _left_open(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]:
+    """What the arguments leave to the data and the base, then and now, and its names."""
+    if adapted := adapted_models(model).get(""):
+        then, now = vars(CausalContextConfig.from_pretrained(str(folder))), vars(adapted.peft_config["default"])
+        return then, now, ("concepts", "target_modules", "observational_rank")
+    return cast(Any, model).load_config(folder), dict(cast(Any, model).config), ("concepts", "base")
 
 
 def _size(settings: dict[str, Any], num_processes: int) -> tuple[int, int, int]:

@@ -46,15 +46,18 @@ def _peaks(arguments: OptimizationArguments) -> tuple[float, float]:
     return rate, getattr(arguments, "text_encoder_learning_rate", None) or rate
 
 
-def make_optimizer(
-    groups: list[dict[str, Any]], arguments: OptimizationArguments, accelerator: Accelerator
-) -> torch.optim.Optimizer:
-    """Make the optimizer of a run.
+def check_optimizer(arguments: OptimizationArguments) -> None:
+    """Refuse an optimizer that `make_optimizer` would refuse, as far as that is known before there is a model.
 
     Raises:
         MissingPackageError: for one whose package is not installed.
         ValueError: for settings that it does not have.
     """
+    _optimizer(arguments)
+
+
+def _optimizer(arguments: OptimizationArguments) -> tuple[Any, dict[str, Any]]:
+    """The class of the optimizer, and its settings."""
     module, name, package = _CLASSES[arguments.optimizer]
     try:
         optimizer = getattr(import_module(module), name)
@@ -70,10 +73,6 @@ def make_optimizer(
             "weight_decay": arguments.adam_weight_decay,
             "eps": arguments.adam_epsilon,
         }
-    if arguments.optimizer == "adamw":
-        # One kernel for all parameters. With fp16's scaler it would skip steps without Accelerate seeing it.
-        fused = accelerator.device.type == "cuda" and accelerator.mixed_precision != "fp16"
-        settings["fused"] = True if fused else None
     settings |= dict(_setting(given) for given in arguments.optimizer_args)
     known = list(inspect.signature(optimizer).parameters)[1:]
     if unknown := settings.keys() - set(known):
@@ -81,10 +80,27 @@ def make_optimizer(
             f"--optimizer_args: {arguments.optimizer} has no setting {quoted(sorted(unknown))}. It has: "
             f"{quoted(known)}."
         )
+    return optimizer, settings
+
+
+def make_optimizer(
+    groups: list[dict[str, Any]], arguments: OptimizationArguments, accelerator: Accelerator
+) -> torch.optim.Optimizer:
+    """Make the optimizer of a run.
+
+    Raises:
+        MissingPackageError, ValueError: see `check_optimizer`.
+    """
+    optimizer, settings = _optimizer(arguments)
+    if arguments.optimizer == "adamw":
+        # One kernel for all parameters. With fp16's scaler it would skip steps without Accelerate seeing it.
+        fused = accelerator.device.type == "cuda" and accelerator.mixed_precision != "fp16"
+        settings["fused"] = True if fused else None
     try:
         return optimizer(groups, **settings)
     except (TypeError, ValueError) as error:
-        raise UserValueError(f"--optimizer_args={arguments.optimizer_args} does not fit {name}: {error}") from error
+        given, name = arguments.optimizer_args, optimizer.__name__
+        raise UserValueError(f"--optimizer_args={given} does not fit {name}: {error}") from error
 
 
 def _setting(given: str) -> tuple[str, Any]:
