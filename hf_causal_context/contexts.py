@@ -20,7 +20,7 @@ from .errors import UserTypeError, UserValueError
 
 RESERVED_CHARACTERS = "+=,"
 OBSERVATIONAL = "observational"  # the name, in contexts, of the strength of an adapter's observational part
-OBS = "obs"  # what texts call the empty context; a concept of that name, which data may have, is "obs=1"
+OBS = "obs"  # what texts call the empty context; a concept of that name, which old adapters may have, is "obs=1"
 MAX_CONCEPTS = 1_000
 MAX_NAME_LENGTH = 100
 MAX_STRENGTH = torch.finfo(torch.float32).max  # the dtype of masks
@@ -63,7 +63,8 @@ class Context:
                         "Give it one."
                     )
         # Sorted, so that composing commutes down to the printed form.
-        kept = {name: s for name, s in sorted(strengths.items()) if s != _unchanged(name)}
+        # What is not mentioned has the strength 1 if it is the observational part, else 0.
+        kept = {name: s for name, s in sorted(strengths.items()) if s != float(name == OBSERVATIONAL)}
         object.__setattr__(self, "_strengths", kept)
 
     @classmethod
@@ -297,11 +298,6 @@ class ConceptSet:
         return mask if mask.ndim == 2 else mask[None]
 
 
-def _unchanged(name: str) -> float:
-    """Return the strength that a context does not mention."""
-    return 1.0 if name == OBSERVATIONAL else 0.0
-
-
 def _strength_items(part: object) -> Iterator[tuple[str, float]]:
     if isinstance(part, Context):
         yield from part._strengths.items()
@@ -365,6 +361,15 @@ def _split_concepts(text: str) -> Iterator[str]:
             yield text[start:position]
             start = position + 1
     yield text[start:]
+
+
+def refuse_obs(names: Iterable[str]) -> None:
+    """Refuse a new concept with the name of the empty context (ValueError); stored adapters may have one."""
+    if OBS in names:
+        raise UserValueError(
+            f"A concept {OBS!r} would be hidden by the empty context, which has this name. Rename it; if it is your "
+            f"observational set, leave observational_name= at {OBS!r}."
+        )
 
 
 def context_text(value: object, observational_name: str) -> str:

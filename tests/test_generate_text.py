@@ -10,6 +10,7 @@ from peft import get_peft_model
 from hf_causal_context import CausalContextConfig, Context
 from hf_causal_context.bases.chats import render_chat
 from hf_causal_context.cli import main
+from hf_causal_context.inference import texts as inference_texts
 from hf_causal_context.inference.texts import generate_texts
 
 from .training.conftest import pipeline_folder  # noqa: F401 (a fixture)
@@ -463,3 +464,24 @@ def test_a_replaced_file_is_told_beside_the_lines(store, run):
 def test_a_temperature_that_is_not_positive_is_told_in_options(store, run):
     _, _, printed = run(store(), "--temperature", "-1")
     assert "--temperature=-1.0 must be positive. For the likeliest tokens give --greedy.\n" in printed.err
+
+
+def test_padding_is_tried_out_once_for_all_seeds(store, run, tmp_path, monkeypatch):
+    tried = []
+    original = inference_texts._ignores_padding
+    monkeypatch.setattr(inference_texts, "_ignores_padding", lambda *a, **k: tried.append(1) or original(*a, **k))
+    (tmp_path / "prompts.txt").write_text("a cat\na\n")
+    options = ["--prompts_file", str(tmp_path / "prompts.txt")]
+    _, rows, _ = run(adapter := store(), *options, "--seeds", "0", "1", "2", contexts=("formal",), prompt=None)
+    assert tried == [1]
+    _, one, _ = run(adapter, *options, "--seeds", "2", contexts=("formal",), prompt=None)
+    assert one == rows[4:]
+
+
+def test_keys_of_messages_that_are_not_read_are_named_beside_the_lines(store, run, tmp_path):
+    chat = {"messages": [{"role": "user", "content": "a cat", "mood": "good"}]}
+    (tmp_path / "chats.jsonl").write_text(json.dumps(chat) + "\n")
+    status, _, printed = run(
+        store(), "--messages_file", str(tmp_path / "chats.jsonl"), contexts=("formal",), prompt=None
+    )
+    assert (status, "Of messages, 'mood' is not read" in printed.err) == (0, True)

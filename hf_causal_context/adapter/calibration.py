@@ -45,7 +45,7 @@ def calibrated_context(context: Context, calibration: Calibration) -> Context:
     """Return the context that a context means whose strengths are positions of dials.
 
     Raises:
-        ValueError: for a strength other than 1 of a concept without a calibration.
+        ValueError: for a strength of a concept without a calibration, other than 1 if another concept has one.
     """
     strengths = dict(context.strengths)
     for name, dial in context.strengths.items():
@@ -58,7 +58,8 @@ def calibrated_mask(mask: Tensor, concepts: ConceptSet, calibration: Calibration
     """Return the mask (S, K) that a mask means whose strengths are positions of dials.
 
     Raises:
-        ValueError: for strengths other than 0 and 1 of a concept without a calibration, or no mask of these concepts.
+        ValueError: for strengths of a concept without a calibration, other than 1 if another concept has one, or no
+            mask of these concepts.
     """
     columns = concepts.check_mask(mask).unbind(1)
     return torch.stack([_mapped(dial, name, calibration) for dial, name in zip(columns, concepts, strict=True)], 1)
@@ -68,10 +69,11 @@ def _mapped(dial: Tensor, name: str, calibration: Calibration) -> Tensor:
     knots = calibration[name]
     if knots is not None:
         return strength_at(dial, knots)
-    if bool(((dial != 0) & (dial != 1)).any()):
+    others = any(calibration.values())  # of an adapter with none, not even 1 is a position of a dial
+    if bool(((dial != 0) & ((dial != 1) | (not others))).any()):
         raise UserValueError(
-            f"The adapter holds no calibration of {name!r}, so a calibrated strength other than 0 and 1 means nothing. "
-            "Make one with `hf-causal-context evaluate --calibrate`, or leave calibrated out."
+            f"The adapter holds no calibration of {name!r}, so a calibrated strength {'other than 0 and 1 ' * others}"
+            "means nothing. Make one with `hf-causal-context evaluate --calibrate`, or leave calibrated out."
         )
     return dial
 

@@ -16,7 +16,7 @@ from peft.utils.other import get_pattern_key
 from .._files import CONFIG
 from .._install import installation
 from .._messages import short_repr
-from ..contexts import ConceptSet, Context
+from ..contexts import ConceptSet, Context, refuse_obs
 from ..errors import UserTypeError, UserValueError
 from ..layers import (
     MECHANISMS,
@@ -136,6 +136,8 @@ class CausalContextConfig(PeftConfig):
         if isinstance(self.concepts, Mapping | Set):
             raise UserTypeError(f"concepts={short_repr(self.concepts)} has no order. Give a list of names.")
         self.concepts = ConceptSet(self.concepts).names
+        if not stored:
+            refuse_obs(self.concepts)
         if self.mechanism not in MECHANISMS:
             raise UserValueError(
                 f"Unknown mechanism {short_repr(self.mechanism)}. Allowed: {', '.join(map(repr, MECHANISMS))}."

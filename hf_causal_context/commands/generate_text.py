@@ -91,10 +91,10 @@ def generate_text_file(arguments: Arguments) -> list[dict[str, Any]]:
     Of greedy texts, of which there is one per prompt and context, the "seed" is null.
 
     Raises:
-        ValueError: for another kind of adapter, unknown concepts, or what `generate_texts` refuses.
+        ValueError: for another kind of adapter, unknown concepts, or what `texts_of_seeds` refuses.
         OSError: for an adapter, base or file that cannot be read, or a file that cannot be written.
     """
-    from ..inference.texts import generate_texts
+    from ..inference.texts import check_draws, texts_of_seeds
 
     sampling = {"temperature": arguments.temperature, "top_p": arguments.top_p}
     output_file = arguments.output_file
@@ -106,6 +106,7 @@ def generate_text_file(arguments: Arguments) -> list[dict[str, Any]]:
         raise UserValueError(
             f"--temperature={arguments.temperature} must be positive. For the likeliest tokens give --greedy."
         )
+    check_draws(**sampling)
     if output_file.is_dir():
         raise IsADirectoryError(f"--output_file {output_file} is a folder. Give a file in it, such as texts.jsonl.")
     contexts, prompts = arguments.parsed(), arguments.prompts()
@@ -116,17 +117,17 @@ def generate_text_file(arguments: Arguments) -> list[dict[str, Any]]:
     model, tokenizer = stored.language_model(meant, **arguments.weights)
     rows = []
     seeds = (None,) if arguments.greedy else arguments.seeds
-    for seed in ProgressBar(seeds, desc="write", unit="seed"):
-        written = generate_texts(
-            model,
-            tokenizer,
-            prompts,
-            meant,
-            max_new_tokens=arguments.max_new_tokens,
-            seed=seed,
-            batch_size=arguments.batch_size,
-            **sampling,
-        )
+    of_seeds = texts_of_seeds(
+        model,
+        tokenizer,
+        prompts,
+        meant,
+        max_new_tokens=arguments.max_new_tokens,
+        seeds=seeds,
+        batch_size=arguments.batch_size,
+        **sampling,
+    )
+    for seed, written in zip(ProgressBar(seeds, desc="write", unit="seed"), of_seeds, strict=True):
         rows += [
             {"context": str(context) or arguments.observational_name, "seed": seed, "prompt": prompt, "text": text}
             for prompt, texts in zip(shown, written, strict=True)
@@ -148,15 +149,15 @@ def _read(file: Path, suffix: str, column: str) -> list[Any]:
         ValueError: for a file of another kind, without lines, or with a line that cannot be read.
         FileNotFoundError: without the file.
     """
-    from ..data.text_rows import prompt_of, read_texts
+    from ..data.text_rows import prompt_of, read_texts, told_unread
 
     option = "messages_file" if column == "messages" else "prompts_file"
     if not file.is_file():
         raise FileNotFoundError(f"--{option}={file} does not exist. Give a {suffix} file.")
     if file.suffix.lower() != suffix:
         raise UserValueError(f"--{option}={file} must be a {suffix} file.")
-    rows = []
-    for line, row in read_texts(file):
+    rows, unread = [], set[str]()
+    for line, row in read_texts(file, unread):
         if column not in row:
             raise UserValueError(
                 f"Line {line} of {str(file)!r} has {', '.join(row)}, not {column!r}. Correct the line."
@@ -164,6 +165,9 @@ def _read(file: Path, suffix: str, column: str) -> list[Any]:
         rows.append(prompt_of(row, column) if column == "messages" else row[column])
     if not rows:
         raise UserValueError(f"--{option}={file} has no lines. Add some.")
+    with redirect_stdout(sys.stderr):
+        for message in told_unread(unread):
+            say(message)
     return rows
 
 

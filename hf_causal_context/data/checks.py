@@ -7,7 +7,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from .columns import BATCH_ROWS, Rows, known_features
 from .interventional import InterventionalData
 from .look_alikes import LookAlikes, Place
 from .masks import plain_mask
-from .text_rows import columns_of, is_answered, row_problem, text_lines
+from .text_rows import columns_of, is_answered, row_problem
 
 TINY = 50
 LOPSIDED = 10
@@ -151,7 +151,7 @@ def _read(
     opener = Image() if isinstance(features[data.content_column], Image) and num_decoded else None
     counts = Counter[str]()
     images = (data.content_column, "mask") if data.has_masks else (data.content_column,)
-    lines = {context: _lines(files) for context, files in data.files.items()}
+    lines = {context: chain.from_iterable(file.names() for file in files) for context, files in data.files.items()}
     for context, values in _payloads(rows, seen.texts or images, contexts, role):
         source = values[0].get("path") if isinstance(values[0], dict) else next(lines.get(context, iter(())), None)
         row = f"row {counts[context]} of {repr(context) if context else 'the observational context'} ({role})"
@@ -214,11 +214,6 @@ def _first_of_stream(
             yield context, tuple(row[name] for name in names)
         if not any(left.values()):
             return
-
-
-def _lines(files: Sequence[Path]) -> Iterator[str]:
-    """Names of the rows of files of texts."""
-    return (f"line {number} of {str(file)!r}" for file in files for number, _ in text_lines(file))
 
 
 def _text(row: Mapping[str, Any]) -> bytes:

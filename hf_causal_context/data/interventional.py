@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 
 from .._files import first_line
 from .._messages import nearest, quoted
-from ..contexts import ConceptSet, Context, ContextLike, context_text
+from ..contexts import ConceptSet, Context, ContextLike, context_text, refuse_obs
 from ..errors import UserTypeError, UserValueError
 from .columns import STREAM_BATCH_ROWS, Rows, known_features, of_contexts, require_columns, with_text_column
 from .found_names import check_found_names
+from .text_rows import TextFile
 
 
 @dataclass
@@ -51,7 +52,10 @@ class InterventionalData:
     content_column: str = "image"
     warnings: tuple[str, ...] = ()
     reweighted: dict[str, NDArray[np.int64]] = field(default_factory=dict)
-    files: dict[str, list[Path]] = field(default_factory=dict)
+    files: dict[str, list[TextFile]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        refuse_obs(self.concepts)
 
     @property
     def streaming(self) -> bool:

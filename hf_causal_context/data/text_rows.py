@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,19 @@ _MESSAGES = List(Json())  # beside role and content may be what calls tools
 _KEPT = ("role", "content", "tool_calls", "tool_call_id", "reasoning_content")
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _ALLOWED = {"text": "text", "messages": "a list of messages"}
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A file of texts, and which of its lines are rows: those that are not blank, where they were not counted yet."""
+
+    path: Path
+    lines: Sequence[int] | None = None
+
+    def names(self) -> Iterator[str]:
+        """What messages call the rows."""
+        lines = (number for number, _ in text_lines(self.path)) if self.lines is None else self.lines
+        return (f"line {number} of {str(self.path)!r}" for number in lines)
 
 
 def text_columns(names: Collection[str]) -> tuple[str, ...]:
@@ -96,16 +110,18 @@ def _says_something(message: Mapping[str, Any]) -> bool:
     return bool((message.get("content") or "").strip() or message.get("tool_calls"))
 
 
-def read_texts(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_texts(path: Path, unread: set[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers and rows of a file: of .txt one text per line, of .jsonl one object; blank lines are skipped.
+
+    What messages hold besides is not read; its keys go into the set `unread`.
 
     Raises:
         ValueError: for a line that is not UTF-8, not JSON, or has no text; it names file and line.
     """
-    parse: Callable[[str], dict[str, Any]] = _parse_object if path.suffix.lower() == ".jsonl" else _parse_text
+    of_objects, keys = path.suffix.lower() == ".jsonl", set() if unread is None else unread
     for number, line in text_lines(path):
         try:
-            row = parse(line)
+            row = _parse_object(line, keys) if of_objects else {"text": line}
         except ValueError as error:
             raise UserValueError(f"Line {number} of {str(path)!r}: {error}.") from None
         yield number, row
@@ -130,11 +146,14 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, line
 
 
-def _parse_text(line: str) -> dict[str, Any]:
-    return {"text": line}
+def told_unread(keys: Collection[str]) -> Iterator[str]:
+    """Say which keys of messages are not read, if there are any."""
+    if keys:
+        known = f"{quoted(_KEPT)}, and 'name' of a tool"
+        yield f"Of messages, {quoted(sorted(keys))} is not read, which chat templates do not know. Known are {known}."
 
 
-def _parse_object(line: str) -> dict[str, Any]:
+def _parse_object(line: str, unread: set[str]) -> dict[str, Any]:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:  # too many digits, too many brackets
@@ -149,7 +168,7 @@ def _parse_object(line: str) -> dict[str, Any]:
         columns = (*columns, "tools")
     if problem := row_problem({column: entry[column] for column in columns}):
         raise UserValueError(f"{problem}. Correct or remove the line")
-    row = {column: entry[column] if column == "tools" else _plain(entry[column]) for column in columns}
+    row = {column: entry[column] if column == "tools" else _plain(entry[column], unread) for column in columns}
     if "\\ud" in line.lower():
         try:
             json.dumps(row, ensure_ascii=False).encode()
@@ -160,9 +179,11 @@ def _parse_object(line: str) -> dict[str, Any]:
     return row
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, unread: set[str]) -> Any:
     if isinstance(value, str):
         return value
+    for message in value:
+        unread.update(message.keys() - {*_KEPT, *(["name"] if message["role"] == "tool" else [])})
     kept = [(*_KEPT, "name") if message["role"] == "tool" else _KEPT for message in value]
     return [{key: message[key] for key in keys if key in message} for keys, message in zip(kept, value, strict=True)]
 

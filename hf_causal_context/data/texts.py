@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,16 @@ from .captions import METADATA
 from .columns import Rows, known_features, require_columns
 from .folders import context_folders, files_in, merged, skipped, visible_files
 from .interventional import InterventionalData, from_dataset
-from .text_rows import TEXT_SUFFIXES, holds_messages, is_text, read_texts, row_features, text_columns
+from .text_rows import (
+    TEXT_SUFFIXES,
+    TextFile,
+    holds_messages,
+    is_text,
+    read_texts,
+    row_features,
+    text_columns,
+    told_unread,
+)
 
 _PIECE_ROWS = 10_000
 
@@ -51,7 +61,8 @@ def load_text_folders(
     texts = {context: _texts_of(folders[context], files) for context, files in found.items()}
     places = [(str(file), context) for context, own in texts.items() for file in own]
     others = [file for files in (files_in(root), *found.values()) for file in files if not _is_text(file)]
-    features = _common_features([file for file, _ in places])
+    unread: set[str] = set()  # keys of messages
+    features = _common_features([file for file, _ in places], unread)
     # Contexts are told apart and checked before the texts are read: file by file instead of row by row.
     files = from_dataset(
         Dataset.from_dict({"text": [file for file, _ in places], "context": [context for _, context in places]}),
@@ -61,16 +72,18 @@ def load_text_folders(
         held_out_contexts=held_out_contexts,
         training_contexts=training_contexts,
     )
-    rows = _read(files.rows, features, streaming)
+    lines: dict[str, list[int]] = {}
+    read = partial(_streamed if streaming else partial(_read, lines=lines, unread=unread), features=features)
+    rows, held_out = read(files.rows), {context: read(chosen) for context, chosen in files.held_out.items()}
     inside = merged({folders[context]: own for context, own in texts.items()})
     return replace(
         files,
         rows=rows,
-        held_out={context: _read(chosen, features, streaming) for context, chosen in files.held_out.items()},
+        held_out=held_out,
         counts=dict(Counter(rows["context"][:])) if isinstance(rows, Dataset) else None,
-        warnings=(*files.warnings, *skipped(others, root), *inside),
+        warnings=(*files.warnings, *skipped(others, root), *inside, *told_unread(unread)),
         content_column=next(iter(features)),
-        files=texts,
+        files={context: [TextFile(file, lines.get(str(file))) for file in own] for context, own in texts.items()},
     )
 
 
@@ -131,11 +144,11 @@ def _texts_of(folder: Path, files: Sequence[Path]) -> list[Path]:
     return texts
 
 
-def _common_features(files: list[str]) -> Features:
+def _common_features(files: list[str], unread: set[str]) -> Features:
     """Return the shape of the first row of each file."""
     expected = Features()
     for file in files:
-        line, row = next(read_texts(Path(file)), (0, {}))
+        line, row = next(read_texts(Path(file), unread), (0, {}))
         if not row:
             raise UserValueError(f"The file {file!r} has no texts. Add some, or remove it.")
         expected = expected or row_features(row)
@@ -156,23 +169,42 @@ def _shape(features: Features) -> str:
     return f"{' and '.join(map(repr, features))} ({kind})"
 
 
-def _read(files: Rows, features: Features, streaming: bool) -> Rows:
-    assert isinstance(files, Dataset)
-    chosen = list(zip(files["text"][:], files["context"][:], strict=True))
-    with_context = Features({**features, "context": Value("string")})
+def _streamed(files: Rows, features: Features) -> Rows:
+    chosen = _chosen(files)
     given = {"files": chosen, "expected": features, "first": chosen[0][0]}
-    if streaming:
-        return IterableDataset.from_generator(_rows, features=with_context, gen_kwargs=given)
-    rows = _rows(**given)
+    return IterableDataset.from_generator(_rows, features=_with_context(features), gen_kwargs=given)
+
+
+def _read(files: Rows, features: Features, lines: dict[str, list[int]], unread: set[str]) -> Rows:
+    """Return all rows; the numbers of their lines go into `lines`, and keys that are not read into `unread`."""
+    chosen = _chosen(files)
+    rows = _rows(chosen, features, chosen[0][0], lines, unread)
     # Piece by piece: as Python objects, texts take several times the memory.
     pieces = iter(lambda: list(itertools.islice(rows, _PIECE_ROWS)), [])
-    return concatenate_datasets([Dataset.from_list(piece, features=with_context) for piece in pieces])
+    return concatenate_datasets([Dataset.from_list(piece, features=_with_context(features)) for piece in pieces])
 
 
-def _rows(files: list[tuple[str, str]], expected: Features, first: str) -> Iterator[dict[str, Any]]:
+def _chosen(files: Rows) -> list[tuple[str, str]]:
+    assert isinstance(files, Dataset)
+    return list(zip(files["text"][:], files["context"][:], strict=True))
+
+
+def _with_context(features: Features) -> Features:
+    return Features({**features, "context": Value("string")})
+
+
+def _rows(
+    files: list[tuple[str, str]],
+    expected: Features,
+    first: str,
+    lines: dict[str, list[int]] | None = None,
+    unread: set[str] | None = None,
+) -> Iterator[dict[str, Any]]:
     for file, context in files:
-        for line, row in read_texts(Path(file)):
+        for line, row in read_texts(Path(file), unread):
             _check_shape(row, expected, line, file, first)
+            if lines is not None:
+                lines.setdefault(file, []).append(line)
             yield {**row, "context": context}
 
 

@@ -6,7 +6,7 @@ Shapes: B texts at once, P tokens of the longest of their prompts.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any, cast
 
@@ -21,20 +21,37 @@ from ..contexts import Context
 from ..errors import UserValueError
 
 
-@torch.no_grad()
 def generate_texts(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     contexts: Sequence[Context],
     *,
-    max_new_tokens: int,
     seed: int | None,
+    **options: Any,
+) -> list[list[str]]:
+    """Return what the model writes after each prompt in each context, without the prompt: one list of texts per prompt.
+
+    For several seeds, and for the arguments, see `texts_of_seeds`.
+    """
+    [texts] = texts_of_seeds(model, tokenizer, prompts, contexts, seeds=[seed], **options)
+    return texts
+
+
+@torch.no_grad()
+def texts_of_seeds(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    contexts: Sequence[Context],
+    *,
+    max_new_tokens: int,
+    seeds: Sequence[int | None],
     temperature: float | None = None,
     top_p: float | None = None,
     batch_size: int | None = None,
-) -> list[list[str]]:
-    """Return what the model writes after each prompt in each context, without the prompt: one list of texts per prompt.
+) -> Iterator[list[list[str]]]:
+    """Yield, for each seed, what the model writes after each prompt in each context: one list of texts per prompt.
 
     Prompts and contexts share batches; for models that read what fills up shorter prompts, prompts of one length do.
     The draws depend on the seed, on all prompts and contexts and on the batch size; the random state of the caller
@@ -46,7 +63,7 @@ def generate_texts(
         prompts: texts, or messages for the tokenizer's chat template: a list, or {"messages", "tools"}.
         contexts: () is the observational one.
         max_new_tokens: length of the texts.
-        seed: of the draws; None takes the likeliest token each time.
+        seeds: of the draws; None takes the likeliest token each time.
         temperature: of the draws; None leaves the model's own setting, as does None for the next.
         top_p: share of the probability that is drawn from.
         batch_size: texts at once; None for all.
@@ -59,42 +76,49 @@ def generate_texts(
         raise UserValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
     if batch_size is not None and batch_size < 1:
         raise UserValueError(f"batch_size={batch_size} must be at least 1.")
-    if temperature is not None and not temperature > 0:
-        raise UserValueError(f"temperature={temperature} must be positive. For the likeliest tokens give seed=None.")
-    if top_p is not None and not 0 <= top_p <= 1:
-        raise UserValueError(f"top_p={top_p} must be from 0 to 1.")
+    check_draws(temperature, top_p)
     encoder_decoder = bool(cast(Any, model).config.is_encoder_decoder)
     column = "prompt" if encoder_decoder else "text"
     tokenize = Tokenization(tokenizer, column, encoder_decoder=encoder_decoder, max_length=sys.maxsize)
     prompt_ids = [tokenize.beginning(prompt) for prompt in prompts]
     for ids in prompt_ids:
         _check_room(model, ids, max_new_tokens, encoder_decoder)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": seed is not None}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     options |= {name: value for name, value in (("temperature", temperature), ("top_p", top_p)) if value is not None}
     # What follows the end of shorter texts, and what stands before shorter prompts.
     filling = filler(tokenizer)
     rows = [(ids, context) for ids in prompt_ids for context in contexts]
     together = _ignores_padding(model, prompt_ids, filling, left=not encoder_decoder)
     size = batch_size or max(1, len(rows))
-    alike = (list(own) for _, own in groupby(rows, key=lambda row: 0 if together else len(row[0])))
-    batches = (own[start : start + size] for own in alike for start in range(0, len(own), size))
-    texts: list[str] = []
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        if seed is not None:
-            torch.manual_seed(seed)
-        for some in batches:
-            batch, mask = _padded([ids for ids, _ in some], filling, left=not encoder_decoder)
-            with intervene(model, [context for _, context in some]):
-                output = cast(Any, model).generate(
-                    input_ids=batch.to(model.device),
-                    attention_mask=mask.to(model.device),
-                    pad_token_id=filling,
-                    **options,
-                )
-            written = output if encoder_decoder else output[:, batch.shape[1] :]
-            texts += tokenizer.batch_decode(written, skip_special_tokens=True)
-    count = len(contexts)
-    return [texts[number * count : (number + 1) * count] for number in range(len(prompts))]
+    alike = [list(own) for _, own in groupby(rows, key=lambda row: 0 if together else len(row[0]))]
+    batches = [own[start : start + size] for own in alike for start in range(0, len(own), size)]
+    for seed in seeds:
+        texts: list[str] = []
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            if seed is not None:
+                torch.manual_seed(seed)
+            for some in batches:
+                batch, mask = _padded([ids for ids, _ in some], filling, left=not encoder_decoder)
+                with intervene(model, [context for _, context in some]):
+                    output = cast(Any, model).generate(
+                        input_ids=batch.to(model.device),
+                        attention_mask=mask.to(model.device),
+                        pad_token_id=filling,
+                        do_sample=seed is not None,
+                        **options,
+                    )
+                written = output if encoder_decoder else output[:, batch.shape[1] :]
+                texts += tokenizer.batch_decode(written, skip_special_tokens=True)
+        count = len(contexts)
+        yield [texts[number * count : (number + 1) * count] for number in range(len(prompts))]
+
+
+def check_draws(temperature: float | None, top_p: float | None) -> None:
+    """Refuse settings of draws that mean nothing (ValueError)."""
+    if temperature is not None and not temperature > 0:
+        raise UserValueError(f"temperature={temperature} must be positive. For the likeliest tokens give seed=None.")
+    if top_p is not None and not 0 <= top_p <= 1:
+        raise UserValueError(f"top_p={top_p} must be from 0 to 1.")
 
 
 def _ignores_padding(

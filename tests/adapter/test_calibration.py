@@ -140,3 +140,12 @@ def test_concepts_without_a_calibration_take_0_and_1_only():
 def test_what_is_no_calibration_is_refused(calibration):
     with pytest.raises(ValueError, match="calibration"):
         CausalContextConfig(concepts=("thick",), calibration=calibration)
+
+
+@pytest.mark.parametrize("context", ["thick", "thick=0.5", [(), ("thick",)], torch.tensor([[1.0, 0.0, 0.0]])])
+def test_an_adapter_without_any_calibration_has_no_calibrated_strengths(context):
+    message = "no calibration of 'thick', so a calibrated strength means nothing. Make one with"
+    with pytest.raises(ValueError, match=message):
+        dialled(adapted(), context)
+    with pytest.raises(ValueError, match=message):
+        CausalContextConfig(concepts=CONCEPTS).calibrated(Context("thick"))

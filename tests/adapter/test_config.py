@@ -97,3 +97,13 @@ def test_a_stored_config_is_never_read_in_part(tmp_path, cls, change, error, mes
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(error, match=message):
         cls.from_pretrained(tmp_path)
+
+
+def test_a_concept_called_like_the_empty_context_is_for_stored_adapters_only(tmp_path):
+    with pytest.raises(ValueError, match="A concept 'obs' would be hidden by the empty context, which has this name"):
+        CausalContextConfig(concepts=("obs", "thick"))
+    config = CausalContextConfig(concepts=("plain", "thick"), target_modules=["first"])
+    config.save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace('"plain"', '"obs"'))
+    assert CausalContextConfig.from_pretrained(str(tmp_path)).concepts == ("obs", "thick")

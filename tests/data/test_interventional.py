@@ -294,3 +294,12 @@ def test_datasets_of_every_kind_of_folder(tmp_path, streaming):
     test = from_dataset(open_dataset(str(tmp_path / "splits"), split="test"), concepts=("a",))
     assert [row["context"] for row in test.rows] == ["a"]
     assert Features(test.rows.features)["context"] == Value("string")
+
+
+def test_no_concept_of_new_data_is_called_like_the_empty_context(tmp_path):
+    write_folders(tmp_path, {"plain": 1, "obs": 1, "thick": 1})
+    for concepts in (None, ["obs", "thick"]):
+        with pytest.raises(
+            ValueError, match="A concept 'obs' would be hidden by the empty context.*leave observational"
+        ):
+            load_folders(tmp_path, observational_name="plain", concepts=concepts)

@@ -8,6 +8,7 @@ from hf_causal_context.data import (
     check_data,
     load_text_folders,
     stream_batches,
+    text_rows,
     texts_from_attributes,
     texts_from_dataset,
 )
@@ -385,3 +386,23 @@ def test_empty_texts_and_missing_sets_are_errors(streaming):
         "2 texts are no training data: row 1 of 'a' (train) ('text' is empty), row 2 of 'a' (train) ('text' must be "
         "text; received None). Correct or remove them."
     )
+
+
+def test_keys_of_messages_that_are_not_read_are_named(tmp_path):
+    chat = [{**user("a"), "weight": 1, "name": "me"}, {**assistant("b"), "reasoning_content": "c"}]
+    for context in ("obs", "rude"):
+        write(tmp_path / context / "a.jsonl", {"messages": [user("x"), assistant("y")]}, {"messages": chat})
+    assert load_text_folders(tmp_path).warnings == (
+        "Of messages, 'name', 'weight' is not read, which chat templates do not know. Known are 'role', 'content', "
+        "'tool_calls', 'tool_call_id', 'reasoning_content', and 'name' of a tool.",
+    )
+
+
+def test_files_are_read_once_for_the_rows_and_what_is_wrong_with_them(tmp_path, monkeypatch):
+    write(tmp_path / "obs" / "a.txt", "", "one", "", "one")
+    write(tmp_path / "rude" / "b.txt", "two", "one")
+    data = load_text_folders(tmp_path)
+    monkeypatch.setattr(text_rows, "text_lines", lambda path: pytest.fail("read again"))
+    (said,) = [warning for warning in check_data(data).warnings if "two contexts" in warning]
+    assert f"line 2 of '{tmp_path / 'obs' / 'a.txt'}'" in said
+    assert f"line 2 of '{tmp_path / 'rude' / 'b.txt'}'" in said
