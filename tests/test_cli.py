@@ -1,5 +1,6 @@
 """The command line: every command with real models, and what it says when it is used wrongly."""
 
+import json
 import re
 import shutil
 
@@ -69,8 +70,11 @@ def test_check_data_draws_some_images_of_every_context(images, tmp_path, capsys)
         for path in (images / context).iterdir():
             Image.new("RGB", (30, 10), color).save(path)
     sheet = tmp_path / "check.png"
-    assert main(["check-data", "--train_data_dir", str(images), "--contact_sheet", str(sheet)]) == 0
-    assert f"Look at {sheet}" in capsys.readouterr().out
+    command = ["check-data", "--train_data_dir", str(images), "--contact_sheet", str(sheet)]
+    assert main(command) == 0
+    assert "Replaced" not in capsys.readouterr().out
+    assert main(command) == 0
+    assert f"Replaced {sheet}.\nLook at {sheet}" in capsys.readouterr().out
     with Image.open(sheet) as grid:
         assert grid.height == 4 + 4 * (128 + 4)  # four contexts
         last = [grid.getpixel((grid.width - 4 - 64, 4 + row * 132 + 64)) for row in range(4)]
@@ -107,6 +111,8 @@ def test_check_data_says_how_far_a_base_is(images, base, tmp_path, capsys):
     command = ["check-data", "--train_data_dir", str(images), "--pretrained_model_name_or_path"]
     assert main([*command, base]) == 0
     said = re.search(r"^The base .* your observational set \(loss .*$", capsys.readouterr().out, re.MULTILINE)[0]
+    assert main([*command, base, "--resolution", "8"]) == 1
+    assert re.search("resolution=8 was given, but DDPMPipeline generates 16 pixels only", capsys.readouterr().err)
     trained = ["--output_dir", str(tmp_path / "out"), "--max_train_steps", "1", "--num_validation_images", "0"]
     assert main(["train", *command[1:], base, *trained]) == 0
     assert said in capsys.readouterr().out.splitlines()  # the same sentence as at the start of a training
@@ -128,6 +134,33 @@ def test_check_data_says_how_far_a_language_model_is(tmp_path, capsys):
     said = re.search(r"^The base .* your observational set \(perplexity .*$", capsys.readouterr().out, re.MULTILINE)[0]
     assert main(["train-text", *command, "--output_dir", str(tmp_path / "out"), "--max_train_steps", "1"]) == 0
     assert said in capsys.readouterr().out.splitlines()
+
+
+def test_check_data_reads_chats_as_the_training_does(tmp_path, capsys):
+    language_model("llama").save_pretrained(tmp_path / "base")
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    chat = [{"role": "user", "content": "a cat sat"}, {"role": "assistant", "content": "it ran on the mat loudly"}]
+    for context in ("obs", "formal"):
+        (tmp_path / "texts" / context).mkdir(parents=True)
+        (tmp_path / "texts" / context / "chats.jsonl").write_text(json.dumps({"messages": chat * 2}) + "\n")
+    base = ["--pretrained_model_name_or_path", str(tmp_path / "base")]
+    data = ["--train_data_dir", str(tmp_path / "texts")]
+    reading = ["--assistant_only_loss", "--max_length", "16"]
+
+    def said(*command):
+        assert main([*command]) == 0
+        return re.findall(r"^(?:The base .* observational|Cut at --max).*$", capsys.readouterr().out, re.MULTILINE)
+
+    gap = said("check-data", *data, *base, *reading)
+    assert len(gap) == 2
+    assert gap == said(
+        "train-text", *data, *base, *reading, "--output_dir", str(tmp_path / "out"), "--max_train_steps=1"
+    )
+    assert said("check-data", *data, *base)[-1] != gap[-1]
+    assert main(["check-data", *data, *reading]) == 1
+    assert "--max_length, --assistant_only_loss would have no effect: no base is given" in capsys.readouterr().err
+    assert main(["check-data", *data, *base, "--resolution", "32"]) == 1
+    assert "--resolution would have no effect: the data holds texts. Leave it out." in capsys.readouterr().err
 
 
 def test_train_then_generate(images, base, tmp_path, capsys):

@@ -15,7 +15,7 @@ import hf_causal_context
 from hf_causal_context._messages import in_options
 from hf_causal_context._progress import ProgressBar, say, set_quiet
 from hf_causal_context.cli import main
-from hf_causal_context.commands import COMMANDS, evaluate
+from hf_causal_context.commands import COMMANDS, check_data, evaluate
 from hf_causal_context.commands.parsing import parse
 from hf_causal_context.contexts import ConceptSet
 from hf_causal_context.hub.contents import CardContents
@@ -67,6 +67,20 @@ def test_help_shows_defaults(capsys):
     assert "Images per call of the pipeline. Default: 8" in text
     assert "--guidance_scale X By default the pipeline's. --" in text
     assert "--seed N Of the samples. Default: 0" in " ".join(helped("push", capsys).split())
+
+
+def test_a_choice_of_yes_or_no_needs_no_word_whatever_its_default(capsys):
+    assert "--completion_only_loss\n" in helped("train-text", capsys)
+    given = {(): None, ("--completion_only_loss",): True, ("--completion_only_loss", "false"): False}
+    for words, meant in given.items():
+        parsed = parse("check-data", check_data.Arguments, [*words, "--train_data_dir", "."])
+        assert (parsed.completion_only_loss, parsed.train_data_dir) == (meant, ".")
+
+
+def test_a_value_of_another_type_is_told_with_one_spelling_of_the_option(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--max_train_steps", "three"])
+    assert "error: argument --max_train_steps: invalid int value: 'three'\n" in capsys.readouterr().err
 
 
 def test_an_unknown_command_is_guessed(capsys):
@@ -130,6 +144,12 @@ MISTAKES = [
     ("push . --output_dir file", "--output_dir: file is a file"),
     ("info ./nowhere", "./nowhere is no folder here"),
     ("info ./adaptor", "Did you mean 'adapter'?"),
+    ("generate . --context a --output_dir o --num_inference_steps 0", "--num_inference_steps=0 must be at least 1"),
+    ("generate . --context a --output_dir o --resolution 0", "--resolution=0 must be at least 1"),
+    ("push . --max_new_tokens 0", "--max_new_tokens=0 must be at least 1"),
+    ("edit . --image i --context a --output_dir file/o", "--output_dir: file/o cannot be made, since "),
+    ("generate-text . --context a --output_file file/o", "--output_file: file/o cannot be made, since "),
+    ("check-data --train_data_dir . --contact_sheet file/o", "--contact_sheet: file/o cannot be made, since "),
     ("train TRAIN --config nowhere.yaml", "--config: nowhere.yaml does not exist"),
 ]
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..inference.adapted import StoredAdapter
     from ..inference.sampling import SamplingOptions
 
+ADAPTER = "Folder or Hub id of the adapter; may stand first, without --adapter."
 CALIBRATED = "Strengths are positions of the dials that evaluate --calibrate made: equal steps are equal changes."
 DTYPES = ["float32", "float16", "bfloat16"]
 
@@ -40,7 +41,7 @@ class BaseWeights:
 class AdapterSource(BaseWeights):
     """Which adapter, on which base."""
 
-    adapter: str = field(metadata={"help": "Folder or Hub id of the adapter."})
+    adapter: str = field(metadata={"help": ADAPTER})
     pretrained_model_name_or_path: str | None = argument(None, "Its base; by default the one it names.")
     revision: str | None = argument(None, "Revision of the base on the Hub.")
 

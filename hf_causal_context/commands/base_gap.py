@@ -10,12 +10,13 @@ from ..bases.gap import BaseGap
 from ..bases.language import load_language_model, load_tokenizer
 from ..bases.loading import load_base
 from ..bases.token_batches import Collation, cut_rows
-from ..bases.tokens import Tokenization, TokenRow, row_length
+from ..bases.tokens import Tokenization, TokenRow, check_learned, row_length
 from ..data import InterventionalData
-from ..data.arguments import AnyDataArguments
+from ..data.arguments import ComparedDataArguments
 from ..data.checks import STREAM_ROWS
 from ..data.text_rows import columns_of
 from ..inference.adapted import device
+from ..inference.sampling import check_conditions
 from ..training.arguments import TrainingArguments
 from ..training.denoiser import gap as denoiser_gap
 from ..training.denoiser.batches import DenoiserBatches
@@ -26,7 +27,7 @@ from ..training.language.losses import few_tokens
 _SEED = 0  # as in training, unless told otherwise
 
 
-def gap_of(data: InterventionalData, arguments: AnyDataArguments) -> BaseGap:
+def gap_of(data: InterventionalData, arguments: ComparedDataArguments) -> BaseGap:
     """How far the base that the arguments name is from the observational set; on the GPU if there is one.
 
     Raises:
@@ -37,15 +38,18 @@ def gap_of(data: InterventionalData, arguments: AnyDataArguments) -> BaseGap:
     return measure(data, arguments, torch.device(device()))
 
 
-def _gap_of_images(data: InterventionalData, arguments: AnyDataArguments, device: torch.device) -> BaseGap:
+def _gap_of_images(data: InterventionalData, arguments: ComparedDataArguments, device: torch.device) -> BaseGap:
     name = cast(str, arguments.pretrained_model_name_or_path)
-    base = load_base(name)
+    base = load_base(name, revision=arguments.revision, variant=arguments.variant)
+    check_conditions(base, None, 0 if base.takes_classes else None, None, arguments.resolution)
     denoiser_gap.check_measurable(base)
     base.pipe.to(device)
     settings = TrainingArguments(
         pretrained_model_name_or_path=name,
         output_dir="unused",
         class_column=arguments.class_column,
+        resolution=arguments.resolution,
+        instance_prompt=arguments.instance_prompt,
         num_frames=arguments.num_frames,
         seed=_SEED,
     )
@@ -54,14 +58,20 @@ def _gap_of_images(data: InterventionalData, arguments: AnyDataArguments, device
     return denoiser_gap.denoiser_gap(base, batches.few("", denoiser_gap.NUM_ROWS), _SEED)
 
 
-def _gap_of_texts(data: InterventionalData, arguments: AnyDataArguments, device: torch.device) -> BaseGap:
+def _gap_of_texts(data: InterventionalData, arguments: ComparedDataArguments, device: torch.device) -> BaseGap:
     name = cast(str, arguments.pretrained_model_name_or_path)
-    model = load_language_model(name, None, torch.float32)
+    check_learned(data.content_column, arguments.completion_only_loss, arguments.assistant_only_loss)
+    model = load_language_model(name, arguments.revision, torch.float32)
     model.to(cast(Any, device))
-    tokenizer = load_tokenizer(name, None)
+    tokenizer = load_tokenizer(name, arguments.revision)
     encoder_decoder = bool(model.config.is_encoder_decoder)
     tokenize = Tokenization(
-        tokenizer, data.content_column, encoder_decoder=encoder_decoder, max_length=row_length(model, None)
+        tokenizer,
+        data.content_column,
+        encoder_decoder=encoder_decoder,
+        max_length=row_length(model, arguments.max_length),
+        completion_only=arguments.completion_only_loss,
+        assistant_only=arguments.assistant_only_loss,
     )
     decoder_inputs = cast(Any, model).prepare_decoder_input_ids_from_labels if encoder_decoder else None
     collate = Collation(0, device, decoder_inputs=decoder_inputs)
@@ -74,4 +84,4 @@ def _gap_of_texts(data: InterventionalData, arguments: AnyDataArguments, device:
 def _tokens_by_context(data: InterventionalData, tokenize: Tokenization) -> dict[str, list[TokenRow]]:
     """The tokens of all rows that are trained on, of a stream of the first ones."""
     numbers = data.counts or dict.fromkeys(data.contexts, STREAM_ROWS)
-    return {context: few_tokens(data, context, number, tokenize, _SEED) for context, number in numbers.items()}
+    return {context: few_tokens(data, context, numbers[context], tokenize, _SEED) for context in data.contexts}

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from .._files import complete_or_absent
 from .._messages import in_options
-from ..data.arguments import AnyDataArguments, argument
+from .._progress import say
+from ..data.arguments import ComparedDataArguments, ImageReadingArguments, TextReadingArguments, argument
 from ..errors import UserValueError
+
+_OF_IMAGES = ("variant", *(field.name for field in fields(ImageReadingArguments)))
+_OF_TEXTS = tuple(field.name for field in fields(TextReadingArguments))
 
 
 @dataclass
-class Arguments(AnyDataArguments):
+class Arguments(ComparedDataArguments):
     """Settings of the command."""
 
     contact_sheet: Path | None = argument(None, "Image file for some images of every context, such as check.png.")
+
+    def refuse_useless(self, texts: bool) -> None:
+        """Refuse settings of how a base reads rows, where there is none, or where rows are not of their kind.
+
+        Raises:
+            ValueError: naming them.
+        """
+        names, reason = (_OF_IMAGES, "the data holds texts") if texts else (_OF_TEXTS, "the data holds images")
+        if self.pretrained_model_name_or_path is None:
+            names = ("revision", *_OF_IMAGES, *_OF_TEXTS)
+            reason = "no base is given (--pretrained_model_name_or_path)"
+        default = {field.name: field.default for field in fields(self)}
+        if useless := [f"--{name}" for name in names if getattr(self, name) != default[name]]:
+            raise UserValueError(f"{', '.join(useless)} would have no effect: {reason}. Leave it out.")
 
 
 def run(arguments: Arguments) -> None:
@@ -32,14 +50,19 @@ def run(arguments: Arguments) -> None:
     from .contact_sheet import contact_sheet
 
     data, sheet = load_any_data(arguments), arguments.contact_sheet
-    if sheet is not None and columns_of(data.content_column):
+    texts = bool(columns_of(data.content_column))
+    arguments.refuse_useless(texts)
+    if sheet is not None and texts:
         raise UserValueError(f"--contact_sheet={sheet} is for images, and the data holds texts. Leave it out.")
     report = check_data(data, num_frames=arguments.num_frames)
     print(in_options(report.table(), vars(arguments)), flush=True)
     report.raise_for_errors()
     if sheet is not None:
+        there = sheet.exists()
         with complete_or_absent(sheet) as unfinished:
             contact_sheet(data, arguments.observational_name).save(unfinished)
+        if there:
+            say(f"Replaced {sheet}.")
         print(f"Look at {sheet}: every row shows a context.", flush=True)
     if arguments.pretrained_model_name_or_path is not None:
         try:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..data.arguments import argument
+from .adapter_arguments import ADAPTER
 
 
 @dataclass(kw_only=True)
 class Arguments:
     """Settings of the command."""
 
-    adapter: str = field(metadata={"help": "Folder or Hub id of the adapter."})
+    adapter: str = field(metadata={"help": ADAPTER})
     pretrained_model_name_or_path: str | None = argument(None, "Its base; by default the one it names.")
     share: bool = argument(False, "A public link, through a server of gradio's, for a week.")
     port: int | None = argument(None, "By default the first free one from 7860 on.")

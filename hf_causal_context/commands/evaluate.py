@@ -7,11 +7,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._files import ARGUMENTS
 from ..contexts import Context
 from ..data.arguments import AnyDataArguments, argument
 from ..errors import UserValueError
 from ..evaluation.calibrating import MIN_ROWS
-from .adapter_arguments import BaseWeights, parse_contexts
+from .adapter_arguments import ADAPTER, BaseWeights, parse_contexts
+from .replaced import told_replacements
 
 if TYPE_CHECKING:
     from ..evaluation.results import EvaluationReport
@@ -41,7 +43,7 @@ class Arguments(BaseWeights, AnyDataArguments):
         ValueError: for a number out of range, or without an adapter or output folder.
     """
 
-    adapter: str = argument("", "Required. Folder or Hub id of the adapter.")
+    adapter: str = argument("", f"Required. {ADAPTER}")
     output_dir: str = argument("", "Required. Folder for the report.")
     pretrained_model_name_or_path: str | None = argument(None, "Its base; by default the one it names.")
     revision: str | None = argument(None, "Revision of the base on the Hub.")
@@ -159,23 +161,27 @@ def evaluate_adapter(arguments: Arguments) -> tuple[EvaluationReport, list[Path]
     sources = {"adapter": arguments.adapter, "data": arguments.train_data_dir or arguments.dataset_name}
     sources |= {"judge": arguments.judge} if language else {"feature_extractor": arguments.feature_extractor}
     report = replace(report, settings=sources | report.settings)
-    return report, write_report(report, folder)
+    with told_replacements(folder) as paths:
+        paths += write_report(report, folder)
+    return report, paths
 
 
 def _evaluate_images(
     adapter: StoredAdapter, arguments: Arguments, contexts: Sequence[Context] | None, **options: Any
 ) -> EvaluationReport:
     from ..data.from_arguments import load_data
+    from ..evaluation.asked import check_concepts
     from ..evaluation.evaluator import evaluate
     from ..evaluation.features import load_vision_features, require_torchmetrics
 
     if arguments.feature_extractor is not None:
         require_torchmetrics()
     data = load_data(arguments)
+    check_concepts(adapter.config.concepts, data)
+    extractor = None if arguments.feature_extractor is None else load_vision_features(arguments.feature_extractor)
     base = adapter.pipeline(contexts or (), variant=arguments.variant, **arguments.weights)
-    extractor = None
-    if arguments.feature_extractor is not None:
-        extractor = load_vision_features(arguments.feature_extractor).to(next(base.denoiser.parameters()).device)
+    if extractor is not None:
+        extractor = extractor.to(next(base.denoiser.parameters()).device)
     return evaluate(
         base,
         data,
@@ -194,11 +200,13 @@ def _evaluate_texts(
     adapter: StoredAdapter, arguments: Arguments, contexts: Sequence[Context] | None, **options: Any
 ) -> EvaluationReport:
     from ..data.from_arguments import load_text_data
+    from ..evaluation.asked import check_concepts
     from ..evaluation.judges import load_judge
     from ..evaluation.text_evaluator import evaluate_texts
 
     judge = None if arguments.judge is None else load_judge(arguments.judge)  # first: a misspelled one is found now
     data = load_text_data(replace(arguments, text_column=arguments.text_column or "text"))
+    check_concepts(adapter.config.concepts, data)
     model, tokenizer = adapter.language_model(contexts or (), **arguments.weights)
     return evaluate_texts(
         model,
@@ -208,5 +216,17 @@ def _evaluate_texts(
         prompt=arguments.prompt,
         max_new_tokens=arguments.max_new_tokens,
         judge=judge,
+        **_learned(adapter, data.content_column),
         **options,
     )
+
+
+def _learned(adapter: StoredAdapter, content_column: str) -> dict[str, Any]:
+    """What the training read and learned of rows, as far as it is recorded beside the adapter and rows have it."""
+    recorded = adapter.beside(ARGUMENTS)
+    length, completions = recorded.get("max_length"), recorded.get("completion_only_loss")
+    return {
+        "max_length": length if isinstance(length, int) else None,
+        "completion_only": completions if isinstance(completions, bool) and content_column != "text" else None,
+        "assistant_only": recorded.get("assistant_only_loss") is True and content_column == "messages",
+    }

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._files import CARD_CONTENTS, CONFIG, DATA_RECORD, checkpoint_steps
 from ..data.arguments import argument
+from .adapter_arguments import ADAPTER
 
 if TYPE_CHECKING:
     from ..inference.adapted import StoredAdapter
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Arguments:
     """Settings of the command."""
 
-    adapter: str = field(metadata={"help": "Folder or Hub id of the adapter."})
+    adapter: str = field(metadata={"help": ADAPTER})
     pretrained_model_name_or_path: str | None = argument(
         None, "A base to load: says whether the adapter fits it, and how much each concept changes its weights."
     )
@@ -58,7 +58,7 @@ def describe(arguments: Arguments) -> dict[str, Any]:
     )
     config = stored.config
     tensors = read_header(stored.folder, config.layout(), stored.source)
-    card, data = (_beside(stored, name, arguments.adapter_revision) for name in (CARD_CONTENTS, DATA_RECORD))
+    card, data = (stored.beside(name) for name in (CARD_CONTENTS, DATA_RECORD))
     given = card.get("descriptions")
     descriptions = given if isinstance(given, dict) else {}
     of_pipelines = "videos" if card.get("frame_rate") else "images"
@@ -95,21 +95,6 @@ def _changes(stored: StoredAdapter, variant: str | None) -> dict[str, float]:
     model = stored.language_model()[0] if stored.is_of_language_model else stored.pipeline(variant=variant).denoiser
     effects = causal_effects(model)
     return dict(zip(effects.concepts, effects.changes.mean(0).tolist(), strict=True))
-
-
-def _beside(stored: StoredAdapter, name: str, revision: str | None) -> dict[str, Any]:
-    """What a file beside the adapter holds; nothing if there is none, or it holds something else."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    path = stored.folder / name
-    try:
-        if not path.exists() and not Path(stored.source).is_dir():
-            path = Path(hf_hub_download(stored.source, name, revision=revision))
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, EntryNotFoundError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _text(value: Any) -> str:

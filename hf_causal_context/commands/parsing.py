@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import re
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from .._messages import nearest
 from ..errors import UserValueError
@@ -19,7 +21,10 @@ _OWN = "options of this command"
 # Groups in the order of --help -> their options, or the classes that these come from; others are the command's own.
 _GROUPS = {
     "required": (),
-    "the data": ("ContextDataArguments", "DataArguments", "TextDataArguments"),
+    "the data": (
+        *("ContextDataArguments", "DataArguments", "TextDataArguments"),
+        *("ImageReadingArguments", "TextReadingArguments"),
+    ),
     "the adapter and its base": ("BaseWeights", "AdapterSource", "RevisionArguments", "AdapterArguments"),
     _OWN: (),
     "sampling": ("ImageArguments",),
@@ -42,13 +47,16 @@ def option_names(settings: type) -> list[str]:
 
 def make_parser(command: str, settings: type) -> HfArgumentParser:
     """Return the parser of a command, whose settings are a dataclass."""
-    parser = HfArgumentParser(
+    parser = _Parser(
         cast(Any, settings),
         prog=f"hf-causal-context {command}",
         allow_abbrev=False,
         parents=[_files()],
         formatter_class=_Formatter,
     )
+    for action in parser._actions:
+        if action.type is string_to_bool:  # transformers wants a word where the default is None
+            action.nargs, action.const = "?", True
     _group(parser, settings)
     return parser
 
@@ -82,6 +90,13 @@ def parse(command: str, settings: type, given: Sequence[str]) -> Any:
 def shown_name(action: argparse.Action) -> str:
     """Return the one spelling of an option that users are told."""
     return next(name for name in action.option_strings if name.startswith("--"))
+
+
+class _Parser(HfArgumentParser):
+    """Names options in errors as everywhere else: in one spelling."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(re.sub(r"(--\w+)(?:/--[\w-]+)+", r"\1", message))
 
 
 def _files() -> argparse.ArgumentParser:

@@ -74,6 +74,27 @@ class TextDataArguments(ContextDataArguments):
 
 
 @dataclass
+class ImageReadingArguments:
+    """How a base reads images, where their files do not say."""
+
+    resolution: int | None = argument(None, "Side of the images in pixels; by default the base's.")
+    instance_prompt: str = argument("", "Caption of images that have none, for bases that take text.")
+
+
+@dataclass
+class TextReadingArguments:
+    """How much of texts a model reads, and what of it is learned."""
+
+    max_length: int | None = argument(
+        None, "Tokens per row; longer texts are cut. By default 1024, or what the model allows."
+    )
+    completion_only_loss: bool | None = argument(
+        None, "Learn the completions only; by default where the data has prompts, unless it is false."
+    )
+    assistant_only_loss: bool = argument(False, "Of messages, learn all turns of the assistant, and nothing else.")
+
+
+@dataclass
 class AnyDataArguments(DataArguments, TextDataArguments):
     """Where interventional data is, images or texts: folders are what they hold; and a base to compare it with."""
 
@@ -81,6 +102,14 @@ class AnyDataArguments(DataArguments, TextDataArguments):
     pretrained_model_name_or_path: str | None = argument(
         None, "A base, as a folder or a Hub id: says how far it is from the observational set."
     )
+
+
+@dataclass
+class ComparedDataArguments(AnyDataArguments, ImageReadingArguments, TextReadingArguments):
+    """Where interventional data is, and how a base that it is compared with reads it: as in its training."""
+
+    revision: str | None = argument(None, "Revision of the base on the Hub.")
+    variant: str | None = argument(None, "Variant of the base's files, such as fp16.")
 
 
 def check_source(arguments: ContextDataArguments) -> None:

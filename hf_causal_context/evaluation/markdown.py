@@ -68,10 +68,12 @@ def _distances(report: EvaluationReport) -> Iterator[str]:
 def _perplexities(report: EvaluationReport) -> Iterator[str]:
     if not any(result.perplexity for result in report.contexts):
         return
+    learned = report.settings.get("perplexity_of", "all of their tokens")
     yield (
-        "Perplexity of real rows (lower is likelier) in their context, in the empty one, and under the base without "
-        "any adapter. The rows of trained contexts are training rows: their perplexity says what was learned, and only "
-        "that of held-out rows what it is good for. *Diversity*: of the samples over that of real rows."
+        f"Perplexity of real rows ({learned}; lower is likelier) in their context, in the empty one, and under the "
+        "base without any adapter. The rows of trained contexts are training rows: their perplexity says what was "
+        "learned, and only that of held-out rows what it is good for. *Diversity*: of the samples over that of real "
+        "rows."
     )
     yield ""
     rows = []

@@ -49,6 +49,9 @@ def evaluate_texts(
     batch_size: int = 32,
     seed: int = 0,
     judge: Judge | None = None,
+    max_length: int | None = None,
+    completion_only: bool | None = None,
+    assistant_only: bool = False,
 ) -> EvaluationReport:
     """Sample a language model's adapter in the contexts of interventional texts, and compare.
 
@@ -69,6 +72,9 @@ def evaluate_texts(
         seed: of the classifiers and of the splits of the real texts.
         judge: reads one text and answers with numbers by name, such as {"loud": 1.0}; names of concepts are read in
             the strength curves, too. Real texts and samples are read alike.
+        max_length: tokens of a row that the training read; perplexities are those of what it learned.
+        completion_only: whether it learned completions only, as for `Tokenization`.
+        assistant_only: whether it learned the assistant's messages only.
 
     Raises:
         ValueError: for a model without an adapter, other concepts than the data's, unknown contexts, too few real
@@ -83,7 +89,12 @@ def evaluate_texts(
     base = cast(Any, model.get_base_model())
     encoder_decoder = bool(base.config.is_encoder_decoder)
     tokenize = Tokenization(
-        tokenizer, data.content_column, encoder_decoder=encoder_decoder, max_length=row_length(base, None)
+        tokenizer,
+        data.content_column,
+        encoder_decoder=encoder_decoder,
+        max_length=row_length(base, max_length),
+        completion_only=completion_only,
+        assistant_only=assistant_only,
     )
     real = read_real_texts(data, tokenize, seed)
     check_real_rows(concepts, {context: len(own) for context, own in real.items()})
@@ -109,6 +120,7 @@ def evaluate_texts(
         "num_seeds": num_seeds,
         "prompt": prompt,
         "max_new_tokens": length,
+        "perplexity_of": tokenize.learned,
         "seed": seed,
     }
     texts = {

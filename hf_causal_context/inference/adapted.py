@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -51,6 +53,7 @@ class StoredAdapter:
         config: its config.
         given_base: a base that was named instead of the one that the config names.
         given_revision: of the base.
+        adapter_revision: of the adapter's repository.
         token: for private repositories, the adapter's and the base's.
     """
 
@@ -59,6 +62,7 @@ class StoredAdapter:
     config: CausalContextConfig
     given_base: str | None
     given_revision: str | None
+    adapter_revision: str | None
     token: str | bool | None
 
     @classmethod
@@ -105,7 +109,7 @@ class StoredAdapter:
                 f"{source} holds no adapter: there is no {CONFIG} in it. "
                 + (unfinished if checkpoints else "Give the folder that a training wrote, or the id of a repository.")
             )
-        return cls(source, folder, CausalContextConfig.read(folder, source), base, revision, token)
+        return cls(source, folder, CausalContextConfig.read(folder, source), base, revision, adapter_revision, token)
 
     @property
     def is_of_language_model(self) -> bool:
@@ -131,6 +135,17 @@ class StoredAdapter:
         if Path(name).is_absolute() and not Path(name).exists():
             raise FileNotFoundError(f"{self.source} was trained on the base {name}, which is not here. {_GIVE_BASE}")
         return name, self.given_revision or self.config.revision
+
+    def beside(self, name: str) -> dict[str, Any]:
+        """Return what a file of JSON beside the adapter holds; nothing if there is none, or it holds something else."""
+        path = self.folder / name
+        try:
+            if not path.exists() and not Path(self.source).is_dir():
+                path = Path(hf_hub_download(self.source, name, revision=self.adapter_revision))
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, EntryNotFoundError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def meant(self, contexts: Sequence[Context], calibrated: bool) -> list[Context]:
         """Return the contexts that are meant, whose strengths may be those of dials.

@@ -12,7 +12,14 @@ from .._files import ARGUMENTS
 from ..adapter.storage.fields import check_share
 from ..bases.gguf import check_gguf
 from ..bases.quantization import QUANTIZATIONS, check_quantization
-from ..data.arguments import ContextDataArguments, DataArguments, TextDataArguments, argument
+from ..data.arguments import (
+    ContextDataArguments,
+    DataArguments,
+    ImageReadingArguments,
+    TextDataArguments,
+    TextReadingArguments,
+    argument,
+)
 from ..errors import UserValueError
 from ..layers import MECHANISMS
 
@@ -203,7 +210,7 @@ class AdapterArguments(OptimizationArguments, ContextDataArguments):
 
 
 @dataclass
-class TrainingArguments(AdapterArguments, DataArguments):
+class TrainingArguments(AdapterArguments, DataArguments, ImageReadingArguments):
     """Settings of an adapter's run; `hf-causal-context train --help` prints them with their meaning.
 
     Raises:
@@ -213,7 +220,6 @@ class TrainingArguments(AdapterArguments, DataArguments):
     pretrained_model_name_or_path: str = argument("", "Required. Base: a diffusers pipeline, as a folder or a Hub id.")
     variant: str | None = argument(None, "Variant of the base's files, such as fp16.")
 
-    instance_prompt: str = argument("", "Caption of images that have none, for bases that take text.")
     train_text_encoder: bool = argument(
         False, "Adapt the text encoders, too; captions are then encoded in every step, not once."
     )
@@ -228,7 +234,6 @@ class TrainingArguments(AdapterArguments, DataArguments):
     noise_expert: str | None = argument(
         None, "high or low: which denoiser is trained, of a base that has one for high and one for low noise (Wan 2.2)."
     )
-    resolution: int | None = argument(None, "Side of the images in pixels; by default the base's.")
     aspect_ratio_buckets: bool = argument(
         False, "Keep the shapes of images: each is read at the nearest of some sizes of about resolution^2 pixels."
     )
@@ -302,7 +307,7 @@ class TrainingArguments(AdapterArguments, DataArguments):
 
 
 @dataclass
-class TextArguments(AdapterArguments, TextDataArguments):
+class TextArguments(AdapterArguments, TextDataArguments, TextReadingArguments):
     """Settings of a language model's run; `hf-causal-context train-text --help` prints them with their meaning.
 
     Raises:
@@ -313,14 +318,7 @@ class TextArguments(AdapterArguments, TextDataArguments):
         "", "Required. Base: a causal or encoder-decoder model of transformers, as a folder or a Hub id."
     )
     pad_token: str | None = argument(None, "Token to pad with, where the tokenizer has none; by default the end's.")
-    max_length: int | None = argument(
-        None, "Tokens per row; longer texts are cut. By default 1024, or what the model allows."
-    )
     packing: bool = argument(False, "Fill rows with several texts of the same context.")
-    completion_only_loss: bool | None = argument(
-        None, "Learn the completions only; by default where the data has prompts."
-    )
-    assistant_only_loss: bool = argument(False, "Of messages, learn all turns of the assistant, and nothing else.")
     validation_prompt: str = argument("", "Prompt of the sample texts.")
     self_composed_contexts: list[str] = argument(
         [],

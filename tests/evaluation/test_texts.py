@@ -150,6 +150,27 @@ def test_the_command_finds_the_kind_of_the_adapter_by_itself(adapter, folder, tm
     assert json.loads(json.dumps(report.to_dict())) == values
 
 
+def test_perplexities_are_those_of_what_the_training_learned(adapter, tmp_path, quick):
+    for context, own in texts().items():
+        (tmp_path / "chats" / (str(context) or "obs")).mkdir(parents=True)
+        chats = ([{"role": "user", "content": "user good"}, {"role": "assistant", "content": text}] for text in own)
+        lines = "".join(json.dumps({"messages": chat}) + "\n" for chat in chats)
+        (tmp_path / "chats" / (str(context) or "obs") / "chats.jsonl").write_text(lines)
+    data = load_text_folders(tmp_path / "chats")
+    (tmp_path / "adapter" / "training_arguments.json").write_text('{"assistant_only_loss": true, "max_length": 12}')
+    assert main(command(adapter, tmp_path / "chats", tmp_path / "out")) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["settings"]["perplexity_of"] == "the assistant's turns"
+    assert "Perplexity of real rows (the assistant's turns; lower" in (tmp_path / "out" / "report.md").read_text()
+
+    model, tokenizer = StoredAdapter.open(adapter).language_model()
+    tokenize = Tokenization(tokenizer, "messages", assistant_only=True, max_length=12)
+    rows = [tokenize(row) for row in data.held_out["formal+loud"]]
+    batch = Collation(0, model.device)(rows, ConceptSet(("formal", "loud")).mask([PAIR]).expand(len(rows), -1))
+    expected = perplexity(model, [batch])
+    assert report["contexts"][3]["perplexity"]["adapter"] == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_perplexities_are_those_of_the_context_the_empty_one_and_the_base(name, quick):
     model, data = adapted(name), data_of("prompt")
