@@ -11,6 +11,7 @@ from typing import Any
 from .._files import CARD_CONTENTS, complete_or_absent
 from ..errors import UserValueError
 
+CHAT_PROMPT = "Tell me a short story."  # what cards ask a chat model where nobody gives a prompt
 STRENGTHS = (0.0, 0.5, 1.0, 1.5)  # columns of the image of strengths
 
 

@@ -32,7 +32,7 @@ from ..errors import UserValueError
 from ..inference.adapted import StoredAdapter
 from ..inference.shown_contexts import shown_contexts
 from .card import is_edited, render_card
-from .contents import CardContents
+from .contents import CHAT_PROMPT, CardContents
 from .samples import show_images, show_texts
 
 _EVALUATION = ("report.json", "report.md", "report.png", "samples.png")
@@ -118,7 +118,7 @@ def save(
     base_name, revision = stored.base
     # One that was named for this command may be given as a folder; the card and the config then say so, too.
     public = portable_base_name(base_name)
-    default_prompt = str(arguments.get("validation_prompt", ""))
+    default_prompt, chat = str(arguments.get("validation_prompt", "")), chat or data.get("chat", False)
     with complete_or_absent(output_dir) as folder:
         folder.mkdir()
         if language:
@@ -130,8 +130,8 @@ def save(
                 folder,
                 shown,
                 seed=seed,
-                prompt=default_prompt if prompt is None else prompt,
-                chat=chat or data.get("chat", False),
+                prompt=(default_prompt if prompt is None else prompt) or (CHAT_PROMPT if chat else ""),
+                chat=chat,
                 max_new_tokens=max_new_tokens or 40,
             )
         else:

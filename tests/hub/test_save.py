@@ -167,6 +167,13 @@ def test_code_of_the_card_writes_its_texts(hub, tmp_path, name, prompt, chat):
     assert stock.peft_config["default"].peft_type == "LORA"
 
 
+def test_a_chat_model_is_asked_something_where_nobody_gives_a_prompt(tmp_path):
+    adapter = language_adapter("llama", tmp_path / "adapter", tmp_path / "base", chat=True)
+    contents = CardContents.load(save(adapter, tmp_path / "style", max_new_tokens=2))
+    assert contents.prompt == "Tell me a short story."
+    assert '[{"role": "user", "content": "Tell me a short story."}]' in contents.inputs
+
+
 def test_the_folder_is_whole_and_says_nothing_of_the_machine(adapter, tmp_path):
     folder = save(adapter, tmp_path / "strokes-hub", num_inference_steps=1, license="mit")
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}

@@ -10,8 +10,9 @@ from hf_causal_context.bases.chats import render_chat
 from hf_causal_context.bases.tokens import IGNORED, Tokenization
 from hf_causal_context.data import check_data, load_text_folders, texts_from_dataset
 from hf_causal_context.data.text_rows import prompt_of
+from hf_causal_context.training.language.fine_tune import _example_inputs
 
-from .small_language import CHAT, word_tokenizer
+from .small_language import CHAT, text_data, word_tokenizer
 
 CAT = [{"role": "user", "content": "a cat"}, {"role": "assistant", "content": "sat"}]
 DOG = [{"role": "user", "content": "the dog"}, {"role": "assistant", "content": "ran on"}]
@@ -133,3 +134,9 @@ def test_an_assistant_that_says_nothing_is_named():
     table = [{"messages": chat, "context": context} for context, chat in (("obs", CAT), ("a", silent))]
     (error,) = check_data(texts_from_dataset(Dataset.from_list(table))).errors
     assert "row 0 of 'a' (train) ('messages' is empty)" in error
+
+
+def test_the_code_of_the_card_asks_chat_models_like_a_user():
+    assert '"content": "Tell me a short story."' in _example_inputs(text_data("messages"), "")
+    assert '"content": "a cat"' in _example_inputs(text_data("messages"), "a cat")
+    assert _example_inputs(text_data("text"), "") == 'tokenizer("Once upon a time", return_tensors="pt")'

@@ -24,7 +24,7 @@ from ...contexts import ConceptSet
 from ...data import InterventionalData
 from ...data.from_arguments import load_text_data
 from ...data.reweighting import check_sets
-from ...hub.contents import CardContents
+from ...hub.contents import CHAT_PROMPT, CardContents
 from ..arguments import TextArguments
 from ..context_losses import ContextLosses
 from ..loop.checkpoints import write_files
@@ -241,7 +241,7 @@ def _features(
 def _example_inputs(data: InterventionalData, prompt: str) -> str:
     """Python code for the card."""
     chat = not isinstance(next(iter(data.rows))[data.content_column], str)
-    prompt = json.dumps(prompt or ("Tell me a short story." if chat else "Once upon a time"), ensure_ascii=False)
+    prompt = json.dumps(prompt or (CHAT_PROMPT if chat else "Once upon a time"), ensure_ascii=False)
     if not chat:
         return f'tokenizer({prompt}, return_tensors="pt")'
     messages = f'[{{"role": "user", "content": {prompt}}}]'
