@@ -125,7 +125,7 @@ class TestBatches:
             shares = (next(stream).context.sum(1) == 2).float().mean()
             seen.append((len(asked), round(float(shares), 2)))
             assert asked == [0, 1][: (number >= 3) + (number >= 5)]
-        assert [share for _, share in seen] == [0, 0, 0, 0, 0, 0.25, 0.25, 0.25]  # as much as each of the others
+        assert [share for _, share in seen] == [0, 0, 0, 0, 0, 0.42, 0.42, 0.33]  # twice as much as each of the others
 
     @pytest.mark.parametrize(
         ("start", "expected"),

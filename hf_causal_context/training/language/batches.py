@@ -21,6 +21,8 @@ from ...data import ContextSampler, InterventionalData, stream_batches
 from ..arguments import TextArguments
 from ..weights import batch_weights
 
+# Of a combination whose texts the adapter writes itself, beside 1 for a context of the data: it has less time to learn.
+OWN_SHARE, MOST_OWN = 2.0, 1.5  # and of all of them together, beside all contexts of the data
 _ROWS_LOOKED_AT = 64  # of a stream, for the average length
 
 
@@ -93,9 +95,9 @@ class TextBatches:
                 yield self._batch([self._rows[n] for n in numbers], [self._contexts[n] for n in numbers])
 
     def joined_by(self, rows: Mapping[str, Sequence[TokenRow]]) -> TextBatches:
-        """Return these batches with rows of further contexts, which together count no more than those of the data."""
+        """Return these batches with rows of further contexts."""
         joined = copy(self)
-        share = min(1.0, len(self._data.contexts) / max(1, len(rows)))
+        share = min(OWN_SHARE, MOST_OWN * len(self._data.contexts) / max(1, len(rows)))
         joined._weights = dict.fromkeys(rows, share) | self._weights
         joined._masks = self._masks | {c: self._data.concepts.mask([Context.parse(c)])[0] for c in rows}
         if self._arguments.packing:
