@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing as mp
-import resource
 import statistics
 import subprocess
 import sys
@@ -22,6 +20,8 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
+
+from .interleaving import interleaved, median_ratio, peak_memory
 
 CONCEPTS = ("thick", "dark", "slant", "large")
 WIDTH = 4
@@ -129,11 +129,7 @@ def worker(base: str, variant: str, device: str, threads: int, pipe: Any) -> Non
             if device == "cuda":
                 torch.cuda.synchronize()
             pipe.send(clock() - start)
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if device == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak_memory()
     adapter_bytes, load = 0, 0.0
     if hasattr(model, "save_pretrained") and hasattr(model, "peft_config"):
         from peft import PeftModel
@@ -150,38 +146,15 @@ def worker(base: str, variant: str, device: str, threads: int, pipe: Any) -> Non
 
 def measure(base: str, device: str, rounds: int, threads: int) -> dict[str, dict[str, float]]:
     """Seconds, bytes and ratios of every variant on one base."""
-    context = mp.get_context("spawn")
-    pipes, processes, work = {}, [], {}
-    for variant in VARIANTS:
-        pipes[variant], child = context.Pipe()
-        process = context.Process(target=worker, args=(base, variant, device, threads, child), daemon=True)
-        process.start()
-        child.close()  # so that a dead worker shows as EOFError
-        processes.append(process)
-        work[variant] = pipes[variant].recv()  # built one after the other
-    seconds: dict[str, dict[str, list[float]]] = {v: {w: [] for w in work[v]} for v in VARIANTS}
-    for round_index in range(rounds):
-        # The order rotates, so that no variant always runs after the same one.
-        for variant in VARIANTS[round_index % len(VARIANTS) :] + VARIANTS[: round_index % len(VARIANTS)]:
-            for name in work[variant]:
-                pipes[variant].send(name)
-                seconds[variant][name].append(pipes[variant].recv())
-    results = {}
-    for variant in VARIANTS:
-        pipes[variant].send("stop")
-        result = pipes[variant].recv()
+    seconds, results = interleaved(worker, {v: (base, v, device, threads) for v in VARIANTS}, rounds)
+    for variant, result in results.items():
         for name, values in seconds[variant].items():
             result[name] = statistics.median(values)
-            reference = seconds["lora, merged" if "merged" in variant else "lora"][name]
-            result[f"{name} / lora"] = statistics.median(a / b for a, b in zip(values, reference, strict=True))
-        results[variant] = result
-    for variant in VARIANTS:
-        results[variant]["peak / lora"] = results[variant]["peak"] / results["lora"]["peak"]
-    for process in processes:
-        process.join()
-    mixed, uniform = seconds["independent"]["step"], seconds["independent, uniform"]["step"]
-    results["independent"]["step, mixed / uniform"] = statistics.median(
-        a / b for a, b in zip(mixed, uniform, strict=True)
+            reference = "lora, merged" if "merged" in variant else "lora"
+            result[f"{name} / lora"] = median_ratio(values, seconds[reference][name])
+        result["peak / lora"] = result["peak"] / results["lora"]["peak"]
+    results["independent"]["step, mixed / uniform"] = median_ratio(
+        seconds["independent"]["step"], seconds["independent, uniform"]["step"]
     )
     return results
 
