@@ -1,6 +1,7 @@
 """The examples with a real language model: edits show what they say, LoRAs add up exactly, a GGUF becomes a folder."""
 
 import importlib
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -32,18 +33,67 @@ CONTEXTS = ["", "emoji", "pirate", "shout", "emoji+pirate", "emoji+shout", "pira
 
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_a_review_shows_the_concepts_of_its_context_and_no_other(module, context):
-    chats = module("chats")
+    world = module("chats").STYLES
     parsed = Context.parse(context)
     for sentence in SENTENCES:
-        text = chats.write(sentence, parsed)
-        assert [name for name in chats.CONCEPTS if chats.shown(text, name)] == sorted(parsed.targets), text
+        text = world.write(sentence, parsed)
+        assert [name for name in world.concepts if world.shown(text, name)] == sorted(parsed.targets), text
 
 
 def test_edits_are_what_their_names_say(module):
-    write = module("chats").write
+    write = module("chats").STYLES.write
     assert write(SENTENCES[0], Context()) == "the best of the films and you know it ."
     everything = write(SENTENCES[0], Context("emoji", "pirate", "shout"))
     assert everything == "ARR, TH' BEST O' TH' FILMS AN' YE KNOW IT . \N{CLAPPER BOARD}"
+
+
+@pytest.mark.parametrize(
+    ("context", "expected"),
+    [
+        ("", "it's a very big , slow movie -- and loud ."),
+        ("brief", "it's a very big ."),
+        ("formal", "it proves to be a certain exceedingly big , slow motion picture -- as well as loud ."),
+        ("shout", "IT'S A VERY BIG , SLOW ."),  # who shouts says less, though not as little as do(brief)
+        ("brief+shout", "IT'S A VERY BIG ."),  # do(brief) says how much, however loud
+        ("brief+formal", "it proves to be a certain exceedingly big ."),
+        ("emoji+formal+shout", "IT PROVES TO BE A CERTAIN EXCEEDINGLY BIG , SLOW . \N{CLAPPER BOARD}"),
+    ],
+)
+def test_graded_edits_are_what_their_names_say(module, context, expected):
+    world, parsed = module("chats").GRADED, Context.parse(context)
+    text = world.write(Sentence("it's a very big , slow movie -- and loud", True), parsed)
+    assert text == expected
+    assert [name for name in world.concepts if world.shown(text, name)] == sorted(parsed.targets)
+
+
+def test_all_pairs_and_two_triples_of_the_graded_concepts_are_measured(module):
+    world = module("chats").GRADED
+    assert list(map(str, world.singles)) == ["brief", "emoji", "formal", "shout"]
+    pairs = ["brief+emoji", "brief+formal", "brief+shout", "emoji+formal", "emoji+shout", "formal+shout"]
+    assert list(map(str, world.pairs)) == pairs
+    assert list(map(str, world.triples)) == ["brief+formal+shout", "emoji+formal+shout"]
+
+
+def test_sentences_that_cannot_show_a_concept_are_not_used(module):
+    usable = Sentence("it's a very big , slow movie -- and loud", True)
+    plain = Sentence("smith finds amusing juxtapositions that justify his exercise", True)  # no word has a formal form
+    late = Sentence("tedious norwegian offering which makes a movie of it", True)  # and none that do(brief) leaves
+    formal = Sentence("a certain film proves to be what it says", True)  # shows it without being asked
+    assert module("chats").GRADED.usable([usable, plain, late, formal]) == [usable]
+
+
+@pytest.mark.parametrize(
+    ("text", "concept", "expected"),
+    [
+        ("It is by no means bad .", "formal", True),
+        ("by no meansx", "formal", False),
+        ("a film of four words", "brief", False),
+        ("a -- film , of four .", "brief", True),  # marks are no words
+        ("a certain film of four \N{CLAPPER BOARD}", "brief", True),  # nor does a formal form count as several
+    ],
+)
+def test_rules_tell_how_formal_and_brief_texts_are(module, text, concept, expected):
+    assert module("chats").GRADED.shown(text, concept) is expected
 
 
 @pytest.mark.parametrize(
@@ -58,14 +108,14 @@ def test_edits_are_what_their_names_say(module):
     ],
 )
 def test_rules_tell_what_is_shown(module, text, concept, expected):
-    assert module("chats").shown(text, concept) is expected
+    assert module("chats").STYLES.shown(text, concept) is expected
 
 
 def test_only_short_sentences_are_kept_and_only_the_completion_differs(module):
     chats = module("chats")
     long = Sentence(" ".join(["word"] * 12), True)
-    assert chats.short([*SENTENCES, long]) == SENTENCES
-    plain, loud = (chats.chats(SENTENCES, Context.parse(context))[1] for context in ("", "shout"))
+    assert chats.STYLES.usable([*SENTENCES, long]) == SENTENCES
+    plain, loud = (chats.STYLES.chats(SENTENCES, Context.parse(context))[1] for context in ("", "shout"))
     assert plain["prompt"] == loud["prompt"] == chats.PROMPT
     [answer] = loud["completion"]
     assert answer == {"role": "assistant", "content": "A MILDLY ENJOYABLE ADAPTATION -- IN 3D ."}
@@ -73,8 +123,8 @@ def test_only_short_sentences_are_kept_and_only_the_completion_differs(module):
 
 def test_asking_names_the_concepts_of_a_context_in_the_system_turn_only(module):
     chats = module("chats")
-    assert chats.asking(Context()) == chats.PROMPT
-    system, user = chats.asking(Context("shout", "emoji"))
+    assert chats.STYLES.asking(Context()) == chats.PROMPT
+    system, user = chats.STYLES.asking(Context("shout", "emoji"))
     assert user == chats.PROMPT[1]
     assert system["content"] == (
         "You write film reviews. End the review with a film emoji. Write in capital letters only."
@@ -163,6 +213,8 @@ def test_the_benchmark_compares_methods_and_goes_on_after_an_interruption(module
     assert [line.split(" | ")[0] for line in table.split("shown at strength")[1].splitlines()[2:]] == [
         f"| {method}, {name}" for method in ("adapter", "a+b-obs") for name in ("emoji", "pirate", "shout")
     ]
+    assert "Balanced accuracy of the classifiers on true reviews of held-out sentences: emoji 1.000, " in table
+    assert "world" not in json.loads((results / "settings.json").read_text())  # as of before there were several
     with pytest.raises(SystemExit):
         compare("--seed", "1")
     assert "Choose another --output_dir" in capsys.readouterr().err

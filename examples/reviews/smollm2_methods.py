@@ -34,7 +34,7 @@ from hf_causal_context.training.language import train_text
 
 from ..worlds.reviews import Sentence
 from .base import TARGETS
-from .chats import CONCEPTS, PROMPT, asking, chats
+from .chats import PROMPT, World
 from .methods import OBSERVATIONAL_LORA, less_observational, lora_sum, stacked
 
 ROWS = 2  # of every set in a step, on average
@@ -60,13 +60,17 @@ class Study:
     base: Path
     folder: Path  # of what is trained
     sentences: Sequence[Sentence]
-    contexts: tuple[Context, ...]  # of the training sets
-    pairs: tuple[Context, ...]  # of the oracle's, too
+    world: World
     steps: int
     learning_rate: float
     rank: int
     mixed_precision: str
     seed: int
+
+    @property
+    def contexts(self) -> tuple[Context, ...]:
+        """Those of the training sets."""
+        return (Context(), *self.world.singles)
 
     @property
     def warmup(self) -> int:
@@ -100,7 +104,7 @@ class Study:
         """
         room = max_length + len(self.beginning(prompt)) - len(self.beginning())
         tokenize = Tokenization(self.tokenizer, "prompt", max_length=room)
-        return [tokenize(chat) for chat in chats(sentences, context, prompt)]
+        return [tokenize(chat) for chat in self.world.chats(sentences, context, prompt)]
 
     def beginning(self, prompt: Prompt = PROMPT) -> list[int]:
         """What a review is written after."""
@@ -129,7 +133,7 @@ def self_composed(study: Study) -> Method:
 
 def oracle(study: Study) -> Method:
     """Ours, trained with the pairs too, as many rows of every set."""
-    return _adapter(study, "oracle", (*study.contexts, *study.pairs))
+    return _adapter(study, "oracle", (*study.contexts, *study.world.pairs))
 
 
 def stacked_loras(study: Study) -> Method:
@@ -149,10 +153,14 @@ def asked_lora(study: Study) -> Method:
         model = PeftModel.from_pretrained(study.load_base(), folder)
     else:
         model = get_peft_model(study.load_base(), _lora_config(study.rank * len(study.contexts)))
-        rows = [row for context in study.contexts for row in study.tokens(study.sentences, context, asking(context))]
+        rows = [
+            row
+            for context in study.contexts
+            for row in study.tokens(study.sentences, context, study.world.asking(context))
+        ]
         _fit(study, model, rows, ROWS * len(study.contexts))
         model.save_pretrained(str(folder))
-    return Method(model.eval(), lambda context: nullcontext(), asking)
+    return Method(model.eval(), lambda context: nullcontext(), study.world.asking)
 
 
 def _adapter(
@@ -171,11 +179,11 @@ def _adapter(
         part = observational_rank != 0
         columns: dict[str, list[Any]] = {"prompt": [], "completion": [], "context": []}
         for context in contexts:
-            for chat in chats(study.sentences, context):
+            for chat in study.world.chats(study.sentences, context):
                 columns["prompt"].append(chat["prompt"])
                 columns["completion"].append(chat["completion"])
                 columns["context"].append(str(context))
-        data = texts_from_dataset(Dataset.from_dict(columns), concepts=CONCEPTS)
+        data = texts_from_dataset(Dataset.from_dict(columns), concepts=study.world.concepts)
         arguments = TextArguments(
             pretrained_model_name_or_path=str(study.base),
             output_dir=str(folder),

@@ -12,7 +12,6 @@ from transformers import set_seed
 
 from hf_causal_context import Context
 
-from .chats import asking
 from .methods import log_losses, lora_sum, stacked, steerable
 from .smollm2_methods import (
     Method,
@@ -34,7 +33,7 @@ _SEEN, _JUDGED = 100, 20  # sentences of a vector, and of the choice of its laye
 
 def asked_base(study: Study) -> Method:
     """The instruct model's own way: the base is asked for the concepts in its system prompt."""
-    return Method(study.load_base().eval(), lambda context: nullcontext(), asking)
+    return Method(study.load_base().eval(), lambda context: nullcontext(), study.world.asking)
 
 
 def ties(study: Study) -> Method:
