@@ -2,7 +2,10 @@
 
     hf-causal-context quickstart --output_dir digits-context
     python -m examples.reviews.adapter --data_dir movie_reviews --base reviews-base --output_dir reviews-context
-    python -m examples.model_cards --adapters digits-context reviews-context
+    python -m examples.reviews.smollm2 --data_dir movie_reviews --base smollm2 --output_dir smollm2-compare \
+        --mixed_precision bf16 --methods adapter
+    cp -r smollm2-compare/trained/adapter smollm2-context
+    python -m examples.model_cards --adapters digits-context reviews-context smollm2-context
 
 The digits are evaluated first, on glyphs that training never saw (ten minutes on one core). A card is made of files;
 those that only a download needs (weights, tokenizers) are left out of the repository.
@@ -25,6 +28,8 @@ from hf_causal_context.hub import save
 from hf_causal_context.inference.adapted import StoredAdapter
 from hf_causal_context.quickstart import CONTEXTS, NUM_INFERENCE_STEPS, digit_data
 
+from .reviews.chats import PROMPT
+
 ROOT = Path(__file__).parent.parent
 CARDS = ROOT / "model_cards"
 DESCRIPTIONS = {
@@ -36,6 +41,9 @@ DESCRIPTIONS = {
     "question": "the review asks",
     "brief": "a few words",
     "ebert": "signed by the critic Ebert; without, by one of several magazines",
+    "emoji": "a film emoji at the end",
+    "pirate": "as a pirate would say it",
+    "shout": "upper case",
 }
 LEFT_OUT = shutil.ignore_patterns(
     "*.safetensors", "loras", "tokenizer*", "special_tokens*", "chat_template*", "report.md"
@@ -60,10 +68,11 @@ def evaluate_digits(adapter: Path) -> Path:
     return folder
 
 
-def film_reviews() -> str:
-    """The section of the reviews' page about this adapter, up to its image."""
+def film_reviews(heading: str) -> str:
+    """The section of the reviews' page about an adapter, up to its image."""
     page = (ROOT / "examples" / "reviews" / "README.md").read_text(encoding="utf-8")
-    return page.partition("## Film reviews: a language model\n\n")[2].partition("\n\n![")[0] + "\n"
+    section = page.partition(f"## {heading}\n\n")[2].partition("\n\n## ")[0]
+    return section.partition("\n\n![")[0].rstrip() + "\n"
 
 
 def attributes(images: Tensor) -> Tensor:
@@ -78,12 +87,15 @@ def main() -> None:
         with TemporaryDirectory() as place:
             evaluation = None
             options: dict[str, Any] = {}
+            concepts = json.loads((adapter / "adapter_config.json").read_text())["concepts"]
             if "digit_base" in (adapter / "adapter_config.json").read_text():
                 evaluation = evaluate_digits(adapter)
                 options = {"num_inference_steps": NUM_INFERENCE_STEPS}
+            elif "pirate" in concepts:
+                (adapter / "results.md").write_text(film_reviews("SmolLM2-135M-Instruct"))
+                options = {"prompt": PROMPT[1]["content"], "chat": True, "max_new_tokens": 56}
             else:
-                (adapter / "results.md").write_text(film_reviews())
-            concepts = json.loads((adapter / "adapter_config.json").read_text())["concepts"]
+                (adapter / "results.md").write_text(film_reviews("Film reviews: a language model"))
             descriptions = {concept: DESCRIPTIONS[concept] for concept in concepts}
             folder = save(
                 adapter,
