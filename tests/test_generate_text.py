@@ -200,6 +200,11 @@ def test_a_tokenizer_that_is_not_that_of_the_base_is_refused(store, run):
     more.add_tokens(["pirate"])
     more.save_pretrained(adapter)
     assert run(adapter, "--greedy")[0] == 0  # it may have more tokens
+    more.add_tokens([f"word{i}" for i in range(20)])
+    more.save_pretrained(adapter)
+    status, _, printed = run(adapter, "--greedy")
+    assert status == 1
+    assert f"The tokenizer has {len(more)} tokens, the model's embeddings 32" in printed.err
     assert store(with_adapter=True) == adapter
     state = json.loads((adapter / "tokenizer.json").read_text())
     words = state["model"]["vocab"]
@@ -419,6 +424,9 @@ def test_prompts_that_are_refused(store, run, tmp_path):
     refused(f"Line 1 of {str(chats)!r}: 'messages' has the role 'usr' in message 0", "--messages_file", str(chats))
     chats.write_text(json.dumps({"messages": [{"role": "assistant", "content": "a"}]}))
     refused("There is no message before the assistant's first one", "--messages_file", str(chats))
+    user = json.dumps({"messages": [{"role": "user", "content": "a"}]})
+    chats.write_text(f"{user}\n{chats.read_text()}")
+    refused("Prompt 2 of 2: There is no message", "--messages_file", str(chats))
     assert run(adapter, "--messages_file", str(chats), "--system_prompt", "good sir", prompt=None)[0] == 0
 
 

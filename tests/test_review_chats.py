@@ -220,8 +220,8 @@ def test_the_benchmark_compares_methods_and_goes_on_after_an_interruption(module
     assert "Choose another --output_dir" in capsys.readouterr().err
 
 
-def write_gguf(path: Path) -> None:
-    """A Llama of one layer with a tokenizer of bytes, as llama.cpp stores them."""
+def write_gguf(path: Path, *without: str) -> None:
+    """A Llama of one layer with a tokenizer of bytes, as llama.cpp stores them; some weights may be left out."""
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(path, "llama")
     tokens = ["<pad>", "<s>", "</s>", *sorted(ByteLevel.alphabet()), "ab"]
@@ -248,6 +248,8 @@ def write_gguf(path: Path) -> None:
     named |= {"token_embd.weight": (len(tokens), 32), "output_norm.weight": (32,)}
     rng = np.random.default_rng(0)
     for name, shape in named.items():
+        if name in without:
+            continue
         writer.add_tensor(name, rng.normal(size=shape).astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -269,3 +271,11 @@ def test_a_gguf_becomes_a_folder_with_the_same_model_and_its_chat_template(modul
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
     assert tokenizer("ab").input_ids == [259]
     assert tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "ab"
+
+
+def test_a_gguf_that_lacks_weights_becomes_no_folder(module, tmp_path):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, "blk.0.ffn_up.weight")
+    with pytest.raises(ValueError, match=r"lacks 1 weights, such as model\.layers\.0\.mlp\.up_proj\.weight"):
+        module("real_base").write_base(path, tmp_path / "base")
+    assert not (tmp_path / "base").exists()

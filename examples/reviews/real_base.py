@@ -47,8 +47,16 @@ def rebuilt(model: Any) -> Any:
 
 
 def write_base(gguf: Path, output_dir: Path) -> None:
-    """Write the model of a GGUF file and its tokenizer to a folder that transformers reads."""
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    """Write the model of a GGUF file and its tokenizer to a folder that transformers reads.
+
+    Raises:
+        ValueError: for a model that transformers cannot read from such a file, or reads in part.
+    """
+    model, found = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
+    )
+    if missing := sorted(found["missing_keys"]):  # transformers draws them at random
+        raise ValueError(f"{gguf} lacks {len(missing):,} weights, such as {missing[0]}. Download it again.")
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     rebuilt(model).save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)

@@ -284,7 +284,9 @@ def _num_shared(first: Sequence[int], second: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, pad_token: str | None) -> None:
+def prepare_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | PeftModel, pad_token: str | None
+) -> None:
     """Give the tokenizer the padding token that was asked for, and check that it fits the model.
 
     Raises:

@@ -27,6 +27,7 @@ from ..adapter.storage.files import read_header, read_weights
 from ..adapter.storage.layout import AdapterError
 from ..bases.language import load_language_model, load_tokenizer
 from ..bases.names import is_packaged
+from ..bases.tokens import prepare_tokenizer
 from ..contexts import Context
 from ..errors import UserValueError
 from .pipelines import adapter_places, attach
@@ -248,7 +249,9 @@ class StoredAdapter:
         context_strengths(self.config, contexts)
         weights: dict[str, Any] = {"quantization": quantization, "gguf_file": gguf_file}
         model = self.stock_language_model(dtype=getattr(torch, dtype), **weights)
-        return model.to(device()).eval(), self._tokenizer(*self.base)
+        tokenizer = self._tokenizer(*self.base)
+        prepare_tokenizer(tokenizer, model, None)  # one that came with the adapter may have more tokens
+        return model.to(device()).eval(), tokenizer
 
     def stock_language_model(
         self,

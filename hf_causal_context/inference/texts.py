@@ -80,9 +80,16 @@ def texts_of_seeds(
     encoder_decoder = bool(cast(Any, model).config.is_encoder_decoder)
     column = "prompt" if encoder_decoder else "text"
     tokenize = Tokenization(tokenizer, column, encoder_decoder=encoder_decoder, max_length=sys.maxsize)
-    prompt_ids = [tokenize.beginning(prompt) for prompt in prompts]
-    for ids in prompt_ids:
-        _check_room(model, ids, max_new_tokens, encoder_decoder)
+    prompt_ids: list[list[int]] = []
+    for prompt in prompts:
+        try:
+            ids = tokenize.beginning(prompt)
+            _check_room(model, ids, max_new_tokens, encoder_decoder)
+        except UserValueError as error:
+            if len(prompts) == 1:
+                raise
+            raise UserValueError(f"Prompt {len(prompt_ids) + 1} of {len(prompts)}: {error}") from error
+        prompt_ids.append(ids)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     options |= {name: value for name, value in (("temperature", temperature), ("top_p", top_p)) if value is not None}
     # What follows the end of shorter texts, and what stands before shorter prompts.
