@@ -19,6 +19,8 @@ from .lookup import adapted_layers, place
 from .lora_conversion import without_idle_rows
 from .peft_type import PEFT_PREFIX, PREFIX
 from .read_back import is_resized, write_lora
+from .storage.layout import TOKENS
+from .trained_tokens import baked_tokens
 
 
 def bake(model: nn.Module, context: ContextLike, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
@@ -26,8 +28,8 @@ def bake(model: nn.Module, context: ContextLike, adapter_name: str = "default") 
 
     The observational part comes along at its strength in the context, 1 by default.
 
-    Exact in float32; weights of adapters in bf16 or fp16 are rounded once. Modules in `modules_to_save` come along, and
-    embeddings that were resized.
+    Exact in float32; weights of adapters in bf16 or fp16 are rounded once. Modules in `modules_to_save` come along, as
+    do trained tokens, and embeddings that were resized.
 
     Args:
         model: a PeftModel, or a model the adapter was injected into.
@@ -66,8 +68,9 @@ def bake(model: nn.Module, context: ContextLike, adapter_name: str = "default") 
     for key, weight in get_peft_model_state_dict(
         model, adapter_name=adapter_name, save_embedding_layers=is_resized(base, config)
     ).items():
-        if PREFIX not in key:  # of modules_to_save, and the embeddings
+        if PREFIX not in key and not key.endswith(TOKENS):  # of modules_to_save, and the embeddings
             weights[key if key.startswith(PEFT_PREFIX) else PEFT_PREFIX + key] = weight.detach().clone()
+    weights |= {PEFT_PREFIX + key: rows for key, rows in baked_tokens(base, adapter_name, strengths).items()}
     modules = {place(name) for name, _ in base.named_modules()}
     ends = tuple(f".{path}" for path in paths)
     lora_config = LoraConfig(
@@ -77,6 +80,7 @@ def bake(model: nn.Module, context: ContextLike, adapter_name: str = "default") 
         # PEFT takes "proj_out" for "blocks.0.proj_out" too.
         exclude_modules=sorted(n for n in modules - set(paths) if n.endswith(ends)) or None,
         modules_to_save=config.modules_to_save,
+        trainable_token_indices=config.trainable_token_indices,
         fan_in_fan_out=transposed,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,

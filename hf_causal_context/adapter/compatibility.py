@@ -19,6 +19,7 @@ from .layer import adapted_class, geometry
 from .peft_type import PREFIX
 from .storage.layout import AdapterError, StoredTensor, not_whole
 from .targets import default_target_modules
+from .trained_tokens import token_weights
 
 _SHOWN = 3  # differences that a message lists
 
@@ -67,7 +68,7 @@ def check_fits(model: nn.Module, config: CausalContextConfig, tensors: Mapping[s
 def _difference(modules: Mapping[str, nn.Module], key: str, shape: tuple[int, ...]) -> str | None:
     path, separator, rest = key.rpartition(f".{PREFIX}")
     if not separator:
-        return None  # of modules_to_save
+        return None  # of modules_to_save, or of trained tokens
     module = modules.get(path)
     if module is None:
         return f"it has weights for {path!r}, which is not there"
@@ -99,6 +100,8 @@ def _expected(model: nn.Module, config: CausalContextConfig) -> dict[str, Stored
         inputs, outputs, kernel = geometry(module)
         shapes = layout.shapes(config.rank_at(path), (inputs, *kernel), outputs)
         expected |= {f"{path}.{PREFIX}{weight}": StoredTensor(shape, True) for weight, shape in shapes.items()}
+    for key, shape in token_weights(model, config.trainable_token_indices).items():
+        expected[key] = StoredTensor(shape, True)
     for path, module in _kept_whole(model, config.modules_to_save or ()):
         for name, tensor in module.state_dict().items():
             expected[f"{path}.{name}"] = StoredTensor(tuple(tensor.shape), tensor.is_floating_point())

@@ -45,7 +45,6 @@ _OF_LORA = {
     "lora_alpha": "it is alpha.",
     "lora_dropout": "it is dropout.",
     "target_parameters": "experts see tokens of several rows mixed, so a row could have no context of its own.",
-    "trainable_token_indices": "tokens act without a context, too; modules_to_save trains the whole embedding.",
 }
 OBSERVATIONAL_RANK = 4  # times that of a concept: data differs from a base by more than a concept does
 
@@ -76,6 +75,8 @@ class CausalContextConfig(PeftConfig):
         layers_pattern: name of the list of blocks the indices refer to, such as "layers".
         rank_pattern: module name or regular expression -> concept_rank, where it shall differ.
         modules_to_save: modules that are trained and saved whole.
+        trainable_token_indices: rows of the input embedding (and of an output layer tied to it) that are trained, such
+            as those of new tokens. They belong to the observational part: in force in every context, at its strength.
         component: the name in the pipeline of what is adapted, where its class does not tell: "transformer_2" is
             the denoiser of low noise of Wan 2.2.
         init_weights: False draws random weights instead of those that leave the base model unchanged (for tests).
@@ -108,6 +109,7 @@ class CausalContextConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | None = None
     component: str | None = None
     init_weights: bool = True
     calibration: dict[str, Any] = field(default_factory=dict)
@@ -157,6 +159,7 @@ class CausalContextConfig(PeftConfig):
             self._check_rank(f"rank_pattern[{pattern!r}]", rank)
         self._check_graph()
         self._check_modules()
+        self._check_tokens()
         check_calibration(self.calibration, self.concepts)
 
     def _check_rank(self, name: str, width: object) -> None:
@@ -203,6 +206,21 @@ class CausalContextConfig(PeftConfig):
             raise UserValueError(
                 "layers_to_transform and layers_pattern cannot be used when target_modules is a string; put the blocks "
                 "into the regular expression."
+            )
+
+    def _check_tokens(self) -> None:
+        indices = self.trainable_token_indices
+        fields.check_indices("trainable_token_indices", indices)
+        if indices is None:
+            return
+        if isinstance(indices, int) or not indices or len(set(indices)) < len(indices):
+            raise UserValueError(
+                f"trainable_token_indices={short_repr(indices)} must be a list of rows of the embedding, each once."
+            )
+        if not self.observational_rank:
+            raise UserValueError(
+                "trainable_token_indices belong to the observational part, and with observational_rank=0 there is none."
+                " Leave one of them out."
             )
 
     @classmethod
@@ -260,6 +278,7 @@ class CausalContextConfig(PeftConfig):
             mechanism=self.mechanism,
             expressive_depth=self.expressive_depth,
             modules_to_save=tuple(self.modules_to_save or ()),
+            num_tokens=len(self.trainable_token_indices or ()),
             adapts=None if by_base else partial(_adapts, self),
         )
 

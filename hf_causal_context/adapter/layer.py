@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..contexts import ConceptSet, Context
+from ..contexts import ConceptSet
 from ..errors import UserValueError
 from ..functional import linear, row_linear, views_of_rows
 from ..layers import CausalLayer, ExpressiveLayer, OutputLayer, RepresentationLayer
@@ -26,6 +26,7 @@ from .conditioning.regional import in_regions
 from .conditioning.request import completed, for_mechanism
 from .config import CausalContextConfig
 from .lora_conversion import ConvertsToLora
+from .merged_context import strengths_to_merge
 from .parts_by_adapter import PartsByAdapter
 from .storage.load_hook import check_loaded
 
@@ -198,24 +199,6 @@ class CausalContextLayer(ConvertsToLora, BaseTunerLayer):
     def _as_base_weight(self, delta: Tensor) -> Tensor:
         return delta
 
-    def _merge_strengths(self, adapter_name: str) -> Tensor:
-        request = self.conditioning.request()
-        context = request.find(adapter_name, self.concepts[adapter_name]) if request is not None else None
-        if context is None:
-            if self.training:
-                raise UserValueError(
-                    f"No context is set for merging adapter {adapter_name!r} in training mode. Merge inside `with "
-                    "intervene(model, context):`."
-                )
-            return self.concepts[adapter_name].strengths([Context()])
-        strengths = completed(context.strengths, len(self.concepts[adapter_name]))
-        if not context.uniform and not bool((strengths == strengths[:1]).all()):
-            raise UserValueError(
-                f"Only one context can be merged into a weight; {len(strengths)} different ones are set. Merge "
-                "inside `with intervene(model, context):` with a single context."
-            )
-        return strengths[:1]
-
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the active context's change to the base weight; the context is kept for `unmerge`.
 
@@ -237,7 +220,7 @@ class CausalContextLayer(ConvertsToLora, BaseTunerLayer):
             if name not in self.causal_context_down:
                 continue
             weight = self._mergeable_weight(name)
-            strengths = self._merge_strengths(name)
+            strengths = strengths_to_merge(self.conditioning, name, self.training)
             merged = weight.data + self.get_delta_weight(name, strengths).to(weight)
             if safe_merge and not torch.isfinite(merged).all():
                 raise UserValueError(

@@ -7,7 +7,7 @@ matrices, so where the rank allows, these are the LoRA: nothing is rounded in be
 from __future__ import annotations
 
 import warnings
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners.lora import conversion
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .._messages import quoted
 from ..errors import UserValueError
+from .merged_context import strengths_to_merge
 
 _CONVERT = "_convert_module_to_lora"
 
@@ -39,7 +40,8 @@ class ConvertsToLora:
             ValueError: for an unknown adapter, or without a context for it, or with several.
         """
         self._check_context(adapter_name)
-        return cast(Any, self)._merge_strengths(adapter_name)
+        layer: Any = self
+        return strengths_to_merge(layer.conditioning, adapter_name, layer.training)
 
     def _check_context(self, adapter_name: str) -> None:
         layer: Any = self

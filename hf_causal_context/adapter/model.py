@@ -28,6 +28,7 @@ from .names import check_adapter_name
 from .peft_type import PREFIX
 from .saving import SavedWithoutAdapters
 from .targets import TargetModulesError, all_linear, check_targets, default_target_modules, describe_candidates
+from .trained_tokens import check_token_indices, put_in_contexts
 
 _METHODS = (SavedWithoutAdapters, AnnouncedGenerate, BatchedGenerate, CheckedBatching, KeepsProjections)
 
@@ -91,6 +92,7 @@ class CausalContextModel(BaseTuner):
         layer = next(_layers(model), None)
         if layer is not None:
             layer.conditioning.install(model, on_removal=_take_methods_off)
+            put_in_contexts(model, adapter_name, layer.conditioning)
             for method in _METHODS:
                 method.put_on(model)
 
@@ -113,6 +115,7 @@ class CausalContextModel(BaseTuner):
                 )
             adapted.append(key)
         check_targets(model, peft_config, adapted)
+        check_token_indices(model, peft_config.trainable_token_indices)
 
     def _create_and_replace(
         self,

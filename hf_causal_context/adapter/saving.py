@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from peft import PeftConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -112,6 +112,8 @@ def _rename(model: nn.Module, state: dict[str, Tensor], prefix: str, _: object) 
         inside = f"{prefix}{name}."
         if isinstance(module, BaseTunerLayer):
             kept = f"{inside}base_layer."
+        elif isinstance(module, TrainableTokensWrapper):
+            kept = f"{inside}token_adapter."  # which has its base's name by now
         elif isinstance(module, AuxiliaryTrainingWrapper):
             kept = f"{inside}original_module."
         else:

@@ -16,7 +16,7 @@ from ..errors import UserValueError
 # What a model does with the weights, besides their names and shapes.
 _FIELDS = (
     *("concepts", "concept_rank", "rank_pattern", "observational_rank", "alpha", "mechanism", "perfect_interventions"),
-    *("anchored", "expressive_depth", "concept_graph", "concept_order"),
+    *("anchored", "expressive_depth", "concept_graph", "concept_order", "trainable_token_indices"),
 )
 _SHOWN = 3  # differences that a message lists
 

@@ -52,8 +52,10 @@ def loras_without_base(adapter: StoredAdapter, contexts: Sequence[Context]) -> l
 
 def _layers(folder: Path, config: CausalContextConfig, source: str) -> dict[str, CausalContextLayer]:
     """Return an adapter's layers by the paths of the modules that they are for."""
-    if config.modules_to_save:
-        raise UserValueError(f"{source} holds whole modules (modules_to_save), which are no LoRA.")
+    if config.modules_to_save or config.trainable_token_indices:
+        raise UserValueError(
+            f"{source} holds whole modules or tokens (modules_to_save, trainable_token_indices), which are no LoRA."
+        )
     read_header(folder, config.layout(), source)
     weights: dict[str, dict[str, Tensor]] = {}
     for key, tensor in read_weights(folder, source).items():

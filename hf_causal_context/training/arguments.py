@@ -317,6 +317,9 @@ class TextArguments(AdapterArguments, TextDataArguments, TextReadingArguments):
     pretrained_model_name_or_path: str = argument(
         "", "Required. Base: a causal or encoder-decoder model of transformers, as a folder or a Hub id."
     )
+    trainable_tokens: list[str] = argument(
+        [], "Tokens whose rows of the embedding are trained, too, such as new ones; in force in every context."
+    )
     pad_token: str | None = argument(None, "Token to pad with, where the tokenizer has none; by default the end's.")
     packing: bool = argument(False, "Fill rows with several texts of the same context.")
     validation_prompt: str = argument("", "Prompt of the sample texts.")

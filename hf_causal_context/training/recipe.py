@@ -118,6 +118,10 @@ class FineTuning(ABC, Generic[AnyArguments]):
         """PEFT's, of language models: it tells how the adapter is loaded, and that it generates."""
         return None
 
+    def token_indices(self) -> list[int] | None:
+        """Return the rows of the base's embedding that are trained, too."""
+        return None
+
     @property
     def component(self) -> str | None:
         """The name of what is adapted, where its class does not tell."""
@@ -228,7 +232,9 @@ class FineTuning(ABC, Generic[AnyArguments]):
             if not arguments.shard_base:  # else a device may be too small for it
                 base.to(accelerator.device)
         set_seed(arguments.seed)  # the adapter's initial weights
-        self.model = attach_adapter(base, self.data, arguments, self.task_type, component=self.component)
+        self.model = attach_adapter(
+            base, self.data, arguments, self.task_type, component=self.component, token_indices=self.token_indices()
+        )
         self.trained = self.trained_model()
         if not arguments.dry_run:
             check_start(arguments, accelerator.num_processes, self.trained)
@@ -324,6 +330,7 @@ def attach_adapter(
     task_type: str | None = None,
     exclude_modules: list[str] | None = None,
     component: str | None = None,
+    token_indices: list[int] | None = None,
 ) -> PeftModel:
     """Inject a fresh adapter into a denoiser, a text encoder or a language model, in place."""
     config = CausalContextConfig(
@@ -336,6 +343,7 @@ def attach_adapter(
         target_modules=arguments.target_modules,
         exclude_modules=exclude_modules,
         component=component,
+        trainable_token_indices=token_indices,
         task_type=task_type,
         revision=arguments.revision,
     )

@@ -12,6 +12,7 @@ from ...errors import UserValueError
 from ..peft_type import PREFIX
 
 MAX_MATCHING_SECONDS = 5.0
+TOKENS = ".token_adapter.trainable_tokens_delta"  # what the names of trained rows of an embedding end with, by PEFT
 _MIXED_UP = "Its files belong to different adapters, or are damaged."
 
 
@@ -38,6 +39,7 @@ class Layout:
         mechanism: "independent", "reduced" or "structural".
         expressive_depth: number of non-linear layers per concept.
         modules_to_save: modules that are stored whole.
+        num_tokens: trained rows of the input embedding.
         adapts: whether PEFT would adapt the module of a path; None where only the base tells.
     """
 
@@ -48,6 +50,7 @@ class Layout:
     mechanism: str
     expressive_depth: int
     modules_to_save: tuple[str, ...]
+    num_tokens: int
     adapts: Callable[[str], bool] | None
 
     def shapes(self, width: int, inputs: tuple[int, ...], outputs: int) -> dict[str, tuple[int, ...]]:
@@ -87,8 +90,9 @@ class Layout:
                 modules.setdefault(module, {})[weight] = tensor
         if not modules:
             raise AdapterError(f"{source}: its file holds no weights of a causal context adapter.")
+        self._check_tokens({name: tensor for name, tensor in tensors.items() if name.endswith(TOKENS)}, source)
         for name in tensors:
-            if f".{PREFIX}" not in name:
+            if f".{PREFIX}" not in name and not name.endswith(TOKENS):
                 self._check_whole_module(name, source, others)
         for module, stored in modules.items():
             self._check_module(module, stored, source)
@@ -134,6 +138,16 @@ class Layout:
             if shape != declared[weight]:
                 raise AdapterError(
                     f"{source}: the tensor {name} has the shape {shape}; by its config {declared[weight]}. {_MIXED_UP}"
+                )
+
+    def _check_tokens(self, stored: Mapping[str, StoredTensor], source: str) -> None:
+        if self.num_tokens and not stored:
+            raise not_whole(source, [TOKENS[1:]])
+        for number, (name, (shape, floating)) in enumerate(stored.items()):
+            if number or not floating or len(shape) != 2 or shape[0] != self.num_tokens:
+                raise AdapterError(
+                    f"{source} has a tensor {short_repr(name)} of shape {shape}, and its config asks for "
+                    f"{self.num_tokens} trained tokens. {_MIXED_UP}"
                 )
 
     def _check_whole_module(self, name: str, source: str, others: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..._messages import quoted
 from ...bases.gap import BaseGap
 from ...bases.language import check_language_model, load_language_model, load_tokenizer
 from ...bases.names import resolve_base_name
@@ -24,6 +25,7 @@ from ...contexts import ConceptSet
 from ...data import InterventionalData
 from ...data.from_arguments import load_text_data
 from ...data.reweighting import check_sets
+from ...errors import UserValueError
 from ...hub.contents import CHAT_PROMPT, CardContents
 from ..arguments import TextArguments
 from ..context_losses import ContextLosses
@@ -132,6 +134,15 @@ class LanguageFineTuning(FineTuning[TextArguments]):
         seed = arguments.seed
         self._measured = rows_to_measure(data, self.tokenize, seed, self.rows) if self.validates else {}
         return self.base
+
+    def token_indices(self) -> list[int] | None:
+        vocabulary, tokens = self.tokenizer.get_vocab(), self.arguments.trainable_tokens
+        if unknown := [token for token in tokens if token not in vocabulary]:
+            raise UserValueError(
+                f"--trainable_tokens: {quoted(unknown)} are not in the tokenizer's vocabulary. Add new tokens to the "
+                "base first (tokenizer.add_tokens, model.resize_token_embeddings), and save both."
+            )
+        return [vocabulary[token] for token in tokens] or None
 
     @property
     def task_type(self) -> str:
