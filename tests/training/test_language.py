@@ -128,6 +128,7 @@ class TestTraining:
             ("gpt2", "text", {"packing": True, "max_length": 16, "dropout": 0.3}),
             ("bart", "prompt", {"use_ema": True}),
             ("llama", "text", {"streaming": True}),
+            ("llama", "text", {"trainable_tokens": ["cat", "loudly"]}),
         ],
     )
     def test_a_resumed_run_is_the_same_bit_for_bit(self, name, shape, changes, tmp_path):
