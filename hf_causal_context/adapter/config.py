@@ -44,7 +44,8 @@ _OF_LORA = {
     "r": "it is concept_rank, the width of each concept.",
     "lora_alpha": "it is alpha.",
     "lora_dropout": "it is dropout.",
-    "target_parameters": "experts see tokens of several rows mixed, so a row could have no context of its own.",
+    "target_parameters": "experts see tokens of several rows, and every context would need a copy of all experts' "
+    "weights. Adapt attention and dense layers.",
 }
 OBSERVATIONAL_RANK = 4  # times that of a concept: data differs from a base by more than a concept does
 
