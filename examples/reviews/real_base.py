@@ -52,9 +52,8 @@ def write_base(gguf: Path, output_dir: Path) -> None:
     Raises:
         ValueError: for a model that transformers cannot read from such a file, or reads in part.
     """
-    model, found = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
-    )
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model, found = load(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(found["missing_keys"]):  # transformers draws them at random
         raise ValueError(f"{gguf} lacks {len(missing):,} weights, such as {missing[0]}. Download it again.")
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
