@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from .._files import ARGUMENTS
 from ..adapter.storage.fields import check_share
 from ..bases.gguf import check_gguf
@@ -22,6 +24,7 @@ from ..data.arguments import (
 )
 from ..errors import UserValueError
 from ..layers import MECHANISMS
+from .optimizers import OPTIMIZERS, optimizer_by_name
 
 LR_SCHEDULERS = (
     *("constant", "constant_with_warmup", "linear", "polynomial"),
@@ -30,8 +33,6 @@ LR_SCHEDULERS = (
 
 # Which noise a denoiser is for -> its name, in pipelines that have two.
 NOISE_EXPERTS = {"high": "transformer", "low": "transformer_2"}
-
-OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "lion", "prodigy", "schedulefree")
 
 # What a run did that is older than an argument, where that is not the argument's default.
 OLDER_RUNS = {"observational_rank": 0, "observational_steps": 0}
@@ -43,6 +44,7 @@ class OptimizationArguments:
 
     Raises:
         ValueError: for a number out of range, or an unknown name.
+        ImportError: for an optimizer whose package is not installed.
     """
 
     output_dir: str = argument("", "Required. Folder for the result, its checkpoints and samples.")
@@ -112,9 +114,14 @@ class OptimizationArguments:
                 "--optimizer=schedulefree averages the weights itself, in place of a schedule. Leave --use_ema out, "
                 f"and --lr_scheduler={self.lr_scheduler} too."
             )
+        optimizer_by_name(self.optimizer, [torch.zeros(1)], self.optimizer_args)  # refused before anything is loaded
 
     def _choices(self) -> dict[str, tuple[str | None, ...]]:
-        return {"lr_scheduler": LR_SCHEDULERS, "optimizer": OPTIMIZERS, "mixed_precision": (None, "no", "fp16", "bf16")}
+        return {
+            "lr_scheduler": LR_SCHEDULERS,
+            "optimizer": (*OPTIMIZERS,),
+            "mixed_precision": (None, "no", "fp16", "bf16"),
+        }
 
     def steps_per_epoch(self, rows: int, num_processes: int = 1) -> int:
         """Optimizer steps in which as many samples are drawn as there are rows."""
@@ -206,7 +213,7 @@ class AdapterArguments(OptimizationArguments, ContextDataArguments):
             raise UserValueError("--compile was not made to work with --shard_base. Leave one of them out.")
 
     def _choices(self) -> dict[str, tuple[str | None, ...]]:
-        return {"mechanism": MECHANISMS, "quantization": (None, *QUANTIZATIONS), **super()._choices()}
+        return {"mechanism": MECHANISMS, **super()._choices()}
 
 
 @dataclass

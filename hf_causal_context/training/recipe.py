@@ -39,7 +39,6 @@ from .loop.checkpoints import check_start
 from .loop.loss_record import kinds_of_contexts
 from .loop.memory import memory_for_base
 from .loop.objective import Objective
-from .loop.optimization import check_optimizer
 from .loop.processes import main_process_first
 from .loop.sharding import shard_base
 from .loop.trainer import Run, StepHooks, fit
@@ -212,7 +211,6 @@ class FineTuning(ABC, Generic[AnyArguments]):
         """Fine-tune, and return the folder that holds the result; of a dry run, say what that would take."""
         arguments, accelerator, output_dir = self.arguments, self.accelerator, Path(self.arguments.output_dir)
         check_observational_set(arguments)
-        check_optimizer(arguments)
         if not arguments.dry_run:
             check_start(arguments, accelerator.num_processes)
         self.check_base()

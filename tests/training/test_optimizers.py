@@ -87,10 +87,10 @@ def test_settings_reach_the_optimizer(given, tmp_path):
 )
 def test_wrong_settings_are_refused(given, changes, message):
     with pytest.raises(ValueError, match=message):
-        train(given("out", **changes))
+        given("out", **changes)
 
 
-def test_a_missing_package_is_named(given, monkeypatch):
+def test_a_missing_package_is_named_before_anything_is_loaded(given, monkeypatch):
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
     with pytest.raises(ImportError, match="--optimizer=prodigy needs prodigyopt: pip install prodigyopt"):
-        train(given("out", optimizer="prodigy", learning_rate=1.0))
+        given("out", optimizer="prodigy", learning_rate=1.0)

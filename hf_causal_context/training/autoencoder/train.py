@@ -21,7 +21,6 @@ from ..grids import validation_contexts, write_grid
 from ..loop.checkpoints import check_start
 from ..loop.early_stopping import EarlyStopping
 from ..loop.loss_record import kinds_of_contexts
-from ..loop.optimization import check_optimizer
 from ..loop.processes import make_accelerator
 from ..loop.trainer import fit
 from .arguments import AutoencoderArguments
@@ -53,7 +52,6 @@ def train_autoencoder(
         TrainingDivergedError, TrainingMemoryError, TrainingInterrupted, CheckpointError, FileNotFoundError: see `fit`.
     """
     accelerator = make_accelerator(arguments)
-    check_optimizer(arguments)
     check_start(arguments, accelerator.num_processes)
     set_seed(arguments.seed)  # the initial weights
     if images is None:

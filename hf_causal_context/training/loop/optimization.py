@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,21 +13,9 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..._install import installation
-from ..._messages import quoted
-from ...errors import MissingPackageError, UserValueError
 from ..arguments import OptimizationArguments
+from ..optimizers import optimizer_by_name
 from .parts import adapted_models
-
-# Name of an optimizer -> its module and class, and the package to install.
-_CLASSES = {
-    "adamw": ("torch.optim", "AdamW", "torch"),
-    "adamw8bit": ("bitsandbytes.optim", "AdamW8bit", "bitsandbytes"),
-    "adafactor": ("torch.optim", "Adafactor", "torch"),
-    "lion": ("lion_pytorch", "Lion", "lion-pytorch"),
-    "prodigy": ("prodigyopt", "Prodigy", "prodigyopt"),
-    "schedulefree": ("schedulefree", "AdamWScheduleFree", "schedulefree"),
-}
 
 
 def parameter_groups(model: nn.Module, arguments: OptimizationArguments) -> list[dict[str, Any]]:
@@ -46,26 +31,10 @@ def _peaks(arguments: OptimizationArguments) -> tuple[float, float]:
     return rate, getattr(arguments, "text_encoder_learning_rate", None) or rate
 
 
-def check_optimizer(arguments: OptimizationArguments) -> None:
-    """Refuse an optimizer that `make_optimizer` would refuse, as far as that is known before there is a model.
-
-    Raises:
-        MissingPackageError: for one whose package is not installed.
-        ValueError: for settings that it does not have.
-    """
-    _optimizer(arguments)
-
-
-def _optimizer(arguments: OptimizationArguments) -> tuple[Any, dict[str, Any]]:
-    """The class of the optimizer, and its settings."""
-    module, name, package = _CLASSES[arguments.optimizer]
-    try:
-        optimizer = getattr(import_module(module), name)
-    except ImportError as error:
-        raise MissingPackageError(
-            f"--optimizer={arguments.optimizer} needs {package}: pip install {package}, or all of them: "
-            f"{installation('optimizers')}"
-        ) from error
+def make_optimizer(
+    groups: list[dict[str, Any]], arguments: OptimizationArguments, accelerator: Accelerator
+) -> torch.optim.Optimizer:
+    """Make the optimizer of a run; see `optimizer_by_name` for what it raises."""
     settings: dict[str, Any] = {"lr": arguments.learning_rate}
     if arguments.optimizer.startswith("adamw"):
         settings |= {
@@ -73,44 +42,11 @@ def _optimizer(arguments: OptimizationArguments) -> tuple[Any, dict[str, Any]]:
             "weight_decay": arguments.adam_weight_decay,
             "eps": arguments.adam_epsilon,
         }
-    settings |= dict(_setting(given) for given in arguments.optimizer_args)
-    known = list(inspect.signature(optimizer).parameters)[1:]
-    if unknown := settings.keys() - set(known):
-        raise UserValueError(
-            f"--optimizer_args: {arguments.optimizer} has no setting {quoted(sorted(unknown))}. It has: "
-            f"{quoted(known)}."
-        )
-    return optimizer, settings
-
-
-def make_optimizer(
-    groups: list[dict[str, Any]], arguments: OptimizationArguments, accelerator: Accelerator
-) -> torch.optim.Optimizer:
-    """Make the optimizer of a run.
-
-    Raises:
-        MissingPackageError, ValueError: see `check_optimizer`.
-    """
-    optimizer, settings = _optimizer(arguments)
     if arguments.optimizer == "adamw":
         # One kernel for all parameters. With fp16's scaler it would skip steps without Accelerate seeing it.
         fused = accelerator.device.type == "cuda" and accelerator.mixed_precision != "fp16"
         settings["fused"] = True if fused else None
-    try:
-        return optimizer(groups, **settings)
-    except (TypeError, ValueError) as error:
-        given, name = arguments.optimizer_args, optimizer.__name__
-        raise UserValueError(f"--optimizer_args={given} does not fit {name}: {error}") from error
-
-
-def _setting(given: str) -> tuple[str, Any]:
-    name, equals, value = given.partition("=")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        form = "weight_decay=0.01 or 'betas=(0.9, 0.99)'"
-        problem = f"the value {value!r} is no number, True, False, None or tuple of these" if equals else "no value"
-        raise UserValueError(f"--optimizer_args: {given!r} has {problem}. Write {form}.") from None
+    return optimizer_by_name(arguments.optimizer, groups, arguments.optimizer_args, **settings)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, arguments: OptimizationArguments, num_steps: int) -> LambdaLR:
