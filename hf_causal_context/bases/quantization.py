@@ -19,6 +19,10 @@ from .names import DENOISERS
 # Name -> the package that does it.
 QUANTIZATIONS = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes", "llm_int8": "bitsandbytes"}
 _TORCHAO = {"int8": "Int8WeightOnlyConfig", "fp8": "Float8WeightOnlyConfig"}
+_NO_INT4 = (
+    " torchao packs four bits for GPUs only, or, on a CPU, without a backward pass. Give nf4 on a GPU, or --gguf_file "
+    "with a file of four bits."
+)
 
 
 def check_quantization(name: str | None) -> None:
@@ -26,10 +30,13 @@ def check_quantization(name: str | None) -> None:
 
     Raises:
         MissingPackageError: naming the package that is missing.
-        ValueError: for one that needs a GPU.
+        ValueError: for an unknown one, or one that needs a GPU.
     """
     if name is None:
         return
+    if name not in QUANTIZATIONS:
+        why = _NO_INT4 if name == "int4" else ""
+        raise UserValueError(f"--quantization={name} is unknown. Allowed: {', '.join(QUANTIZATIONS)}.{why}")
     if find_spec(package := QUANTIZATIONS[name]) is None:
         raise MissingPackageError(f"--quantization={name} needs {package}: pip install {package}")
     if name not in _TORCHAO and not torch.cuda.is_available():

@@ -148,7 +148,11 @@ def test_what_needs_a_gpu_is_refused_without_one(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quantization": "int3"}, "--quantization=int3 is unknown. Allowed: int8, fp8, nf4"),
+        ({"quantization": "int3"}, r"--quantization=int3 is unknown. Allowed: int8, fp8, nf4, llm_int8\.$"),
+        (
+            {"quantization": "int4"},
+            "--quantization=int4 is unknown. Allowed: int8, .* Give nf4 on a GPU, or --gguf_file",
+        ),
         ({"quantization": "int8", "shard_base": True}, "Leave one of them out"),
     ],
 )
