@@ -164,7 +164,8 @@ def _family(class_name: object) -> type[DiffusionBase]:
     if family is None:
         raise UserValueError(
             f"Pipelines of class {class_name!r} are not supported as a base.{nearest(str(class_name), FAMILIES)} "
-            f"Supported: {quoted(FAMILIES)}. Save the base as one of them, or train its denoiser in a loop of "
-            "your own: get_peft_model(denoiser, config)."
+            f"Supported: {quoted(FAMILIES)}. Save the base as one of them. What works with any pipeline: to train its "
+            "denoiser in a loop of your own, get_peft_model(denoiser, config), and to sample in contexts, "
+            "load_context_adapter(pipe, folder) and intervene(pipe, context)."
         )
     return family

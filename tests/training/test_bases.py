@@ -255,7 +255,9 @@ def test_a_name_that_may_be_of_the_hub_is_told_on_one_line(check, name):
 
 def test_unsupported_pipelines_and_schedulers(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "AllegroPipeline"}')
-    with pytest.raises(ValueError, match="'AllegroPipeline' are not supported as a base. Did you mean 'AuraFlow.*DDPM"):
+    with pytest.raises(
+        ValueError, match="'AllegroPipeline' are not supported as a base. Did you mean 'AuraFlow.*DDPM.*sample"
+    ):
         load_base(str(tmp_path))
     (tmp_path / "model_index.json").write_text('{"_class_name": ["pipeline", "Own"]}')
     with pytest.raises(ValueError, match=r"\['pipeline', 'Own'\] are not supported"):
