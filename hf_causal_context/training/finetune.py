@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor, nn
 
+from .._progress import say
 from ..bases.diffusion_base import DiffusionBase
 from ..bases.gap import BaseGap
 from ..bases.loading import check_base, check_expert, load_base
@@ -115,6 +116,11 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
             self.base.use_denoiser(NOISE_EXPERTS[arguments.noise_expert])
         self.num_frames = clip_length(self.base, self.data, arguments)
         check_clips(self.data, self.num_frames)
+        if self.num_frames is not None and not self.data.has_videos and self.accelerator.is_main_process:
+            say(
+                f"The data are images, and {type(self.base.pipe).__name__} makes videos: each is a clip of one frame. "
+                "For clips, give files such as .mp4, or folders of frames and --num_frames."
+            )
         check_conditions(self.base, None, 0 if self.base.takes_classes else None, None, arguments.resolution)
         return self.base.denoiser
 

@@ -120,9 +120,10 @@ def test_a_resumed_run_of_clips_is_the_same_run(pipeline_folder, tmp_path):
     "changes",
     [{"random_flip": True}, {"shuffle_tags": True, "instance_prompt": "a, b"}, {"aspect_ratio_buckets": True}],
 )
-def test_images_are_clips_of_one_frame(changes, pipeline_folder, tmp_path):
+def test_images_are_clips_of_one_frame(changes, pipeline_folder, tmp_path, capsys):
     given = settings(pipeline_folder("wan"), write_folders(tmp_path / "data"), tmp_path / "adapter", resolution=SIZE)
     train(TrainingArguments(**given, **changes))
+    assert "The data are images, and WanPipeline makes videos: each is a clip of one frame." in capsys.readouterr().out
     weights = adapter_weights(tmp_path / "adapter")
     assert any(weight.abs().max() > 0 for name, weight in weights.items() if ".causal_context_up" in name)
 
