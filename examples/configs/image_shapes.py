@@ -50,6 +50,8 @@ _UNET_XL: dict[str, Any] = {
 }
 _SD35_LARGE: dict[str, Any] = {"joint_attention_dim": 4096, "pooled_projection_dim": 2048, "qk_norm": "rms_norm"}
 _SD35_LARGE |= {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192}
+_SD35_MEDIUM: dict[str, Any] = _SD35_LARGE | {"num_layers": 24, "num_attention_heads": 24, "pos_embed_max_size": 384}
+_SD35_MEDIUM |= {"caption_projection_dim": 1536, "dual_attention_layers": (*range(13),)}
 _KLEIN_4B: dict[str, Any] = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24}
 _KLEIN_4B |= {"joint_attention_dim": 7680, "guidance_embeds": False}
 _KLEIN_9B: dict[str, Any] = {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32}
@@ -63,6 +65,25 @@ _HUNYUAN_VAE: dict[str, Any] = {"in_channels": 3, "out_channels": 3, "latent_cha
 _HUNYUAN_VAE |= {"block_out_channels": (128, 256, 512, 512, 1024, 1024), "spatial_compression_ratio": 32}
 _HUNYUAN_VAE |= {"sample_size": 384, "scaling_factor": 0.75289}
 _NOT_CHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+
+def _sd35(size: str, sizes: dict[str, Any]) -> Shape:
+    return Shape(
+        f"Stable Diffusion 3.5 {size}",
+        f"stabilityai/stable-diffusion-3.5-{size}",
+        pipeline(
+            "StableDiffusion3Pipeline",
+            parts={
+                "transformer": lambda: diffusers.SD3Transformer2DModel(**sizes),
+                "vae": lambda: vae(16, use_quant_conv=False, use_post_quant_conv=False),
+                "text_encoder": clip_l_projected,
+                "text_encoder_2": clip_g,
+                "text_encoder_3": t5_xxl,
+            },
+        ),
+        captions(encoder_hidden_states=(77 + 256, 4096), pooled_projections=(2048,)),
+        "diffusers' scripts/convert_sd3_to_diffusers.py",
+    )
 
 
 def _klein(size: str, sizes: dict[str, Any], encoder: Any) -> Shape:
@@ -115,22 +136,8 @@ IMAGES = {
         captions(encoder_hidden_states=(77, 2048), text_embeds=(1280,)),
         "the base's config.json",
     ),
-    "sd35-large": Shape(
-        "Stable Diffusion 3.5 large",
-        "stabilityai/stable-diffusion-3.5-large",
-        pipeline(
-            "StableDiffusion3Pipeline",
-            parts={
-                "transformer": lambda: diffusers.SD3Transformer2DModel(**_SD35_LARGE),
-                "vae": lambda: vae(16, use_quant_conv=False, use_post_quant_conv=False),
-                "text_encoder": clip_l_projected,
-                "text_encoder_2": clip_g,
-                "text_encoder_3": t5_xxl,
-            },
-        ),
-        captions(encoder_hidden_states=(77 + 256, 4096), pooled_projections=(2048,)),
-        "diffusers' scripts/convert_sd3_to_diffusers.py",
-    ),
+    "sd35-medium": _sd35("medium", _SD35_MEDIUM),
+    "sd35-large": _sd35("large", _SD35_LARGE),
     "pixart-sigma": Shape(
         "PixArt-Sigma",
         "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",

@@ -135,7 +135,7 @@ def give_storage(module: nn.Module, dtype: torch.dtype, quantization: str | None
                 given = nn.Parameter(torch.empty(size, dtype=torch.uint8), requires_grad=False)
                 layer.forward = _unpacking(layer, given, parameter.shape, dtype)
             else:
-                given = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+                given = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad)
             layer._parameters[name] = known.setdefault(id(parameter), given)
 
 
