@@ -58,6 +58,12 @@ class DataArguments(ContextDataArguments):
     mask_column: str | None = argument(
         None, "Column of masks, images of what counts in the loss (white); in folders a.mask.png is the mask of a.png."
     )
+    pair_column: str | None = argument(
+        None, "Column of names: rows of several contexts with the same one show one sample, as before and after."
+    )
+    paired_files: bool = argument(
+        False, "Of folders: files of the same name in several contexts show one sample, as before and after."
+    )
     class_column: str | None = argument(None, "Column of the classes, for class-conditional bases.")
     num_frames: int | None = argument(
         None,

@@ -82,6 +82,7 @@ def from_attributes(
     content_column: str = "image",
     caption_column: str | None = None,
     mask_column: str | None = None,
+    pair_column: str | None = None,
     held_out_contexts: Iterable[ContextLike] = (),
     training_contexts: Iterable[ContextLike] | None = None,
 ) -> InterventionalData:
@@ -96,6 +97,7 @@ def from_attributes(
         content_column=content_column,
         caption_column=caption_column,
         mask_column=mask_column,
+        pair_column=pair_column,
         held_out_contexts=held_out_contexts,
         training_contexts=training_contexts,
     )

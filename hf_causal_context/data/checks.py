@@ -16,7 +16,7 @@ import PIL.Image
 from datasets import Image, IterableDataset
 
 from .._messages import quoted
-from .._pixels import remarks
+from .._pixels import plain, remarks
 from .._progress import ProgressBar
 from .._videos import frame_files, frames
 from ..contexts import Context
@@ -25,6 +25,7 @@ from .columns import BATCH_ROWS, Rows, known_features
 from .interventional import InterventionalData
 from .look_alikes import LookAlikes, Place
 from .masks import plain_mask
+from .pairs import Partners
 from .text_rows import columns_of, is_answered, row_problem
 
 TINY = 50
@@ -41,11 +42,15 @@ HELD_OUT = "held out"
 
 @dataclass(frozen=True)
 class ContextCount:
-    """How many rows a context has, and whether they are trained on ("train") or not ("held out")."""
+    """How many rows a context has, and whether they are trained on ("train") or not ("held out").
+
+    `paired`: how many of them have a partner, of the observational ones how many are one; None in data without pairs.
+    """
 
     context: str
     role: str
     count: int
+    paired: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,10 +63,18 @@ class DataReport:
 
     def table(self) -> str:
         """Contexts and counts, then errors and warnings, as text."""
-        cells = [("context", "role", "rows")]
-        cells += [(row.context or "(observational)", row.role, str(row.count)) for row in self.rows]
-        context, role, count = (max(len(row[column]) for row in cells) for column in range(3))
-        lines = [f"{name:<{context}}  {part:<{role}}  {number:>{count}}" for name, part, number in cells]
+        cells = [("context", "role", "rows", "in pairs")]
+        cells += [
+            (row.context or "(observational)", row.role, str(row.count), "" if row.paired is None else str(row.paired))
+            for row in self.rows
+        ]
+        if all(row.paired is None for row in self.rows):
+            cells = [(*row[:3], "") for row in cells]
+        widths = [max(len(row[column]) for row in cells) for column in range(4)]
+        lines = [
+            f"{name:<{widths[0]}}  {part:<{widths[1]}}  {count:>{widths[2]}}  {paired:>{widths[3]}}".rstrip()
+            for name, part, count, paired in cells
+        ]
         lines.insert(1, "-" * len(lines[0]))
         return "\n".join([*lines, self.remarks()]).rstrip("\n")
 
@@ -96,9 +109,11 @@ def check_data(data: InterventionalData, *, decode: bool = True, num_frames: int
     for context, rows in data.held_out.items():
         held_out[context] = _read(data, rows, (context,), HELD_OUT, num_decoded, seen).total()
     errors = [*_structure_errors(data, train, seen.noun), *_content_errors(seen)]
+    if data.has_pairs:
+        errors += _pair_errors(seen)
     warnings = [*data.warnings, *_size_warnings(data, train)]
     warnings += [*_strength_warnings(data), *_duplicate_warnings(seen, train), *_image_warnings(seen)]
-    warnings += _unanswered_warnings(seen)
+    warnings += [*_unanswered_warnings(seen), *_pair_warnings(seen)]
     leaks = seen.leaks()
     if leaks:
         # Short texts coincide by chance, images do not.
@@ -109,8 +124,10 @@ def check_data(data: InterventionalData, *, decode: bool = True, num_frames: int
         )
     if data.streaming:
         warnings.append(f"Streaming: only the first {STREAM_ROWS} rows of each context were checked.")
-    table = [ContextCount(context, TRAIN, train[context]) for context in sorted({*data.contexts, *train})]
-    table += [ContextCount(context, HELD_OUT, count) for context, count in sorted(held_out.items())]
+    counts = [(context, TRAIN, train[context]) for context in sorted({*data.contexts, *train})]
+    counts += [(context, HELD_OUT, count) for context, count in sorted(held_out.items())]
+    paired = seen.partners.count() if data.has_pairs else None
+    table = (ContextCount(*row, None if paired is None else paired[row[0]]) for row in counts)
     return DataReport(tuple(table), tuple(errors), tuple(warnings))
 
 
@@ -123,6 +140,7 @@ class _Seen:
         self.unreadable: list[str] = []
         self.unanswered: list[str] = []
         self.look_alikes = LookAlikes()
+        self.partners = Partners()
         self.remarks: defaultdict[str, list[str]] = defaultdict(list)  # -> names of images
         # Digest of a row's content -> the first row with it; every later one adds a pair.
         self.first: dict[bytes, Place] = {}
@@ -150,10 +168,11 @@ def _read(
     _, features = known_features(rows)
     opener = Image() if isinstance(features[data.content_column], Image) and num_decoded else None
     counts = Counter[str]()
-    images = (data.content_column, "mask") if data.has_masks else (data.content_column,)
+    names = seen.texts or [data.content_column, *(name for name in ("mask", "pair") if name in features)]
     lines = {context: chain.from_iterable(file.names() for file in files) for context, files in data.files.items()}
-    for context, values in _payloads(rows, seen.texts or images, contexts, role):
-        source = values[0].get("path") if isinstance(values[0], dict) else next(lines.get(context, iter(())), None)
+    for context, values in _payloads(rows, names, contexts, role):
+        value, columns = values[0], dict(zip(names, values, strict=True))
+        source = value.get("path") if isinstance(value, dict) else next(lines.get(context, iter(())), None)
         row = f"row {counts[context]} of {repr(context) if context else 'the observational context'} ({role})"
         name, whole = (source, f"{source} ({context or 'observational'})") if source else (row, row)
         counts[context] += 1
@@ -161,20 +180,23 @@ def _read(
         # Decoders raise whatever they like, and a damaged file must not hide the others.
         try:
             if seen.texts:
-                content = _text(texts := dict(zip(seen.texts, values, strict=True)))
-                if not is_answered(texts):
+                content = _text(columns)
+                if not is_answered(columns):
                     seen.unanswered.append(name)
             else:
-                content = _content(values[0])
-            if data.has_videos and num_decoded and not sum(1 for _ in islice(frames(values[0]), num_decoded)):
+                content = _content(value)
+            if data.has_videos and num_decoded and not sum(1 for _ in islice(frames(value), num_decoded)):
                 raise UserValueError("The clip has no frames.")
             if opener is not None:
                 image = opener.decode_example({"bytes": content, "path": None})
                 for remark in remarks(image):
                     seen.remarks[remark].append(name)
-                if data.has_masks and values[1] is not None:
-                    plain_mask(opener.decode_example({"bytes": _content(values[1]), "path": None}), image)
+                if (mask := columns.get("mask")) is not None:
+                    plain_mask(opener.decode_example({"bytes": _content(mask), "path": None}), image)
             seen.add(content, (role, context, whole), image)
+            if data.has_pairs:
+                size = None if image is None else plain(image).size
+                seen.partners.add(columns["pair"], (role, context, whole), size)
         except Exception as error:
             seen.unreadable.append(
                 f"{name} ({error if seen.texts or isinstance(error, UserError) else type(error).__name__})"
@@ -257,6 +279,32 @@ def _content_errors(seen: _Seen) -> Iterator[str]:
     if seen.unreadable:
         wrong, remedy = ("are no training data", "Correct") if seen.texts else ("cannot be read", "Replace")
         yield f"{len(seen.unreadable)} {seen.noun} {wrong}: {_examples(seen.unreadable)}. {remedy} or remove them."
+
+
+def _pair_errors(seen: _Seen) -> Iterator[str]:
+    if twice := seen.partners.twice:
+        yield (
+            f"{len(twice)} observational {seen.noun} have the name of another one: {_examples(_same(twice))}. Which of "
+            "them others belong to is then ambiguous. Give each sample a name of its own."
+        )
+    if not seen.partners.count().total():
+        yield (
+            f"No pairs: none of the {seen.noun} of interventions has the name of an observational one. Where nothing "
+            "is paired, leave pair_column= and paired_files= out; else give both sides of a pair the same name."
+        )
+
+
+def _pair_warnings(seen: _Seen) -> Iterator[str]:
+    if missing := seen.partners.missing():
+        yield (
+            f"{len(missing)} {seen.noun} of interventions have no partner, an observational one of the same name: "
+            f"{_examples(missing)}. They count as {seen.noun} without a pair."
+        )
+    if differing := list(seen.partners.of_two_sizes()):
+        yield (
+            f"{len(differing)} pairs have two sizes: {_examples(differing)}. Each is cut and scaled by itself, so what "
+            "is at a place of one may be elsewhere in the other. Cut both alike."
+        )
 
 
 def _size_warnings(data: InterventionalData, train: Counter[str]) -> Iterator[str]:

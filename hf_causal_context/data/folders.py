@@ -33,6 +33,7 @@ def load_folders(
     training_contexts: Iterable[ContextLike] | None = None,
     caption_column: str | None = None,
     frame_folders: bool = False,
+    paired_files: bool = False,
     streaming: bool = False,
 ) -> InterventionalData:
     """Read one folder per context, named as `Context.parse` reads them; `observational_name` is the observational one.
@@ -47,8 +48,9 @@ def load_folders(
     Captions are optional, for all images or for none. They stand in a ``metadata.jsonl`` or ``metadata.csv`` with
     ``file_name`` and ``text`` (or ``caption``, or `caption_column`), in `root` or in a folder of images; or beside each
     image, in a ``.txt`` or ``.caption`` of the same name. Masks are optional, too, for any of the images: see
-    `masks_of`. Files that are not read are counted in the warnings. Images are opened when they are used. What is
-    trained on and what is held out: see `from_dataset`.
+    `masks_of`. With `paired_files`, files of the same name in several contexts show one sample. Files that are not read
+    are counted in the warnings. Images are opened when they are used. What is trained on and what is held out: see
+    `from_dataset`.
 
     Raises:
         FileNotFoundError: for a missing root, or an image that the metadata names and that does not exist.
@@ -94,12 +96,24 @@ def load_folders(
     if masks:
         columns["mask"] = [str(masks[image]) if image in masks else None for image in paths]
         features["mask"] = Image()
+    if paired_files:
+        columns["pair"] = [
+            image.relative_to(folders[context]).with_suffix("").as_posix()
+            for context, own in images.items()
+            for image in own
+        ]
+        features["pair"] = Value("string")
+    if paired_files and streaming:
+        raise UserValueError(
+            "paired_files= looks for rows of one sample, which a stream does not find. Leave it out, or do not stream."
+        )
     data = from_dataset(
         Dataset.from_dict(columns, features=Features(features)),
         concepts=concepts,
         content_column=content,
         caption_column="caption" if captions else None,
         mask_column="mask" if masks else None,
+        pair_column="pair" if paired_files else None,
         observational_name=observational_name,
         held_out_contexts=held_out_contexts,
         training_contexts=training_contexts,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,28 @@ def load_data(arguments: DataArguments) -> InterventionalData:
             raise UserValueError(
                 f"--mask_column={arguments.mask_column!r} is for datasets. In folders, put a.mask.png beside a.png."
             )
-        frames = arguments.num_frames is not None
-        options = {"caption_column": arguments.caption_column, "frame_folders": frames, **_folder_options(arguments)}
-        return load_folders(arguments.train_data_dir, **options)
+        if arguments.pair_column is not None:
+            raise UserValueError(
+                f"--pair_column={arguments.pair_column!r} is for datasets. In folders, --paired_files says that files "
+                "of the same name show one sample."
+            )
+        return load_folders(
+            arguments.train_data_dir,
+            caption_column=arguments.caption_column,
+            frame_folders=arguments.num_frames is not None,
+            paired_files=arguments.paired_files,
+            **_folder_options(arguments),
+        )
+    if arguments.paired_files:
+        raise UserValueError(
+            "--paired_files is for folders. Of a dataset, name the column that says which rows show one sample: "
+            "--pair_column."
+        )
     columns: dict[str, Any] = {
         "content_column": arguments.image_column,
         "caption_column": arguments.caption_column,
         "mask_column": arguments.mask_column,
+        "pair_column": arguments.pair_column,
     }
     if arguments.attribute_rules:
         rules = _parse_rules(arguments.attribute_rules)
@@ -74,7 +89,7 @@ def load_any_data(arguments: AnyDataArguments) -> InterventionalData:
     given, or if it has texts under one of the names that are looked for and no `image_column`.
 
     Raises:
-        ValueError: see `load_data`.
+        ValueError: for options of images where the data holds texts, and see `load_data`.
     """
     check_source(arguments)
     if arguments.train_data_dir is not None:
@@ -86,6 +101,11 @@ def load_any_data(arguments: AnyDataArguments) -> InterventionalData:
         texts = arguments.image_column not in features and bool(text_columns(features))
     if not texts:
         return load_data(arguments)
+    of_images = {field.name for field in fields(DataArguments)} - {field.name for field in fields(ContextDataArguments)}
+    unset = AnyDataArguments()
+    if useless := [name for name in sorted(of_images) if getattr(arguments, name) != getattr(unset, name)]:
+        listed = ", ".join(f"--{name}={getattr(arguments, name)}" for name in useless)
+        raise UserValueError(f"{listed} is for images, and the data holds texts. Leave it out.")
     return load_text_data(replace(arguments, text_column=arguments.text_column or "text"))
 
 

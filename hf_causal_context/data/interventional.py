@@ -29,6 +29,7 @@ from ..contexts import ConceptSet, Context, ContextLike, context_text, refuse_ob
 from ..errors import UserTypeError, UserValueError
 from .columns import STREAM_BATCH_ROWS, Rows, known_features, of_contexts, require_columns, with_text_column
 from .found_names import check_found_names
+from .pairs import check_names, name_of
 from .text_rows import TextFile
 
 
@@ -77,6 +78,11 @@ class InterventionalData:
         """Whether the rows have the column "mask": images of what counts in the loss, or None where all of it does."""
         return "mask" in (self.rows.column_names or ())
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether the rows have the column "pair": one name for the rows of one sample, "" for rows without others."""
+        return "pair" in (self.rows.column_names or ())
+
 
 def from_dataset(
     dataset: Rows,
@@ -86,6 +92,7 @@ def from_dataset(
     content_column: str = "image",
     caption_column: str | None = None,
     mask_column: str | None = None,
+    pair_column: str | None = None,
     observational_name: str = "obs",
     held_out_contexts: Iterable[ContextLike] = (),
     training_contexts: Iterable[ContextLike] | None = None,
@@ -96,7 +103,7 @@ def from_dataset(
     not intervened) or a class label with such a name; `observational_name` and ``""`` are observational. `concepts`
     default to those that are the only target of a context, in alphabetical order. Trained on are `training_contexts`,
     by default the observational one and all with one target; the others, which include all in `held_out_contexts`, are
-    held out.
+    held out. Rows of several contexts with the same text or number in the `pair_column` show one sample.
 
     A stream is not searched for its contexts: it needs `concepts`, yields the training contexts and those named as held
     out, and skips other rows.
@@ -108,18 +115,27 @@ def from_dataset(
     """
     dataset, features = known_features(dataset)
     columns = {context_column: "context_column=", content_column: "content_column="}
-    optional = {caption_column: "caption_column=", mask_column: "mask_column="}
-    columns |= {column: argument for column, argument in optional.items() if column is not None}
+    given = {"caption_column=": caption_column, "mask_column=": mask_column, "pair_column=": pair_column}
+    optional = {argument: column for argument, column in given.items() if column is not None}
+    columns |= {column: argument for argument, column in optional.items()}
     require_columns(features, columns)
-    if len(columns) < 2 + (caption_column is not None) + (mask_column is not None):
+    if len(columns) < 2 + len(optional):
         raise UserValueError(
-            "context_column=, content_column=, caption_column= and mask_column= must be different columns."
+            "context_column=, content_column=, pair_column=, caption_column= and mask_column= must be different "
+            "columns."
         )
     if mask_column is not None and not isinstance(features[mask_column], Image):
         raise UserValueError(
             f"The column {mask_column!r} holds {features[mask_column]}, not masks. Name another mask_column=, or cast "
             "it: dataset.cast_column(name, datasets.Image())."
         )
+    if pair_column is not None:
+        check_names(features, pair_column)
+        if isinstance(dataset, IterableDataset):
+            raise UserValueError(
+                f"pair_column={pair_column!r} looks for rows of one sample, which a stream does not find. Leave it "
+                "out, or do not stream."
+            )
     if context_column != "context" and "context" in (content_column, caption_column):
         raise UserValueError(f"The contexts of {context_column!r} go into a column 'context'. Rename the one there is.")
     if isinstance(features[content_column], Video):  # decoded when read, without another package than for files
@@ -142,6 +158,10 @@ def from_dataset(
     _check_captions(features, caption_column)
     rows = _renamed(rows, features, caption_column, "caption", content_column)
     rows = _renamed(rows, features, mask_column, "mask", content_column)
+    if pair_column is not None:
+        rows = with_text_column(rows, "pair", [pair_column], name_of)
+    else:
+        rows = _renamed(rows, features, None, "pair", content_column)
     if context_column != "context":
         rows = rows.remove_columns(context_column)
 
