@@ -29,8 +29,8 @@ _MINIMA = {
     "seed": 0,
 }
 _IMAGES_ONLY = (
-    *("image_column", "caption_column", "class_column", "variant", "num_inference_steps", "class_label"),
-    *("guidance_scale", "resolution", "feature_extractor"),
+    *("image_column", "caption_column", "mask_column", "pair_column", "paired_files", "class_column", "num_frames"),
+    *("variant", "num_inference_steps", "class_label", "guidance_scale", "resolution", "feature_extractor"),
 )
 _TEXTS_ONLY = ("text_column", "max_new_tokens", "judge")
 

@@ -17,8 +17,9 @@ from ..bases.loading import as_base
 from ..contexts import ConceptSet, Context, ContextLike, as_context
 from ..data import InterventionalData
 from ..errors import UserValueError
-from ..inference.sampling import NUM_INFERENCE_STEPS, SamplingOptions, check_conditions, generate_jobs
+from ..inference.sampling import BATCH_SIZE, NUM_INFERENCE_STEPS, SamplingOptions, check_conditions, generate_jobs
 from .asked import adapter_concepts, contexts_to_sample, ordered
+from .edits import edit_results
 from .evidence import EvaluationInputs, check_real_rows
 from .features import require_torchmetrics
 from .measurement import measure
@@ -162,18 +163,33 @@ def evaluate(
         mean_change=sampled.change.mean,
         attribute_names=read.attribute_names,
     )
+    steps = sampling.get("num_inference_steps", NUM_INFERENCE_STEPS)
+    edits = ()
+    if data.has_pairs:
+        edits = edit_results(
+            base,
+            data,
+            asked,
+            read,
+            resolution=resolution or base.default_resolution,
+            prompt=prompt,
+            class_label=class_label,
+            num_inference_steps=steps,
+            batch_size=sampling.get("batch_size", BATCH_SIZE),
+            seed=seed,
+        )
     report = measure(evidence, seed)
     settings = {
         "num_samples": num_samples,
         "num_seeds": num_seeds,
-        "num_inference_steps": sampling.get("num_inference_steps", NUM_INFERENCE_STEPS),
+        "num_inference_steps": steps,
         "prompt": prompt,
         "class_label": class_label,
         "guidance_scale": sampling.get("guidance_scale"),
         "resolution": resolution or base.default_resolution,
         "seed": seed,
     }
-    return replace(report, notes=(*report.notes, *notes), settings=settings)
+    return replace(report, notes=(*report.notes, *notes), edits=edits, settings=settings)
 
 
 def _reader(

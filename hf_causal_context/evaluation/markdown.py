@@ -23,6 +23,7 @@ def markdown(report: EvaluationReport) -> str:
         ("Conformity", _conformity(report)),
         ("Leakage", _leakages(report)),
         ("Strength", _strengths(report)),
+        ("Edits", _edits(report)),
         ("The empty context", _drift(report)),
         ("Texts", _texts(report)),
         ("How", _settings(report)),
@@ -225,6 +226,37 @@ def _responses(report: EvaluationReport, strengths: Sequence[float]) -> Iterator
         cells = {s: f"{own:.2f}" + ("" if truth is None else f" / {truth:.2f}") for s, own, truth in pairs}
         rows.append((curve.concept, *(cells.get(strength, "") for strength in strengths), _yes(not response.falls)))
     yield from table(("concept", *(f"{strength:g}" for strength in strengths), "monotone"), rows)
+
+
+def _edits(report: EvaluationReport) -> Iterator[str]:
+    if not report.edits:
+        return
+    yield (
+        "Observational images with a partner, edited to its context, beside the partner: root mean square difference "
+        "(of images in [0, 1], lower is better), ± half the 95 % confidence interval over pairs. *No edit*: the images "
+        "as they are."
+    )
+    features = any(result.feature_error for result in report.edits)
+    if features:
+        yield "*Features*: their cosine distance."
+    yield ""
+    rows = []
+    for result in report.edits:
+        cells = [result.error, result.unedited]
+        cells += [result.feature_error, result.unedited_feature_error] if features else []
+        share = result.error.mean / result.unedited.mean if result.unedited.mean else None
+        trained = "trained" if result.trained else "held out"
+        rows.append((result.context, trained, *map(_estimate, cells), _number(share, 2), str(result.num_pairs)))
+    titles = ("edit", "no edit", *(("features", "features, no edit") if features else ()))
+    yield from table(("context", "data", *titles, "edit / no edit", "pairs"), rows)
+    gains = {result.context: result.gain for result in report.edits}
+    nearer = [context for context, gain in gains.items() if gain.half_width is not None and gain.mean > gain.half_width]
+    others = [context for context in gains if context not in nearer]
+    yield ""
+    yield (
+        f"Beyond chance nearer to the truth than no edit: {', '.join(nearer) or 'none'}"
+        f"{'; not: ' + ', '.join(others) if others else ''}."
+    )
 
 
 def _drift(report: EvaluationReport) -> Iterator[str]:

@@ -192,6 +192,29 @@ class ToldApart:
 
 
 @dataclass(frozen=True)
+class EditResult:
+    """How far edits of observational images to a context are from their true partners there; over images.
+
+    Attributes:
+        context: its printed form.
+        trained: whether it was trained on.
+        num_pairs: how many were edited.
+        error, unedited: root mean square difference from the partner, in [0, 1] units, of the edit and of no edit.
+        gain: unedited - error, of each image.
+        feature_error, unedited_feature_error: cosine distances of features; None without a feature extractor.
+    """
+
+    context: str
+    trained: bool
+    num_pairs: int
+    error: Estimate
+    unedited: Estimate
+    gain: Estimate
+    feature_error: Estimate | None
+    unedited_feature_error: Estimate | None
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What it all comes to; see `verdict.py`. `works`: everything asked for was judged, and nothing was found wrong."""
 
@@ -215,6 +238,7 @@ class EvaluationReport:
         strength_curves: one per concept.
         drift: of the empty context; None for texts.
         told_apart: of texts.
+        edits: of images that have a partner, one for each context; empty for data without pairs.
         settings: how the samples were made.
         examples: images per context, real ones (or None) and samples; not part of the JSON.
         texts: the same for texts.
@@ -233,6 +257,7 @@ class EvaluationReport:
     strength_curves: tuple[StrengthCurve, ...]
     drift: Drift | None
     told_apart: ToldApart | None = None
+    edits: tuple[EditResult, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     examples: dict[str, tuple[Tensor | None, Tensor]] = field(default_factory=dict, repr=False, compare=False)
     texts: dict[str, tuple[list[str], list[str]]] = field(default_factory=dict, repr=False, compare=False)

@@ -59,9 +59,7 @@ def test_a_column_of_a_dataset(tmp_path, names):
         load_data(DataArguments(**{**given, "image_column": "context"}, context_column="sample", pair_column="image"))
     with pytest.raises(ValueError, match="no column 'nowhere' .pair_column=."):
         load_data(DataArguments(**given, pair_column="nowhere"))
-    with pytest.raises(
-        ValueError, match="context_column=, content_column=, pair_column=, .* must be different columns"
-    ):
+    with pytest.raises(ValueError, match="content_column=, pair_column=, .* must be different columns"):
         load_data(DataArguments(**given, pair_column="context"))
     with pytest.raises(ValueError, match="which a stream does not find"):
         load_data(DataArguments(**given, pair_column="sample", streaming=True))
