@@ -156,3 +156,23 @@ def test_what_is_cut_off_and_what_is_replaced_is_said(base, capsys):
     said = capsys.readouterr().out
     assert "Replaced files of the same names: 2.\n" in said
     assert "one: edits are squares" not in said
+
+
+def test_what_of_an_image_is_not_used_is_said(base):
+    first, second = (Image.open(f"{name}.png") for name in ("one", "two"))
+    first.save("moving.gif", save_all=True, append_images=[second])
+    first.convert("RGBA").save("opaque.png")
+    first.putalpha(128)
+    first.save("glass.png")
+    with (
+        pytest.warns(UserWarning, match=r"1 images \(moving.gif\) have several frames. Only the first is used."),
+        pytest.warns(UserWarning, match=r"1 images \(glass.png\) are transparent in places. These are white;"),
+    ):
+        assert edit("--images", "moving.gif", "opaque.png", "glass.png", "--context", "thick") == 0
+
+
+def test_numbers_of_which_nobody_knows_the_white_are_refused(base, tmp_path, capsys):
+    Image.new("F", (16, 16)).save("float.tiff")
+    assert edit("--image", "float.tiff", "--context", "thick") == 1
+    assert "The image 'float.tiff' holds floating point numbers, and nothing says" in capsys.readouterr().err
+    assert not (tmp_path / "edits").exists()

@@ -14,8 +14,10 @@ stopped. Intervals are 95 % over images, of one training of each method.
 """
 
 import argparse
+import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +44,10 @@ from .image_composition_methods import Study
 TRUTH, NO_EDIT, OURS = "the truth", "no edit", "this adapter"
 METHODS = (NO_EDIT, "autoencoder", "SDEdit", "DDIM inversion", "stacked LoRAs", OURS)
 NULL_EDITS, NULL_IMAGES = 10, 16  # one after the other
+SETTINGS = (
+    *("world", "num_images", "num_inference_steps", "rows_per_context"),
+    *("base_steps", "max_train_steps", "autoencoder_steps"),
+)
 
 
 def chosen_task(arguments: argparse.Namespace) -> Task:
@@ -51,6 +57,22 @@ def chosen_task(arguments: argparse.Namespace) -> Task:
     if not (arguments.mnist_dir and arguments.public_dir):
         raise SystemExit("morpho_mnist is made of MNIST and of Morpho-MNIST's test images: --mnist_dir, --public_dir.")
     return morpho_task(arguments.num_images, arguments.seed, arguments.mnist_dir, arguments.public_dir)
+
+
+def check_settings(folder: Path, settings: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Note the settings in a folder, and refuse one that holds what other settings made.
+
+    Folders without this note have some of the settings beside the edits, and the others were the defaults.
+    """
+    note = folder / "settings.json"
+    files = [note] if note.exists() else sorted({*folder.glob("seed-*/*.pt")} - {*folder.glob("seed-*/predictor.pt")})
+    for file in files:
+        stored = defaults | (json.loads(file.read_text()) if file == note else torch.load(file)["settings"])
+        if changed := {name: value for name, value in settings.items() if stored[name] != value}:
+            before = {name: stored[name] for name in changed}
+            raise SystemExit(f"{file} was made with {before}, not {changed}. Choose another --output_dir.")
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def edits_of(method: str, task: Task, study: Study, arguments: argparse.Namespace) -> dict[str, Tensor]:
@@ -94,6 +116,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS)
     parser.add_argument("--seed", type=int, default=0, help="of the images, the training sets and the trainings")
     arguments = parser.parse_args()
+    settings = {name: getattr(arguments, name) for name in SETTINGS}
+    check_settings(arguments.output_dir, settings, {name: parser.get_default(name) for name in SETTINGS})
     task = chosen_task(arguments)
     world, folder = task.world, arguments.output_dir / f"seed-{arguments.seed}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +126,6 @@ def main() -> None:
         rows = 4 * arguments.rows_per_context
         base = prepare_base(world, arguments.output_dir / "base", arguments.base_steps, rows)
     study = Study(world, base, folder, arguments.rows_per_context, arguments.num_images, arguments.seed)
-    settings = {name: getattr(arguments, name) for name in ("world", "num_images", "num_inference_steps")}
     edits: dict[str, dict[str, Tensor]] = {}
     for method in arguments.methods:
         file = folder / f"{method.replace(' ', '-')}.pt"
@@ -110,10 +133,7 @@ def main() -> None:
             with complete_or_absent(file) as unfinished:
                 torch.save({"settings": settings, "edits": edits_of(method, task, study, arguments)}, unfinished)
             print(f"{method}: done", flush=True)
-        stored = torch.load(file)
-        if stored["settings"] != settings:
-            raise SystemExit(f"{file} was made with {stored['settings']}, not {settings}. Choose another --output_dir.")
-        edits[method] = stored["edits"]
+        edits[method] = torch.load(file)["edits"]
     factual = floats(task.factual[0])
     edits[TRUTH] = {str(context): floats(task.truth(context)) for context in world.contexts[1:]}
     edits[TRUTH] |= {f"null {number}": factual[:NULL_IMAGES] for number in (1, NULL_EDITS)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -63,7 +63,8 @@ def edit_files(arguments: Arguments) -> list[Path]:
 
     contexts, strengths = list(dict.fromkeys(arguments.parsed())), list(dict.fromkeys(arguments.strengths))
     (source,) = parse_contexts([arguments.from_context or arguments.observational_name], arguments.observational_name)
-    images = {path.stem: _opened(path, "--images") for path in arguments.images}
+    remarked: defaultdict[str, list[str]] = defaultdict(list)
+    images = {path.stem: _opened(path, "--images", remarked) for path in arguments.images}
     labels = {context: file_name(str(context) or arguments.observational_name) for context in contexts}
     edits = {
         (name, context, strength): f"{name}-{labels[context]}{'' if strength == 1 else f'-{strength:g}'}.png"
@@ -85,7 +86,9 @@ def edit_files(arguments: Arguments) -> list[Path]:
                 f"{name}: edits are squares, so of its {image.width} x {image.height} pixels the {side} x {side} in "
                 "the middle are kept."
             )
-    mask = None if arguments.mask is None else _opened(arguments.mask, "--mask")
+    mask = None if arguments.mask is None else _opened(arguments.mask, "--mask", remarked)
+    for remark, named in remarked.items():
+        warnings.warn(f"{len(named)} images ({', '.join(named)}) {remark}", stacklevel=2)
     stored = arguments.open()
     meant = stored.meant([*contexts, source], arguments.calibrated)
     base = stored.pipeline(meant, variant=arguments.variant, **arguments.weights)
@@ -121,17 +124,22 @@ def edit_files(arguments: Arguments) -> list[Path]:
     return paths
 
 
-def _opened(path: Path, option: str) -> Image.Image:
-    """An image, read whole.
+def _opened(path: Path, option: str, remarked: dict[str, list[str]]) -> Image.Image:
+    """An image, read whole; remarks on what of it is not used are noted with its path.
 
     Raises:
         OSError: naming the option.
+        ValueError: as `remarks`.
     """
     from PIL import Image
 
+    from .._pixels import remarks
+
     try:
         with Image.open(path) as image:
-            image.load()
+            for remark in remarks(image):
+                remarked[remark].append(str(path))
+            image.load()  # last: to count the frames, others were read
             return image
     except OSError as error:
         reason = error.strerror or first_line(error)

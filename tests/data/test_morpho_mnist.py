@@ -100,6 +100,23 @@ def test_the_kernel_distance_is_unbiased():
     assert kernel_distances(a + 0.5, b).mean() > 0.2
 
 
+def test_results_of_other_settings_are_refused_also_where_older_ones_noted_fewer(tmp_path):
+    defaults = {"num_images": 64, "max_train_steps": 300}
+    counterfactual_benchmark.check_settings(tmp_path / "new", {"num_images": 8, "max_train_steps": 300}, defaults)
+    counterfactual_benchmark.check_settings(tmp_path / "new", {"num_images": 8, "max_train_steps": 300}, defaults)
+    with pytest.raises(SystemExit, match=r"was made with {'max_train_steps': 300}, not {'max_train_steps': 11}"):
+        counterfactual_benchmark.check_settings(tmp_path / "new", {"num_images": 8, "max_train_steps": 11}, defaults)
+    older = tmp_path / "older" / "seed-1"
+    older.mkdir(parents=True)
+    torch.save({"settings": {"num_images": 8}, "edits": {}}, older / "no-edit.pt")
+    torch.save({}, older / "predictor.pt")
+    with pytest.raises(SystemExit, match=r"no-edit.pt was made with {'max_train_steps': 300}, not"):
+        counterfactual_benchmark.check_settings(older.parent, {"num_images": 8, "max_train_steps": 11}, defaults)
+    assert not (older.parent / "settings.json").exists()
+    counterfactual_benchmark.check_settings(older.parent, {"num_images": 8, "max_train_steps": 300}, defaults)
+    assert (older.parent / "settings.json").exists()
+
+
 @pytest.mark.slow
 def test_the_benchmark_compares_all_methods_and_goes_on_where_it_was_stopped(folders, tmp_path, monkeypatch, capsys):
     mnist, public = folders
@@ -119,5 +136,5 @@ def test_the_benchmark_compares_all_methods_and_goes_on_where_it_was_stopped(fol
     counterfactual_benchmark.main()
     assert said.endswith(capsys.readouterr().out)
     monkeypatch.setattr(sys, "argv", ["benchmark", *options, "--num_inference_steps=5"])
-    with pytest.raises(SystemExit, match=r"no-edit.pt was made with .*'num_inference_steps': 4"):
+    with pytest.raises(SystemExit, match=r"settings.json was made with .*'num_inference_steps': 4"):
         counterfactual_benchmark.main()
