@@ -147,7 +147,7 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
     def feature_extractor(self) -> tuple[Callable[[Dataset], Tensor], dict[str, Any]]:
         self.base.require_images("--reweighted_contexts")
         resolution = self.arguments.resolution
-        return partial(_features, self.base, self.model, self.data, resolution), {"resolution": resolution}
+        return partial(_features, self.base, self.data, resolution), {"resolution": resolution}
 
     def num_rows(self) -> int:
         assert self.data.counts is not None  # no stream
@@ -244,9 +244,7 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
         )
 
 
-def _features(
-    base: DiffusionBase, model: nn.Module, data: InterventionalData, resolution: int | None, rows: Dataset
-) -> Tensor:
+def _features(base: DiffusionBase, data: InterventionalData, resolution: int | None, rows: Dataset) -> Tensor:
     """Return what the base sees in the images of rows, (N, D)."""
     images = rows[data.content_column]
-    return denoiser_features(base, model, images, resolution or base.default_resolution, len(data.concepts))
+    return denoiser_features(base, images, resolution or base.default_resolution)

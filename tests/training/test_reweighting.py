@@ -46,11 +46,11 @@ def add(given, **changes):
     base = load_base(arguments.pretrained_model_name_or_path)
     data = load_folders(arguments.train_data_dir, streaming=arguments.streaming)
     accelerator = make_accelerator(arguments)
-    model = attach_adapter(base.denoiser, data, arguments)
+    attach_adapter(base.denoiser, data, arguments)
     fingerprint = {"resolution": arguments.resolution}
 
     def look(rows):
-        return denoiser_features(base, model, rows["image"], base.default_resolution, len(data.concepts))
+        return denoiser_features(base, rows["image"], base.default_resolution)
 
     return add_reweighted_contexts(data, arguments, accelerator, look, fingerprint), base, arguments
 

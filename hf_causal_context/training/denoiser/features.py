@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from ..._progress import ProgressBar
 from ...bases.diffusion_base import DiffusionBase
 from ...bases.images import read_image
+from ...inference.sampling import eval_mode
+from ..bare_model import BareModel
 
 NUM_FEATURES = 128
 _NOISE_LEVEL = 0.02  # the time step at which clean images are shown, as a share of all
@@ -27,43 +29,37 @@ _BATCH_SIZE = 32
 
 
 @torch.no_grad()
-def denoiser_features(
-    base: DiffusionBase, model: nn.Module, images: Sequence[Image.Image], resolution: int, num_concepts: int
-) -> Tensor:
+def denoiser_features(base: DiffusionBase, images: Sequence[Image.Image], resolution: int) -> Tensor:
     """Principal components (N, at most 128) of what an early and the middle block of the denoiser put out.
 
     Each is divided by the root of its deviation. Images are shown as they are, at a time step of little noise, and
     without a caption. Bases in half precision need autocast.
 
     Args:
-        base: the pipeline; images go to its device.
-        model: its denoiser with an adapter, which acts in no context.
+        base: the pipeline; images go to its device. An adapter on its denoiser does nothing.
         images: anything with a length that yields images.
         resolution: side of the images in training; they are read at no more than 256 pixels where the base allows.
-        num_concepts: of the adapter.
     """
-    device = next(model.parameters()).device
+    device = next(base.denoiser.parameters()).device
+    model = cast(nn.Module, BareModel(base.denoiser))
     if not base.fixed_size:
         resolution = min(resolution, _LARGEST_SIDE // base.size_multiple * base.size_multiple)
     time = int(_NOISE_LEVEL * base.num_train_timesteps)
-    training, features = model.training, []
-    model.eval()
+    features = []
     conditions = _conditions(base)
-    with _watched_blocks(base) as seen:
+    with eval_mode(base.denoiser), _watched_blocks(base) as seen:
         for batch in ProgressBar(_batches(images), desc="look at images", total=-(-len(images) // _BATCH_SIZE)):
             read = [torch.tensor(read_image(image, base.image_channels, resolution)) for image in batch]
             clean = base.encode_images(torch.stack(read).to(device).float() / 127.5 - 1)
             times = torch.full((len(batch),), time, device=device)
             if base.prediction == "flow":
                 times = times.float()
-            context = clean.new_zeros(len(batch), num_concepts)
             repeated = {name: row.repeat_interleave(len(batch), 0) for name, row in conditions.items()}
             try:
-                base.predict(model, clean, times, repeated, context)
+                base.predict(model, clean, times, repeated, None)
             except _SeenEnough:
                 features.append(_pooled(list(seen.values())).cpu())
             seen.clear()
-    model.train(training)
     with torch.autocast("cpu", enabled=False):
         return principal_components(torch.cat(features))
 
