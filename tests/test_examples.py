@@ -12,12 +12,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import ImageFont
+from peft import get_peft_model
+from PIL import Image, ImageFont
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from hf_causal_context import Context
+from hf_causal_context import CausalContextConfig, Context
+from hf_causal_context.bases.loading import load_base
 from hf_causal_context.data.worlds.digits import sample_digits
+from hf_causal_context.quickstart import BASE
 
 
 def run(monkeypatch, name, *arguments):
@@ -32,6 +35,32 @@ def test_training_examples(monkeypatch, tmp_path, name):
     run(monkeypatch, name, "--output_dir", tmp_path, "--max_train_steps", 2)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     assert (tmp_path / "adapter" / "samples" / "step-000002.png").exists()
+
+
+def test_sliders_show_strengths_from_left_to_right_and_from_top_to_bottom(monkeypatch, tmp_path):
+    base = load_base(str(BASE))
+    config = CausalContextConfig(
+        concepts=("thickness", "darkness", "slant", "size"), target_modules=["conv1"], init_weights=False
+    )
+    model = get_peft_model(base.denoiser, config)
+    model.peft_config["default"].base_model_name_or_path = str(BASE)
+    model.save_pretrained(tmp_path / "adapter")
+    sliders, shown = importlib.import_module("examples.sliders"), []
+
+    def blank(base, contexts, **options):
+        shown.append(contexts)
+        levels = [context.strengths.get("thickness", 0.0) + 1.5 for context in contexts]
+        return [torch.full((1, 1, 32, 32), level / 5) for level in levels]
+
+    monkeypatch.setattr(sliders, "generate", blank)
+    given = ["", "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "image.png")]
+    monkeypatch.setattr(sys, "argv", given)
+    sliders.main()
+    assert shown[0][1] == Context({"thickness": -0.5, "slant": -1.0})
+    image = Image.open(tmp_path / "image.png").convert("L")
+    tiles = [image.getpixel((sliders.MARGIN + 5 + column * sliders.TILE, sliders.MARGIN + 5)) for column in range(5)]
+    assert tiles == sorted(tiles, reverse=True)  # more ink, the larger the strength
+    assert len(set(tiles)) == 5
 
 
 def test_language_trainers(monkeypatch, tmp_path, capsys):
