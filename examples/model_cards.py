@@ -26,7 +26,9 @@ from hf_causal_context.evaluation.evaluator import evaluate
 from hf_causal_context.evaluation.report import write_report
 from hf_causal_context.hub import save
 from hf_causal_context.inference.adapted import StoredAdapter
-from hf_causal_context.quickstart import CONTEXTS, NUM_INFERENCE_STEPS, digit_data
+from hf_causal_context.quickstart import CONTEXTS, digit_data
+
+from .benchmarks.digit_peers import NUM_INFERENCE_STEPS
 
 from .reviews.chats import PROMPT
 

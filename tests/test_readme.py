@@ -6,7 +6,6 @@ import re
 import sys
 import tomllib
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -71,7 +70,7 @@ def short_quickstart(monkeypatch):
         quickstart, "training_arguments", lambda folder, seed: replace(arguments(folder, seed), **small)
     )
     monkeypatch.setattr(quickstart, "NUM_SAMPLES", 8)
-    monkeypatch.setattr(quickstart, "digit_data", partial(quickstart.digit_data, 60))
+    monkeypatch.setattr(quickstart, "ROWS_PER_CONTEXT", 60)
     monkeypatch.setattr(quickstart, "NUM_INFERENCE_STEPS", 2)
 
 

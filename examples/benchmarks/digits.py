@@ -1,4 +1,4 @@
-"""Does it compose in images? The quickstart's adapter without and with reweighted pairs, and its oracle.
+"""Does it compose in images? The digits' adapter without and with reweighted pairs, and its oracle.
 
     python -m examples.benchmarks.digits --output_dir digits-benchmark
 
@@ -20,6 +20,8 @@ from hf_causal_context.evaluation.evaluator import evaluate
 from hf_causal_context.evaluation.report import write_report
 from hf_causal_context.quickstart import BASE, CONTEXTS, PAIRS, digit_data, training_arguments
 from hf_causal_context.training.finetune import train
+
+from .digit_peers import BENCHMARK, NUM_INFERENCE_STEPS
 
 VARIANTS = {"singles only": [], "reweighted pairs": ["pairs"], "oracle": []}
 COLUMNS = (
@@ -50,13 +52,13 @@ def main() -> None:
             data = digit_data(arguments.rows_per_context, arguments.seed, contexts=contexts, training_contexts=contexts)
             base = load_base(str(BASE))
             settings = training_arguments(folder, arguments.seed)
-            train(dataclasses.replace(settings, reweighted_contexts=reweighted), base, data)
+            train(dataclasses.replace(settings, **BENCHMARK, reweighted_contexts=reweighted), base, data)
             report = evaluate(
                 base,
                 real,
                 num_samples=arguments.num_samples,
                 num_seeds=arguments.num_seeds,
-                num_inference_steps=15,
+                num_inference_steps=NUM_INFERENCE_STEPS,
                 batch_size=64,
                 attributes=attributes,
                 attribute_names=CONCEPTS,

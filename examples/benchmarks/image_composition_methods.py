@@ -22,11 +22,11 @@ from hf_causal_context.bases.diffusion_base import DiffusionBase
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.data import InterventionalData
 from hf_causal_context.inference.sampling import generate
-from hf_causal_context.quickstart import NUM_INFERENCE_STEPS, drawn_data, training_arguments
+from hf_causal_context.quickstart import drawn_data, training_arguments
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.finetune import train
 
-from .digit_peers import train_lora
+from .digit_peers import BENCHMARK, NUM_INFERENCE_STEPS, train_lora
 from .image_worlds import World
 
 OBSERVATIONAL = "observational"  # name of the LoRA that is trained on the observational set
@@ -63,14 +63,17 @@ class Study:
         )
 
     def settings(self, name: str, steps: int) -> TrainingArguments:
-        """The quickstart's, for as many updates, with an observational part."""
+        """Those of the digits, for as many updates, with an observational part."""
         settings = training_arguments(self.folder / f"{name.replace(',', '').replace(' ', '-')}-{steps}", self.seed)
         return dataclasses.replace(
             settings,
-            pretrained_model_name_or_path=str(self.base_dir),
-            observational_rank=None,
-            max_train_steps=steps,
-            reweighted_contexts=[],
+            **BENCHMARK
+            | {
+                "pretrained_model_name_or_path": str(self.base_dir),
+                "observational_rank": None,
+                "max_train_steps": steps,
+                "reweighted_contexts": [],
+            },
         )
 
     def load_base(self) -> DiffusionBase:

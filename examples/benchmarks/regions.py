@@ -18,7 +18,9 @@ from torch import Tensor
 from hf_causal_context import intervene, load_context_adapter
 from hf_causal_context.bases.images import image_grid
 from hf_causal_context.bases.loading import load_base
-from hf_causal_context.quickstart import BASE, NUM_INFERENCE_STEPS
+from hf_causal_context.quickstart import BASE
+
+from .digit_peers import NUM_INFERENCE_STEPS
 
 SIDE = 32
 

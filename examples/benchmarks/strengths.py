@@ -25,7 +25,9 @@ from hf_causal_context.data.worlds.digits import CONCEPTS, read_attributes, samp
 from hf_causal_context.inference.adapted import StoredAdapter
 from hf_causal_context.inference.pipelines import load_context_adapter
 from hf_causal_context.inference.sampling import generate
-from hf_causal_context.quickstart import BASE, NUM_INFERENCE_STEPS
+from hf_causal_context.quickstart import BASE
+
+from .digit_peers import NUM_INFERENCE_STEPS
 
 DIALS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 ROWS = 300

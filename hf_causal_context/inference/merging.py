@@ -38,14 +38,14 @@ def write_merged(
         saved = (merged, tokenizer)
     else:
         base = stored.pipeline([context], variant=variant, **weights)
-        _merge(base, context)
+        merge(base, context)
         saved = (base.pipe,)
     with complete_or_absent(output_dir) as unfinished:
         for part in saved:
             part.save_pretrained(unfinished)
 
 
-def _merge(base: DiffusionBase, context: Context) -> None:
+def merge(base: DiffusionBase, context: Context) -> None:
     """Put the adapter "default" in a context into the weights of a pipeline for good, in place."""
     modules = [part for part in base.pipe.components.values() if isinstance(part, nn.Module) and conditionings(part)]
     with intervene(base.pipe, context):

@@ -47,7 +47,7 @@ SETTINGS = {
 ADAPTER = ("--adapter", "--pretrained_model_name_or_path", "--revision", "--dtype", "--variant", "--output_dir")
 IMAGES = ("--prompt", "--class_label", "--num_inference_steps", "--guidance_scale", "--resolution")
 OPTIONS = {name: [f"--{field.name}" for field in dataclasses.fields(kind)] for name, kind in SETTINGS.items()} | {
-    "quickstart": ["--output_dir", "--seed"],
+    "quickstart": ["--output_dir", "--seed", "--fast"],
     "generate": [*ADAPTER, *IMAGES, "--contexts", "--seeds", "--batch_size", "--observational_name", "--grid"],
     "generate-text": [
         *ADAPTER[:4],
