@@ -29,7 +29,6 @@ from hf_causal_context.inference.adapted import StoredAdapter
 from hf_causal_context.quickstart import CONTEXTS, digit_data
 
 from .benchmarks.digit_peers import NUM_INFERENCE_STEPS
-
 from .reviews.chats import PROMPT
 
 ROOT = Path(__file__).parent.parent

@@ -158,6 +158,7 @@ def test_what_is_cut_off_and_what_is_replaced_is_said(base, capsys):
     assert "one: edits are squares" not in said
 
 
+@pytest.mark.filterwarnings("ignore:.*The reconstruction did not hold")
 def test_what_of_an_image_is_not_used_is_said(base):
     first, second = (Image.open(f"{name}.png") for name in ("one", "two"))
     first.save("moving.gif", save_all=True, append_images=[second])
