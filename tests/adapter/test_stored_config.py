@@ -198,7 +198,7 @@ def test_a_base_that_an_adapter_from_the_hub_names(monkeypatch):
     for name in ("/etc", "../base", "./base", "~/base", "a/b/c", "C:\\base"):
         config.base_model_name_or_path = name
         with pytest.raises(AdapterError, match="comes from the Hub, and the base that it names, .*, is no rep"):
-            _ = StoredAdapter("user/adapter", Path("x"), config, None, None, None).base
-        assert StoredAdapter("user/adapter", Path("x"), config, "given", None, None).base == ("given", None)
+            _ = StoredAdapter("user/adapter", Path("x"), config, None, None, None, None).base
+        assert StoredAdapter("user/adapter", Path("x"), config, "given", None, None, None).base == ("given", None)
     config.base_model_name_or_path, config.revision = "user/base", "v1"
-    assert StoredAdapter("user/adapter", Path("x"), config, None, None, None).base == ("user/base", "v1")
+    assert StoredAdapter("user/adapter", Path("x"), config, None, None, None, None).base == ("user/base", "v1")

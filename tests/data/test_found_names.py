@@ -3,7 +3,6 @@
 import pytest
 from datasets import Dataset
 
-from hf_causal_context import Context
 from hf_causal_context.data import from_dataset, load_folders, load_text_folders
 from tests.data.small import write_folders
 from tests.data.small_texts import write_text_folders
@@ -48,10 +47,10 @@ def test_the_answers_are_taken(tmp_path):
     assert from_dataset(rows, concepts=("hat", "Hat", "10_hat")).concepts.names == ("hat", "Hat", "10_hat")
 
 
-def test_obs_may_be_a_concept_of_data_that_call_the_observational_set_otherwise(tmp_path):
-    data = load_folders(write_folders(tmp_path, {"plain": 2, "obs": 1}), observational_name="plain", concepts=("obs",))
-    assert (data.counts, data.contexts) == ({"": 2, "obs=1.0": 1}, ("", "obs=1.0"))
-    assert data.concepts.mask([Context.parse(context) for context in data.contexts]).tolist() == [[0.0], [1.0]]
+def test_obs_is_no_concept_whatever_the_observational_set_is_called(tmp_path):
+    folders = write_folders(tmp_path, {"plain": 2, "obs": 1})
+    with pytest.raises(ValueError, match="'obs' would be hidden by the empty context, which has this name. Rename it"):
+        load_folders(folders, observational_name="plain", concepts=("obs",))
 
 
 def test_the_long_name_of_the_observational_set_is_known_and_no_concept(tmp_path):

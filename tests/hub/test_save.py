@@ -285,7 +285,7 @@ def test_a_mechanism_without_loras_says_why(tmp_path, pipeline_folder):  # noqa:
     assert contents.loras == {}
     assert contents.influence is None
     assert "its mechanism is not linear" in contents.without_loras
-    assert "None: Adapter 'default' cannot be baked" in (folder / "README.md").read_text()
+    assert "None: The adapter cannot be baked or merged" in (folder / "README.md").read_text()
 
 
 def test_adapters_of_text_encoders_come_along(tmp_path, pipeline_folder):  # noqa: F811

@@ -34,7 +34,7 @@ NEUTRAL = ["cat", "dog", "sat", "ran"]
 ENGLISH = ["a", "film", "of", "the", "year", "and", "you", "know", "it", "is", "so", "very", "good"]
 
 
-SHORT = {"max_train_steps": 12, "observational_steps": 2}  # rounds begin at 7, 9, 10
+SHORT = {"max_train_steps": 12, "observational_steps": 2}  # rounds begin at 6, 8, 10
 
 
 def write(rng, context):
@@ -123,9 +123,10 @@ class TestBatches:
         stream, seen = batches(0), []
         for number in range(8):
             shares = (next(stream).context.sum(1) == 2).float().mean()
-            seen.append((len(asked), round(float(shares), 2)))
+            seen.append(float(shares))
             assert asked == [0, 1][: (number >= 3) + (number >= 5)]
-        assert [share for _, share in seen] == [0, 0, 0, 0, 0, 0.42, 0.42, 0.33]  # twice as much as each of the others
+        assert seen[:5] == [0] * 5
+        assert sum(seen[5:]) / 3 == pytest.approx(2 / 5, abs=0.05)  # twice as much as each of the others
 
     @pytest.mark.parametrize(
         ("start", "expected"),
@@ -191,7 +192,7 @@ def test_a_resumed_run_gives_the_same_adapter(name, shape, changes, tmp_path, al
     run(tmp_path, world(shape), name, **changes)
     whole, written = adapter_weights(tmp_path / "out"), rounds(tmp_path)
     assert all(len(lines) >= 8 for lines in written.values())
-    for stop in (7, 8):  # where a round begins, and amid it
+    for stop in (7, 8):  # amid a round, and where one begins
         half = changes | {"output_dir": str(tmp_path / f"half-{stop}")}
         with pytest.raises(TrainingInterrupted), interrupted_after(monkeypatch, stop):
             run(tmp_path, world(shape), name, **half)
@@ -225,10 +226,10 @@ def test_prompts_are_those_of_observational_rows(tmp_path, all_found, monkeypatc
 
 
 def test_a_round_that_is_gone_is_named(tmp_path, all_found, monkeypatch):
-    with pytest.raises(TrainingInterrupted), interrupted_after(monkeypatch, 8):
+    with pytest.raises(TrainingInterrupted), interrupted_after(monkeypatch, 7):
         run(tmp_path, world(), **SHORT)
     (tmp_path / "out" / FOLDER / "round-1.jsonl").unlink()
-    with pytest.raises(UnreadableDataError, match=r"The data of step 9 cannot be read: .*round-1.jsonl.* Put back"):
+    with pytest.raises(UnreadableDataError, match=r"The data of step 8 cannot be read: .*round-1.jsonl.* Put back"):
         run(tmp_path, world(), **SHORT, resume_from_checkpoint="latest")
 
 
