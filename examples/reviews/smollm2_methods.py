@@ -127,8 +127,8 @@ def adapter_without_part(study: Study) -> Method:
 
 
 def self_composed(study: Study) -> Method:
-    """The default, which from the middle of its run on also learns texts of pairs that it writes itself."""
-    return _adapter(study, "adapter-self-composed", study.contexts, self_composed=study.pairs)
+    """The default, which from two fifths of its steps on also learns texts of pairs that it writes itself."""
+    return _adapter(study, "adapter-self-composed", study.contexts, self_composed=study.world.pairs)
 
 
 def oracle(study: Study) -> Method:

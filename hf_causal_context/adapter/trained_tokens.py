@@ -67,7 +67,7 @@ class ContextTokens(TrainableTokensLayer):
     def rows(self, name: str, strengths: Tensor) -> Tensor:
         """Return the rows (k, D) of an adapter in one context, of strengths (1, 1 + K); float32."""
         trained = self.trainable_tokens_delta[name].detach().float()
-        return torch.lerp(self.trainable_tokens_original[name].float(), trained, strengths[0, 0].item())
+        return torch.lerp(cast(Tensor, self.trainable_tokens_original[name]).float(), trained, strengths[0, 0].item())
 
     def get_merged_weights(self, active_adapters: Sequence[str]) -> Tensor:
         """Return the base's weight for whoever reads it: no context is known there."""

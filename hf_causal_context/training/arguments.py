@@ -332,7 +332,7 @@ class TextArguments(AdapterArguments, TextDataArguments, TextReadingArguments):
     validation_prompt: str = argument("", "Prompt of the sample texts.")
     self_composed_contexts: list[str] = argument(
         [],
-        "Combinations also trained on texts that the adapter writes itself in the second half of the run, where they "
+        "Combinations also trained on texts that the adapter writes itself from two fifths of the run on, where they "
         "show all concepts: pairs, all, or a list of them.",
     )
     num_validation_texts: int = argument(2, "Texts per context at validations; 0 for none.")

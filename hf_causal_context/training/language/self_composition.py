@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
@@ -201,7 +201,7 @@ class SelfComposition(StepHooks):
     @cached_property
     def _prompts(self) -> list[list[int]]:
         """What observational texts follow."""
-        rows = few_rows(self._data, "", _MOST_PROMPTS, self._arguments.seed)
+        rows = cast(Iterable[dict[str, Any]], few_rows(self._data, "", _MOST_PROMPTS, self._arguments.seed))
         return [self._tokenize.beginning(prompt_of(row, self._tokenize.content_column)) for row in rows]
 
     @cached_property
