@@ -27,12 +27,11 @@ class ConceptFinder:
 
     Args:
         texts: of the observational context, and of each concept alone at strength 1.
-        concepts: all of them.
         seed: of the classifiers' training.
     """
 
-    def __init__(self, texts: Mapping[Context, Sequence[str]], concepts: ConceptSet, seed: int) -> None:
-        self._concepts, self._seed = concepts, seed
+    def __init__(self, texts: Mapping[Context, Sequence[str]], seed: int) -> None:
+        self._seed = seed
         self._features = Ngrams(text for own in texts.values() for text in own)
         self._sets = {context: self._features(own) for context, own in texts.items()}
         self._known: dict[tuple[str, Context], tuple[ConceptClassifier, Tensor, float]] = {}

@@ -129,6 +129,19 @@ def text_data(shape="text", streaming=False, held_out=True):
     )
 
 
+def singles_data(columns, shape):
+    """Columns with as many rows of no context as of each concept alone, as data."""
+    contexts = ("", "formal", "loud")
+    return InterventionalData(
+        rows=Dataset.from_dict(columns),
+        concepts=ConceptSet(contexts[1:]),
+        contexts=contexts,
+        held_out={},
+        counts={context: columns["context"].count(context) for context in contexts},
+        content_column=shape,
+    )
+
+
 CPU = torch.device("cpu")
 TOKENIZER = word_tokenizer()
 

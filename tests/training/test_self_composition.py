@@ -10,12 +10,10 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 
 from hf_causal_context.bases.token_batches import Collation
 from hf_causal_context.bases.tokens import Tokenization
-from hf_causal_context.contexts import ConceptSet, Context
-from hf_causal_context.data import InterventionalData
+from hf_causal_context.contexts import Context
 from hf_causal_context.evaluation.concept_finder import ConceptFinder
 from hf_causal_context.training.language import self_composition, train_text
 from hf_causal_context.training.language.batches import TextBatches
@@ -51,14 +49,7 @@ def world(shape="text", rows=40):
         columns |= {"prompt": ["a", "the mat"] * (len(texts) // 2), "completion": texts}
     else:
         columns["text"] = texts
-    return InterventionalData(
-        rows=Dataset.from_dict(columns),
-        concepts=ConceptSet(CONCEPTS),
-        contexts=("", *CONCEPTS),
-        held_out={},
-        counts=dict.fromkeys(("", *CONCEPTS), rows),
-        content_column=shape,
-    )
+    return small_language.singles_data(columns, shape)
 
 
 def arguments(tmp_path, **changes):
@@ -88,7 +79,7 @@ class TestFinder:
         rng = random.Random(1)
         texts = [" ".join(rng.choices(ENGLISH, k=8)) for _ in range(300)]
         sets = {Context(): texts} | {Context(name): list(map(edit, texts)) for name, edit in edits.items()}
-        return ConceptFinder(sets, ConceptSet(tuple(edits)), seed), texts
+        return ConceptFinder(sets, seed), texts
 
     def test_a_text_of_a_combination_is_found_though_each_edit_hides_marks_of_the_other(self):
         edits = {"loud": str.upper, "pirate": lambda text: "arr, " + text.replace("the ", "th' ")}

@@ -13,8 +13,7 @@ from peft import get_peft_model
 from hf_causal_context import CausalContextConfig
 from hf_causal_context.bases.token_batches import Collation, tokenize_all
 from hf_causal_context.bases.tokens import Tokenization
-from hf_causal_context.contexts import ConceptSet
-from hf_causal_context.data import InterventionalData, density_ratios, reweighting
+from hf_causal_context.data import density_ratios, reweighting
 from hf_causal_context.training.language import batches as text_batches
 from hf_causal_context.training.language import features as features_module
 from hf_causal_context.training.language import train_text
@@ -53,14 +52,7 @@ def world(shape="text", rows=ROWS, varies=True):
         columns |= {"prompt": ["a cat"] * len(texts), "completion": texts}
     else:
         columns["text"] = texts
-    return InterventionalData(
-        rows=Dataset.from_dict(columns),
-        concepts=ConceptSet(CONCEPTS),
-        contexts=("", *CONCEPTS),
-        held_out={},
-        counts=dict.fromkeys(("", *CONCEPTS), rows),
-        content_column=shape,
-    )
+    return small_language.singles_data(columns, shape)
 
 
 def texts_of(data):

@@ -24,7 +24,7 @@ from ...bases.token_batches import TextBatch
 from ...bases.tokens import IGNORED, TokenRow
 from ...inference.sampling import eval_mode
 from ..bare_model import BareModel
-from .own_texts import continuations
+from .own_texts import continuations, row_of
 
 NUM_ROWS = 48
 MOST_TOKENS = 64  # of a row that are looked at, and of an own text
@@ -70,9 +70,9 @@ def _own_texts(model: PreTrainedModel, rows: Sequence[TokenRow], end: int | None
     prompts = [row.ids if encoder_decoder else row.ids[: _begin(row)] for row in rows]
     room = [len(row.labels) - (0 if encoder_decoder else _begin(row)) for row in rows]
     written = continuations(model, prompts, room, end)
-    if encoder_decoder:
-        return [replace(row, labels=text) for row, text in zip(rows, written, strict=True)]
-    return [_continued(prompt, text) for prompt, text in zip(prompts, written, strict=True)]
+    return [
+        row_of(prompt, text, encoder_decoder=encoder_decoder) for prompt, text in zip(prompts, written, strict=True)
+    ]
 
 
 def _shortened(row: TokenRow, model: PreTrainedModel) -> TokenRow:
@@ -86,10 +86,3 @@ def _shortened(row: TokenRow, model: PreTrainedModel) -> TokenRow:
 def _begin(row: TokenRow) -> int:
     """Return the first token of a causal model's row that is learned; nothing comes before the very first."""
     return max(1, int(np.argmax(row.labels != IGNORED)))
-
-
-def _continued(prompt: np.ndarray, text: np.ndarray) -> TokenRow:
-    ids = np.concatenate([prompt, text]).astype(np.int32)
-    labels = ids.copy()
-    labels[: len(prompt)] = IGNORED
-    return TokenRow(ids, labels, (len(ids),))

@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...bases.tokens import Ids
+from ...bases.tokens import IGNORED, Ids, TokenRow
 
 # Draws from the model's own distribution, whatever its generation_config.json prefers.
 _PLAIN: dict[str, Any] = {
@@ -51,6 +51,19 @@ def continuations(
     # A decoder's first token is no part of the text.
     begin = 1 if cast(Any, model).config.is_encoder_decoder else ids.shape[1]
     return [_until(row[:length], end) for row, length in zip(output[:, begin:].cpu().numpy(), room, strict=True)]
+
+
+def row_of(
+    prompt: Sequence[int] | Ids, written: Sequence[int] | Ids, *, encoder_decoder: bool, learn_prompt: bool = False
+) -> TokenRow:
+    """Return the row of a text, of which what was written is learned, and by a causal model perhaps the prompt."""
+    if encoder_decoder:
+        return TokenRow(np.array(prompt, np.int32), np.array(written, np.int32), (len(prompt),))
+    ids = np.array([*prompt, *written], np.int32)
+    labels = ids.copy()
+    if not learn_prompt:
+        labels[: len(prompt)] = IGNORED
+    return TokenRow(ids, labels, (len(ids),))
 
 
 def _until(text: Ids, end: int | None) -> Ids:

@@ -12,7 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import count, islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,7 +39,7 @@ from ..loop.checkpoints import write_file
 from ..loop.processes import main_process_first
 from ..loop.trainer import StepHooks
 from .batches import TextBatches
-from .own_texts import continuations
+from .own_texts import continuations, row_of
 
 FOLDER = "self_composed"
 # When rounds begin, as shares of the steps that train concepts.
@@ -144,7 +144,7 @@ class SelfComposition(StepHooks):
         kept: dict[str, dict[str, Any]] = {}
         written = 0
         with ProgressBar(desc=f"write {context}", unit="text", total=MOST_WRITTEN) as bar:
-            for strength in (STRENGTHS[turn % len(STRENGTHS)] for turn in count()):
+            for strength in cycle(STRENGTHS):
                 prompts, own = self._draw(context, strength, generator)
                 texts = [self._text(ids) for ids in own]
                 found = self._finder.find(context, texts)
@@ -187,13 +187,8 @@ class SelfComposition(StepHooks):
         return Path(self._arguments.output_dir, FOLDER, f"round-{number + 1}.jsonl")
 
     def _row(self, prompt: Sequence[int], written: Sequence[int]) -> TokenRow:
-        if self._tokenize.encoder_decoder:
-            return TokenRow(np.array(prompt, np.int32), np.array(written, np.int32), (len(prompt),))
-        ids = np.array([*prompt, *written], np.int32)
-        labels = ids.copy()
-        if self._tokenize.completion_only or self._tokenize.assistant_only:
-            labels[: len(prompt)] = IGNORED
-        return TokenRow(ids, labels, (len(ids),))
+        whole = not (self._tokenize.completion_only or self._tokenize.assistant_only)
+        return row_of(prompt, written, encoder_decoder=self._tokenize.encoder_decoder, learn_prompt=whole)
 
     def _text(self, ids: Ids) -> str:
         return cast(str, self._tokenize.tokenizer.decode(ids[ids != IGNORED], skip_special_tokens=True))
@@ -211,13 +206,12 @@ class SelfComposition(StepHooks):
 
     @cached_property
     def _finder(self) -> ConceptFinder:
-        concepts = self._data.concepts
-        known = {str(context): context for context in (Context(), *map(Context, concepts))}
+        known = {str(context): context for context in (Context(), *map(Context, self._data.concepts))}
         texts: dict[Context, list[str]] = {context: [] for context in known.values()}
         for name, row in zip(cast(Dataset, self._data.rows)["context"][:], self._tokens, strict=True):
             if name in known:
                 texts[known[name]].append(self._text(row.labels))
-        return ConceptFinder(texts, concepts, self._arguments.seed)
+        return ConceptFinder(texts, self._arguments.seed)
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:
