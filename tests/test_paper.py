@@ -87,17 +87,39 @@ def test_grid(command, tmp_path):
     assert json.loads((tmp_path / "beta-4" / "CM-end-to-end-0" / "results.json").read_text())["settings"]["beta"] == 4
 
 
-def test_mnist(command, tmp_path):
-    digits = np.random.default_rng(0).integers(0, 256, (200, 28, 28), dtype=np.uint8)
-    header = np.array([2051, 200, 28, 28], dtype=">i4").tobytes()
-    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(header + digits.tobytes())
-    labels = np.array([2049, 200], dtype=">i4").tobytes() + bytes(200)
-    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(labels)
-    command("mnist", "--data_dir", tmp_path, "--output_dir", tmp_path / "out", "--scale", "small", "--methods", "base")
-    assert rows(tmp_path / "out")["base"][0] == "0.127 / - / 0.181"
-    world = command.modules["mnist"].mnist_world("small", tmp_path)
+@pytest.fixture
+def digits(tmp_path):
+    """A folder with 40 random training digits and 40 others to test with."""
+    generator = np.random.default_rng(0)
+    for prefix in ("train", "t10k"):
+        images = generator.integers(0, 256, (40, 28, 28), dtype=np.uint8)
+        header = np.array([2051, 40, 28, 28], dtype=">i4").tobytes()
+        (tmp_path / f"{prefix}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        labels = np.array([2049, 40], dtype=">i4").tobytes() + bytes(40)
+        (tmp_path / f"{prefix}-labels-idx1-ubyte").write_bytes(labels)
+    return tmp_path
+
+
+def test_mnist(command, digits):
+    command("mnist", "--data_dir", digits, "--output_dir", digits / "out", "--scale", "small", "--methods", "base")
+    assert rows(digits / "out")["base"][0] == "0.127 / - / 0.181"
+    world = command.modules["mnist"].mnist_world("small", digits)
     trained = {bytes(p) for p in world.training().of("").numpy()}
+    assert len(trained) == 40
     assert not trained & {bytes(p) for p in world.real(Context(), 40, 0).numpy()}
+
+
+def test_mnist_with_a_hierarchical_model(command, digits, monkeypatch):
+    arguments = ("--data_dir", digits, "--output_dir", digits / "out", "--scale", "small", "--hierarchical")
+    command("mnist", *arguments, "--methods", "CM end-to-end", "CM fine-tune")
+    table = rows(digits / "out")
+    assert table["CM end-to-end"][0] == "0.035 / - / 0.135"  # the published NVAE
+    for name in ("CM-end-to-end-0", "base-pooled-0", "CM-fine-tune-0"):
+        config = json.loads((digits / "out" / name / "config.json").read_text())
+        assert (config["latent_module"], config["base"]["class"]) == ("top", "HierarchicalVAE")
+        assert config["base"]["size"] == 32
+    with pytest.raises(SystemExit, match="'TVAE'.* need an encoder and a decoder"):
+        command("mnist", *arguments, "--methods", "TVAE")
 
 
 def test_mnist_attributes(command):

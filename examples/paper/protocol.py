@@ -77,6 +77,7 @@ def run(world: World, method: str, seed: int, folder: Path, changes: dict[str, A
     settings = world.settings | METHODS[method.partition(",")[0]] | changes
     if settings.get("mode") in ("frozen", "fine-tune"):
         settings["base"] = str(folder / f"base-pooled-{seed}")
+        settings.pop("architecture", None)  # it is the base's
     results = run_folder / "results.json"
     made_by = {"world": world.name, "settings": json.loads(json.dumps(settings))}
     if results.exists():

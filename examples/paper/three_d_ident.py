@@ -3,7 +3,8 @@
     python -m examples.paper.three_d_ident --data_dir 3dident --output_dir paper-3dident
 
 `--data_dir` holds one folder of PNG files for each context: obs, bg, obj, sl, bg-obj, bg-sl, obj-sl. The published
-numbers are of an NVAE, ours of the lightweight VAE.
+numbers are of an NVAE, whose top latent is the context module: `--hierarchical` has a small model of that kind, and
+without it the table is of the lightweight VAE.
 """
 
 from functools import cache

@@ -1,7 +1,7 @@
 """A small hierarchical VAE: three groups of latents, the lower ones conditioned on those above.
 
 After Vahdat and Kautz, "NVAE: A Deep Hierarchical Variational Autoencoder" (NeurIPS 2020), whose residual posteriors it
-has; written for examples and tests. Shapes: B samples, C channels, S x S pixels.
+has; much smaller than NVAE. Shapes: B samples, C channels, S x S pixels.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from hf_causal_context.training.autoencoder.objective import (
     bits_per_dimension,
     squared_means,
 )
-from hf_causal_context.training.autoencoder.train import mean_loss, train_autoencoder
+from hf_causal_context.training.autoencoder.train import make_autoencoder, mean_loss, train_autoencoder
 from hf_causal_context.training.loop.early_stopping import EarlyStopping
 from hf_causal_context.training.loop.trainer import TrainingDivergedError
 
@@ -286,12 +286,12 @@ class TestModes:
         assert model.sample("dark+tall", 2).shape == (2, 1, 16, 16)
 
     def test_a_hierarchical_model_learns_through_its_top_latent(self, tmp_path):
-        torch.manual_seed(0)
-        base = {"class": "HierarchicalVAE", "size": 16, "channels": 1, "width": 4}
-        model = ContextAutoencoder(CONCEPTS.names, base, noise_width=3, concept_width=2, latent_module="top")
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        train_autoencoder(arguments(tmp_path / "out"), images(), model=model)
-        unchanged = set(before) - differing(before, weights(tmp_path / "out"))
+        given = arguments(tmp_path / "out", architecture="HierarchicalVAE", resolution=24)
+        torch.manual_seed(given.seed)
+        before = make_autoencoder(given, CONCEPTS).state_dict()
+        folder = train_autoencoder(given, images(size=24))
+        assert ContextAutoencoder.from_pretrained(folder).sample("dark+tall", 2).shape == (2, 1, 24, 24)
+        unchanged = set(before) - differing(before, weights(folder))
         assert {name for name in unchanged if not name.endswith(("observational", "interventional"))} == {
             name for name in before if name.startswith("backbone.top.")
         }
@@ -421,6 +421,12 @@ class TestErrors:
             ({"reconstruction": "mse"}, "--reconstruction=mse is unknown. Allowed: bce, gaussian"),
             ({"beta": -1.0}, "--beta=-1.0 must not be negative"),
             ({"resolution": 30}, "--resolution=30 must be 28, or a multiple of 16"),
+            ({"architecture": "NVAE"}, "--architecture=NVAE must be one of: LightweightVAE, HierarchicalVAE"),
+            ({"architecture": "HierarchicalVAE", "resolution": 28}, "--resolution=28 must be a multiple of 8"),
+            (
+                {"architecture": "HierarchicalVAE", "mode": "frozen", "base": "folder"},
+                "--base=folder has an architecture of its own",
+            ),
             ({"validation_fraction": 1.0}, "must lie between 0 and 1"),
             ({"early_stopping_patience": 3}, "Give --validation_steps, too"),
             ({"streaming": True}, "kept in memory. Leave --streaming out"),

@@ -10,6 +10,7 @@ from ...errors import UserValueError
 from ..arguments import LR_SCHEDULERS, OptimizationArguments
 
 MODES = ("end-to-end", "frozen", "fine-tune")
+ARCHITECTURES = ("LightweightVAE", "HierarchicalVAE")
 
 
 @dataclass
@@ -22,7 +23,14 @@ class AutoencoderArguments(OptimizationArguments, DataArguments):
         ValueError: for a number out of range, or options that contradict each other.
     """
 
-    resolution: int = argument(64, "Side of the images in pixels: 28, or a multiple of 16.")
+    architecture: str = argument(
+        ARCHITECTURES[0],
+        "LightweightVAE: an encoder, the context module, a decoder. HierarchicalVAE: the context module is the top "
+        "latent, and finer latents depend on it.",
+    )
+    resolution: int = argument(
+        64, "Side of the images in pixels: 28 or a multiple of 16; of a HierarchicalVAE a multiple of 8."
+    )
     channels: int = argument(3, "1 for gray images, 3 for RGB.")
     noise_width: int = argument(32, "Exogenous coordinates of each concept.")
     concept_width: int = argument(8, "Width of each concept.")
@@ -59,7 +67,16 @@ class AutoencoderArguments(OptimizationArguments, DataArguments):
         if self.mean_penalty is None:
             plain = self.published or self.without_context_module or self.ignore_contexts
             self.mean_penalty = 0.0 if plain else 10.0
-        if self.base is None and self.resolution != 28 and self.resolution % 16:
+        if self.architecture not in ARCHITECTURES:
+            raise UserValueError(f"--architecture={self.architecture} must be one of: {', '.join(ARCHITECTURES)}.")
+        if self.base is not None and self.architecture != ARCHITECTURES[0]:
+            raise UserValueError(
+                f"--base={self.base} has an architecture of its own. Leave --architecture={self.architecture} out."
+            )
+        if self.architecture == "HierarchicalVAE":
+            if self.resolution < 8 or self.resolution % 8:
+                raise UserValueError(f"--resolution={self.resolution} must be a multiple of 8 for a HierarchicalVAE.")
+        elif self.base is None and self.resolution != 28 and self.resolution % 16:
             raise UserValueError(f"--resolution={self.resolution} must be 28, or a multiple of 16.")
         for name in ("beta", "group_penalty", "l2_penalty", "mean_penalty", "early_stopping_min_delta"):
             if not getattr(self, name) >= 0:

@@ -140,8 +140,8 @@ def make_autoencoder(arguments: AutoencoderArguments, concepts: ConceptSet) -> C
         ValueError: for no base where the mode needs one, or one that holds no autoencoder we know.
         OSError: for a base that does not exist.
     """
-    base: Any = {"class": "LightweightVAE", "size": arguments.resolution, "channels": arguments.channels}
-    latent_module = None
+    base: Any = {"class": arguments.architecture, "size": arguments.resolution, "channels": arguments.channels}
+    latent_module = "top" if arguments.architecture == "HierarchicalVAE" else None
     if arguments.mode != "end-to-end" and arguments.base is None:
         raise UserValueError(
             f"--mode={arguments.mode} starts from an autoencoder. Give it: --base, a folder or a Hub id; for example "
