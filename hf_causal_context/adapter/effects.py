@@ -5,6 +5,8 @@ Shapes: L layers, K concepts, W width per concept, R = K W.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,19 +80,33 @@ class CausalEffects:
         return figure
 
     def plot_layers(self, path: str | Path | None = None) -> Figure:
-        """Draw `changes` as a heat map, layers from top to bottom; with a path, save the image too.
+        """Draw `changes`: a heat map for each concept, blocks from top to bottom, a block's layers from left to right.
+
+        With a path, save the image too.
 
         Raises:
             ImportError: without matplotlib.
         """
-        names = _short_names(self.layers)
-        label_width = 0.075 * max(map(len, names))
-        figure = _figure(2.2 + label_width + 0.45 * len(self.concepts), 1.6 + 0.16 * max(len(names), 10))
-        ax = figure.subplots()
-        image = ax.imshow(self.changes, vmin=0, vmax=float(self.changes.max()) or 1.0, cmap="viridis", aspect="auto")
-        ax.set_xticks(range(len(self.concepts)), self.concepts, rotation=45, ha="right", parse_math=False)
-        ax.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
-        figure.colorbar(image).set_label("relative change under do(concept)", fontsize=9)
+        cells = _blocks_and_kinds(_without_shared_beginning(self.layers))
+        blocks, kinds = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
+        # Layers that there are none of stay empty.
+        tables = torch.full((len(self.concepts), len(blocks), len(kinds)), torch.nan)
+        for (block, kind), change in zip(cells, self.changes, strict=True):
+            tables[:, blocks.index(block), kinds.index(kind)] = change
+        rows, columns = ([_shortened(n) for n in _without_shared_beginning(names)] for names in (blocks, kinds))
+        label_width, label_height = (0.075 * max(map(len, names)) for names in (rows, columns))
+        panel_width = max(0.22 * len(columns), 0.9)
+        figure = _figure(
+            1.5 + label_width + panel_width * len(self.concepts), 1.0 + label_height + 0.16 * max(len(rows), 10)
+        )
+        axes = figure.subplots(1, len(self.concepts), sharey=True, squeeze=False)[0]
+        top = float(self.changes.max()) or 1.0
+        for ax, concept, table in zip(axes, self.concepts, tables, strict=True):
+            image = ax.imshow(table, vmin=0, vmax=top, cmap="viridis", aspect="auto")
+            ax.set_title(concept, fontsize=9, parse_math=False)
+            ax.set_xticks(range(len(columns)), columns, fontsize=8, rotation=90, parse_math=False)
+            ax.set_yticks(range(len(rows)), rows, fontsize=8, parse_math=False)
+        figure.colorbar(image, ax=list(axes)).set_label("relative change under do(concept)", fontsize=9)
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure
@@ -104,15 +120,36 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _short_names(paths: Sequence[str]) -> list[str]:
-    """Paths without the components that all begin with, and with the middle of very long ones left out."""
+def _without_shared_beginning(paths: Sequence[str]) -> list[str]:
+    """Paths without the components that all begin with."""
     parts = [path.split(".") for path in paths]
     shared = 0
     while all(len(path) > shared + 1 and path[shared] == parts[0][shared] for path in parts):
         shared += 1
-    names = [".".join(path[shared:]) for path in parts]
+    return [".".join(path[shared:]) for path in parts]
+
+
+def _blocks_and_kinds(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Layers' names in two parts: a numbered block of the model, and which of its layers.
+
+    Of the numbers in a name that one counts after which most names go on as this one does. A name without has no second
+    part.
+    """
+    splits = [
+        [(name[: found.end()], name[found.end() + 1 :]) for found in re.finditer(r"(?<![^.])\d+(?=\.)", name)]
+        for name in names
+    ]
+    common = Counter(kind for found in splits for _, kind in found)
+    return [
+        max(found, key=lambda split: (common[split[1]], len(split[1])), default=(name, ""))
+        for name, found in zip(names, splits, strict=True)
+    ]
+
+
+def _shortened(name: str) -> str:
+    """The middle of a very long name is left out."""
     half = _LONGEST_NAME // 2
-    return [name if len(name) <= _LONGEST_NAME else f"{name[:half]}...{name[-half:]}" for name in names]
+    return name if len(name) <= _LONGEST_NAME else f"{name[:half]}...{name[-half:]}"
 
 
 def causal_effects(model: nn.Module, adapter_name: str = "default") -> CausalEffects:

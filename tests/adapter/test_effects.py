@@ -8,6 +8,7 @@ from peft import get_peft_model
 from torch import nn
 
 from hf_causal_context import CausalContextConfig, causal_effects
+from hf_causal_context.adapter.effects import CausalEffects, _blocks_and_kinds
 from hf_causal_context.adapter.lookup import adapted_layers
 
 from .small import VARIANTS, Mlp, adapted, gpt2
@@ -74,15 +75,45 @@ class TestImages:
     def _matplotlib(self):
         pytest.importorskip("matplotlib")
 
-    def test_layers_in_order_with_short_names(self, tmp_path):
+    def test_a_panel_for_each_concept_with_blocks_in_order(self, tmp_path):
         effects = causal_effects(adapted(gpt2()))
-        ax, bar = effects.plot_layers(tmp_path / "layers.png").axes
-        assert [label.get_text() for label in ax.get_yticklabels()] == ["0.attn.c_attn", "1.attn.c_attn"]
-        assert [label.get_text() for label in ax.get_xticklabels()] == ["thick", "slant", "size"]
-        torch.testing.assert_close(torch.tensor(ax.images[0].get_array().data), effects.changes)
-        assert ax.get_ylim() == (1.5, -0.5)  # the first layer is at the top
+        *panels, bar = effects.plot_layers(tmp_path / "layers.png").axes
+        assert [ax.get_title() for ax in panels] == ["thick", "slant", "size"]
+        for number, ax in enumerate(panels):
+            assert [label.get_text() for label in ax.get_xticklabels()] == ["c_attn"]
+            torch.testing.assert_close(torch.tensor(ax.images[0].get_array().data)[:, 0], effects.changes[:, number])
+            assert ax.get_ylim() == (1.5, -0.5)  # the first layer is at the top
+        assert [label.get_text() for label in panels[0].get_yticklabels()] == ["0", "1"]
         assert "relative" in bar.get_ylabel()
         assert (tmp_path / "layers.png").stat().st_size > 10_000
+
+    def test_blocks_are_numbered_where_names_repeat(self):
+        names = [
+            f"down.{stage}.attentions.{block}.{kind}"
+            for stage, block in ((0, 0), (0, 1), (1, 0))
+            for kind in ("attn1.to_q", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
+        ]
+        cells = _blocks_and_kinds([*names, "mid.attentions.0.attn1.to_q", "conv_in"])
+        assert cells[:5] == [
+            ("down.0.attentions.0", "attn1.to_q"),
+            ("down.0.attentions.0", "attn1.to_out.0"),
+            ("down.0.attentions.0", "ff.net.0.proj"),
+            ("down.0.attentions.0", "ff.net.2"),
+            ("down.0.attentions.1", "attn1.to_q"),
+        ]
+        assert cells[-2:] == [("mid.attentions.0", "attn1.to_q"), ("conv_in", "")]
+
+    def test_layers_that_a_block_lacks_stay_empty(self, tmp_path):
+        effects = CausalEffects(
+            ("a",),
+            ("0.first", "0.second", "1.first"),
+            torch.zeros(3, 1, 1),
+            torch.zeros(3, 1, 1),
+            torch.tensor([[1.0], [2.0], [3.0]]),
+        )
+        ax, _ = effects.plot_layers(tmp_path / "layers.png").axes
+        table = ax.images[0].get_array().filled(-1)
+        assert table.tolist() == [[1, 2], [3, -1]]
 
     def test_many_layers_and_names_that_look_like_formulas(self, tmp_path):
         class Deep(nn.Module):
