@@ -158,9 +158,9 @@ def test_check_data_reads_chats_as_the_training_does(tmp_path, capsys):
     )
     assert said("check-data", *data, *base)[-1] != gap[-1]
     assert main(["check-data", *data, *reading]) == 1
-    assert "--max_length, --assistant_only_loss would have no effect: no base is given" in capsys.readouterr().err
+    assert ", so --max_length, --assistant_only_loss would have no effect. Leave it out." in capsys.readouterr().err
     assert main(["check-data", *data, *base, "--resolution", "32"]) == 1
-    assert "--resolution would have no effect: the data holds texts. Leave it out." in capsys.readouterr().err
+    assert "The data holds texts, so --resolution would have no effect. Leave it out." in capsys.readouterr().err
 
 
 def test_train_then_generate(images, base, tmp_path, capsys):

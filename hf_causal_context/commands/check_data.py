@@ -8,7 +8,13 @@ from pathlib import Path
 from .._files import complete_or_absent
 from .._messages import in_options
 from .._progress import say
-from ..data.arguments import ComparedDataArguments, ImageReadingArguments, TextReadingArguments, argument
+from ..data.arguments import (
+    ComparedDataArguments,
+    ImageReadingArguments,
+    TextReadingArguments,
+    argument,
+    refuse_useless,
+)
 from ..errors import UserValueError
 
 _OF_IMAGES = ("variant", *(field.name for field in fields(ImageReadingArguments)))
@@ -21,19 +27,19 @@ class Arguments(ComparedDataArguments):
 
     contact_sheet: Path | None = argument(None, "Image file for some images of every context, such as check.png.")
 
-    def refuse_useless(self, texts: bool) -> None:
+    def check_kind(self, texts: bool) -> None:
         """Refuse settings of how a base reads rows, where there is none, or where rows are not of their kind.
 
         Raises:
             ValueError: naming them.
         """
-        names, reason = (_OF_IMAGES, "the data holds texts") if texts else (_OF_TEXTS, "the data holds images")
         if self.pretrained_model_name_or_path is None:
-            names = ("revision", *_OF_IMAGES, *_OF_TEXTS)
-            reason = "no base is given (--pretrained_model_name_or_path)"
-        default = {field.name: field.default for field in fields(self)}
-        if useless := [f"--{name}" for name in names if getattr(self, name) != default[name]]:
-            raise UserValueError(f"{', '.join(useless)} would have no effect: {reason}. Leave it out.")
+            reason = "No base is given (--pretrained_model_name_or_path)"
+            refuse_useless(self, ("revision", *_OF_IMAGES, *_OF_TEXTS), reason)
+        elif texts:
+            refuse_useless(self, _OF_IMAGES, "The data holds texts")
+        else:
+            refuse_useless(self, _OF_TEXTS, "The data holds images")
 
 
 def run(arguments: Arguments) -> None:
@@ -51,7 +57,7 @@ def run(arguments: Arguments) -> None:
 
     data, sheet = load_any_data(arguments), arguments.contact_sheet
     texts = bool(columns_of(data.content_column))
-    arguments.refuse_useless(texts)
+    arguments.check_kind(texts)
     if sheet is not None and texts:
         raise UserValueError(f"--contact_sheet={sheet} is for images, and the data holds texts. Leave it out.")
     report = check_data(data, num_frames=arguments.num_frames)

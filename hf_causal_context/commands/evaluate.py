@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._files import ARGUMENTS
 from ..contexts import Context
-from ..data.arguments import AnyDataArguments, argument
+from ..data.arguments import AnyDataArguments, argument, refuse_useless
 from ..errors import UserValueError
 from ..evaluation.calibrating import MIN_ROWS
 from .adapter_arguments import ADAPTER, BaseWeights, parse_contexts
@@ -84,19 +84,14 @@ class Arguments(BaseWeights, AnyDataArguments):
         if self.calibrate and self.num_samples is not None and self.num_samples < MIN_ROWS:
             raise UserValueError(f"--num_samples={self.num_samples} must be at least {MIN_ROWS} for --calibrate.")
 
-    def refuse_useless(self, language: bool) -> None:
+    def check_kind(self, language: bool) -> None:
         """Refuse settings that an adapter of this kind does not have.
 
         Raises:
             ValueError: naming them.
         """
-        default = {field.name: field.default for field in fields(self)}
-        names = _IMAGES_ONLY if language else _TEXTS_ONLY
-        if useless := [f"--{name}" for name in names if getattr(self, name) != default[name]]:
-            raise UserValueError(
-                f"{self.adapter} is an adapter of a {'language model' if language else 'diffusers pipeline'}, so "
-                f"{', '.join(useless)} would have no effect. Leave it out."
-            )
+        kind = "language model" if language else "diffusers pipeline"
+        refuse_useless(self, _IMAGES_ONLY if language else _TEXTS_ONLY, f"{self.adapter} is an adapter of a {kind}")
 
 
 def run(arguments: Arguments) -> None:
@@ -150,7 +145,7 @@ def evaluate_adapter(arguments: Arguments) -> tuple[EvaluationReport, list[Path]
             f"--calibrate writes into the adapter's folder, and {arguments.adapter} is on the Hub. Download it first, "
             "and push it again afterwards."
         )
-    arguments.refuse_useless(language)
+    arguments.check_kind(language)
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)  # one that cannot be written is found now
     names = arguments.contexts

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,25 @@ def argument(default: Any, meaning: str, **metadata: Any) -> Any:
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": meaning, **metadata})
     return field(default=default, metadata={"help": meaning, **metadata})
+
+
+def refuse_useless(arguments: Any, names: Iterable[str], reason: str) -> None:
+    """Refuse settings that are not left at their defaults although they would do nothing.
+
+    Args:
+        arguments: a dataclass.
+        names: of the fields that do nothing.
+        reason: why, as a sentence that the message begins with, without its full stop.
+
+    Raises:
+        ValueError: naming the options.
+    """
+    defaults = {
+        each.name: each.default if each.default_factory is MISSING else each.default_factory()
+        for each in fields(arguments)
+    }
+    if useless := [f"--{name}" for name in names if getattr(arguments, name) != defaults[name]]:
+        raise UserValueError(f"{reason}, so {', '.join(useless)} would have no effect. Leave it out.")
 
 
 @dataclass

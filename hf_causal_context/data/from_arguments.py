@@ -18,7 +18,14 @@ from . import (
     texts_from_attributes,
     texts_from_dataset,
 )
-from .arguments import AnyDataArguments, ContextDataArguments, DataArguments, TextDataArguments, check_source
+from .arguments import (
+    AnyDataArguments,
+    ContextDataArguments,
+    DataArguments,
+    TextDataArguments,
+    check_source,
+    refuse_useless,
+)
 from .captions import METADATA
 from .columns import Rows, known_features
 from .folders import IMAGE_SUFFIXES, skipped, visible_files
@@ -102,10 +109,7 @@ def load_any_data(arguments: AnyDataArguments) -> InterventionalData:
     if not texts:
         return load_data(arguments)
     of_images = {field.name for field in fields(DataArguments)} - {field.name for field in fields(ContextDataArguments)}
-    unset = AnyDataArguments()
-    if useless := [name for name in sorted(of_images) if getattr(arguments, name) != getattr(unset, name)]:
-        listed = ", ".join(f"--{name}={getattr(arguments, name)}" for name in useless)
-        raise UserValueError(f"{listed} is for images, and the data holds texts. Leave it out.")
+    refuse_useless(arguments, sorted(of_images), "The data holds texts")
     return load_text_data(replace(arguments, text_column=arguments.text_column or "text"))
 
 

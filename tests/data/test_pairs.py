@@ -145,5 +145,5 @@ def test_texts_have_no_pairs(tmp_path):
     for context in ("obs", "loud"):
         (tmp_path / context).mkdir()
         (tmp_path / context / "a.txt").write_text(f"{context}\n")
-    with pytest.raises(ValueError, match="--paired_files=True is for images, and the data holds texts. Leave it out."):
+    with pytest.raises(ValueError, match="The data holds texts, so --paired_files would have no effect. Leave it out."):
         load_any_data(AnyDataArguments(train_data_dir=str(tmp_path), paired_files=True))
