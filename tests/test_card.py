@@ -129,6 +129,13 @@ def test_it_shows_everything_that_the_folder_holds(folder):
     assert "moving average" not in card  # a setting that was off
 
 
+def test_the_code_shows_a_single_context_where_no_combination_is_shown(folder):
+    samples = {"": "pictures/obs.png", "thick=0.5": "pictures/half.png"}
+    card = changed(folder, samples=samples, loras={})
+    assert 'intervene(pipe, "thick=0.5")' in code(card)
+    assert "This makes the image `pictures/half.png` of this card again" in card
+
+
 def test_a_verdict_and_the_bases_own_rate_are_on_the_card(folder):
     report = json.loads(json.dumps(REPORT)) | {"verdict": {"works": False, "sentences": ["Fails: slant+thick (a|b)."]}}
     for item in report["contexts"]:

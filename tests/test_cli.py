@@ -217,6 +217,12 @@ def test_a_base_is_found_from_anywhere_or_asked_for(images, base, tmp_path, monk
     assert "was trained on the base /nowhere, which is not here. Give --pretrained" in capsys.readouterr().err
 
 
+def test_generate_does_not_write_one_context_over_another(adapter, tmp_path, capsys):
+    command = ["generate", "--adapter", adapter, "--contexts", "thick=0.5", "Thick=0.5", "--seeds", "0"]
+    assert main([*command, "--output_dir", str(tmp_path / "made")]) == 1
+    assert "contexts 'thick=0.5' and 'Thick=0.5' would both be written to 'Thick=0.5'" in capsys.readouterr().err
+
+
 def test_generate_a_grid_that_depends_on_the_context(adapter, tmp_path, capsys):
     options = ["--num_inference_steps", "2", "--output_dir", str(tmp_path / "made")]
     assert main(["generate", "--adapter", adapter, "--contexts", "obs", "thick", "--grid", *options]) == 0

@@ -3,6 +3,8 @@
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 
 import diffusers
 import pytest
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from hf_causal_context import (
     AdapterError,
     CausalContextConfig,
+    Context,
     bake,
     intervene,
     load_context_adapter,
@@ -21,6 +24,10 @@ from hf_causal_context import (
 )
 from hf_causal_context.adapter import lookup
 from hf_causal_context.bases.loading import as_base
+from hf_causal_context.evaluation.readings import Reader
+from hf_causal_context.evaluation.sampling import PixelChange, Sampler
+from hf_causal_context.inference.merging import merge
+from hf_causal_context.inference.sampling import generate, generate_jobs
 
 from .training import tiny_pipelines
 
@@ -310,12 +317,74 @@ class TestTextEncoders:
             unload_context_adapter(loaded)
             assert torch.equal(run("stable_diffusion", loaded), run("stable_diffusion", build("stable_diffusion")))
 
+    def test_a_part_for_a_component_that_is_missing_is_said(self, folder):
+        pipe = build("stable_diffusion")
+        pipe.text_encoder = None
+        with pytest.warns(UserWarning, match="adapter of 'text_encoder', and StableDiffusionPipeline has no such comp"):
+            load_context_adapter(pipe, folder)
+
+    def test_the_base_of_an_evaluation_has_neither_part(self, folder):
+        options = {"prompt": "a cat", "num_inference_steps": 2}
+        plain = generate(as_base(build("stable_diffusion")), [()], seeds=[0, 1], **options)[0]
+        base = as_base(load_context_adapter(build("stable_diffusion"), folder))
+        sampler = Sampler(base, partial(generate_jobs, base, **options), Reader())
+        empty, of_base = sampler.empty_and_base([range(2)], PixelChange())
+        assert torch.equal(of_base[0].values, plain)
+        assert not torch.equal(empty[0].values, plain)  # the observational part
+
     def test_parts_of_different_adapters(self, folder):
         pipe = build("stable_diffusion")
         write_adapter(pipe.text_encoder, folder / "text_encoder", concepts=("dark",), target_modules=["q_proj"])
         with pytest.raises(ValueError, match="different concepts .*'thick'.*'dark'"):
             load_context_adapter(pipe, folder)
         assert not hasattr(pipe.unet, "peft_config")
+
+
+class TestTrainedTokens:
+    """Rows of a text encoder's embedding, in one of two adapters."""
+
+    IDS = torch.tensor([[1, 3, 4, 5, 2]])
+
+    @pytest.fixture
+    def folders(self, tmp_path):
+        encoder = build("stable_diffusion").text_encoder
+        own = {"target_modules": ["q_proj"], "component": "text_encoder"}
+        write_adapter(encoder, tmp_path / "tokens", concepts=("thick",), trainable_token_indices=[3, 4], **own)
+        rows = load_file(tmp_path / "tokens" / "adapter_model.safetensors")
+        (name,) = (name for name in rows if "token" in name)
+        save_file(rows | {name: rows[name] + 1}, tmp_path / "tokens" / "adapter_model.safetensors")
+        write_adapter(encoder, tmp_path / "plain", concepts=("dark",), **own)
+        return tmp_path / "plain", tmp_path / "tokens"
+
+    def hidden(self, pipe, context=None):
+        with torch.no_grad(), intervene(pipe.text_encoder, context) if context else nullcontext():
+            return pipe.text_encoder(self.IDS).last_hidden_state
+
+    def test_they_go_with_their_adapter(self, folders):
+        pipe = build("stable_diffusion")
+        base = self.hidden(pipe)
+        for folder in folders:
+            load_context_adapter(pipe, folder, folder.name)
+            assert torch.equal(self.hidden(pipe), base)
+        assert not torch.allclose(self.hidden(pipe, "thick"), base, atol=1e-3)
+        unload_context_adapter(pipe, "tokens")
+        assert torch.equal(self.hidden(pipe), base)
+        unload_context_adapter(pipe)
+        assert torch.equal(self.hidden(pipe), base)
+        assert type(pipe.text_encoder.get_input_embeddings()) is torch.nn.Embedding
+
+    def test_an_adapter_without_comes_first(self, folders):
+        plain, tokens = folders
+        pipe = load_context_adapter(build("stable_diffusion"), tokens, "tokens")
+        with pytest.raises(ValueError, match="trained tokens is loaded into pipe.text_encoder, and .* has none"):
+            load_context_adapter(pipe, plain, "plain")
+
+    def test_they_are_merged(self, folders):
+        pipe = load_context_adapter(build("stable_diffusion"), folders[1])
+        expected = self.hidden(pipe, "thick")
+        merge(as_base(pipe), Context("thick"))
+        torch.testing.assert_close(self.hidden(pipe), expected, **CLOSE)
+        assert type(pipe.text_encoder.get_input_embeddings()) is torch.nn.Embedding
 
 
 class TestSeveralAdapters:

@@ -75,7 +75,7 @@ class CausalContextConfig(PeftConfig):
         layers_to_transform: indices of the blocks to adapt. None: all.
         layers_pattern: name of the list of blocks the indices refer to, such as "layers".
         rank_pattern: module name or regular expression -> concept_rank, where it shall differ.
-        modules_to_save: modules that are trained and saved whole.
+        modules_to_save: modules that are trained and saved whole. They act in every context, and without one, too.
         trainable_token_indices: rows of the input embedding (and of an output layer tied to it) that are trained, such
             as those of new tokens. They belong to the observational part: in force in every context, at its strength.
         component: the name in the pipeline of what is adapted, where its class does not tell: "transformer_2" is

@@ -21,6 +21,7 @@ from ..errors import MissingPackageError, UserValueError
 from ..layers import OutputLayer, RepresentationLayer
 from .layer import CausalContextLayer
 from .lookup import adapted_layers
+from .peft_type import PEFT_PREFIX
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -181,7 +182,7 @@ def causal_effects(model: nn.Module, adapter_name: str = "default") -> CausalEff
                 f"Adapter {adapter_name!r} is not linear (expressive_depth > 0), so effects have no one size."
             )
         concepts = layer.concepts[adapter_name].names
-        names.append(name.removeprefix("base_model.model."))
+        names.append(name.removeprefix(PEFT_PREFIX))
         nothing, *each = torch.cat([torch.zeros(1, len(concepts)), torch.eye(len(concepts))])[:, None]
         observational.append(_path_sizes(layer, adapter_name, nothing))
         columns = [_path_sizes(layer, adapter_name, mask)[:, j] for j, mask in enumerate(each)]
@@ -229,7 +230,8 @@ def _weights(layer: CausalContextLayer, adapter_name: str) -> tuple[Tensor, Tens
 def _mixing(layer: CausalContextLayer, adapter_name: str, mask: Tensor) -> Tensor:
     """M(m) (R, R) of the concepts in float64."""
     part = layer.causal(adapter_name).observational_rank
-    return layer.matrix(adapter_name, mask).double()[part:, part:]
+    device = layer.causal_context_down[adapter_name].weight.device  # which not all mechanisms have a tensor on
+    return layer.matrix(adapter_name, mask.to(device)).double()[part:, part:]
 
 
 @torch.no_grad()

@@ -121,6 +121,7 @@ def put_in_contexts(model: nn.Module, adapter_name: str, conditioning: Condition
             tokens = cast(Any, module.token_adapter)
             tokens.__class__ = ContextTokens  # PEFT's wrapper makes one of its own class
             tokens.contexts, tokens.name = conditioning, path
+            tokens.train(tokens.base_layer.training)  # new modules are in training mode
 
 
 def baked_tokens(model: nn.Module, adapter_name: str, strengths: Tensor) -> dict[str, Tensor]:

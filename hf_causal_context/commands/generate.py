@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .._files import file_name
 from ..data.arguments import argument
 from .adapter_arguments import ContextArguments, ImageArguments, RevisionArguments
 from .replaced import told_replacements
@@ -33,14 +32,17 @@ def generate_files(arguments: Arguments) -> list[Path]:
     Clips of several frames become videos (``.mp4``), and strips of frames in the grid.
 
     Raises:
-        ValueError: for another kind of adapter, an unknown base, unknown concepts, or what `generate` refuses.
+        ValueError: for contexts that would have one file, another kind of adapter, an unknown base, unknown concepts,
+            or what `generate` refuses.
         OSError: for an adapter or base that cannot be read, or images that cannot be written.
     """
     from .._videos import save_video, video_package
     from ..bases.images import image_grid, to_image
+    from ..inference.context_files import context_files
     from ..inference.sampling import generate
 
     contexts, output_dir, seeds = arguments.parsed(), arguments.output_dir, arguments.seeds
+    names = context_files(contexts, arguments.observational_name)
     stored = arguments.open()
     meant = stored.meant(contexts, arguments.calibrated)
     base = stored.pipeline(meant, variant=arguments.variant, **arguments.weights)
@@ -54,10 +56,10 @@ def generate_files(arguments: Arguments) -> list[Path]:
             paths.append(output_dir / "grid.png")
             image_grid(rows, labels).save(paths[0])
             return paths
-        for label, row in zip(labels, rows, strict=True):
+        for context, row in zip(contexts, rows, strict=True):
             for seed, image in zip(seeds, row, strict=True):
                 clip = base.is_video and len(image) > 1
-                paths.append(output_dir / f"{file_name(label)}-seed{seed}.{'mp4' if clip else 'png'}")
+                paths.append(output_dir / f"{names[context]}-seed{seed}.{'mp4' if clip else 'png'}")
                 if clip:
                     save_video([to_image(frame) for frame in image], paths[-1], base.frame_rate)
                 else:

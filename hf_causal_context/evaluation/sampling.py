@@ -13,6 +13,7 @@ from itertools import islice
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .._progress import ProgressBar
@@ -109,10 +110,12 @@ class Sampler:
         of_empty = Readings(self.read, [("Samples of context '(observational)'", len(group)) for group in groups])
         of_base = Readings(self.read, [("Samples of the base", len(group)) for group in groups])
         jobs = [(Context(), seed) for group in groups for seed in group]
+        # Text encoders may have a part of the adapter, too.
+        parts = [part for part in self.base.pipe.components.values() if isinstance(part, nn.Module)]
         for empty in self.draw(jobs):
             batch, jobs = jobs[: len(empty)], jobs[len(empty) :]
             of_empty.add(empty)
-            with adapters_disabled(self.base.denoiser):
+            with adapters_disabled(*parts):
                 base = torch.cat(list(self.draw(batch)))  # in equal batches, so that equal weights give equal images
             of_base.add(base)
             change.add(empty, base)
@@ -165,11 +168,12 @@ def curve_strengths(concept: str, contexts: Collection[Context]) -> list[float]:
 
 
 @contextmanager
-def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Within the body the model is its base; afterwards its adapters are on, and trainable or not, as before."""
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+def adapters_disabled(*models: nn.Module) -> Iterator[None]:
+    """Within the body the models are their bases; afterwards adapters are on, and trainable or not, as before."""
+    modules = [module for model in models for module in model.modules()]
+    layers = [module for module in modules if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     enabled = [layer for layer in layers if not layer.disable_adapters]
-    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    trainable = {parameter: parameter.requires_grad for model in models for parameter in model.parameters()}
     try:
         for layer in enabled:
             layer.enable_adapters(False)

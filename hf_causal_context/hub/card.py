@@ -18,7 +18,7 @@ from urllib.parse import quote
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import EvalResult
 
-from .._files import CARD, REPORT, RESULTS, RESULTS_IMAGE, complete_or_absent
+from .._files import ARGUMENTS, CARD, CONFIG, DATA_RECORD, REPORT, RESULTS, RESULTS_IMAGE, complete_or_absent
 from .._install import installation
 from ..adapter.plain_card import is_replaceable
 from ..bases.gap import BaseGap
@@ -63,11 +63,9 @@ def render_card(folder: Path, repo_id: str | None = None, branch: str | None = N
         branch: of the repository that it loads.
     """
     contents = CardContents.load(folder)
-    stored = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    stored = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     concepts = tuple(stored["concepts"])
-    arguments, data, report = (
-        _read(folder / name) for name in ("training_arguments.json", "training_data.json", REPORT)
-    )
+    arguments, data, report = (_read(folder / name) for name in (ARGUMENTS, DATA_RECORD, REPORT))
     name = repo_id or contents.name
     title = name.rpartition("/")[2]
     local = is_folder(contents.base) or is_packaged(contents.base)
@@ -114,9 +112,13 @@ def is_edited(text: str) -> bool:
 
 
 def example_context(contents: CardContents, concepts: tuple[str, ...]) -> str:
-    """Return the context of the card's code: the first combination it shows, else the first concept."""
-    shown = [context for context in contents.samples if "+" in context]
-    return shown[0] if shown else "+".join(concepts[:2])
+    """Return the context of the card's code: the first combination that it shows, else the first single context.
+
+    Without samples it is the first two concepts.
+    """
+    if not contents.samples:
+        return "+".join(concepts[:2])
+    return next((context for context in contents.samples if "+" in context), next(filter(None, contents.samples), ""))
 
 
 def _metadata(

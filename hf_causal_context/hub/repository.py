@@ -20,12 +20,13 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from .._files import CARD, first_line
 from ..bases.names import is_folder, resolve_base_name
 from ..errors import UserValueError
+from ..inference.pipelines import part_files
 from .card import is_edited, render_card
 from .card_code import python_literal
 from .contents import CardContents
 from .folder import check_complete
 
-# Folders that a push owns: what it no longer writes there is removed from the repository.
+# Folders that a push owns: what it no longer writes there is removed from the repository, as are an adapter's parts.
 _OWN_FOLDERS = ("pictures/", "loras/", "evaluation/")
 
 
@@ -73,7 +74,8 @@ def push(
         additions = [CommitOperationAdd(name, path) for name, path in paths.items() if name != CARD]
         if card is not None:
             additions.append(CommitOperationAdd(CARD, card.encode()))
-        gone = [name for name in files if name.startswith(_OWN_FOLDERS) and name not in paths]
+        parts = set(part_files())
+        gone = [name for name in files if (name.startswith(_OWN_FOLDERS) or name in parts) and name not in paths]
         commit = api.create_commit(
             repo_id,
             [*additions, *(CommitOperationDelete(name) for name in gone)],

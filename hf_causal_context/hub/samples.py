@@ -57,7 +57,7 @@ def show_images(
         return generate(base, some, seeds=seeds, class_label=class_label, batch_size=batch_size, **call)
 
     (folder / "pictures").mkdir()
-    paths = _image_paths(contexts)
+    paths = {context: f"pictures/{name}.png" for context, name in _file_names(contexts).items()}
     own = {context: sample([context], [seed], batch_size=1)[0] for context in contexts}  # as the card's code does
     for context, path in paths.items():
         to_image(own[context][0]).save(folder / path)
@@ -101,17 +101,17 @@ def show_images(
     )
 
 
-def _image_paths(contexts: Sequence[Context]) -> dict[Context, str]:
-    """One file each, of a length that file systems take and different in more than case."""
-    paths: dict[Context, str] = {}
+def _file_names(contexts: Sequence[Context]) -> dict[Context, str]:
+    """Names of files of a length that file systems take, and different in more than case."""
+    names: dict[Context, str] = {}
     taken = {"grid", "strengths"}  # what else is there
     for number, context in enumerate(contexts):
         name = file_name(str(context) or "obs")[:_LONGEST_NAME]
         if name.casefold() in taken:
             name = f"{name}-{number}"
         taken.add(name.casefold())
-        paths[context] = f"pictures/{name}.png"
-    return paths
+        names[context] = name
+    return names
 
 
 @torch.no_grad()
@@ -146,8 +146,8 @@ def show_texts(
     loras: dict[str, str] = {}
     reason = None
     try:
-        for context in filter(None, contexts):
-            path = f"loras/{file_name(str(context))}"
+        for context, name in _file_names([context for context in contexts if context]).items():
+            path = f"loras/{name}"
             save_baked(model, context, folder / path)
             loras[str(context)] = path
     except ValueError as error:  # not every adapter is linear

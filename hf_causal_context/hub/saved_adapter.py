@@ -14,7 +14,7 @@ from ..adapter.followed_pipeline import Followed
 from ..adapter.saving import write_adapter_of
 from ..bases.names import is_packaged
 from ..errors import UserValueError
-from ..inference.pipelines import component_at_top, context_adapters
+from ..inference.pipelines import component_at_top, context_adapters, part_files, remove_other_parts
 from .card_code import python_literal
 from .repository import check_pushable, hub_errors
 
@@ -64,6 +64,7 @@ class SavedAsAdapter(Followed):
             for component, model in owners.items():
                 inside = unfinished if component == top else unfinished / component
                 write_adapter_of(model, name, inside)
+        remove_other_parts(folder, owners.keys() - {top})
         if push_to_hub:
             self.push_to_hub(repo_id or folder.resolve().name, **options)
 
@@ -111,7 +112,11 @@ class SavedAsAdapter(Followed):
                 )
                 ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(Path(folder, CARD))
             return api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message=commit_message, create_pr=create_pr
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                create_pr=create_pr,
+                delete_patterns=part_files(),  # those that are not in the folder
             ).commit_url
 
     def _adapter(self) -> tuple[str, dict[str, Any]]:

@@ -56,6 +56,7 @@ class StoredAdapter:
         given_revision: of the base.
         adapter_revision: of the adapter's repository.
         token: for private repositories, the adapter's and the base's.
+        place: the folder or repository, and the sub-folder in it.
     """
 
     source: str
@@ -65,6 +66,7 @@ class StoredAdapter:
     given_revision: str | None
     adapter_revision: str | None
     token: str | bool | None
+    place: tuple[str, str | None] = ("", None)
 
     @classmethod
     def open(
@@ -110,7 +112,9 @@ class StoredAdapter:
                 f"{source} holds no adapter: there is no {CONFIG} in it. "
                 + (unfinished if checkpoints else "Give the folder that a training wrote, or the id of a repository.")
             )
-        return cls(source, folder, CausalContextConfig.read(folder, source), base, revision, adapter_revision, token)
+        config = CausalContextConfig.read(folder, source)
+        place = (str(adapter), subfolder)
+        return cls(source, folder, config, base, revision, adapter_revision, token, place)
 
     @property
     def is_of_language_model(self) -> bool:
@@ -142,7 +146,9 @@ class StoredAdapter:
         path = self.folder / name
         try:
             if not path.exists() and not Path(self.source).is_dir():
-                path = Path(hf_hub_download(self.source, name, revision=self.adapter_revision))
+                repository, subfolder = self.place
+                found_at = {"revision": self.adapter_revision, "token": self.token}
+                path = Path(hf_hub_download(repository, name, subfolder=subfolder, **found_at))
             found = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, EntryNotFoundError, ValueError):
             return {}

@@ -20,17 +20,19 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .._files import complete_or_absent, file_name
+from .._files import complete_or_absent
 from .._messages import quoted
 from .._progress import ProgressBar
 from ..adapter.baking import adapter_config, bake, check_linear, context_strengths
 from ..adapter.config import CausalContextConfig
 from ..adapter.layer import CausalContextLayer
+from ..adapter.peft_type import PEFT_PREFIX
 from ..adapter.read_back import write_lora
 from ..bases.diffusion_base import DiffusionBase
 from ..contexts import ConceptSet, Context
 from ..errors import UserValueError
 from .comfyui import comfyui_format, lumina_state
+from .context_files import context_files
 
 FileFormat = Literal["peft", "diffusers", "kohya", "comfyui"]
 _SUFFIXES = {"peft": "", "gguf": ".gguf"}  # of files, where it is not .safetensors
@@ -134,17 +136,10 @@ def lora_paths(
             "The empty context of this adapter is the base model itself; its LoRA would change nothing. Leave it out."
         )
     suffix = _SUFFIXES.get(file_format, ".safetensors")
-    files: dict[Path, Context] = {}
-    taken: dict[str, Context] = {}
-    for context in wanted:
-        name = file_name(str(context) or "obs")
-        other = taken.setdefault(name.casefold(), context)  # some file systems do not tell cases apart
-        if other != context:
-            raise UserValueError(
-                f"The contexts {str(other)!r} and {str(context)!r} would both be written to {name + suffix!r}. Export "
-                "them one by one, into folders of their own."
-            )
-        files[output_dir / (name + suffix)] = config.calibrated(context) if calibrated else context
+    files = {
+        output_dir / (name + suffix): config.calibrated(context) if calibrated else context
+        for context, name in context_files(wanted).items()
+    }
     if existing := [str(path) for path in files if path.exists()]:
         raise FileExistsError(f"These exist: {', '.join(existing)}. Choose another --output_dir, or remove them.")
     return files
@@ -178,7 +173,7 @@ def _check_format(base: DiffusionBase, models: dict[str, nn.Module], file_format
 
 def _lora(component: str, model: nn.Module, context: Context) -> _Lora:
     config, weights = bake(model, context)
-    weights = {key.removeprefix("base_model.model."): weight for key, weight in weights.items()}
+    weights = {key.removeprefix(PEFT_PREFIX): weight for key, weight in weights.items()}
     if component.startswith("text_encoder"):
         # The names in files are those of older versions of transformers, which nest the encoder once more.
         weights = {f"text_model.{key}" if key.startswith("encoder.") else key: w for key, w in weights.items()}

@@ -11,6 +11,7 @@ from .._files import complete_or_absent
 from ..adapter.baking import check_linear
 from ..adapter.intervene import intervene
 from ..adapter.lookup import adapted_layers, conditionings
+from ..adapter.trained_tokens import ContextTokens
 from ..bases.diffusion_base import DiffusionBase
 from ..contexts import Context
 from .adapted import StoredAdapter
@@ -50,7 +51,8 @@ def merge(base: DiffusionBase, context: Context) -> None:
     modules = [part for part in base.pipe.components.values() if isinstance(part, nn.Module) and conditionings(part)]
     with intervene(base.pipe, context):
         for module in modules:
-            for layer in adapted_layers(module).values():
+            tokens = [inner for inner in module.modules() if isinstance(inner, ContextTokens)]
+            for layer in [*adapted_layers(module).values(), *tokens]:
                 layer.merge(safe_merge=True)
     for module in modules:
         del cast(Any, module).peft_config["default"]

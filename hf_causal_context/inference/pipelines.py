@@ -7,15 +7,15 @@ lie in sub-folders with the components' names. So does every adapter of a saved 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from peft import PeftConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .._files import CONFIG
+from .._files import CONFIG, WEIGHTS
 from .._messages import quoted
 from ..adapter.compatibility import check_fits
 from ..adapter.conditioning.hooks import Conditioning
@@ -71,7 +71,8 @@ def load_context_adapter(
         OSError: for something that holds no adapter, or cannot be reached.
         AdapterError: for another kind of adapter, one that was trained for another model, or damaged files.
         ValueError: for a name that is taken or that weights cannot have, a pipeline with sequential or group
-            offloading (load the adapter first), or a hot swap with an adapter of another configuration.
+            offloading (load the adapter first), an adapter that must be loaded before another one, or a hot swap with
+            an adapter of another configuration.
 
     Example:
         >>> pipe = load_context_adapter(pipe, "user/digits-context")   # doctest: +SKIP
@@ -80,14 +81,29 @@ def load_context_adapter(
     """
     modules = _modules(pipe)
     check_adapter_name(adapter_name)
-    places = adapter_places(modules, adapter_name)
-    folder = download(repo_or_folder, revision=revision, token=token, places=places)
+    places = dict.fromkeys([*adapter_places(), *adapter_places(modules, adapter_name)])
+    folder = download(repo_or_folder, revision=revision, token=token, places=list(places))
     return attach(pipe, folder, str(repo_or_folder), adapter_name, hotswap)
 
 
 def adapter_places(components: Iterable[str] = _COMPONENTS, adapter_name: str = "default") -> list[str]:
     """Where in a folder the adapters of a pipeline may lie; without arguments, of any pipeline of diffusers."""
     return ["", *(f"{name}/" for name in components), *(f"{name}/{adapter_name}/" for name in components)]
+
+
+def part_files() -> list[str]:
+    """Return where a folder holds the parts of an adapter that are not at its top, in files that may be there."""
+    return [place + file for place in adapter_places() if place for file in (CONFIG, WEIGHTS)]
+
+
+def remove_other_parts(folder: Path, written: Collection[str]) -> None:
+    """Remove the parts of an adapter that a folder held before, of other components than those that were written.
+
+    Whoever loads the folder would get them, too.
+    """
+    for file in map(Path, part_files()):
+        if file.parts[0] not in written:
+            (folder / file).unlink(missing_ok=True)
 
 
 def attach(pipe: Pipeline, folder: Path, source: str, adapter_name: str = "default", hotswap: bool = False) -> Pipeline:
@@ -99,6 +115,13 @@ def attach(pipe: Pipeline, folder: Path, source: str, adapter_name: str = "defau
             f"{source} holds no adapter: there is no {CONFIG} in it, or in a sub-folder with the name of a "
             f"component of the pipeline ({quoted(modules)})."
         )
+    here = {Path(file).parts[0] for file in part_files() if (folder / file).exists()}
+    if lacking := sorted(here.difference(modules)):
+        warnings.warn(
+            f"{source} also has an adapter of {quoted(lacking)}, and {type(pipe).__name__} has no such component, so "
+            "that part does nothing. Load the pipeline with it, unless you pass prompt embeddings.",
+            stacklevel=3,
+        )
     chosen: dict[str, tuple[CausalContextConfig, dict[str, Tensor]]] = {}
     for name, path in found.items():
         part = source if name is None else f"{source} ({path.relative_to(folder)})"
@@ -106,6 +129,7 @@ def attach(pipe: Pipeline, folder: Path, source: str, adapter_name: str = "defau
         component = name or _component_for(pipe, modules, config, part)
         if not hotswap:
             _check_name(modules[component], component, adapter_name)
+            _check_order(modules[component], component, config, part)
         _check_weights_are_here(modules[component], component)
         check_fits(modules[component], config, read_header(path, config.layout(), part), part)
         chosen[component] = config, read_weights(path, part)
@@ -237,6 +261,16 @@ def _check_name(module: nn.Module, component: str, adapter_name: str) -> None:
     check_adapter_name(adapter_name, module)
 
 
+def _check_order(module: nn.Module, component: str, config: CausalContextConfig, source: str) -> None:
+    """Refuse what PEFT cannot load beside an adapter that keeps whole modules or tokens."""
+    plain = not config.modules_to_save and config.trainable_token_indices is None
+    if plain and any(isinstance(inner, AuxiliaryTrainingWrapper) for inner in module.modules()):
+        raise UserValueError(
+            f"An adapter with whole modules or trained tokens is loaded into pipe.{component}, and {source} has none, "
+            f"which PEFT cannot load after it. Unload the other one, load {source} first, then the other one."
+        )
+
+
 def _check_weights_are_here(module: nn.Module, component: str) -> None:
     if any(_is_offloaded(inner) for inner in list(module.modules())[1:]):
         raise UserValueError(
@@ -281,6 +315,9 @@ def _detach(module: nn.Module, adapter_name: str) -> None:
     for layer in layers:
         if adapter_name in layer.causal_context_down:
             layer.delete_adapter(adapter_name)
+    for copies in [inner for inner in module.modules() if isinstance(inner, AuxiliaryTrainingWrapper)]:
+        if adapter_name in copies._adapters:
+            copies.delete_adapter(adapter_name, sorted(copies._adapters - {adapter_name})[:1])
     configs: dict[str, PeftConfig] = getattr(module, "peft_config", {})
     configs.pop(adapter_name, None)
     if not any(layer.causal_context_down for layer in layers):
@@ -301,7 +338,7 @@ def unwrap(module: nn.Module, owners: Iterable[Conditioning], keep: str | None =
     if not getattr(module, "peft_config", {}):
         for path, inner in list(module.named_modules()):
             if isinstance(inner, AuxiliaryTrainingWrapper):
-                copies = cast(Any, inner)
-                module.set_submodule(path, copies.modules_to_save[keep] if keep else copies.original_module)
+                kept = inner.modules_to_save[keep] if keep and isinstance(inner, ModulesToSaveWrapper) else None
+                module.set_submodule(path, kept or cast(Any, inner).original_module)
         for attribute in ("peft_config", "_hf_peft_config_loaded"):
             module.__dict__.pop(attribute, None)

@@ -8,7 +8,7 @@ from peft import get_peft_model
 from torch import nn
 
 from hf_causal_context import CausalContextConfig, causal_effects
-from hf_causal_context.adapter.effects import CausalEffects, _blocks_and_kinds
+from hf_causal_context.adapter.effects import CausalEffects, _blocks_and_kinds, _mixing
 from hf_causal_context.adapter.lookup import adapted_layers
 
 from .small import VARIANTS, Mlp, adapted, gpt2
@@ -68,6 +68,13 @@ def test_a_frozen_weight_of_zeros():
     model = adapted()
     model.get_base_model().second.base_layer.weight.data.zero_()
     assert causal_effects(model).changes.isfinite().all()
+
+
+def test_matrices_are_where_the_weights_are():
+    """A mechanism without parameters has none of its own to go by."""
+    model = adapted(target_modules=["second"])
+    layer = model.get_base_model().second.to("meta")
+    assert _mixing(layer, "default", torch.ones(1, 3)).device.type == "meta"
 
 
 class TestImages:

@@ -9,7 +9,7 @@ import transformers
 from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 
-from hf_causal_context import bake, intervene, load_context_adapter, unload_context_adapter
+from hf_causal_context import bake, causal_effects, intervene, load_context_adapter, unload_context_adapter
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.data.worlds.digits import CONCEPTS as DIGIT_CONCEPTS
 from hf_causal_context.inference.sampling import generate
@@ -42,6 +42,15 @@ def small(name, **kwargs):
     model = adapted(architecture.build(), **{"alpha": 0.2} | targets | kwargs).to(DEVICE)
     values = moved(architecture.inputs(4))
     return model, lambda called=model, **more: architecture.output(called(**values, **more))
+
+
+def test_what_concepts_change_is_read_from_weights_there():
+    for variant in ("independent", "reduced, anchored"):
+        model, _ = small("unet2d_condition", **VARIANTS[variant])
+        effects = causal_effects(model)
+        here = causal_effects(model.cpu())
+        torch.testing.assert_close(effects.changes, here.changes, **SAME)
+        torch.testing.assert_close(effects.interventional, here.interventional, **SAME)
 
 
 class TestDenoisers:

@@ -167,6 +167,14 @@ class TestSaving:
         assert files == {CONFIG, WEIGHTS, f"text_encoder/{CONFIG}", f"text_encoder/{WEIGHTS}", "notes.txt"}
         assert torch.equal(images(CausalContextPipeline.from_pretrained(tmp_path / "saved")), expected)
 
+    def test_a_part_of_an_adapter_that_was_there_before_goes(self, pipe, expected, tmp_path):
+        pipe.save_pretrained(tmp_path / "saved")
+        (tmp_path / "saved" / "text_encoder_2").mkdir()
+        (tmp_path / "saved" / "text_encoder_2" / CONFIG).write_text("{}")
+        pipe.save_pretrained(tmp_path / "saved")
+        assert not (tmp_path / "saved" / "text_encoder_2" / CONFIG).exists()
+        assert torch.equal(images(CausalContextPipeline.from_pretrained(tmp_path / "saved")), expected)
+
     @pytest.mark.parametrize("twin", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])
     def test_copies_save_the_adapter_too(self, twin, pipe, tmp_path):
         twin(pipe).save_pretrained(tmp_path / "saved")

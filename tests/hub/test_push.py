@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 
 from hf_causal_context import intervene
+from hf_causal_context._files import CONFIG
 from hf_causal_context.hub import load, push, save
 
 from ..test_pipelines import build, run, write_adapter
@@ -141,6 +142,14 @@ class TestAgain:
         push(folder, REPO)
         assert changed(pushed) == {"pictures/old.png", "loras/old.safetensors"}
         assert pushed.contents()["notes.txt"] == b"mine"
+
+    def test_a_part_that_the_adapter_no_longer_has_is_removed(self, pushed, folder):
+        """Whoever loads the repository would get it, too."""
+        pushed.edit(
+            {f"text_encoder/{CONFIG}": "{}", f"text_encoder/{WEIGHTS}": b"\0", "text_encoder/notes.txt": "mine"}
+        )
+        push(folder, REPO)
+        assert changed(pushed) == {f"text_encoder/{CONFIG}", f"text_encoder/{WEIGHTS}"}
 
     def test_an_edited_card_is_kept(self, pushed, folder, capsys):
         pushed.edit({CARD: EDITED})

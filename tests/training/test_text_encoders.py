@@ -13,6 +13,7 @@ from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hf_causal_context import CausalContextConfig, intervene, load_context_adapter
+from hf_causal_context._files import CONFIG
 from hf_causal_context.bases.families.flux import Flux
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.cli import main
@@ -21,6 +22,7 @@ from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.denoiser.objectives import Batch, denoising_objective
 from hf_causal_context.training.denoiser.text_encoders import AdaptedPipeline
 from hf_causal_context.training.finetune import train
+from hf_causal_context.training.loop.checkpoints import save_model
 from hf_causal_context.training.loop.corruption import find_corruption
 from hf_causal_context.training.noise import Draws
 
@@ -350,3 +352,13 @@ def test_a_base_without_captions_is_refused(run, tmp_path):
     write_folders(tmp_path / "plain")
     with pytest.raises(ValueError, match="--train_text_encoder was given, but DDPMPipeline takes no captions. Leave"):
         run("ddpm", train_data_dir=str(tmp_path / "plain"))
+
+
+def test_a_run_without_encoders_leaves_none_of_an_earlier_run(pipeline_folder, tmp_path):
+    base = load_base(str(pipeline_folder("stable_diffusion")))
+    (tmp_path / "text_encoder").mkdir()
+    (tmp_path / "text_encoder" / CONFIG).write_text("{}")
+    (tmp_path / "text_encoder" / "notes.txt").write_text("mine")
+    save_model(attach(base.denoiser), tmp_path)
+    assert {path.name for path in (tmp_path / "text_encoder").iterdir()} == {"notes.txt"}
+    assert (tmp_path / CONFIG).exists()

@@ -1,8 +1,7 @@
 """Which row of a batch has which context: from samples to a model's rows, and from those to a layer's rows.
 
 What cannot be known is an error, never a guess. Shapes: S samples, N rows of the model's input, n rows of a layer's
-input, K concepts. Strengths have 1 + K columns: of the
-observational part, then of the concepts.
+input, K concepts. Strengths have 1 + K columns: of the observational part, then of the concepts.
 """
 
 from __future__ import annotations

@@ -24,9 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from ..._files import ARGUMENTS, CHECKPOINT_NAME, PARTIAL, checkpoint_steps, complete_files, complete_or_absent
+from ..._files import ARGUMENTS, CHECKPOINT_NAME, PARTIAL, WEIGHTS, checkpoint_steps, complete_files, complete_or_absent
 from ...adapter.config import CausalContextConfig
 from ...errors import UserError, UserValueError
+from ...inference.pipelines import remove_other_parts
 from ..arguments import OLDER_RUNS, AdapterArguments, OptimizationArguments
 from .corruption import find_corruption, read_record, write_record
 from .parts import adapted_models
@@ -89,8 +90,10 @@ def save_model(model: nn.Module, folder: Path) -> None:
     Raises:
         CheckpointError: when they cannot be written.
     """
-    name = "adapter_model.safetensors" if adapted_models(model) else SAFETENSORS_WEIGHTS_NAME
-    write_files(folder, name, lambda unfinished: _write(model, unfinished))
+    parts = adapted_models(model)
+    write_files(folder, WEIGHTS if parts else SAFETENSORS_WEIGHTS_NAME, lambda unfinished: _write(model, unfinished))
+    if parts:
+        remove_other_parts(folder, parts)
 
 
 def write_files(folder: Path, name: str, save: Callable[[Path], object]) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from ..._files import ARGUMENTS
+from ..._files import ARGUMENTS, CONFIG, WEIGHTS
 from ...errors import UserValueError
 
 _REQUIRED = (ARGUMENTS, "optimizer.bin", "custom_checkpoint_0.pkl", "random_states_0.pkl")
-_WEIGHTS = (("adapter_model.safetensors", "adapter_config.json"), (SAFETENSORS_WEIGHTS_NAME, "config.json"))
+_WEIGHTS = ((WEIGHTS, CONFIG), (SAFETENSORS_WEIGHTS_NAME, "config.json"))
 
 
 RECORD = "checkpoint.json"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from ...adapter.peft_type import PREFIX
+from ...adapter.peft_type import PEFT_PREFIX, PREFIX
 from ...errors import UserValueError
 from .parts import adapted_models
 
@@ -31,7 +31,7 @@ class Untrained:
         self._trained: dict[str, list[nn.Parameter]] = defaultdict(list)
         for name, parameter in model.named_parameters() if adapted_models(model) else ():
             if parameter.requires_grad:
-                module = name.replace("base_model.model.", "", 1).partition(f".{PREFIX}")[0]
+                module = name.replace(PEFT_PREFIX, "", 1).partition(f".{PREFIX}")[0]
                 self._trained[module].append(parameter)
         self._left, self._several, self._steps = list(self._trained), num_processes > 1, 0
 
