@@ -41,8 +41,8 @@ from .counterfactual_study import (
 )
 from .image_composition_methods import Study
 
-TRUTH, NO_EDIT, OURS = "the truth", "no edit", "this adapter"
-METHODS = (NO_EDIT, "autoencoder", "SDEdit", "DDIM inversion", "stacked LoRAs", OURS)
+TRUTH, NO_EDIT, OURS, PAIRED = "the truth", "no edit", "this adapter", "this adapter, trained on pairs"
+METHODS = (NO_EDIT, "autoencoder", "SDEdit", "DDIM inversion", "stacked LoRAs", OURS, PAIRED)
 NULL_EDITS, NULL_IMAGES = 10, 16  # one after the other
 SETTINGS = (
     *("world", "num_images", "num_inference_steps", "rows_per_context"),
@@ -85,11 +85,12 @@ def edits_of(method: str, task: Task, study: Study, arguments: argparse.Namespac
     else:
         make = {
             OURS: methods.ours,
+            PAIRED: methods.ours,
             "SDEdit": methods.sdedit,
             "DDIM inversion": methods.ddim_inversion,
             "stacked LoRAs": partial(methods.stacked_loras, study=study, updates=arguments.max_train_steps),
         }[method]
-        edit = make(adapted_base(study, arguments.max_train_steps, task.reweighted), steps)
+        edit = make(adapted_base(study, arguments.max_train_steps, task.reweighted, method == PAIRED), steps)
     factual = floats(task.factual[0])
     contexts = task.world.contexts[1:]
     made = {str(context): images for context, images in zip(contexts, edit(factual, contexts), strict=True)}
@@ -128,7 +129,7 @@ def main() -> None:
     study = Study(world, base, folder, arguments.rows_per_context, arguments.num_images, arguments.seed)
     edits: dict[str, dict[str, Tensor]] = {}
     for method in arguments.methods:
-        file = folder / f"{method.replace(' ', '-')}.pt"
+        file = folder / f"{method.replace(', ', '-').replace(' ', '-')}.pt"
         if not file.exists():
             with complete_or_absent(file) as unfinished:
                 torch.save({"settings": settings, "edits": edits_of(method, task, study, arguments)}, unfinished)
@@ -139,8 +140,8 @@ def main() -> None:
     edits[TRUTH] |= {f"null {number}": factual[:NULL_IMAGES] for number in (1, NULL_EDITS)}
     write_tables(task, Judge(task, folder), edits)
     shown = {"": factual, **{f"{c}: truth": edits[TRUTH][str(c)] for c in world.contexts[1:]}}
-    if OURS in edits:
-        shown |= {f"{c}: {OURS}": edits[OURS][str(c)] for c in world.contexts[1:]}
+    for method in {OURS, PAIRED} & edits.keys():
+        shown |= {f"{c}: {method}": edits[method][str(c)] for c in world.contexts[1:]}
     image_grid([images[:8] for images in shown.values()], list(shown)).save(folder / "grid.png")
 
 

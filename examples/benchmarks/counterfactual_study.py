@@ -145,14 +145,14 @@ def prepare_base(world: World, folder: Path, steps: int, num_images: int) -> Pat
     return folder
 
 
-def adapted_base(study: Study, steps: int, reweighted: tuple[str, ...]) -> DiffusionBase:
-    """Return the base with our adapter, which is trained once."""
-    settings = study.settings("ours", steps)
+def adapted_base(study: Study, steps: int, reweighted: tuple[str, ...], paired: bool = False) -> DiffusionBase:
+    """Return the base with our adapter, on pairs or not, which is trained once."""
+    settings = study.settings("ours-paired" if paired else "ours", steps)
     folder = Path(settings.output_dir)
     if not (folder / "adapter_model.safetensors").exists():
         # The base was trained on the observational set.
         settings = dataclasses.replace(settings, observational_rank=0, reweighted_contexts=list(reweighted))
-        train(settings, study.load_base(), study.data)
+        train(settings, study.load_base(), study.paired_data if paired else study.data)
     base = study.load_base()
     load_context_adapter(base.pipe, folder).set_progress_bar_config(disable=True)
     return base

@@ -57,6 +57,16 @@ class Study:
         """With sets of the combinations."""
         return self._data(self.world.seen_by_oracle)
 
+    @cached_property
+    def paired_data(self) -> InterventionalData:
+        """The sets of `data`, but of the same samples in every context."""
+        same = dataclasses.replace(
+            self.world, draw=lambda n, context, seed: self.world.draw(n, context, 100 * self.seed)
+        )
+        data: Any = dataclasses.replace(self, world=same).data
+        names = [str(number % self.rows_per_context) for number in range(len(data.rows))]
+        return dataclasses.replace(data, rows=data.rows.add_column("pair", names))
+
     def _data(self, contexts: tuple[Context, ...]) -> InterventionalData:
         return drawn_data(
             self.world.draw, self.world.concepts, contexts, self.rows_per_context, self.seed, training_contexts=contexts

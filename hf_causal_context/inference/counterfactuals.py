@@ -16,7 +16,6 @@ Shapes: B images, L strengths, S steps, C channels, H x W pixels or latent pixel
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -37,12 +35,12 @@ from ..bases.loading import as_base
 from ..contexts import OBSERVATIONAL, Context, ContextLike, as_context
 from ..errors import UserTypeError, UserValueError
 from .sampling import check_conditions, eval_mode
+from .sampling_steps import Step, clean_of, sampling_steps
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 VISIBLE_ERROR = 0.05  # root mean square, of images in [0, 1]: what an eye sees when it compares
-_SMALLEST_SNR = 1e-4
 _SOME_NOISE = 0.15  # of data of about unit variance: the base must draw their details again, and knows the rest
 
 
@@ -246,37 +244,11 @@ class Sampler:
         if self.base.prediction != "flow":
             times = times.long()
         output = self.base.predict(self.base.denoiser, x.to(self.dtype), times, conditions, None).float()
-        if self.base.prediction == "sample":
-            return output
-        if self.base.prediction == "flow":
-            return x - step.sigma * output
-        if self.base.prediction == "v_prediction":
-            return step.alpha * x - step.sigma * output
-        return (x - step.sigma * output) / step.alpha
+        return clean_of(self.base.prediction, x, output, step.alpha, step.sigma)
 
     def grid(self, clean: Tensor) -> list[Step]:
         """Steps from noise towards the image."""
-        scheduler: Any = self.base.pipe.scheduler
-        if self.base.prediction == "flow":
-            flow: Any = self.base.euler_scheduler()
-            flow.set_timesteps(self.steps, **self.base.flow_schedule(self.steps, clean))
-            times, sigmas = flow.timesteps, flow.sigmas.double()
-            alphas = 1 - sigmas
-        else:
-            diffusion: Any = DDIMScheduler.from_config(scheduler.config)
-            diffusion.set_timesteps(self.steps)
-            times, squares = diffusion.timesteps, diffusion.alphas_cumprod[diffusion.timesteps].double()
-            # What is predicted of (almost) pure noise is not about the image.
-            times, squares = times[squares > _SMALLEST_SNR], squares[squares > _SMALLEST_SNR]
-            if not len(times):
-                raise UserValueError(
-                    f"num_inference_steps={self.steps} leads from pure noise to the image without a step in between. "
-                    "Use more; 50 is usual."
-                )
-            alphas = torch.cat([squares.sqrt(), torch.ones(1)])
-            sigmas = torch.cat([(1 - squares).sqrt(), torch.zeros(1)])
-        columns = (times, alphas[:-1], sigmas[:-1], alphas[1:], sigmas[1:])
-        return [Step(*(float(value) for value in row)) for row in zip(*columns, strict=True)]
+        return sampling_steps(self.base, self.steps, clean)
 
     def _conditions(self, contexts: list[Context]) -> dict[str, Tensor]:
         """Those of rows in these contexts, which text encoders may know, too."""
@@ -289,31 +261,6 @@ class Sampler:
             encoded = self.base.encode_captions([self.prompt or ""] * len(each))
         rows = torch.tensor([each.index(context) for context in contexts], device=self.device)
         return {name: values[rows.to(values.device)] for name, values in encoded.items()}
-
-
-@dataclass(frozen=True)
-class Step:
-    """From x' = alpha x + sigma e to the less noisy one; `time` as the denoiser knows it."""
-
-    time: float
-    alpha: float
-    sigma: float
-    next_alpha: float
-    next_sigma: float
-
-    @property
-    def deviation(self) -> float:
-        """Of the less noisy x', given the noisier one and the clean image; 1 where that is certain."""
-        return self.next_sigma * math.sqrt(max(0.0, 1 - self._kept**2)) or 1.0
-
-    def mean(self, x: Tensor, clean: Tensor) -> Tensor:
-        """Of the less noisy x'."""
-        return self.next_alpha * clean + self.next_sigma * self._kept * (x - self.alpha * clean) / self.sigma
-
-    @property
-    def _kept(self) -> float:
-        """How much of the noise in x stays."""
-        return self.alpha * self.next_sigma / (self.next_alpha * self.sigma)
 
 
 def _repeated(rows: Tensor, contexts: Sequence[Context]) -> Tensor:

@@ -27,6 +27,7 @@ from .context_losses import ContextLosses
 from .denoiser.batches import DenoiserBatches
 from .denoiser.class_images import class_images
 from .denoiser.clips import check_clips, clip_length
+from .denoiser.edits import EditObjective
 from .denoiser.features import denoiser_features
 from .denoiser.flips import Flips
 from .denoiser.gap import NUM_ROWS, check_measurable, denoiser_gap
@@ -160,7 +161,9 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
 
     def objective(self) -> Objective:
         objective = denoising_objective(self.base, self.arguments.snr_gamma)
-        return with_encoders(objective) if self.arguments.train_text_encoder else objective
+        if self.arguments.train_text_encoder:
+            return with_encoders(objective)
+        return EditObjective(self.base, objective) if self.data.has_pairs else objective
 
     def measure_gap(self) -> BaseGap:
         check_measurable(self.base)

@@ -30,6 +30,7 @@ from .captions import changed_captions
 from .checks import check_conditions
 from .class_images import CLASS_IMAGES, with_class_images
 from .clips import clip_length
+from .edits import BEGIN, Edits, Pairs, not_edited
 from .flips import Flips
 from .objectives import Batch
 from .rows import ENCODED_AT_ONCE, Bucket, PreparedRows, Reader, content_of, encode_rows, scaled_masks, stack
@@ -78,7 +79,14 @@ class DenoiserBatches:
         self._flips = Flips(arguments, data.concepts)
         self._reader = self._reader_of((self._resolution, self._resolution))
         self._buckets: list[Bucket] = []
+        self._pairs: Pairs | None = None
         if isinstance(data.rows, Dataset):
+            if data.has_pairs and (reason := not_edited(base, data, arguments)):
+                if rank == 0:
+                    say(reason)
+            elif data.has_pairs:
+                # A dry run measures the first steps, and most steps of the run have edits.
+                self._pairs = Pairs(data, arguments, 0 if arguments.dry_run else int(BEGIN * num_batches))
             self._rows = rows = with_class_images(data, data.rows, arguments)
             if arguments.class_data_dir is not None:
                 self._weights[CLASS_IMAGES] = arguments.prior_loss_weight
@@ -119,7 +127,24 @@ class DenoiserBatches:
             slots = self._slots(number)
             if self._arguments.caption_dropout or self._arguments.shuffle_tags:
                 columns["caption"] = list(changed_captions(self._captions_of(columns), slots, self._arguments))
-            yield self._to_batch(columns, Draws(self._arguments.seed, slots))
+            batch = self._to_batch(columns, Draws(self._arguments.seed, slots))
+            batch.edits = self._edits(number)
+            yield batch
+
+    def _edits(self, number: int) -> Edits | None:
+        """Return the pairs that are edited with the batch of this number, read as they are, not mirrored."""
+        if self._pairs is None:
+            return None
+        slots, numbers, partners = self._pairs.chosen(number, self._slots(number))
+        if not slots:
+            return None
+        rows = PreparedRows(self._rows, self._buckets, {})
+        intervened, plain = (
+            self._to_batch(stack(rows.__getitems__(some)), Draws(self._arguments.seed, ()))
+            for some in (numbers, partners)
+        )
+        seed = self._arguments.seed
+        return Edits(plain.clean, intervened.clean, intervened.context, intervened.conditions, seed, slots)
 
     def _slots(self, number: int) -> range:
         return slots_of(number, self._arguments.train_batch_size, self._rank, self._world_size)

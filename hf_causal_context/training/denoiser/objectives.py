@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...bases.diffusion_base import DiffusionBase
 from ...errors import UserValueError
 from ..noise import Draws
+from .edits import Edits
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Batch:
     mask. `conditions`: row-wise tensors of captions or classes. `draws`: the samples' noise. `loss_mask` (B, 1, H, W):
     how much each place counts in the loss; None where all count alike. `captions`: those of the rows that are still to
     be encoded, if any. `apart` (B,), bool: which samples are class images, whose losses are of no context; None where
-    none are.
+    none are. `edits`: pairs to train on besides, if any.
     """
 
     clean: Tensor
@@ -35,6 +36,7 @@ class Batch:
     loss_mask: Tensor | None = None
     captions: list[str] = field(default_factory=list)
     apart: Tensor | None = None
+    edits: Edits | None = None
 
     def losses(self, errors: Tensor) -> Tensor:
         """Errors (B, C, H, W) -> the means of their squares (B,), over what the masks show."""

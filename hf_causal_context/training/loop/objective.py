@@ -11,5 +11,5 @@ class Objective(Protocol):
     """A loss for the training loop."""
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        """Losses (B,), one per sample."""
+        """Losses (B,), one per sample; further ones may follow, which belong to none."""
         ...

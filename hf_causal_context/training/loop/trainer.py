@@ -247,7 +247,7 @@ class Run:
                     losses = self.objective(self.wrapped, batch)
                     loss = losses.mean()
                 if self.record.names:
-                    self.record.add(place, batch.context, losses, getattr(batch, "apart", None))
+                    self.record.add(place, batch.context, losses[: len(batch.context)], getattr(batch, "apart", None))
                 accelerator.backward(loss)
                 total += loss.detach() / accumulation
         self.hooks.end_backward()

@@ -1,0 +1,149 @@
+"""Training on pairs: the denoiser also learns at the states that its own edits of images pass through.
+
+An edit (`counterfactual`) carries the noise of the image that it starts from, so on its way it holds details of that
+image, which noised samples of a context do not. Strokes that would have to lie elsewhere are then held in place. Where
+the data has the image in both contexts, it is known how every state should go on. With the states x_t of the image x_0,
+and y_t of its edit towards the partner y_0, an edit arrives at the partner if at each level
+
+    clean(y_t; to) - clean(x_t; from) = y_0 - x_0,
+
+and this is what is learned. States are those of the model as it is, not those of perfect edits: Ross, Gordon and
+Bagnell, "A Reduction of Imitation Learning and Structured Prediction to No-Regret Online Learning" (AISTATS 2011).
+
+Shapes: q pairs, S steps of an edit, n states that are learned at, C channels, H x W (latent) pixels, K concepts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from ...bases.diffusion_base import DiffusionBase
+from ...data import InterventionalData
+from ...data.pairs import partners
+from ...inference.sampling_steps import Step, clean_of, sampling_steps
+from ..arguments import TrainingArguments
+from ..loop.objective import Objective
+from ..noise import generator_of
+
+NUM_STEPS = 12  # of an edit
+STATES = 4  # of each edit that are learned at
+ROWS_PER_PAIR = 8  # of a batch: so half as many states as samples
+BEGIN = 0.3  # of the run, after which there is something to edit by
+MOST_WEIGHT = 6.0  # of a squared error of the clean image, which velocities weigh by 1 / sigma^2
+_EDIT = 3  # see noise.py: what else a sample's slot decides
+
+
+@dataclass
+class Edits:
+    """Pairs to edit, on the model's device.
+
+    `factual` and `partner` (q, C, H, W): what the denoiser models, without intervention and in `context` (q, K), a
+    mask. `conditions`: row-wise tensors of captions or classes. `slots`: positions in the run that noise belongs to.
+    """
+
+    factual: Tensor
+    partner: Tensor
+    context: Tensor
+    conditions: dict[str, Tensor]
+    seed: int
+    slots: list[int]
+
+
+def not_edited(base: DiffusionBase, data: InterventionalData, arguments: TrainingArguments) -> str:
+    """Say why a training does not look at the pairs of the data; empty where it does."""
+    reasons = {
+        "bases of videos are not edited": base.is_video,
+        "nobody knows what edits should do where masks leave images out": data.has_masks,
+        "in buckets, both images of a pair may have different sizes": arguments.aspect_ratio_buckets,
+        "text encoders would have to be trained along edits, too": arguments.train_text_encoder,
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), "")
+    return f"The pairs are for evaluate alone, and the training does not look at them: {reason}." if reason else ""
+
+
+class Pairs:
+    """Which rows of the data are pairs, and which of them a batch edits."""
+
+    def __init__(self, data: InterventionalData, arguments: TrainingArguments, first_batch: int) -> None:
+        assert isinstance(data.rows, Dataset)
+        rows = data.rows.with_format(None)
+        contexts = rows["context"][:]
+        self._partners = partners(contexts, rows["pair"][:])
+        self._seed, self._first_batch = arguments.seed, first_batch
+        named = np.array(contexts)
+        self._numbers = {
+            name: numbers
+            for name in data.contexts
+            if len(numbers := np.flatnonzero((named == name) & (self._partners >= 0)))
+        }
+
+    def chosen(self, batch: int, slots: range) -> tuple[list[int], list[int], list[int]]:
+        """Return slots, rows of interventions and rows of their partners, of the pairs of a batch.
+
+        Each context is as likely as the others.
+        """
+        edited = batch >= self._first_batch and bool(self._numbers)
+        slots, rows = slots[: max(1, len(slots) // ROWS_PER_PAIR) if edited else 0], []
+        for slot in slots:
+            generator = np.random.default_rng((self._seed, slot, _EDIT))
+            numbers = list(self._numbers.values())[generator.integers(len(self._numbers))]
+            rows.append(int(numbers[generator.integers(len(numbers))]))
+        return [*slots], rows, self._partners[rows].tolist()
+
+
+class EditObjective:
+    """A base's objective, and after the losses of the samples those of states of edits, where a batch has some."""
+
+    def __init__(self, base: DiffusionBase, objective: Objective) -> None:
+        self.base, self.objective = base, objective
+
+    def __call__(self, model: nn.Module, batch: object) -> Tensor:
+        """Losses (B,) of the samples, then (n,) of states."""
+        losses = self.objective(model, batch)
+        edits: Edits | None = getattr(batch, "edits", None)
+        return losses if edits is None else torch.cat([losses, self.losses(model, edits)])
+
+    def losses(self, model: nn.Module, edits: Edits) -> Tensor:
+        """Losses (n,) of some states of each edit."""
+        steps = sampling_steps(self.base, NUM_STEPS, edits.factual)
+        generators = [generator_of(edits.seed, slot, _EDIT) for slot in edits.slots]
+        shape = (len(steps), *edits.factual.shape[1:])
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators], dim=1)
+        states, targets = self._edit(model, edits, steps, noise.to(edits.factual))
+        order = torch.stack([torch.randperm(len(steps), generator=generator)[:STATES] for generator in generators])
+        step, pair = order.flatten(), torch.arange(len(order)).repeat_interleave(order.shape[1])
+        each = pair.to(edits.factual.device)
+        noisy = states[step.to(states.device), each]
+        levels = torch.tensor([(s.time, s.alpha, s.sigma) for s in steps], device=noisy.device)[step].unbind(1)
+        times, (alpha, sigma) = self._times(levels[0]), (v.view(-1, *(1,) * (noisy.ndim - 1)) for v in levels[1:])
+        conditions = {name: values[each] for name, values in edits.conditions.items()}
+        output = self.base.predict(model, noisy, times, conditions, edits.context[each]).float()
+        clean = clean_of(self.base.prediction, noisy.float(), output, alpha, sigma)
+        errors = (clean - targets[step.to(targets.device), each]).square().flatten(1).mean(1)
+        return errors * sigma.flatten().pow(-2).clamp(max=MOST_WEIGHT)
+
+    @torch.no_grad()
+    def _edit(self, model: nn.Module, edits: Edits, steps: list[Step], noise: Tensor) -> tuple[Tensor, Tensor]:
+        """States of edits, and what should be taken for their clean images there, (S, q, C, H, W) each."""
+        factual, nothing = edits.factual, torch.zeros_like(edits.context)
+        path = [s.alpha * factual + s.sigma * n for s, n in zip(steps, noise, strict=True)] + [factual]
+        y, states, targets = path[0], [], []
+        for number, step in enumerate(steps):
+            times = self._times(torch.full((len(y),), step.time, device=y.device))
+            both = torch.cat([path[number], y])
+            contexts = torch.cat([nothing, edits.context])
+            conditions = {name: torch.cat([values, values]) for name, values in edits.conditions.items()}
+            output = self.base.predict(model, both, times.repeat(2), conditions, contexts).float()
+            x_clean, y_clean = clean_of(self.base.prediction, both.float(), output, step.alpha, step.sigma).chunk(2)
+            states.append(y)
+            targets.append(edits.partner.float() + x_clean - factual.float())
+            y = (path[number + 1] + step.mean(y, y_clean) - step.mean(path[number], x_clean)).to(factual)
+        return torch.stack(states), torch.stack(targets)
+
+    def _times(self, times: Tensor) -> Tensor:
+        return times if self.base.prediction == "flow" else times.long()
