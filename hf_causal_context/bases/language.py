@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
@@ -112,6 +113,11 @@ def check_language_model(name_or_path: str, revision: str | None, token: str | b
             "model. Choose a base that writes text."
         )
     return config
+
+
+def num_embeddings(model: nn.Module) -> int:
+    """Return how many tokens a model has embeddings of, an adapter's trained rows around them or not."""
+    return len(cast(Any, model).get_input_embeddings().weight)  # PEFT's wrapper of them has this attribute only
 
 
 def _is_pipeline(name_or_path: str, revision: str | None) -> bool:

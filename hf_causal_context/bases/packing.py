@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import UserValueError
+from .language import num_embeddings
 from .tokens import IGNORED, TokenRow
 
 
@@ -64,9 +65,7 @@ def check_packing(model: PreTrainedModel, batch_size: int = 2) -> None:
         raise UserValueError(refusal)
     training, device = model.training, model.device
     rows = min(batch_size, 2)
-    tokens = (
-        torch.arange(rows * 16, device=device).view(rows, 16) % cast(Any, model.get_input_embeddings()).num_embeddings
-    )
+    tokens = torch.arange(rows * 16, device=device).view(rows, 16) % num_embeddings(model)
     positions = torch.cat([torch.arange(7, device=device), torch.arange(9, device=device)]).expand(rows, -1)
 
     def logits(ids: Tensor, **arguments: Any) -> Tensor:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .._messages import quoted
 from ..errors import UserValueError
 from .chats import render_chat
+from .language import num_embeddings
 
 IGNORED = -100
 DEFAULT_MAX_LENGTH = 1024
@@ -299,11 +300,10 @@ def prepare_tokenizer(
                 f"{quoted(tokenizer.all_special_tokens)}. Name one of its tokens."
             )
         tokenizer.pad_token = pad_token
-    embeddings: Any = model.get_input_embeddings()
-    if len(tokenizer) > embeddings.num_embeddings:
+    if len(tokenizer) > (num := num_embeddings(model)):
         raise UserValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, the model's embeddings {embeddings.num_embeddings}. Take the "
-            "tokenizer that belongs to the model."
+            f"The tokenizer has {len(tokenizer)} tokens, the model's embeddings {num}. Take the tokenizer that belongs "
+            "to the model."
         )
 
 
