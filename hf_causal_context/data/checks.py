@@ -23,7 +23,7 @@ from ..contexts import Context
 from ..errors import UserError, UserValueError
 from .columns import BATCH_ROWS, Rows, known_features
 from .interventional import InterventionalData
-from .look_alikes import LookAlikes, Place
+from .look_alikes import LookAlikes, Place, examples, same
 from .masks import plain_mask
 from .pairs import Partners
 from .text_rows import columns_of, is_answered, row_problem
@@ -33,7 +33,6 @@ LOPSIDED = 10
 MAX_STRENGTHS = 12
 LARGE_STRENGTH = 3
 STREAM_ROWS = 200
-EXAMPLES = 5
 COINCIDENCES = 0.01  # of held-out texts, that may be trained on too
 
 TRAIN = "train"
@@ -110,16 +109,16 @@ def check_data(data: InterventionalData, *, decode: bool = True, num_frames: int
         held_out[context] = _read(data, rows, (context,), HELD_OUT, num_decoded, seen).total()
     errors = [*_structure_errors(data, train, seen.noun), *_content_errors(seen)]
     if data.has_pairs:
-        errors += _pair_errors(seen)
+        errors += seen.partners.errors(seen.noun)
     warnings = [*data.warnings, *_size_warnings(data, train)]
     warnings += [*_strength_warnings(data), *_duplicate_warnings(seen, train), *_image_warnings(seen)]
-    warnings += [*_unanswered_warnings(seen), *_pair_warnings(seen)]
+    warnings += [*_unanswered_warnings(seen), *(seen.partners.warnings(seen.noun) if data.has_pairs else ())]
     leaks = seen.leaks()
     if leaks:
         # Short texts coincide by chance, images do not.
         chance = bool(seen.texts) and len(leaks) <= COINCIDENCES * held_out.total()
         (warnings if chance else errors).append(
-            f"{len(leaks)} held-out {seen.noun} are also trained on: {_examples(_same(leaks))}. Remove them from one "
+            f"{len(leaks)} held-out {seen.noun} are also trained on: {examples(same(leaks))}. Remove them from one "
             "of the two, else the evaluation measures memory."
         )
     if data.streaming:
@@ -129,6 +128,25 @@ def check_data(data: InterventionalData, *, decode: bool = True, num_frames: int
     paired = seen.partners.count() if data.has_pairs else None
     table = (ContextCount(*row, None if paired is None else paired[row[0]]) for row in counts)
     return DataReport(tuple(table), tuple(errors), tuple(warnings))
+
+
+def check_pairs(data: InterventionalData) -> None:
+    """Refuse what `check_data` finds wrong with the pairs of data, without a look at anything else.
+
+    Raises:
+        ValueError: for data without pairs, or observational rows of one name.
+    """
+    partners = Partners()
+    parts = [(data.rows, data.contexts, TRAIN), *((rows, (c,), HELD_OUT) for c, rows in data.held_out.items())]
+    for rows, contexts, role in parts:
+        for number, (context, (value, name)) in enumerate(
+            _payloads(rows, [data.content_column, "pair"], contexts, role)
+        ):
+            source = value.get("path") if isinstance(value, dict) else None
+            whole = f"{source or f'row {number} ({role})'} ({context or 'observational'})"
+            partners.add(name, (role, context, whole), None)
+    if errors := list(partners.errors("videos" if data.has_videos else "images")):
+        raise UserValueError(" ".join(errors))
 
 
 class _Seen:
@@ -278,33 +296,7 @@ def _structure_errors(data: InterventionalData, train: Counter[str], noun: str) 
 def _content_errors(seen: _Seen) -> Iterator[str]:
     if seen.unreadable:
         wrong, remedy = ("are no training data", "Correct") if seen.texts else ("cannot be read", "Replace")
-        yield f"{len(seen.unreadable)} {seen.noun} {wrong}: {_examples(seen.unreadable)}. {remedy} or remove them."
-
-
-def _pair_errors(seen: _Seen) -> Iterator[str]:
-    if twice := seen.partners.twice:
-        yield (
-            f"{len(twice)} observational {seen.noun} have the name of another one: {_examples(_same(twice))}. Which of "
-            "them others belong to is then ambiguous. Give each sample a name of its own."
-        )
-    if not seen.partners.count().total():
-        yield (
-            f"No pairs: none of the {seen.noun} of interventions has the name of an observational one. Where nothing "
-            "is paired, leave pair_column= and paired_files= out; else give both sides of a pair the same name."
-        )
-
-
-def _pair_warnings(seen: _Seen) -> Iterator[str]:
-    if missing := seen.partners.missing():
-        yield (
-            f"{len(missing)} {seen.noun} of interventions have no partner, an observational one of the same name: "
-            f"{_examples(missing)}. They count as {seen.noun} without a pair."
-        )
-    if differing := list(seen.partners.of_two_sizes()):
-        yield (
-            f"{len(differing)} pairs have two sizes: {_examples(differing)}. Each is cut and scaled by itself, so what "
-            "is at a place of one may be elsewhere in the other. Cut both alike."
-        )
+        yield f"{len(seen.unreadable)} {seen.noun} {wrong}: {examples(seen.unreadable)}. {remedy} or remove them."
 
 
 def _size_warnings(data: InterventionalData, train: Counter[str]) -> Iterator[str]:
@@ -352,7 +344,7 @@ def _duplicate_warnings(seen: _Seen, train: Counter[str]) -> Iterator[str]:
     twice = [pair for pair in seen.pairs if pair[0][0] == pair[1][0]]
     if twice:
         yield (
-            f"{len(twice)} {seen.noun} are in two contexts: {_examples(_same(twice))}. What was intervened on is then "
+            f"{len(twice)} {seen.noun} are in two contexts: {examples(same(twice))}. What was intervened on is then "
             "ambiguous; keep each in one."
         )
     again = {context: number for (role, context), number in seen.again.items() if role == TRAIN}
@@ -367,26 +359,17 @@ def _duplicate_warnings(seen: _Seen, train: Counter[str]) -> Iterator[str]:
 def _image_warnings(seen: _Seen) -> Iterator[str]:
     if alike := seen.look_alikes.pairs():
         yield (
-            f"{len(alike)} images look like one of another context: {_examples(_same(alike))}. Look at them: small "
+            f"{len(alike)} images look like one of another context: {examples(same(alike))}. Look at them: small "
             "edits are right; edits that did nothing, and copies, spoil what is learned."
         )
     for remark, names in seen.remarks.items():
-        yield f"{len(names)} images ({_examples(names)}) {remark}"
+        yield f"{len(names)} images ({examples(names)}) {remark}"
 
 
 def _unanswered_warnings(seen: _Seen) -> Iterator[str]:
     if seen.unanswered:
         yield (
-            f"{len(seen.unanswered)} texts have no message of the assistant: {_examples(seen.unanswered)}. Training "
+            f"{len(seen.unanswered)} texts have no message of the assistant: {examples(seen.unanswered)}. Training "
             "learns what others say in them, or stops at them where it learns answers only. Add the answers, or remove "
             "the texts."
         )
-
-
-def _same(pairs: Sequence[tuple[Place, Place]]) -> list[str]:
-    return [f"{first} = {second}" for (*_, first), (*_, second) in pairs]
-
-
-def _examples(items: Sequence[str]) -> str:
-    more = f" and {len(items) - EXAMPLES} more" if len(items) > EXAMPLES else ""
-    return ", ".join(items[:EXAMPLES]) + more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -14,6 +15,7 @@ from .._pixels import plain
 # 7,500 digits of the quickstart have no pair within 12.
 TOLERANCE, MEAN_TOLERANCE = 8, 2.0
 _SIDE = 16
+EXAMPLES = 5
 
 Place: TypeAlias = tuple[str, str, str]  # role, context, name with the context
 
@@ -53,3 +55,14 @@ class LookAlikes:
             if (first := next(others, None)) is not None:
                 found.append((self._places[first], self._places[number]))
         return found
+
+
+def same(pairs: Sequence[tuple[Place, Place]]) -> list[str]:
+    """Name pairs of places, for `examples`."""
+    return [f"{first} = {second}" for (*_, first), (*_, second) in pairs]
+
+
+def examples(items: Sequence[str]) -> str:
+    """Name the first of some things, and say how many more there are."""
+    more = f" and {len(items) - EXAMPLES} more" if len(items) > EXAMPLES else ""
+    return ", ".join(items[:EXAMPLES]) + more

@@ -13,7 +13,7 @@ from datasets import Features, Value
 from numpy.typing import NDArray
 
 from ..errors import UserValueError
-from .look_alikes import Place
+from .look_alikes import Place, examples, same
 
 ALONE = ""  # the name in a row that belongs to no other
 
@@ -80,3 +80,29 @@ class Partners:
             (*_, partner), its = self._observational.get(name, (("",), None))
             if size is not None and its is not None and size != its:
                 yield f"{partner}, {its[0]} x {its[1]}, and {whole}, {size[0]} x {size[1]}"
+
+    def errors(self, noun: str) -> Iterator[str]:
+        """Say what makes the pairs useless; `noun` is what rows are called."""
+        if self.twice:
+            yield (
+                f"{len(self.twice)} observational {noun} have the name of another one: {examples(same(self.twice))}. "
+                "Which of them others belong to is then ambiguous. Give each sample a name of its own."
+            )
+        if not self.count().total():
+            yield (
+                f"No pairs: none of the {noun} of interventions has the name of an observational one. Where nothing "
+                "is paired, leave pair_column= and paired_files= out; else give both sides of a pair the same name."
+            )
+
+    def warnings(self, noun: str) -> Iterator[str]:
+        """Say what of the pairs may not be meant."""
+        if missing := self.missing():
+            yield (
+                f"{len(missing)} {noun} of interventions have no partner, an observational one of the same name: "
+                f"{examples(missing)}. They count as {noun} without a pair."
+            )
+        if differing := list(self.of_two_sizes()):
+            yield (
+                f"{len(differing)} pairs have two sizes: {examples(differing)}. Each is cut and scaled by itself, so "
+                "what is at a place of one may be elsewhere in the other. Cut both alike."
+            )

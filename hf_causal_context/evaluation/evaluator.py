@@ -16,6 +16,7 @@ from ..bases.diffusion_base import DiffusionBase
 from ..bases.loading import as_base
 from ..contexts import ConceptSet, Context, ContextLike, as_context
 from ..data import InterventionalData
+from ..data.checks import check_pairs
 from ..errors import UserValueError
 from ..inference.sampling import BATCH_SIZE, NUM_INFERENCE_STEPS, SamplingOptions, check_conditions, generate_jobs
 from .asked import adapter_concepts, contexts_to_sample, ordered
@@ -137,6 +138,8 @@ def evaluate(
     check_conditions(base, prompt, class_label, sampling.get("guidance_scale"), resolution)
     if num_samples < 2 or num_seeds < 1:
         raise UserValueError(f"num_samples={num_samples} must be at least 2 and num_seeds={num_seeds} at least 1.")
+    if data.has_pairs:
+        check_pairs(data)
     read = _reader(attributes, attribute_names, feature_extractor)
     real = read_real_rows(data, read, base.image_channels, resolution or base.default_resolution, seed)
     check_real_rows(concepts, {context: len(rows) for context, rows in real.items()})
@@ -178,6 +181,8 @@ def evaluate(
             batch_size=sampling.get("batch_size", BATCH_SIZE),
             seed=seed,
         )
+        if not edits:
+            notes.append("None of the contexts that were sampled has pairs, so no edits were compared.")
     report = measure(evidence, seed)
     settings = {
         "num_samples": num_samples,

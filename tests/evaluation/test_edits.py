@@ -1,6 +1,7 @@
 """Edits of images that have a partner, beside the partner: what the evaluation measures where the data has pairs."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,12 +10,13 @@ from PIL import Image
 from hf_causal_context import Context
 from hf_causal_context.cli import main
 from hf_causal_context.data import load_folders
-from hf_causal_context.evaluation import edits
+from hf_causal_context.evaluation import edits, evaluator
 from hf_causal_context.evaluation.edits import edit_results
 from hf_causal_context.evaluation.readings import Reader
 from hf_causal_context.inference.counterfactuals import counterfactual
 
 from .test_command import (  # noqa: F401 (fixtures among them)
+    FAST,
     _rough_and_fast,
     adapted,
     adapter,
@@ -95,3 +97,38 @@ def test_the_report_has_a_table_of_edits_where_the_data_has_pairs(adapter, image
     assert "Beyond chance nearer to the truth than no edit: " in text
     assert main(command(adapter, images, tmp_path / "without")) == 0
     assert "## Edits" not in (tmp_path / "without" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("fault", ["two partners", "no pairs"])
+def test_pairs_that_the_check_of_data_refuses_are_refused_before_anything_is_sampled(
+    fault,
+    adapter,  # noqa: F811
+    images,  # noqa: F811
+    tmp_path,
+    capsys,
+    monkeypatch,
+):
+    if fault == "two partners":
+        Image.open(images / "obs" / "0.png").save(images / "obs" / "0.bmp")
+        message = r"1 observational images have the name of another one: .*obs/0.bmp \(observational\) = .*obs/0.png"
+    else:
+        for path in (images / "obs").iterdir():
+            path.rename(path.with_name(f"other-{path.name}"))
+        message = "No pairs: none of the images of interventions has the name of an observational one"
+    monkeypatch.setattr(evaluator, "sample_all", None)
+    assert main(command(adapter, images, tmp_path / "out", "--paired_files")) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert main(["check-data", "--train_data_dir", str(images), "--paired_files"]) == 1
+    assert re.search(message, capsys.readouterr().out)
+
+
+def test_contexts_without_pairs_are_told(base_folder, adapter, images):  # noqa: F811
+    for path in (images / "slant").iterdir():
+        path.rename(path.with_name(f"other-{path.name}"))
+    for path in (images / "thick").iterdir():
+        path.rename(path.with_name(f"other-{path.name}"))
+    report = evaluator.evaluate(
+        adapted(base_folder, adapter), load_folders(images, paired_files=True), contexts=["slant"], **FAST
+    )
+    assert report.edits == ()
+    assert "None of the contexts that were sampled has pairs, so no edits were compared." in report.notes

@@ -10,7 +10,7 @@ from ..._progress import ProgressBar
 from ..._videos import count_frames
 from ...bases.diffusion_base import DiffusionBase
 from ...data import InterventionalData
-from ...data.checks import EXAMPLES
+from ...data.look_alikes import EXAMPLES
 from ...errors import UserValueError
 from ..arguments import TrainingArguments
 from .rows import undecoded
