@@ -263,6 +263,7 @@ def test_half_precision_autoencoders_decode_in_single():
         ({"strengths": []}, ValueError, r"strengths=\[\] must be one or more finite numbers"),
         ({"strengths": [float("nan")]}, ValueError, "must be one or more finite numbers"),
         ({"num_inference_steps": 0}, ValueError, "num_inference_steps=0 must be at least 1"),
+        ({"num_inference_steps": 1001}, ValueError, "=1001, but the base was trained with 1000 levels of noise"),
         ({"image": torch.rand(1, 3, 8, 8)}, ValueError, "image has 8 x 8 pixels, and DDIMPipeline generates 16 x 16"),
         ({"image": torch.rand(1, 1, 16, 16)}, ValueError, "do not fit the base: it takes .rows, 3, height, width"),
         (

@@ -161,6 +161,18 @@ class DiffusionBase:
                 f"num_frames={num_frames} was given, but {type(self.pipe).__name__} makes images. Leave it out."
             )
 
+    def check_steps(self, num_inference_steps: int) -> None:
+        """Refuse more steps of sampling than there are to take; those of a flow can be as small as one likes.
+
+        Raises:
+            ValueError: naming the number that there is.
+        """
+        if self.prediction != "flow" and num_inference_steps > self.num_train_timesteps:
+            raise UserValueError(
+                f"num_inference_steps={num_inference_steps}, but the base was trained with "
+                f"{self.num_train_timesteps} levels of noise, and sampling takes each of them once at most. Lower it."
+            )
+
     def require_images(self, what: str) -> None:
         """Refuse a base of videos, for something that is made for images.
 

@@ -136,6 +136,8 @@ def evaluate(
     concepts.strengths(wanted or [])  # refuses unknown names
     prompt, class_label, resolution = (sampling.get(name) for name in ("prompt", "class_label", "resolution"))
     check_conditions(base, prompt, class_label, sampling.get("guidance_scale"), resolution)
+    steps = sampling.get("num_inference_steps", NUM_INFERENCE_STEPS)
+    base.check_steps(steps)
     if num_samples < 2 or num_seeds < 1:
         raise UserValueError(f"num_samples={num_samples} must be at least 2 and num_seeds={num_seeds} at least 1.")
     if data.has_pairs:
@@ -166,7 +168,6 @@ def evaluate(
         mean_change=sampled.change.mean,
         attribute_names=read.attribute_names,
     )
-    steps = sampling.get("num_inference_steps", NUM_INFERENCE_STEPS)
     edits = ()
     if data.has_pairs:
         edits = edit_results(

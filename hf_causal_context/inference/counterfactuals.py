@@ -141,6 +141,7 @@ def counterfactuals(
         intervene(base.pipe, contexts, calibrated=calibrated)  # errors show here, before any work
     if num_inference_steps < 1:
         raise UserValueError(f"num_inference_steps={num_inference_steps} must be at least 1; 50 is usual.")
+    base.check_steps(num_inference_steps)
     pixels = _pixels(base, image)
     weights = None if mask is None else _mask(mask, pixels)
 

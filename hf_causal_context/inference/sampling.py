@@ -109,6 +109,7 @@ def generate_jobs(
         ValueError: as `generate`.
     """
     check_conditions(base, prompt, class_label, guidance_scale, resolution)
+    base.check_steps(num_inference_steps)
     base.check_frames(num_frames)
     for name, number in (("num_inference_steps", num_inference_steps), ("batch_size", batch_size)):
         if number < 1:

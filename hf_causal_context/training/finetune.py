@@ -123,6 +123,8 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
                 "For clips, give files such as .mp4, or folders of frames and --num_frames."
             )
         check_conditions(self.base, None, 0 if self.base.takes_classes else None, None, arguments.resolution)
+        if self.num_shown:
+            self.base.check_steps(arguments.num_inference_steps)
         return self.base.denoiser
 
     @property

@@ -231,6 +231,12 @@ def test_bad_input_is_an_error_that_says_what_to_do(adapter, images, base_folder
         evaluate(load_base(base_folder), load_folders(images), **FAST)
 
 
+def test_more_steps_than_levels_of_noise_are_refused_before_anything_is_read(adapter, images, base_folder, monkeypatch):
+    monkeypatch.setattr(evaluator, "read_real_rows", None)
+    with pytest.raises(ValueError, match="num_inference_steps=1001, but the base was trained with 1000 levels"):
+        evaluate(adapted(base_folder, adapter), load_folders(images), num_inference_steps=1001)
+
+
 def test_images_that_are_not_finite_name_their_context(adapter, images, base_folder, monkeypatch):
     def broken(base, jobs, **options):
         for start, batch in enumerate(generate_jobs(base, jobs, batch_size=1)):

@@ -154,6 +154,11 @@ def test_a_base_without_an_adapter_knows_the_observational_context_only(pipeline
         ("ddpm_classes", {"class_label": 5}, "class_label=5, but this base is conditioned on classes 0 to 4"),
         ("ddpm", {"seeds": []}, "Nothing to generate: 1 contexts, 0 seeds, batch_size=8"),
         ("ddpm", {"num_inference_steps": 0}, "num_inference_steps=0 must be at least 1"),
+        (
+            "ddpm",
+            {"num_inference_steps": 1001},
+            "=1001, but the base was trained with 1000 levels of noise, .*Lower it",
+        ),
         ("ddpm", {"batch_size": 0}, "batch_size=0. Give at least one of each"),
     ],
 )

@@ -278,6 +278,10 @@ class TestErrorsBeforeTraining:
             ),
             ({"max_grad_norm": 0.0}, "--max_grad_norm=0.0 must be positive"),
             ({"resolution": 32}, "resolution=32 was given, but DDPMPipeline generates 16 pixels only"),
+            (
+                {"num_inference_steps": 1001, "num_validation_images": 1},
+                "=1001, but the base was trained with 1000 levels",
+            ),
             ({"report_to": "clearml"}, "--report_to=clearml: this tracker is not installed"),
             ({"attribute_rules": ["a: b == 1"]}, "--attribute_rules make contexts and concepts from the columns"),
         ],
