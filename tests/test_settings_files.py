@@ -6,6 +6,8 @@ import pytest
 from safetensors.torch import load_file
 
 from hf_causal_context.cli import main
+from hf_causal_context.commands.parsing import parse
+from hf_causal_context.commands.train import Arguments
 
 from .test_cli import base, images, pipeline_folder  # noqa: F401 (fixtures)
 
@@ -67,12 +69,38 @@ def test_what_a_run_leaves_repeats_it(settings, tmp_path):
         ("concepts: [a, --seed=1]", "holds '--seed=1', which would be read as an option"),
         ("seed: [", "is neither YAML nor JSON"),
         ("", "holds None, not options"),
+        ("seed: 1\noutput_dir: a\nseed: 2", "has 'seed' more than once. Leave one of them."),
+        ('{"seed": 1, "seed": 1}', "has 'seed' more than once"),
+        ("validation_prompt: yes", 'is text, and YAML reads yes in it as True. Put it in quotes: "yes".'),
+        ("validation_prompt: 012", 'reads 012 in it as 10. Put it in quotes: "012".'),
+        ("validation_prompt: 1.50", "reads 1.50 in it as 1.5."),
+        ("observational_name: off", "observational_name in"),
+        ("concepts: [a, no, b]", "reads no in it as False."),
+        ("concepts: [a, null]", "reads null in it as None."),
+        ("output_dir: 1:30", "reads 1:30 in it as 90."),
     ],
 )
 def test_a_file_that_holds_no_options_is_refused(tmp_path, capsys, content, message):
     (tmp_path / "bad.yaml").write_text(content)
     assert main(["train", "--config", str(tmp_path / "bad.yaml")]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_words_stay_as_written_and_switches_and_numbers_are_those_of_yaml(tmp_path):
+    lines = ["pretrained_model_name_or_path: 12", "train_data_dir: 1.5", "output_dir: 2026-11-29", "use_ema: yes"]
+    lines += ["concepts: ['no', \"012\", 7]", "validation_prompt: ~", "max_grad_norm: .inf", "seed: 0x10"]
+    lines += ["resolution:", "dry_run: off"]
+    (tmp_path / "words.yaml").write_text("\n".join(lines))
+    parsed = parse("train", Arguments, ["--config", str(tmp_path / "words.yaml")])
+    assert (parsed.pretrained_model_name_or_path, parsed.train_data_dir) == ("12", "1.5")
+    assert (parsed.output_dir, parsed.validation_prompt) == ("2026-11-29", "")
+    assert parsed.concepts == ["no", "012", "7"]
+    assert (parsed.use_ema, parsed.dry_run, parsed.max_grad_norm, parsed.seed) == (True, False, float("inf"), 16)
+
+
+def test_a_folder_is_no_file_of_options(tmp_path, capsys):
+    assert main(["train", "--config", str(tmp_path)]) == 1
+    assert f"error: --config: {tmp_path} is a folder. Give a file of options" in capsys.readouterr().err
 
 
 def test_a_missing_file_is_an_error_without_a_traceback(tmp_path, capsys):

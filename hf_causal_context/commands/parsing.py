@@ -71,14 +71,14 @@ def parse(command: str, settings: type, given: Sequence[str]) -> Any:
         OSError: for a settings file that cannot be read.
     """
     options = option_names(settings)
+    parser = make_parser(command, settings)
     if "adapter" in options and given and not given[0].startswith("-"):
         given = ["--adapter", *given]
     file, given = _files().parse_known_args(given)
     if file.config is not None:
-        given = [*options_in(file.config, options), *given]
-    parsed, *_, unknown = make_parser(command, settings).parse_args_into_dataclasses(
-        list(given), return_remaining_strings=True
-    )
+        others = {action.dest for action in parser._actions if action.type in (int, float, string_to_bool)}
+        given = [*options_in(file.config, {name: name not in others for name in options}), *given]
+    parsed, *_, unknown = parser.parse_args_into_dataclasses(list(given), return_remaining_strings=True)
     if unknown:
         guess = nearest(unknown[0].lstrip("-").partition("=")[0], options, prefix="--")
         raise UserValueError(
