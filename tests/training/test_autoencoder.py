@@ -443,6 +443,13 @@ class TestErrors:
         # An ordinary VAE needs no contexts.
         train_autoencoder(arguments(tmp_path / "base", without_context_module=True), images(contexts=("",)))
 
+    @pytest.mark.parametrize("name", ["obs", "dark"])
+    def test_a_context_that_is_left_out_of_batches(self, tmp_path, name):
+        given = {"context_weights": [f"{name}=0", "tall=2"]}
+        with pytest.raises(ValueError, match=f"--context_weights {name}=0 leaves out sets that say what the contexts"):
+            train_autoencoder(arguments(tmp_path / "out", **given), images())
+        train_autoencoder(arguments(tmp_path / "base", without_context_module=True, **given), images())
+
     def test_a_model_of_other_concepts_or_images(self, tmp_path):
         base = {"class": "LightweightVAE", "size": 16, "channels": 1}
         with pytest.raises(ValueError, match="concepts are 'tall', 'dark', the data's 'dark', 'tall'"):

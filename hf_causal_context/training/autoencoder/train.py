@@ -23,6 +23,7 @@ from ..loop.early_stopping import EarlyStopping
 from ..loop.loss_record import kinds_of_contexts
 from ..loop.processes import make_accelerator
 from ..loop.trainer import fit
+from ..weights import parse_weights
 from .arguments import AutoencoderArguments
 from .images import ImageBatches, ImageSet, to_floats
 from .objective import AutoencoderObjective, ImageBatch, TrainingMode, bits_per_dimension
@@ -202,4 +203,10 @@ def _check_fit(model: ContextAutoencoder, images: ImageSet, arguments: Autoencod
         raise UserValueError(
             f"There are no images of {quoted(missing)} ('' is the observational context), so nothing says what the "
             f"context means. There are images of {quoted(images.names)}. Add a set, or remove the concept."
+        )
+    shares = parse_weights(arguments.context_weights, arguments.observational_name) or {}
+    if unseen := sorted(name or arguments.observational_name for name in needed if shares.get(name) == 0):
+        raise UserValueError(
+            f"--context_weights {' '.join(f'{name}=0' for name in unseen)} leaves out sets that say what the contexts "
+            "mean: the observational one, and one for each concept alone. Leave it out, or make it small, such as 0.1."
         )
