@@ -106,12 +106,7 @@ class StoredAdapter:
         )
         source = f"{adapter}/{subfolder}" if subfolder else str(adapter)
         if not (folder / CONFIG).exists():
-            checkpoints = ", ".join(str(path) for path in checkpoint_steps(folder).values())
-            unfinished = f"Its training is not finished: resume it, or use a checkpoint: {checkpoints}."
-            raise FileNotFoundError(
-                f"{source} holds no adapter: there is no {CONFIG} in it. "
-                + (unfinished if checkpoints else "Give the folder that a training wrote, or the id of a repository.")
-            )
+            raise FileNotFoundError(f"{source} holds no adapter: there is no {CONFIG} in it. {_what_instead(folder)}")
         config = CausalContextConfig.read(folder, source)
         place = (str(adapter), subfolder)
         return cls(source, folder, config, base, revision, adapter_revision, token, place)
@@ -326,6 +321,28 @@ class StoredAdapter:
                 f"base, {ids.get(token)} here). Give the base that the adapter was trained on "
                 "(--pretrained_model_name_or_path)."
             )
+
+
+def _what_instead(folder: Path) -> str:
+    """Say what to do about a folder without an adapter, as far as what is there in its place tells."""
+    checkpoints = list(checkpoint_steps(folder).values())
+    for place in (folder, *reversed(checkpoints)):
+        if _is_autoencoder(place):
+            return (
+                f"{place} is an autoencoder, as train-autoencoder makes them: in Python, hf_causal_context.models."
+                f'ContextAutoencoder.from_pretrained("{place}") loads it, and sample(context) draws from it.'
+            )
+    if checkpoints:
+        return f"Its training is not finished: resume it, or use a checkpoint: {', '.join(map(str, checkpoints))}."
+    return "Give the folder that a training wrote, or the id of a repository."
+
+
+def _is_autoencoder(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("_class_name") == "ContextAutoencoder"
 
 
 def device() -> str:

@@ -407,6 +407,13 @@ class TestRuns:
         assert cli.main(["train-autoencoder", *line]) == 0
         assert f"The autoencoder is in {tmp_path / 'out'}." in capsys.readouterr().out
         assert ContextAutoencoder.from_pretrained(tmp_path / "out").config.concepts == ["slant", "thick"]
+        for command in (["info"], ["generate", "--context", "obs", "--output_dir", str(tmp_path / "images")]):
+            assert cli.main([*command, "--adapter", str(tmp_path / "out")]) == 1
+            said = capsys.readouterr().err
+            assert (
+                "out is an autoencoder, as train-autoencoder makes them: in Python, hf_causal_context.models." in said
+            )
+            assert "not finished" not in said
         assert cli.main(["train-autoencoder", *line, "--resume_from_checkpoint", "latest", "--depth", "4"]) == 1
         assert "belongs to a run with other settings (--depth: 2 then, 4 now)" in capsys.readouterr().err
 
