@@ -5,6 +5,7 @@ Shapes: N texts, A attributes.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -74,7 +75,7 @@ class Judged:
         """Read texts (N) -> (N, A).
 
         Raises:
-            ValueError: for an answer that is no mapping from the same names to numbers.
+            ValueError: for an answer that is no mapping from the same names to finite numbers.
         """
         return torch.tensor([self._read(text) for text in ProgressBar(texts, desc="judge", unit="text")])
 
@@ -89,8 +90,14 @@ class Judged:
                 f'such as {{"loud": 1.0, "formal": 0.0}}{before}.'
             )
         try:
-            return [float(answer[name]) for name in self.names]
+            numbers = [float(answer[name]) for name in self.names]
         except (TypeError, ValueError) as error:
             raise UserValueError(
                 f"The judge answered {short_repr(answer)} to {short_repr(text)}, not with numbers by name: {error}."
             ) from error
+        if not all(map(math.isfinite, numbers)):
+            raise UserValueError(
+                f"The judge answered {short_repr(answer)} to {short_repr(text)}. Its numbers must be finite, for any "
+                "text, the empty one included: correct it."
+            )
+        return numbers

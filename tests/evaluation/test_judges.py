@@ -122,6 +122,12 @@ def test_answers_that_are_no_numbers_by_name(answer):
         Judged(lambda text: answer)(["a cat"])
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), "-inf"])
+def test_answers_that_are_not_finite_name_the_text(number):
+    with pytest.raises(ValueError, match="The judge answered .*'loud'.* to 'a dog'. Its numbers must be finite"):
+        Judged(lambda text: {"loud": number if text == "a dog" else 1.0})(["a cat", "a dog"])
+
+
 def test_answers_have_the_same_names_in_any_order():
     answers = iter([{"a": 1, "b": False}, {"b": True, "a": 0.5}, {"a": 1}])
     judged = Judged(lambda text: next(answers))
