@@ -69,6 +69,12 @@ def test_help_shows_defaults(capsys):
     assert "--seed N Of the samples. Default: 0" in " ".join(helped("push", capsys).split())
 
 
+def test_help_does_not_refer_to_the_option_above_which_groups_change(capsys):
+    assert "--max_new_tokens N Length of the sample texts, in tokens. Default: 40" in " ".join(
+        helped("train-text", capsys).split()
+    )
+
+
 def test_a_choice_of_yes_or_no_needs_no_word_whatever_its_default(capsys):
     assert "--completion_only_loss\n" in helped("train-text", capsys)
     given = {(): None, ("--completion_only_loss",): True, ("--completion_only_loss", "false"): False}

@@ -336,7 +336,7 @@ class TextArguments(AdapterArguments, TextDataArguments, TextReadingArguments):
         "show all concepts: pairs, all, or a list of them.",
     )
     num_validation_texts: int = argument(2, "Texts per context at validations; 0 for none.")
-    max_new_tokens: int = argument(40, "Length of these texts.")
+    max_new_tokens: int = argument(40, "Length of the sample texts, in tokens.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
