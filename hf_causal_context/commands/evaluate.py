@@ -11,7 +11,7 @@ from .._files import ARGUMENTS
 from ..contexts import Context
 from ..data.arguments import AnyDataArguments, argument, refuse_useless
 from ..errors import UserValueError
-from ..evaluation.calibrating import MIN_ROWS
+from ..evaluation.calibrating import MIN_ROWS, check_rows
 from .adapter_arguments import ADAPTER, BaseWeights, parse_contexts
 from .replaced import told_replacements
 
@@ -173,6 +173,8 @@ def _evaluate_images(
         require_torchmetrics()
     data = load_data(arguments)
     check_concepts(adapter.config.concepts, data)
+    if arguments.calibrate:
+        check_rows(data)
     extractor = None if arguments.feature_extractor is None else load_vision_features(arguments.feature_extractor)
     base = adapter.pipeline(contexts or (), variant=arguments.variant, **arguments.weights)
     if extractor is not None:
@@ -202,6 +204,8 @@ def _evaluate_texts(
     judge = None if arguments.judge is None else load_judge(arguments.judge)  # first: a misspelled one is found now
     data = load_text_data(replace(arguments, text_column=arguments.text_column or "text"))
     check_concepts(adapter.config.concepts, data)
+    if arguments.calibrate:
+        check_rows(data)
     model, tokenizer = adapter.language_model(contexts or (), **arguments.weights)
     return evaluate_texts(
         model,

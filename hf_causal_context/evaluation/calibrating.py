@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..adapter.calibration import MAX_KNOTS
+from ..contexts import Context
 from ..errors import UserValueError
 from .results import EvaluationReport, StrengthCurve
+
+if TYPE_CHECKING:
+    from ..data import InterventionalData
 
 MIN_ROWS = 50  # samples at each strength, and real rows: fewer make a map of their noise
 
 Knots = list[tuple[float, float]]
+
+
+def check_rows(data: InterventionalData) -> None:
+    """Refuse data of which no concept can be calibrated, as far as they are counted: streams are not.
+
+    Raises:
+        ValueError: naming the numbers of rows.
+    """
+    if (counts := data.counts) is None:
+        return
+    observational = counts.get("", 0)
+    singles = {name: counts.get(str(Context(name)), 0) for name in data.concepts}
+    if min(observational, max(singles.values())) < MIN_ROWS:
+        listed = ", ".join(f"{count} of {name!r}" for name, count in singles.items())
+        raise UserValueError(
+            f"--calibrate needs {MIN_ROWS} rows without intervention, and as many of a concept alone. There are "
+            f"{observational} without intervention, {listed}. Add rows, or leave --calibrate out."
+        )
 
 
 def calibrations(report: EvaluationReport) -> tuple[dict[str, Knots], list[str]]:
@@ -34,12 +58,14 @@ def _problem(curve: StrengthCurve) -> str | None:
     if response is None:
         return (
             f"{name} has an effect too small to be told from chance, in the samples or in the data: train longer, or "
-            "draw more samples (--num_samples)."
+            "draw more samples (--num_samples), or add rows."
         )
     if response.num_samples < MIN_ROWS or response.num_real < MIN_ROWS:
+        enough = {"raise --num_samples": response.num_samples, "add rows": response.num_real}
         return (
             f"{name} was measured on {response.num_samples} samples at each strength and {response.num_real} real "
-            f"rows; a calibration needs {MIN_ROWS} of both: raise --num_samples, or add rows."
+            f"rows; a calibration needs {MIN_ROWS} of both: "
+            f"{' and '.join(advice for advice, number in enough.items() if number < MIN_ROWS)}."
         )
     if inside := [strength for strength in response.falls if strength <= 1]:
         where = ", ".join(f"{strength:g}" for strength in inside)

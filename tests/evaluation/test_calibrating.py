@@ -64,6 +64,43 @@ def test_what_cannot_be_calibrated_says_why():
         calibrations(response_to(lambda s: s, real_rows(40))[0])
 
 
+def test_advice_names_what_there_is_too_little_of():
+    with pytest.raises(ValueError, match="a calibration needs 50 of both: raise --num_samples[.]$"):
+        calibrations(report(right_samples(), strength_samples={"a": curve(lambda s: s, num=30)}))
+    with pytest.raises(ValueError, match="a calibration needs 50 of both: add rows[.]$"):
+        calibrations(response_to(lambda s: s, real_rows(40))[0])
+
+
+@pytest.mark.parametrize("counts", [{"obs": 12, "thick": 60, "slant": 60}, {"obs": 60, "thick": 49, "slant": 12}])
+def test_too_few_rows_to_calibrate_anything_are_refused_before_the_base_is_loaded(
+    counts,
+    adapter,  # noqa: F811
+    tmp_path,
+    capsys,
+    monkeypatch,
+):
+    images = write_images(tmp_path / "images", counts)
+    arguments = [*command(adapter, images, tmp_path / "out"), "--calibrate", "--num_samples=50"]
+    monkeypatch.setattr(StoredAdapter, "pipeline", None)
+    assert main(arguments) == 1
+    said = capsys.readouterr().err
+    obs, thick, slant = counts.values()
+    assert "--calibrate needs 50 rows without intervention, and as many of a concept alone." in said
+    assert f"There are {obs} without intervention, {slant} of 'slant', {thick} of 'thick'. Add rows" in said
+
+
+def test_too_few_texts_to_calibrate_are_refused_before_the_base_is_loaded(tmp_path, capsys, monkeypatch):
+    for name in ("obs", "loud"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "texts.txt").write_text("a cat\nthe dog\n")
+    config = SimpleNamespace(concepts=("loud",))
+    stored = SimpleNamespace(is_of_language_model=True, config=config)
+    monkeypatch.setattr(StoredAdapter, "open", lambda *args, **options: stored)
+    places = [f"--adapter={tmp_path}", f"--train_data_dir={tmp_path / 'data'}", f"--output_dir={tmp_path / 'out'}"]
+    assert main(["evaluate", *places, "--calibrate"]) == 1
+    assert "There are 2 without intervention, 2 of 'loud'. Add rows" in capsys.readouterr().err
+
+
 def drawn(base, jobs, **options):
     """Images that are brighter on the left for thick, by its square, and at the top for slant, as far as 1."""
     for context, seed in jobs:
