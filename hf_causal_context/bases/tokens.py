@@ -133,6 +133,7 @@ class Tokenization:
         if self.assistant_only:
             labels = np.where(self._by_assistant(row["messages"], tools, ids.tolist()), ids, IGNORED)
         if not (labels[1:] != IGNORED).any():
+            self._check_answered(row)
             raise UserValueError(
                 f"There is nothing to learn: {len(prompt)} tokens of prompt, {len(completion)} of text. The first "
                 "token of a row has nothing before it. Remove the row."
@@ -250,6 +251,21 @@ class Tokenization:
                 first, after = (_num_shared(self._tokens(text, False), ids) for text in (begin, end))
                 written[first:after] = True
         return written
+
+    def _check_answered(self, row: Mapping[str, Any]) -> None:
+        """Say why nothing of a row is the assistant's, where only that is learned (ValueError)."""
+        if not self.assistant_only:
+            return
+        roles = [message["role"] for message in row["messages"]]
+        if "assistant" not in roles:
+            raise UserValueError(
+                "--assistant_only_loss learns the assistant's messages, and the row has none. Roles: "
+                f"{', '.join(roles)}. Add the answer, or remove the row."
+            )
+        raise UserValueError(
+            f"--assistant_only_loss learns the assistant's messages, and within --max_length={self.max_length} tokens "
+            "the row has nothing of them. Raise it, or remove the row."
+        )
 
     def _cut(self, ids: list[int]) -> list[int]:
         """Return the first tokens of what an encoder reads; if it ends with the end of the sequence, it still does."""

@@ -66,8 +66,10 @@ def test_turns_that_cannot_be_told_are_errors():
     ):
         with pytest.raises(ValueError, match=received):
             Tokenization(tokenizer, column, completion_only=completion_only, assistant_only=True)
-    with pytest.raises(ValueError, match="There is nothing to learn"):
-        Tokenization(tokenizer, "messages", assistant_only=True)({"messages": CAT[:1]})
+    with pytest.raises(ValueError, match="the assistant's messages, and the row has none. Roles: user, user. Add"):
+        Tokenization(tokenizer, "messages", assistant_only=True)({"messages": [CAT[0], DOG[0]]})
+    with pytest.raises(ValueError, match="within --max_length=4 tokens the row has nothing of them. Raise it"):
+        Tokenization(tokenizer, "messages", assistant_only=True, max_length=4)({"messages": CAT})
     for options in ({"assistant_only": True}, {"completion_only": True}):
         with pytest.raises(ValueError, match="There is no message before the assistant's first one"):
             Tokenization(tokenizer, "messages", **options)({"messages": CAT[1:]})
