@@ -3,7 +3,9 @@
     hf-causal-context quickstart --output_dir digits-context
     python -m examples.sliders --adapter digits-context --output examples/digits.png
 
-Strengths 0 and 1 were trained, and of pairs none.
+Strengths 0 and 1 were trained, and of pairs none. It is for the adapter that the quickstart makes, or another one of
+images with its concepts: thickness, slant, darkness and size. For any adapter there are `hf-causal-context generate
+--grid` and `hf-causal-context demo`.
 """
 
 import argparse
@@ -15,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from hf_causal_context import Context
+from hf_causal_context.errors import UserError
 from hf_causal_context.inference.adapted import StoredAdapter
 from hf_causal_context.inference.sampling import generate
 
@@ -50,10 +53,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="a .png")
     parser.add_argument("--num_inference_steps", type=int, default=25)
     arguments = parser.parse_args()
-    base = StoredAdapter.open(arguments.adapter).pipeline()
+    grids = [[Context({across: x, down: y}) for y in STRENGTHS for x in STRENGTHS] for across, down, _ in PANELS]
+    try:
+        base = StoredAdapter.open(arguments.adapter).pipeline([context for grid in grids for context in grid])
+    except (UserError, OSError) as error:
+        parser.error(f"{error} This example draws the concepts of the quickstart's adapter: give its folder.")
     panels = []
-    for across, down, seed in PANELS:
-        contexts = [Context({across: x, down: y}) for y in STRENGTHS for x in STRENGTHS]
+    for (across, down, seed), contexts in zip(PANELS, grids, strict=True):
         steps = arguments.num_inference_steps
         rows = generate(base, contexts, seeds=[seed], num_inference_steps=steps, batch_size=len(contexts))
         panels.append(panel(torch.cat(rows), across, down))

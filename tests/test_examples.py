@@ -63,6 +63,26 @@ def test_sliders_show_strengths_from_left_to_right_and_from_top_to_bottom(monkey
     assert len(set(tiles)) == 5
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "nowhere is no folder here"),
+        ({"concepts": ["hat"]}, "Unknown concept 'slant'"),
+        ({"task_type": "CAUSAL_LM"}, "is an adapter of a language model, not of a diffusers pipeline"),
+    ],
+)
+def test_sliders_of_another_adapter_are_refused(config, message, monkeypatch, tmp_path, capsys):
+    folder = tmp_path / ("nowhere" if config is None else "adapter")
+    if config is not None:
+        given = {"concepts": ["thickness", "darkness", "slant", "size"], "base_model_name_or_path": str(BASE)}
+        CausalContextConfig(**given | config).save_pretrained(folder)
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, "sliders.py", "--adapter", folder, "--output", tmp_path / "image.png")
+    said = capsys.readouterr().err
+    assert message in said
+    assert "This example draws the concepts of the quickstart's adapter: give its folder." in said
+
+
 def test_language_trainers(monkeypatch, tmp_path, capsys):
     run(monkeypatch, "language_trainers.py", "--output_dir", tmp_path, "--max_steps", 2)
     output = capsys.readouterr().out
