@@ -68,7 +68,7 @@ class ContextSampler(Sampler[list[int]]):
         names = sorted(number_of)
         by_context = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
         self._rows = [by_context[number_of[name]] for name in names]
-        self._shares = _shares(names, weights)
+        self._shares = shares_of(names, weights)
         self._begin = _beginning(names, num_observational)
         self._shuffled: dict[int, tuple[int, IndexArray]] = {}
         self.contexts = tuple(names)
@@ -136,7 +136,7 @@ def stream_batches(
     _check_numbers(batch_size, seed, start, rank, world_size)
     if not isinstance(data.rows, IterableDataset):
         raise UserTypeError("The data is not streaming. Use ContextSampler, or load it with streaming=True.")
-    shares, begin = _shares(data.contexts, weights), _beginning(data.contexts, num_observational)
+    shares, begin = shares_of(data.contexts, weights), _beginning(data.contexts, num_observational)
     return _stream_batches(data.rows, data.contexts, shares, begin, batch_size, seed, start, rank, world_size)
 
 
@@ -211,7 +211,12 @@ def _interleaved(shares: NDArray[np.float64], first: int, last: int) -> tuple[In
     return contexts[order], draws[order]
 
 
-def _shares(contexts: Sequence[str], weights: Mapping[str, float] | None) -> NDArray[np.float64]:
+def shares_of(contexts: Sequence[str], weights: Mapping[str, float] | None) -> NDArray[np.float64]:
+    """Return the shares of contexts in the slots (C,), which sum to 1; see `ContextSampler` for `weights`.
+
+    Raises:
+        ValueError: for weights that are unknown, negative, not finite or all zero.
+    """
     given = {str(Context.parse(context)): weight for context, weight in (weights or {}).items()}
     if unknown := sorted(set(given) - set(contexts)):
         raise UserValueError(

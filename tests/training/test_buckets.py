@@ -134,6 +134,14 @@ class TestSampler:
             expected = weights.get(context, 1) / whole / of_context[context]
             assert drawn[row] / 12000 == pytest.approx(expected, rel=0.02), (row, context)
 
+    def test_strengths_share_the_share_of_their_concept_as_without_buckets(self):
+        contexts = ["", "slant", "thick", "thick=0.25", "thick=0.5", "thick=0.75"] * 6
+        buckets = np.arange(len(contexts)) // 6 % 2
+        drawn = Counter(contexts[row] for batch in self.sampler((buckets, contexts), num=600) for row in batch)
+        shares = {context: count / 2400 for context, count in drawn.items()}
+        strengths = dict.fromkeys(contexts[2:6], pytest.approx(1 / 12, rel=0.02))
+        assert shares == {"": pytest.approx(1 / 3, rel=0.02), "slant": pytest.approx(1 / 3, rel=0.02)} | strengths
+
     def test_the_batches_of_a_bucket_are_those_of_a_run_on_it_alone(self, rows):
         buckets, contexts = rows
         for bucket in range(3):

@@ -20,7 +20,7 @@ from PIL import Image
 from ..._messages import quoted
 from ..._progress import ProgressBar
 from ...data import ContextSampler, slots_of
-from ...data.sampling import schedule
+from ...data.sampling import schedule, shares_of
 
 Size = tuple[int, int]  # width, height
 
@@ -108,8 +108,8 @@ class BucketSampler:
         counts = np.zeros((len(names), buckets.max() + 1))
         np.add.at(counts, (codes, buckets), 1)
         shares = counts / counts.sum(1, keepdims=True)  # of the buckets, in each context
-        joint = shares * np.array([weights.get(name, 1.0) for name in names])[:, None]
-        self._shares = joint.sum(0) / joint.sum()
+        joint = shares * shares_of(names.tolist(), weights)[:, None]
+        self._shares = joint.sum(0)
         self._begin = num_observational // (batch_size * world_size)
         self._first_shares = shares[names.tolist().index("")] if num_observational else self._shares
         first, _ = schedule(self._first_shares, 0, self._begin)
