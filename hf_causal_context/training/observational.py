@@ -49,7 +49,7 @@ def check_observational_set(arguments: AdapterArguments) -> None:
         return
     if arguments.observational_steps is not None and arguments.max_train_steps is not None:
         _check_room(arguments.observational_steps, arguments.max_train_steps)
-    weights = parse_weights(arguments.context_weights, arguments.observational_name) or {}
+    weights = parse_weights(arguments.context_weights, arguments.observational_name)
     if weights.get("") == 0:
         name = arguments.observational_name
         raise UserValueError(

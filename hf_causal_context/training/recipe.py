@@ -98,7 +98,7 @@ class FineTuning(ABC, Generic[AnyArguments]):
         arguments, data = self.arguments, self.data
         self.shown = validation_contexts(arguments, arguments.observational_name, data.concepts, data.held_out)
         reweighted = wanted_combinations(arguments.reweighted_contexts, data.concepts)
-        weights = parse_weights(arguments.context_weights, arguments.observational_name) or {}
+        weights = parse_weights(arguments.context_weights, arguments.observational_name)
         check_weights(weights, (*data.contexts, *map(str, reweighted)), arguments.observational_name)
 
     @abstractmethod

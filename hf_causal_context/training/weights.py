@@ -21,15 +21,15 @@ def batch_weights(data: InterventionalData, arguments: AdapterArguments) -> dict
     Raises:
         ValueError: for weights of contexts that are not trained on, or numbers that are no shares.
     """
-    given = parse_weights(arguments.context_weights, arguments.observational_name) or {}
+    given = parse_weights(arguments.context_weights, arguments.observational_name)
     check_weights(given, (*data.contexts, *data.reweighted), arguments.observational_name)
     # Many combinations together count no more than the real contexts.
     share = min(REWEIGHTED_SHARE, len(data.contexts) / max(1, len(data.reweighted)))
     return dict.fromkeys(data.reweighted, share) | given
 
 
-def parse_weights(items: list[str], observational_name: str) -> dict[str, float] | None:
-    """``["obs=2", "thick+slant=0.5"]`` -> context -> weight; None for no items.
+def parse_weights(items: list[str], observational_name: str) -> dict[str, float]:
+    """``["obs=2", "thick+slant=0.5"]`` -> context -> weight.
 
     Raises:
         ValueError: for something else.
@@ -41,7 +41,7 @@ def parse_weights(items: list[str], observational_name: str) -> dict[str, float]
             weights[str(Context.parse("" if name == observational_name else name))] = float(number)
         except ValueError:
             raise UserValueError(f"--context_weights {item!r} must be a context and a number, such as obs=2.") from None
-    return weights or None
+    return weights
 
 
 def check_weights(given: Mapping[str, float], contexts: Collection[str], observational_name: str) -> None:

@@ -257,7 +257,7 @@ def test_images_are_upright_gray_and_cut_to_the_middle():
 
 
 def test_weights_of_contexts(make):
-    assert parse_weights([], "obs") is None
+    assert parse_weights([], "obs") == {}
     assert parse_weights(["obs=2", "thick+slant=0.5", "thick=0.5=3"], "obs") == {
         "": 2,
         "slant+thick": 0.5,
