@@ -53,14 +53,54 @@ def test_what_is_kept_are_means_over_equal_numbers_of_steps(tmp_path):
         record.sums.zero_()
         record.add(0, torch.tensor([[0, 0]]), torch.tensor([float(step)]))
         record.note(step, step / 10, record.sums[0].numpy())
-    record.save(tmp_path)
-    points = json.loads((tmp_path / LOSSES).read_text())
+    record.save(tmp_path, 7)
+    points = json.loads((tmp_path / LOSSES).read_text())["points"]
     assert [(point["step"], point["losses"]) for point in points] == [(n, {"obs": n - 0.5}) for n in (2, 4, 6)]
     assert [point["learning_rate"] for point in points] == [0.2, 0.4, 0.6]
     again = LossRecord(kinds, 400, 1, CPU)
     again.load(tmp_path, 5)
-    again.save(tmp_path / "again")
-    assert json.loads((tmp_path / "again" / LOSSES).read_text()) == json.loads((tmp_path / LOSSES).read_text())[:2]
+    noted(again, 6)
+    again.save(tmp_path / "again", 6)
+    assert json.loads((tmp_path / "again" / LOSSES).read_text())["points"][:2] == points[:2]
+
+
+def noted(record, step):
+    record.sums.zero_()
+    record.add(0, torch.tensor([[0, 0], [1, 0]]), torch.tensor([float(step), 1.0 / step]))
+    return record.note(step, step / 10, record.sums[0].numpy())
+
+
+@pytest.mark.parametrize("ended", [3, 5])  # when the run was given up: at its checkpoint, or later
+def test_a_resumed_run_goes_on_with_its_running_means_and_the_point_it_was_at(ended, tmp_path):
+    kinds = kinds_of_contexts(CONCEPTS, ["", "a"], "obs")
+    whole, cut, resumed = (LossRecord(kinds, 800, 1, CPU) for _ in range(3))
+    means = [noted(whole, step) for step in range(1, 9)]
+    (tmp_path / "checkpoint-3").mkdir()  # between the points of steps 0 and 4
+    for step in range(1, ended + 1):
+        noted(cut, step)
+        if step in (3, ended):
+            cut.save(tmp_path, step)
+    assert json.loads((tmp_path / LOSSES).read_text())["sums"].keys() == {"3"}
+    resumed.load(tmp_path, 3)
+    assert [noted(resumed, step) for step in range(4, 9)] == means[3:]
+    for record, folder in ((whole, tmp_path / "whole"), (resumed, tmp_path / "resumed")):
+        record.save(folder, 8)
+    points = [json.loads((tmp_path / name / LOSSES).read_text())["points"] for name in ("whole", "resumed")]
+    assert points[0] == points[1]
+    assert [point["step"] for point in points[0]] == [4, 8]
+
+
+def test_curves_of_runs_that_kept_no_sums_and_of_other_contexts_go_on(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    points = [{"step": 1, "learning_rate": 0.1, "losses": {"obs": 1.0}}]
+    (tmp_path / LOSSES).write_text(json.dumps(points))
+    old = LossRecord(kinds_of_contexts(CONCEPTS, ["", "a"], "obs"), 200, 1, CPU)
+    old.load(tmp_path, 1)
+    noted(old, 2)
+    old.save(tmp_path, 1)
+    other = LossRecord(kinds_of_contexts(CONCEPTS, ["", "b"], "obs"), 200, 1, CPU)
+    other.load(tmp_path, 1)
+    assert noted(other, 2) == {"obs": pytest.approx(2.0)}
 
 
 def test_the_image_has_a_curve_for_every_context_in_a_color_of_its_own():
@@ -93,7 +133,7 @@ def test_a_run_leaves_curves_and_the_base_beside_its_samples(pipeline_folder, tm
     given = settings(pipeline_folder("ddpm"), data, tmp_path / "out", max_train_steps=2, num_validation_images=2)
     train(TrainingArguments(**given, num_inference_steps=2))
     folder = tmp_path / "out"
-    points = json.loads((folder / LOSSES).read_text())
+    points = json.loads((folder / LOSSES).read_text())["points"]
     assert [point["step"] for point in points] == [1, 2]
     assert set().union(*(point["losses"] for point in points)) == {"obs", "slant", "thick"}
     assert Image.open(folder / IMAGE).size[0] == 900
@@ -127,5 +167,5 @@ def test_curves_are_drawn_however_a_run_ends(ending, tmp_path):
         kinds = {"thick": torch.tensor([True, False, False])}
         accelerator, validate = make_accelerator(arguments), lambda step: 1.0
         fit(accelerator, adapted(), objective, batches, arguments, 400, validate, stopping, kinds=kinds)
-    assert [point["step"] for point in json.loads((tmp_path / LOSSES).read_text())] == [2, 4]
+    assert [point["step"] for point in json.loads((tmp_path / LOSSES).read_text())["points"]] == [2, 4]
     assert (tmp_path / IMAGE).exists()

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..._files import checkpoint_steps
 from ...contexts import ConceptSet, Context
 from .checkpoints import CheckpointError, write_file
 from .loss_image import loss_image
@@ -51,6 +52,7 @@ class LossRecord:
         self._every = -(-num_steps // MOST_POINTS)
         self._running, self._since_point = np.zeros((2, 2, len(kinds)))
         self._points: list[dict[str, Any]] = []
+        self._sums: dict[int, dict[str, list[list[float]]]] = {}  # after the steps of checkpoints
 
     def add(self, place: int, context_BK: Tensor, losses_B: Tensor, apart_B: Tensor | None = None) -> None:
         """Take in the losses of samples, of the step with this place among those not synchronized.
@@ -81,19 +83,31 @@ class LossRecord:
         seen = zip(self.names, *sums_2C.tolist(), strict=True)
         return {name: total / count for name, total, count in seen if count}
 
-    def save(self, folder: Path) -> None:
-        """Keep what was noted, and draw it; say so where that cannot be written."""
-        if not any(point["losses"] for point in self._points):
+    def save(self, folder: Path, step: int) -> None:
+        """Keep what was noted until a step, and draw it; say so where that cannot be written."""
+        if not self._running.any():
             return
-        text = json.dumps(self._points, ensure_ascii=False) + "\n"
+        sums = np.stack([self._running, self._since_point])
+        self._sums[step] = {name: sums[:, :, number].tolist() for number, name in enumerate(self.names)}
+        self._sums = {known: self._sums[known] for known in checkpoint_steps(folder) if known in self._sums}
+        text = json.dumps({"points": self._points, "sums": self._sums}, ensure_ascii=False) + "\n"
         try:
             write_file(folder / LOSSES, folder, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
-            write_file(folder / IMAGE, folder, loss_image(self.names, self._points).save)
+            if any(point["losses"] for point in self._points):
+                write_file(folder / IMAGE, folder, loss_image(self.names, self._points).save)
         except CheckpointError as error:  # no reason to end a training; without room its checkpoints will say so
             print(f"The losses could not be kept for {IMAGE} ({error.__cause__}). The training goes on.", flush=True)
 
     def load(self, folder: Path, step: int) -> None:
-        """Go on from what was kept, until a step."""
+        """Go on from what was kept, until the step of a checkpoint."""
         path = folder / LOSSES
-        if path.exists():
-            self._points = [point for point in json.loads(path.read_text(encoding="utf-8")) if point["step"] <= step]
+        if not path.exists():
+            return
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(stored, list):  # of a run that is older than the sums
+            stored = {"points": stored, "sums": {}}
+        self._points = [point for point in stored["points"] if point["step"] <= step]
+        self._sums = {int(known): sums for known, sums in stored["sums"].items() if int(known) <= step}
+        for number, name in enumerate(self.names):
+            if name in (sums := self._sums.get(step, {})):
+                self._running[:, number], self._since_point[:, number] = sums[name]

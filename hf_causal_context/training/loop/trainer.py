@@ -194,7 +194,7 @@ class Run:
         stopping = self.validation_is_due() and self.validate()
         with noted_interruptions() as self.interruption, self.bar, ExitStack() as at_end:
             if self.accelerator.is_main_process:
-                at_end.callback(self.record.save, self.output_dir)
+                at_end.callback(lambda: self.record.save(self.output_dir, self.done))
             while self.done < self.num_steps and not stopping:
                 self.train_until_sync()
                 interrupted = self.synchronize()
@@ -202,7 +202,7 @@ class Run:
                     with averaged_by(self.optimizer):
                         save_checkpoint(self.accelerator, self.arguments, self.done)
                     if self.accelerator.is_main_process:
-                        self.record.save(self.output_dir)
+                        self.record.save(self.output_dir, self.done)
                 if interrupted and self.done < self.num_steps:
                     self.accelerator.end_training()
                     again = self.arguments.resume_from_checkpoint == "latest"
