@@ -1,19 +1,23 @@
 """Combinations whose rows the model in training writes itself: what is found, when, and runs that go on."""
 
+import dataclasses
 import itertools
 import json
 import os
 import random
+import shutil
 import signal
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 from hf_causal_context.bases.token_batches import Collation
 from hf_causal_context.bases.tokens import Tokenization
 from hf_causal_context.contexts import Context
+from hf_causal_context.errors import UserValueError
 from hf_causal_context.evaluation.concept_finder import ConceptFinder
 from hf_causal_context.training.language import self_composition, train_text
 from hf_causal_context.training.language.batches import TextBatches
@@ -214,6 +218,65 @@ def test_prompts_are_those_of_observational_rows(tmp_path, all_found, monkeypatc
     tokenizer = word_tokenizer()
     lines = [line for lines in rounds(tmp_path).values() for line in lines]
     assert {tokenizer.decode(line["prompt_tokens"], skip_special_tokens=True) for line in lines} == {"a", "the mat"}
+
+
+def test_a_run_that_goes_on_in_another_folder_has_all_rounds_there(tmp_path, all_found, monkeypatch):
+    run(tmp_path, world(), **SHORT)
+    changes = SHORT | {"output_dir": str(tmp_path / "half"), "checkpointing_steps": 7}
+    with pytest.raises(TrainingInterrupted), interrupted_after(monkeypatch, 8):
+        run(tmp_path, world(), **changes)
+    changes |= {"output_dir": str(tmp_path / "new")}
+    half = str(tmp_path / "half" / "checkpoint-7")
+    with pytest.raises(TrainingInterrupted), interrupted_after(monkeypatch, 7 + 2):
+        run(tmp_path, world(), **changes, resume_from_checkpoint=half)
+    shutil.rmtree(tmp_path / "half")  # which the new one no longer needs
+    run(tmp_path, world(), **changes, resume_from_checkpoint="latest")
+    assert rounds(tmp_path, "new") == rounds(tmp_path)
+    whole, resumed = adapter_weights(tmp_path / "out"), adapter_weights(tmp_path / "new")
+    assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())
+
+
+def chats(long):
+    """Conversations whose observational ones, in the given share, begin longer than a row of the model."""
+    rng = random.Random(0)
+    columns = {"context": [context for context in ("", *CONCEPTS) for _ in range(40)], "messages": []}
+    for number, context in enumerate(columns["context"]):
+        words = 40 if context == "" and number < 40 * long else 1
+        asked = " ".join(rng.choices(NEUTRAL, k=words))
+        turns = [asked, write(rng, ""), asked, write(rng, context)]
+        roles = ("user", "assistant", "user", "assistant")
+        columns["messages"].append([{"role": r, "content": t} for r, t in zip(roles, turns, strict=True)])
+    return small_language.singles_data(columns, "messages")
+
+
+def test_prompts_that_fill_a_row_are_left_out(tmp_path, all_found):
+    run(tmp_path, chats(0.9), **SHORT)
+    lines = [line for lines in rounds(tmp_path).values() for line in lines]
+    assert lines
+    assert all(len(line["prompt_tokens"]) < 20 and line["tokens"] for line in lines)
+
+
+def test_rows_of_own_texts_are_no_longer_than_those_of_the_data(tmp_path, all_found, monkeypatch):
+    monkeypatch.setattr(ConceptFinder, "unclear", lambda self, combination: [])
+    run(tmp_path, chats(0), **SHORT, max_length=16)
+    lines = [line for lines in rounds(tmp_path).values() for line in lines]
+    assert max(len(line["prompt_tokens"]) + len(line["tokens"]) for line in lines) == 16
+
+
+def test_a_run_whose_prompts_all_fill_a_row_does_not_begin(tmp_path):
+    with pytest.raises(UserValueError, match="all of them fill its rows of 64 tokens. Raise --max_length where"):
+        run(tmp_path, chats(1), **SHORT)
+    assert not list(tmp_path.rglob("checkpoint-*"))
+
+
+def test_combinations_that_all_have_rows_are_told(tmp_path, capsys):
+    data = world()
+    rows = data.rows.to_dict()
+    rows["context"][-20:] = ["formal+loud"] * 20
+    rows["text"][-20:] = ["indeed cat loudly"] * 20
+    contexts = (*data.contexts, str(PAIR))
+    run(tmp_path, dataclasses.replace(data, rows=Dataset.from_dict(rows), contexts=contexts), **SHORT)
+    assert "No combination is left for own texts: all that were named have rows." in capsys.readouterr().out
 
 
 def test_a_round_that_is_gone_is_named(tmp_path, all_found, monkeypatch):

@@ -159,6 +159,7 @@ class LanguageFineTuning(FineTuning[TextArguments]):
     def make_batches(self, num_batches: int) -> Callable[..., Iterator[TextBatch]]:
         if self._composition is None or self.arguments.dry_run:  # which writes nothing
             return self.batches
+        self._composition.take_over()
         accumulation = self.arguments.gradient_accumulation_steps
         begins = [step * accumulation for step in self._composition.begins]
         return ComposedBatches(self.batches, begins, self._composition.rows)
@@ -223,6 +224,8 @@ class LanguageFineTuning(FineTuning[TextArguments]):
     @cached_property
     def _composition(self) -> SelfComposition | None:
         if not (contexts := self_composed_contexts(self.data, self.arguments)):
+            if self.arguments.self_composed_contexts:
+                self.accelerator.print("No combination is left for own texts: all that were named have rows.")
             return None
         assert self.rows is not None  # the arguments refuse streams
         model, arguments = self.model, self.arguments

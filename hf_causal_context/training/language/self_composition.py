@@ -9,9 +9,10 @@ rows are made anew in rounds, each time by what the last round taught.
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, cast
@@ -26,16 +27,17 @@ from ..._messages import quoted
 from ..._progress import ProgressBar, say
 from ...adapter.intervene import intervene
 from ...bases.token_batches import TextBatch
-from ...bases.tokens import IGNORED, Ids, Tokenization, TokenRow, room_after
+from ...bases.tokens import IGNORED, Ids, Tokenization, TokenRow
 from ...contexts import Context
 from ...data import InterventionalData
 from ...data.reweighting import check_sets, wanted_combinations
 from ...data.text_rows import prompt_of
+from ...errors import UserValueError
 from ...evaluation.concept_finder import ConceptFinder
 from ...inference.sampling import eval_mode
 from ..arguments import TextArguments
 from ..few_rows import few_rows
-from ..loop.checkpoints import write_file
+from ..loop.checkpoints import earlier_run, write_file
 from ..loop.processes import main_process_first
 from ..loop.trainer import StepHooks
 from .batches import TextBatches
@@ -81,6 +83,9 @@ class SelfComposition(StepHooks):
 
     Attributes:
         begins: the steps at which rounds begin.
+
+    Raises:
+        ValueError: for observational rows without a prompt that the model could write after.
     """
 
     def __init__(
@@ -98,6 +103,26 @@ class SelfComposition(StepHooks):
         self._tokens, self._tokenize, self._arguments = tokens, tokenize, arguments
         before = arguments.observational_steps or 0
         self.begins = sorted({before + int(share * (num_steps - before)) for share in ROUNDS} - {num_steps})
+        if not self._prompts:
+            raise UserValueError(
+                "--self_composed_contexts lets the model write after observational prompts, and all of them fill its "
+                f"rows of {tokenize.max_length} tokens. Raise --max_length where the model allows it, shorten the "
+                "prompts, or leave the option out."
+            )
+
+    def take_over(self) -> None:
+        """Copy the rounds of the run that this one goes on with, if that has a folder of its own.
+
+        Raises:
+            CheckpointError: where they cannot be written.
+        """
+        earlier, output_dir = earlier_run(self._arguments), Path(self._arguments.output_dir)
+        if earlier is None or earlier.resolve() == output_dir.resolve() or not self._accelerator.is_main_process:
+            return
+        for path in (earlier / FOLDER).glob("round-*.jsonl"):
+            copy = output_dir / FOLDER / path.name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            write_file(copy, output_dir, partial(shutil.copyfile, path))
 
     def start_step(self, step: int) -> None:
         """Where a round begins, write its rows, by the model as it is now.
@@ -170,7 +195,7 @@ class SelfComposition(StepHooks):
         length = len(self._prompts[generator.integers(len(self._prompts))])
         alike = [prompt for prompt in self._prompts if len(prompt) == length]  # some models would read what fills up
         prompts = [alike[n] for n in generator.integers(len(alike), size=_AT_ONCE)]
-        room = int(min(self._room, room_after(self._model, prompts[0])))
+        room = self._room_after(prompts[0])
         devices = [self._model.device] if self._model.device.type == "cuda" else []
         with (
             torch.no_grad(),
@@ -195,13 +220,17 @@ class SelfComposition(StepHooks):
 
     @cached_property
     def _prompts(self) -> list[list[int]]:
-        """What observational texts follow."""
+        """What observational texts follow, where a row has room for more."""
         rows = cast(Iterable[dict[str, Any]], few_rows(self._data, "", _MOST_PROMPTS, self._arguments.seed))
-        return [self._tokenize.beginning(prompt_of(row, self._tokenize.content_column)) for row in rows]
+        prompts = [self._tokenize.beginning(prompt_of(row, self._tokenize.content_column)) for row in rows]
+        return [prompt for prompt in prompts if self._room_after(prompt) > 0]
+
+    def _room_after(self, prompt: Sequence[int]) -> int:
+        """Return how many tokens may follow: as many as nearly all rows learn, in rows as long as those of the data."""
+        return min(self._learned, self._tokenize.max_length - (0 if self._tokenize.encoder_decoder else len(prompt)))
 
     @cached_property
-    def _room(self) -> int:
-        """As many tokens as nearly all rows learn."""
+    def _learned(self) -> int:
         return int(np.quantile([np.count_nonzero(row.labels != IGNORED) for row in self._tokens], 0.95))
 
     @cached_property
