@@ -210,9 +210,15 @@ def wanted_combinations(names: Sequence[str], concepts: ConceptSet) -> list[Cont
     """``["pairs"]``, ``["all"]`` or combinations by name -> contexts.
 
     Raises:
-        ValueError: for unknown concepts, or a context that is no combination at strength 1.
+        ValueError: for unknown concepts, a context that is no combination at strength 1, or a single concept, which
+            has none.
     """
     if list(names) in (["pairs"], ["all"]):
+        if len(concepts) < 2:
+            raise UserValueError(
+                f"{names[0]!r} are combinations of concepts, and there is only one, {quoted(concepts)}. Leave them "
+                "out, or add the set of another concept."
+            )
         sizes = (2,) if names[0] == "pairs" else range(2, len(concepts) + 1)
         return [Context(*targets) for size in sizes for targets in combinations(concepts, size)]
     if shorthand := {"pairs", "all"}.intersection(names):

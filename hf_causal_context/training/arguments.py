@@ -21,6 +21,7 @@ from ..data.arguments import (
     TextDataArguments,
     TextReadingArguments,
     argument,
+    refuse_useless,
 )
 from ..errors import UserValueError
 from ..layers import MECHANISMS
@@ -114,6 +115,17 @@ class OptimizationArguments:
                 "--optimizer=schedulefree averages the weights itself, in place of a schedule. Leave --use_ema out, "
                 f"and --lr_scheduler={self.lr_scheduler} too."
             )
+        if self.lr_scheduler == "constant" and self.lr_warmup_steps:
+            refuse_useless(
+                self, ["lr_warmup_steps"], "Only --lr_scheduler=constant_with_warmup warms a constant rate up"
+            )
+        if not self.optimizer.startswith("adamw"):
+            own = f"--optimizer={self.optimizer} has its settings in --optimizer_args"
+            refuse_useless(self, ["adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon"], own)
+        if not self.use_ema:
+            refuse_useless(self, ["ema_decay"], "--use_ema was not given")
+        if self.report_to is None:
+            refuse_useless(self, ["logging_dir"], "--report_to was not given")
         optimizer_by_name(self.optimizer, [torch.zeros(1)], self.optimizer_args)  # refused before anything is loaded
 
     def _choices(self) -> dict[str, tuple[str | None, ...]]:
@@ -202,6 +214,8 @@ class AdapterArguments(OptimizationArguments, ContextDataArguments):
                 f"{fewer_bits} and --shard_base are two ways to fit a large base, not made to work together. "
                 "Leave one of them out."
             )
+        if not self.push_to_hub:
+            refuse_useless(self, ["hub_model_id"], "--push_to_hub was not given")
         check_quantization(self.quantization)
         check_gguf(self.gguf_file, self.quantization)
         if self.push_to_hub and self.shard_base:
@@ -305,12 +319,14 @@ class TrainingArguments(AdapterArguments, DataArguments, ImageReadingArguments):
             )
         if self.class_data_dir is not None and self.streaming:
             raise UserValueError("--class_data_dir is read by number, which a stream has not. Leave --streaming out.")
+        if self.streaming:
+            refuse_useless(self, ["dataloader_num_workers"], "A stream is read in one process")
+        if self.class_data_dir is None:
+            refuse_useless(self, ["prior_loss_weight"], "--class_data_dir was not given")
         if not 0 < self.prior_loss_weight < math.inf:
             raise UserValueError(f"--prior_loss_weight={self.prior_loss_weight} must be positive. 1 is usual.")
-        if self.flip_changes and not self.random_flip:
-            raise UserValueError(
-                f"--flip_changes={self.flip_changes} has no effect without --random_flip. Give both, or none."
-            )
+        if not self.random_flip:
+            refuse_useless(self, ["flip_changes"], "--random_flip was not given")
 
 
 @dataclass

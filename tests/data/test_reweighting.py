@@ -255,6 +255,9 @@ def test_combinations_are_named():
     for name in ("a", "", "a=0.5,b"):
         with pytest.raises(ValueError, match=r"is no combination of concepts at strength 1"):
             wanted_combinations([name], three)
+    for name in ("pairs", "all"):
+        with pytest.raises(ValueError, match=f"'{name}' are combinations of concepts, and there is only one, 'a'"):
+            wanted_combinations([name], ConceptSet(("a",)))
 
 
 @pytest.fixture

@@ -21,6 +21,14 @@ BASE = {"pretrained_model_name_or_path": "base", "output_dir": "out"}
         ({"learning_rate": 0.0}, "--learning_rate=0.0 must be positive"),
         ({"adam_beta2": 1.0}, "--adam_beta2=1.0 must be at least 0 and below 1"),
         ({"adam_epsilon": -1.0}, "--adam_epsilon=-1.0 must be at least 0"),
+        ({"lr_warmup_steps": 5}, "constant_with_warmup warms a constant rate up, so --lr_warmup_steps would have no"),
+        (
+            {"optimizer": "adafactor", "adam_beta1": 0.5, "adam_weight_decay": 0.3},
+            "has its settings in --optimizer_args, so --adam_beta1, --adam_weight_decay would have no effect",
+        ),
+        ({"ema_decay": 0.5}, "--use_ema was not given, so --ema_decay would have no effect"),
+        ({"logging_dir": "runs"}, "--report_to was not given, so --logging_dir would have no effect"),
+        ({"hub_model_id": "user/name"}, "--push_to_hub was not given, so --hub_model_id would have no effect"),
         ({"mixed_precision": "fp8"}, "--mixed_precision=fp8 is unknown. Allowed: no, fp16, bf16"),
     ],
 )
@@ -52,6 +60,23 @@ def test_texts(changes, message):
 def test_images(settings, needed):
     with pytest.raises(ValueError, match="--num_validation_images=-1 must be at least 0"):
         settings(**needed, num_validation_images=-1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prior_loss_weight": 5.0}, "--class_data_dir was not given, so --prior_loss_weight would have no effect"),
+        ({"streaming": True, "dataloader_num_workers": 2}, "read in one process, so --dataloader_num_workers would"),
+    ],
+)
+def test_what_has_no_effect_on_images(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingArguments(**BASE, **changes)
+
+
+def test_a_warm_up_needs_a_schedule_with_one():
+    for scheduler, steps in (("constant_with_warmup", 5), ("cosine", 5), ("constant", 0)):
+        assert TrainingArguments(**BASE, lr_scheduler=scheduler, lr_warmup_steps=steps).lr_warmup_steps == steps
 
 
 def test_texts_are_asked_nothing_about_images():

@@ -436,6 +436,11 @@ class TestErrors:
             ),
             ({"validation_fraction": 1.0}, "must lie between 0 and 1"),
             ({"early_stopping_patience": 3}, "Give --validation_steps, too"),
+            ({"channels": 2}, "--channels=2 must be 1, for gray images, or 3, for RGB"),
+            ({"caption_column": "text"}, "reads images and contexts alone, so --caption_column would have no effect"),
+            ({"class_column": "label"}, "so --class_column would have no effect. Leave it out"),
+            ({"early_stopping_min_delta": 1.0}, "--early_stopping_patience was not given, so --early_stopping_min_del"),
+            ({"lr_scheduler": "constant", "lr_warmup_steps": 3}, "so --lr_warmup_steps would have no effect"),
             ({"streaming": True}, "kept in memory. Leave --streaming out"),
             ({"output_dir": ""}, "Missing: --output_dir"),
         ],
@@ -476,6 +481,32 @@ class TestErrors:
         (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
         with pytest.raises(ValueError, match="holds a UNet2DModel. It must be a ContextAutoencoder or a diffusers"):
             train_autoencoder(arguments(tmp_path / "out", mode="frozen", base=str(tmp_path)), images())
+
+    def test_images_of_another_shape_than_the_bases(self, tmp_path):
+        base = tmp_path / "base"
+        autoencoder(with_context_module=False).save_pretrained(base)
+        tiny_kl().save_pretrained(tmp_path / "kl")
+        given = {"mode": "frozen", "resolution": None, "channels": None, "base": str(base)}
+        for name, value, own in (("resolution", 64, 16), ("channels", 3, 1)):
+            with pytest.raises(ValueError, match=f"--{name}={value}, but --base=.* is for {name} {own}. Leave it out"):
+                make_autoencoder(arguments(tmp_path, **given | {name: value}), CONCEPTS)
+        with pytest.raises(ValueError, match="--channels=3, but --base=.* is for channels 1"):
+            make_autoencoder(arguments(tmp_path, **given | {"base": str(tmp_path / "kl"), "channels": 3}), CONCEPTS)
+        for folder, size in ((base, 16), (tmp_path / "kl", 64)):
+            made = make_autoencoder(arguments(tmp_path, **given | {"base": str(folder)}), CONCEPTS).backbone
+            assert (made.size, made.channels) == (size, 1)
+        fresh = AutoencoderArguments(output_dir="out")
+        assert (fresh.resolution, fresh.channels) == (64, 3)
+
+    def test_images_are_read_in_gray_or_rgb_alone(self, tmp_path):
+        base = {"class": "LightweightVAE", "size": 16, "channels": 2}
+        model = ContextAutoencoder(("slant", "thick"), base, noise_width=3, concept_width=2)
+        given = arguments(tmp_path / "out", train_data_dir=str(write_folders(tmp_path / "data", images=2)))
+        with pytest.raises(ValueError, match=r"takes images of 2 channels, .* in gray \(1\) or RGB \(3\). Choose"):
+            train_autoencoder(given, model=model)
+
+    def test_a_constant_rate_asks_for_no_steps_beyond_a_warm_up(self, tmp_path):
+        train_autoencoder(arguments(tmp_path, lr_scheduler="constant", lr_warmup_steps=200), images())
 
     def test_a_loss_that_is_not_finite(self, tmp_path):
         model = autoencoder()

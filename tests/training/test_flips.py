@@ -129,7 +129,7 @@ def test_latents_of_both_are_kept_for_another_run(make, monkeypatch):
     [
         ({"flip_changes": ["size"]}, "--flip_changes names 'size', which is no concept. Concepts: 'slant', 'thick'."),
         ({"flip_changes": ["slant", "thick"]}, "--flip_changes names all concepts, 'slant', 'thick': only images"),
-        ({"flip_changes": ["thick"], "random_flip": False}, "--flip_changes=.'thick'. has no effect without"),
+        ({"flip_changes": ["thick"], "random_flip": False}, "--random_flip was not given, so --flip_changes"),
     ],
 )
 def test_bad_settings_are_refused(changes, message, make):

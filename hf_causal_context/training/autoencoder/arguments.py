@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ...data.arguments import DataArguments, argument
+from ...data.arguments import DataArguments, argument, refuse_useless
 from ...errors import UserValueError
 from ..arguments import LR_SCHEDULERS, OptimizationArguments
 
@@ -28,10 +28,12 @@ class AutoencoderArguments(OptimizationArguments, DataArguments):
         "LightweightVAE: an encoder, the context module, a decoder. HierarchicalVAE: the context module is the top "
         "latent, and finer latents depend on it.",
     )
-    resolution: int = argument(
-        64, "Side of the images in pixels: 28 or a multiple of 16; of a HierarchicalVAE a multiple of 8."
+    resolution: int | None = argument(
+        None,
+        "Side of the images in pixels: 28 or a multiple of 16; of a HierarchicalVAE a multiple of 8. By default the "
+        "base's, or 64.",
     )
-    channels: int = argument(3, "1 for gray images, 3 for RGB.")
+    channels: int | None = argument(None, "1 for gray images, 3 for RGB; by default the base's, or 3.")
     noise_width: int = argument(32, "Exogenous coordinates of each concept.")
     concept_width: int = argument(8, "Width of each concept.")
     depth: int = argument(2, "Widths from noise_width to concept_width: depth - 1 expressive layers.")
@@ -67,17 +69,22 @@ class AutoencoderArguments(OptimizationArguments, DataArguments):
         if self.mean_penalty is None:
             plain = self.published or self.without_context_module or self.ignore_contexts
             self.mean_penalty = 0.0 if plain else 10.0
+        if self.base is None:
+            self.resolution = 64 if self.resolution is None else self.resolution
+            self.channels = 3 if self.channels is None else self.channels
+        if self.channels not in (None, 1, 3):
+            raise UserValueError(f"--channels={self.channels} must be 1, for gray images, or 3, for RGB.")
         if self.architecture not in ARCHITECTURES:
             raise UserValueError(f"--architecture={self.architecture} must be one of: {', '.join(ARCHITECTURES)}.")
         if self.base is not None and self.architecture != ARCHITECTURES[0]:
             raise UserValueError(
                 f"--base={self.base} has an architecture of its own. Leave --architecture={self.architecture} out."
             )
-        if self.architecture == "HierarchicalVAE":
-            if self.resolution < 8 or self.resolution % 8:
+        if self.base is None and self.resolution is not None:
+            if self.architecture == "HierarchicalVAE" and (self.resolution < 8 or self.resolution % 8):
                 raise UserValueError(f"--resolution={self.resolution} must be a multiple of 8 for a HierarchicalVAE.")
-        elif self.base is None and self.resolution != 28 and self.resolution % 16:
-            raise UserValueError(f"--resolution={self.resolution} must be 28, or a multiple of 16.")
+            if self.architecture == "LightweightVAE" and self.resolution != 28 and self.resolution % 16:
+                raise UserValueError(f"--resolution={self.resolution} must be 28, or a multiple of 16.")
         for name in ("beta", "group_penalty", "l2_penalty", "mean_penalty", "early_stopping_min_delta"):
             if not getattr(self, name) >= 0:
                 raise UserValueError(f"--{name}={getattr(self, name)} must not be negative.")
@@ -94,6 +101,9 @@ class AutoencoderArguments(OptimizationArguments, DataArguments):
             raise UserValueError("An autoencoder's images are kept in memory. Leave --streaming out.")
         if self.early_stopping_patience is not None and self.validation_steps is None:
             raise UserValueError("--early_stopping_patience counts validations. Give --validation_steps, too.")
+        if self.early_stopping_patience is None:
+            refuse_useless(self, ["early_stopping_min_delta"], "--early_stopping_patience was not given")
+        refuse_useless(self, ["caption_column", "class_column"], "An autoencoder reads images and contexts alone")
 
     def _choices(self) -> dict[str, tuple[str | None, ...]]:
         return {"mode": MODES, "reconstruction": ("bce", "gaussian"), **super()._choices()}

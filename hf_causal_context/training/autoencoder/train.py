@@ -67,6 +67,11 @@ def train_autoencoder(
                 "An autoencoder's loss has no masks. Leave --mask_column out, or take the files *.mask.png away."
             )
         model = model or make_autoencoder(arguments, data.concepts)  # before images are read: it may be refused
+        if model.backbone.channels not in (1, 3):
+            raise UserValueError(
+                f"The autoencoder takes images of {model.backbone.channels} channels, and images are read in gray (1) "
+                "or RGB (3). Choose another --base, or pass images= of your own."
+            )
         report = check_data(data)
         if accelerator.is_main_process:
             say(report.table(), report.remarks())
@@ -99,7 +104,7 @@ def train_autoencoder(
         accelerator.process_index,
         accelerator.num_processes,
     )
-    if arguments.lr_warmup_steps >= num_steps:
+    if arguments.lr_scheduler != "constant" and arguments.lr_warmup_steps >= num_steps:
         raise UserValueError(
             f"The run has {num_steps} optimizer steps, all of them within --lr_warmup_steps="
             f"{arguments.lr_warmup_steps}. Lower it or --train_batch_size, or train longer (--num_train_epochs, "
@@ -138,7 +143,7 @@ def make_autoencoder(arguments: AutoencoderArguments, concepts: ConceptSet) -> C
     """Return a fresh autoencoder, or a fresh context module around the encoder and decoder of a pretrained one.
 
     Raises:
-        ValueError: for no base where the mode needs one, or one that holds no autoencoder we know.
+        ValueError: for no base where the mode needs one, or one that holds no autoencoder we know, or of other images.
         OSError: for a base that does not exist.
     """
     base: Any = {"class": arguments.architecture, "size": arguments.resolution, "channels": arguments.channels}
@@ -155,11 +160,17 @@ def make_autoencoder(arguments: AutoencoderArguments, concepts: ConceptSet) -> C
             base, latent_module = pretrained.backbone, pretrained.latent_module
         elif kind == "AutoencoderKL":
             vae = cast(AutoencoderKL, AutoencoderKL.from_pretrained(arguments.base))
-            base = KLAutoencoder(arguments.resolution, vae)
+            base = KLAutoencoder(64 if arguments.resolution is None else arguments.resolution, vae)
         else:
             raise UserValueError(
                 f"--base={arguments.base} holds a {kind}. It must be a ContextAutoencoder or a diffusers AutoencoderKL."
             )
+        for name, own in (("resolution", base.size), ("channels", base.channels)):
+            if getattr(arguments, name) not in (None, own):
+                raise UserValueError(
+                    f"--{name}={getattr(arguments, name)}, but --base={arguments.base} is for {name} {own}. Leave it "
+                    "out, or start from another base."
+                )
     return ContextAutoencoder(
         concepts.names,
         base,
