@@ -30,7 +30,10 @@ from ..errors import UserTypeError, UserValueError
 from .columns import STREAM_BATCH_ROWS, Rows, known_features, of_contexts, require_columns, with_text_column
 from .found_names import check_found_names
 from .pairs import check_names, name_of
-from .text_rows import TextFile
+from .text_rows import TextFile, is_text
+
+# What the columns of our names hold.
+_MEANINGS = {"context": "contexts", "caption": "captions", "mask": "masks", "pair": "names of samples"}
 
 
 @dataclass
@@ -136,13 +139,23 @@ def from_dataset(
                 f"pair_column={pair_column!r} looks for rows of one sample, which a stream does not find. Leave it "
                 "out, or do not stream."
             )
-    if context_column != "context" and "context" in (content_column, caption_column):
-        raise UserValueError(f"The contexts of {context_column!r} go into a column 'context'. Rename the one there is.")
+    ours = {"context": context_column, "caption": caption_column, "mask": mask_column, "pair": pair_column}
+    if content_column != "context" and is_text(features[content_column]):
+        del columns[content_column]  # texts get another name afterwards
+    for name, own in ours.items():
+        if name in columns and name not in (own, context_column):
+            raise UserValueError(
+                f"The column {name!r} was named as {columns[name]}, and a column {name!r} is for {_MEANINGS[name]}. "
+                f"Rename it: dataset.rename_column({name!r}, ...)."
+            )
     if isinstance(features[content_column], Video):  # decoded when read, without another package than for files
         dataset, features = known_features(dataset.cast_column(content_column, Video(decode=False)))
-    feature = features[content_column]
-    if isinstance(feature, Image) and feature.mode == "RGB":  # which would make 16 bits white before they are read
-        dataset, features = known_features(dataset.cast_column(content_column, Image()))
+    for column in (content_column, mask_column):
+        feature = None if column is None else features[column]
+        # The mode "RGB" would make 16 bits white before they are read.
+        if column is not None and isinstance(feature, Image) and (feature.mode == "RGB" or not feature.decode):
+            mode = None if feature.mode == "RGB" else feature.mode
+            dataset, features = known_features(dataset.cast_column(column, Image(mode=mode)))
     known = None if concepts is None else _concept_set(concepts)
     if known is not None and observational_name in known:
         raise UserValueError(
@@ -156,14 +169,15 @@ def from_dataset(
     undecoded = dataset.decode(False) if isinstance(dataset, IterableDataset) else dataset
     rows = with_text_column(undecoded, "context", [context_column], read)
     _check_captions(features, caption_column)
-    rows = _renamed(rows, features, caption_column, "caption", content_column)
-    rows = _renamed(rows, features, mask_column, "mask", content_column)
+    if context_column != "context":
+        rows = rows.remove_columns(context_column)
+    others = Features({column: feature for column, feature in features.items() if column != context_column})
+    rows = _renamed(rows, others, caption_column, "caption", content_column)
+    rows = _renamed(rows, others, mask_column, "mask", content_column)
     if pair_column is not None:
         rows = with_text_column(rows, "pair", [pair_column], name_of)
     else:
-        rows = _renamed(rows, features, None, "pair", content_column)
-    if context_column != "context":
-        rows = rows.remove_columns(context_column)
+        rows = _renamed(rows, others, None, "pair", content_column)
 
     if isinstance(rows, IterableDataset):
         _, plain = known_features(rows)

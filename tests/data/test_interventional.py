@@ -212,6 +212,42 @@ def test_other_column_names(root, streaming):
     assert not from_dataset(dataset, concepts=("a", "b"), **names).has_captions
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["caption", "mask", "pair"])
+def test_contexts_may_be_in_a_column_of_any_name(name, streaming):
+    rows = Dataset.from_dict({"image": [1, 2, 3], name: ["obs", "a", "b"], "text": ["x", "y", "z"]})
+    rows = rows.to_iterable_dataset() if streaming else rows
+    data = from_dataset(rows, concepts=("a", "b"), context_column=name, caption_column="text")
+    assert [(row["context"], row["caption"]) for row in data.rows] == [("", "x"), ("a", "y"), ("b", "z")]
+    assert set(data.rows.column_names) == {"image", "context", "caption"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"content_column": "mask"}, "'mask' was named as content_column=, and a column 'mask' is for masks. Rename"),
+        ({"caption_column": "pair"}, "'pair' was named as caption_column=, and a column 'pair' is for names of samp"),
+        ({"pair_column": "caption"}, "'caption' was named as pair_column=, and a column 'caption' is for captions"),
+    ],
+)
+def test_a_column_with_the_name_of_another_is_refused(given, message):
+    columns = {name: [1, 2] for name in ("image", "mask")}
+    columns |= {name: ["obs", "a"] for name in ("context", "caption", "pair")}
+    with pytest.raises(UserValueError, match=message):
+        from_dataset(Dataset.from_dict(columns), **given)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_and_masks_that_a_dataset_does_not_decode_are_decoded(root, streaming):
+    images = [str(path) for path in sorted(root.rglob("*.png"))][:2]
+    rows = Dataset.from_dict({"image": images, "where": images, "context": ["obs", "a"]})
+    rows = rows.cast_column("image", Image(decode=False, mode="L")).cast_column("where", Image(decode=False))
+    rows = rows.to_iterable_dataset() if streaming else rows
+    row = next(iter(from_dataset(rows, concepts=("a",), mask_column="where").rows))
+    assert row["image"].mode == "L"
+    assert isinstance(row["mask"], PIL.Image.Image)
+
+
 def test_stream_without_declared_features():
     stream = IterableDataset.from_generator(lambda: iter([{"image": 1, "context": "a"}]))
     assert list(from_dataset(stream, concepts=("a",)).rows) == [{"image": 1, "context": "a"}]

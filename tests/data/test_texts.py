@@ -271,7 +271,9 @@ def test_dataset_errors():
     parts = [[{"role": "user", "content": [{"type": "text", "text": "x"}]}]] * 2
     with pytest.raises(ValueError, match="it must hold a list of messages, each with 'role' and 'content'"):
         texts_from_dataset(Dataset.from_dict({"messages": parts, "context": ["obs", "a"]}))
-    with pytest.raises(ValueError, match="The contexts of 'do' go into a column 'context'. Rename the one there is"):
+    with pytest.raises(
+        ValueError, match="'context' was named as content_column=, and a column 'context' is for contexts. Re"
+    ):
         texts_from_dataset(table("text", context="do", text="context"), text_column="context", context_column="do")
     with pytest.raises(TypeError, match="dict is not a dataset"):
         texts_from_dataset({})
