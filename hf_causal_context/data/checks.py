@@ -186,7 +186,7 @@ def _read(
     _, features = known_features(rows)
     opener = Image() if isinstance(features[data.content_column], Image) and num_decoded else None
     counts = Counter[str]()
-    names = seen.texts or [data.content_column, *(name for name in ("mask", "pair") if name in features)]
+    names = seen.texts or [data.content_column, *(name for name in ("mask", "pair", "caption") if name in features)]
     lines = {context: chain.from_iterable(file.names() for file in files) for context, files in data.files.items()}
     for context, values in _payloads(rows, names, contexts, role):
         value, columns = values[0], dict(zip(names, values, strict=True))
@@ -203,6 +203,8 @@ def _read(
                     seen.unanswered.append(name)
             else:
                 content = _content(value)
+            if columns.get("caption", "") is None:
+                raise UserValueError("its caption is missing; an empty one is written as '', without any word")
             if data.has_videos and num_decoded and not sum(1 for _ in islice(frames(value), num_decoded)):
                 raise UserValueError("The clip has no frames.")
             if opener is not None:

@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from datasets import Dataset
+from datasets import Image as ImageFeature
 from PIL import Image
 
 from hf_causal_context.data import check_data, from_dataset, load_folders, load_text_folders
@@ -132,6 +133,18 @@ def test_payloads_that_are_not_images():
     report = check_data(from_dataset(Dataset.from_dict(rows)))
     assert "1 images cannot be read: row 1 of 'a' (train) (no value)" in report.errors[0]
     assert "row 0 of the observational context (train) = row 0 of 'a' (train)." in report.warnings[-1]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_caption_that_is_missing(root, streaming):
+    files = [str(path) for name in ("obs", "a") for path in sorted((root / name).glob("*.png"))[:2]]
+    columns = {"image": files, "context": ["obs", "obs", "a", "a"], "text": ["x", "", None, "y"]}
+    rows = Dataset.from_dict(columns).cast_column("image", ImageFeature())
+    rows = rows.to_iterable_dataset() if streaming else rows
+    report = check_data(from_dataset(rows, concepts=("a",), caption_column="text"))
+    (error,) = report.errors
+    assert error.startswith("1 images cannot be read: ")
+    assert f"{files[2]} (its caption is missing; an empty one is written as ''" in error
 
 
 def test_rows_that_are_there_more_than_once(tmp_path):

@@ -10,6 +10,7 @@ from PIL import Image
 
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.data import from_dataset
+from hf_causal_context.errors import UserValueError
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.denoiser.batches import DenoiserBatches
 from hf_causal_context.training.denoiser.captions import changed_captions
@@ -45,8 +46,8 @@ def tagged():
 def batches(given, tagged, pipeline_folder):
     """A function: batches of the tagged rows, and the captions that the base was given, one list for each batch."""
 
-    def make(streaming=False, caption_column="text", rank=0, world_size=1, **changes):
-        rows = tagged.to_iterable_dataset() if streaming else tagged
+    def make(streaming=False, caption_column="text", rank=0, world_size=1, rows=tagged, **changes):
+        rows = rows.to_iterable_dataset() if streaming else rows
         concepts = ("slant", "thick") if streaming else None
         data = from_dataset(rows, caption_column=caption_column, concepts=concepts)
         folder = pipeline_folder("stable_diffusion")
@@ -97,6 +98,14 @@ def test_batches_have_the_changed_captions_and_the_noise_that_they_had(streaming
     for captions, originals in zip(seen, before, strict=False):
         for caption, original in zip(captions, originals, strict=True):
             assert not caption or sorted(caption.split(", ")) == sorted(tag.strip() for tag in original.split(","))
+
+
+def test_a_caption_that_is_missing_in_a_stream_is_named(batches, tagged):
+    texts = tagged["text"][:]
+    texts[5] = None
+    made, _ = batches(streaming=True, rows=tagged.remove_columns("text").add_column("text", texts))
+    with pytest.raises(UserValueError, match="A row of the context 'slant' has no caption. Write one, '' for none"):
+        list(islice(made(0), 20))
 
 
 def test_two_processes_share_the_captions_of_one(batches):

@@ -41,6 +41,14 @@ def run(pipeline_folder, data, tmp_path):
     return call
 
 
+def labeled(root, labels):
+    """Images of three contexts and of a pair, each with the label of its context."""
+    contexts = ["obs", "slant", "thick", "slant+thick"]
+    files = [sorted((root / name.partition("+")[0]).glob("*.png"))[-1 - ("+" in name)] for name in contexts]
+    columns = {"image": list(map(str, files)), "context": contexts, "digit": labels}
+    return Dataset.from_dict(columns).cast_column("image", ImageFeature())
+
+
 def reloaded(pipeline, folder):
     base = load_base(pipeline)
     return base, PeftModel.from_pretrained(base.denoiser, str(folder)).eval()
@@ -193,6 +201,12 @@ def test_a_stream_trains(run):
     assert any(tensor.abs().max() > 0 for tensor in weights.values())
 
 
+def test_a_label_of_a_stream_that_the_base_has_not_is_named(run, data):
+    stream = from_dataset(labeled(data, [0, 7, 4, 1]).to_iterable_dataset(), concepts=["slant", "thick"])
+    with pytest.raises(trainer.UnreadableDataError, match="--class_column=digit holds 7, but this .* classes 0 to 4"):
+        run("ddpm_classes", rows=stream, class_column="digit", max_train_steps=2, observational_steps=0)
+
+
 def test_epochs_count_rows(run):
     folder = run(max_train_steps=None, num_train_epochs=2, train_batch_size=5)
     assert list(checkpoint_steps(folder)) == [6]  # twice 12 images, in batches of 5
@@ -312,6 +326,21 @@ class TestErrorsBeforeTraining:
                 ValueError, match="conditioned on classes, but --class_column=(None|digit) names no col"
             ):
                 run("ddpm_classes", **changes)
+
+    @pytest.mark.parametrize(
+        ("labels", "held_out", "message"),
+        [
+            ([0, 7, 4], 0, "--class_column=digit holds 7, but this .* is conditioned on classes 0 to 4. Correct"),
+            ([0, None, 4], 0, "--class_column=digit holds None, but"),
+            ([0, -1, 4], 0, "--class_column=digit holds -1, but"),
+            ([0, 1, 4], 5, "--class_column=digit holds 5, but"),
+            (["0", "1", "2"], "0", "holds Value.'string'., and must hold the numbers of classes. Name another column"),
+        ],
+    )
+    def test_labels_that_the_base_has_not(self, labels, held_out, message, run, data):
+        rows = labeled(data, [*labels, held_out])
+        with pytest.raises(ValueError, match=message):
+            run("ddpm_classes", rows=from_dataset(rows), class_column="digit")
 
     def test_captions_for_a_base_that_takes_none(self, run, tmp_path):
         root = write_folders(tmp_path / "captioned", captions=True)

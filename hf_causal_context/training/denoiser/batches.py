@@ -27,7 +27,7 @@ from ..noise import Draws
 from ..weights import batch_weights
 from .buckets import BucketSampler, Size, bucket_sizes, nearest_bucket, told, upright_sizes
 from .captions import changed_captions
-from .checks import check_conditions
+from .checks import check_conditions, check_labels
 from .class_images import CLASS_IMAGES, with_class_images
 from .clips import clip_length
 from .edits import BEGIN, Edits, Pairs, not_edited
@@ -216,10 +216,16 @@ class DenoiserBatches:
         return self._masks[context]
 
     def _captions_of(self, columns: dict[str, Any]) -> list[str]:
-        return columns.get("caption") or [self._arguments.instance_prompt] * len(columns["context"])
+        captions = columns.get("caption") or [self._arguments.instance_prompt] * len(columns["context"])
+        if None in captions:  # in a stream, of which the first rows alone were checked
+            context = columns["context"][captions.index(None)] or self._arguments.observational_name
+            raise UserValueError(f"A row of the context {context!r} has no caption. Write one, '' for none.")
+        return captions
 
     def _conditions(self, columns: dict[str, Any]) -> dict[str, Tensor]:
         if self._arguments.class_column:
+            if self._data.streaming:  # else all are checked before
+                check_labels(self._base, columns[self._arguments.class_column], self._arguments.class_column)
             labels = torch.as_tensor(columns[self._arguments.class_column])
             return {"class_labels": labels.to(self._device)}
         if not self._base.takes_captions:

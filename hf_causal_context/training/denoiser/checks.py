@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Iterable
+from typing import Any, cast
 
-from datasets import Dataset, Image, Video
+from datasets import ClassLabel, Dataset, Image, Value, Video
 
+from ..._messages import quoted
 from ...bases.diffusion_base import DiffusionBase
 from ...data import InterventionalData
 from ...errors import UserValueError
@@ -36,6 +38,8 @@ def check_conditions(base: DiffusionBase, data: InterventionalData, arguments: T
             f"This {name} is conditioned on classes, but --class_column={column} names no column of the data. It "
             f"has: {', '.join(columns)}."
         )
+    if base.takes_classes:
+        check_classes(base, data, cast(str, column))
     if column is not None and not base.takes_classes:
         raise UserValueError(f"--class_column={column} was given, but this {name} takes no classes. Leave it out.")
     for argument in ("instance_prompt", "validation_prompt", "class_prompt"):
@@ -73,3 +77,36 @@ def check_conditions(base: DiffusionBase, data: InterventionalData, arguments: T
                 f"--class_prompt={arguments.class_prompt!r} is a caption of the data, too. Give another one: it tells "
                 "images of the class from the others."
             )
+
+
+def check_classes(base: DiffusionBase, data: InterventionalData, column: str) -> None:
+    """Refuse a column that does not hold numbers of the base's classes; of a stream, as far as its type tells.
+
+    Raises:
+        ValueError: naming what it holds.
+    """
+    feature = (data.rows.features or {}).get(column)
+    if not (
+        feature is None or isinstance(feature, ClassLabel) or (isinstance(feature, Value) and "int" in feature.dtype)
+    ):
+        raise UserValueError(
+            f"--class_column={column} holds {feature}, and must hold the numbers of classes. Name another column, or "
+            "cast it: dataset.cast_column(name, datasets.ClassLabel(names=...))."
+        )
+    for rows in (data.rows, *data.held_out.values()):
+        if isinstance(rows, Dataset):
+            check_labels(base, rows.select_columns([column]).unique(column), column)
+
+
+def check_labels(base: DiffusionBase, labels: Iterable[Any], column: str) -> None:
+    """Refuse labels of rows that are no numbers of the base's classes.
+
+    Raises:
+        ValueError: naming them.
+    """
+    number = cast(int, base.num_classes)
+    if wrong := [label for label in labels if label is None or not 0 <= label < number]:
+        raise UserValueError(
+            f"--class_column={column} holds {quoted(wrong[:5])}, but this {type(base.pipe).__name__} is conditioned on "
+            f"classes 0 to {number - 1}. Correct these rows, or remove them."
+        )
