@@ -204,7 +204,7 @@ def _read(
             else:
                 content = _content(value)
             if columns.get("caption", "") is None:
-                raise UserValueError("its caption is missing; an empty one is written as '', without any word")
+                raise UserValueError("its caption is missing; write '' for an empty one")
             if data.has_videos and num_decoded and not sum(1 for _ in islice(frames(value), num_decoded)):
                 raise UserValueError("The clip has no frames.")
             if opener is not None:

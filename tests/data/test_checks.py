@@ -144,7 +144,7 @@ def test_a_caption_that_is_missing(root, streaming):
     report = check_data(from_dataset(rows, concepts=("a",), caption_column="text"))
     (error,) = report.errors
     assert error.startswith("1 images cannot be read: ")
-    assert f"{files[2]} (its caption is missing; an empty one is written as ''" in error
+    assert f"{files[2]} (its caption is missing; write '' for an empty one)" in error
 
 
 def test_rows_that_are_there_more_than_once(tmp_path):

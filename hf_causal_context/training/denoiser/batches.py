@@ -217,9 +217,10 @@ class DenoiserBatches:
 
     def _captions_of(self, columns: dict[str, Any]) -> list[str]:
         captions = columns.get("caption") or [self._arguments.instance_prompt] * len(columns["context"])
-        if None in captions:  # in a stream, of which the first rows alone were checked
-            context = columns["context"][captions.index(None)] or self._arguments.observational_name
-            raise UserValueError(f"A row of the context {context!r} has no caption. Write one, '' for none.")
+        for context, caption in zip(columns["context"], captions, strict=True):
+            if caption is None:  # in a stream, of which the first rows alone were checked
+                name = context or self._arguments.observational_name
+                raise UserValueError(f"A row of the context {name!r} has no caption. Write one, '' for none.")
         return captions
 
     def _conditions(self, columns: dict[str, Any]) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 from datasets import ClassLabel, Dataset, Image, Value, Video
 
-from ..._messages import quoted
 from ...bases.diffusion_base import DiffusionBase
 from ...data import InterventionalData
 from ...errors import UserValueError
@@ -107,6 +106,6 @@ def check_labels(base: DiffusionBase, labels: Iterable[Any], column: str) -> Non
     number = cast(int, base.num_classes)
     if wrong := [label for label in labels if label is None or not 0 <= label < number]:
         raise UserValueError(
-            f"--class_column={column} holds {quoted(wrong[:5])}, but this {type(base.pipe).__name__} is conditioned on "
-            f"classes 0 to {number - 1}. Correct these rows, or remove them."
+            f"--class_column={column} holds {', '.join(map(str, wrong[:5]))}, but this {type(base.pipe).__name__} is "
+            f"conditioned on classes 0 to {number - 1}. Correct these rows, or remove them."
         )
