@@ -428,7 +428,7 @@ class TestErrors:
             ({"reconstruction": "mse"}, "--reconstruction=mse is unknown. Allowed: bce, gaussian"),
             ({"beta": -1.0}, "--beta=-1.0 must not be negative"),
             ({"resolution": 30}, "--resolution=30 must be 28, or a multiple of 16"),
-            ({"architecture": "NVAE"}, "--architecture=NVAE must be one of: LightweightVAE, HierarchicalVAE"),
+            ({"architecture": "NVAE"}, "--architecture=NVAE is unknown. Allowed: LightweightVAE, HierarchicalVAE"),
             ({"architecture": "HierarchicalVAE", "resolution": 28}, "--resolution=28 must be a multiple of 8"),
             (
                 {"architecture": "HierarchicalVAE", "mode": "frozen", "base": "folder"},

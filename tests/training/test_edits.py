@@ -124,7 +124,7 @@ class TestPairs:
         names = ["a", "b", "c", "a", "?", "a", "b", "c"]
         rows = Dataset.from_dict({"context": contexts, "pair": names})
         data = InterventionalData(rows, ConceptSet(("slant", "thick")), ("", "slant", "thick"), {}, None)
-        return Pairs(data, TrainingArguments(train_data_dir="data", output_dir="out"), 5)
+        return Pairs(data, TrainingArguments(**settings("base", "data", "out")), 5)
 
     def test_each_context_is_as_likely_and_partners_have_the_name(self, pairs):
         slots, rows, partners = pairs.chosen(5, range(8000))

@@ -74,8 +74,6 @@ class AutoencoderArguments(OptimizationArguments, DataArguments):
             self.channels = 3 if self.channels is None else self.channels
         if self.channels not in (None, 1, 3):
             raise UserValueError(f"--channels={self.channels} must be 1, for gray images, or 3, for RGB.")
-        if self.architecture not in ARCHITECTURES:
-            raise UserValueError(f"--architecture={self.architecture} must be one of: {', '.join(ARCHITECTURES)}.")
         if self.base is not None and self.architecture != ARCHITECTURES[0]:
             raise UserValueError(
                 f"--base={self.base} has an architecture of its own. Leave --architecture={self.architecture} out."
@@ -106,4 +104,9 @@ class AutoencoderArguments(OptimizationArguments, DataArguments):
         refuse_useless(self, ["caption_column", "class_column"], "An autoencoder reads images and contexts alone")
 
     def _choices(self) -> dict[str, tuple[str | None, ...]]:
-        return {"mode": MODES, "reconstruction": ("bce", "gaussian"), **super()._choices()}
+        return {
+            "architecture": ARCHITECTURES,
+            "mode": MODES,
+            "reconstruction": ("bce", "gaussian"),
+            **super()._choices(),
+        }
