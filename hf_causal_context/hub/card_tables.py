@@ -52,7 +52,10 @@ def data_table(data: Mapping[str, Any]) -> str:
     for context, count in data.get("reweighted", {}).items():
         contexts.setdefault(context, []).append(f"{count:,} draws from rows of single interventions, trained on")
     for context, count in data.get("self_composed", {}).items():
-        contexts.setdefault(context, []).append(f"{count:,} texts that the adapter wrote itself, trained on")
+        own = (
+            f"{count:,} texts that the adapter wrote itself, trained on" if count else "no texts of its own at the end"
+        )
+        contexts.setdefault(context, []).append(own)
     rows = [(_label(context), "; ".join(uses)) for context, uses in contexts.items()]
     return "\n".join(["The data:", "", *table(("context", "rows"), rows)])
 
