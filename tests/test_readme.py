@@ -135,7 +135,8 @@ def test_guides_run_for_somebody_who_followed_the_readme(page, finished, monkeyp
     # Nothing was learned in two steps, so there is nothing to calibrate.
     knots = {name: [(0.0, 0.0), (0.5, 0.25), (1.0, 1.0)] for name in ("glasses", "hat")}
     monkeypatch.setattr(calibrating, "calibrations", lambda report: (knots, []))
-    monkeypatch.setattr(evaluate, "MIN_ROWS", 1)
+    for module in (evaluate, calibrating):
+        monkeypatch.setattr(module, "MIN_ROWS", 1)
     follow(f"examples/guides/{page}.md", {})
 
 
