@@ -3,8 +3,8 @@
     hf-causal-context quickstart --output_dir digits-context
     python -m examples.reviews.adapter --data_dir movie_reviews --base reviews-base --output_dir reviews-context
     python -m examples.reviews.smollm2 --data_dir movie_reviews --base smollm2 --output_dir smollm2-compare \
-        --mixed_precision bf16 --methods adapter
-    cp -r smollm2-compare/trained/adapter smollm2-context
+        --mixed_precision bf16 --seed 2 --methods "adapter, self-composed pairs"
+    cp -r smollm2-compare/trained/adapter-self-composed smollm2-context
     python -m examples.model_cards --adapters digits-context reviews-context smollm2-context
 
 The digits are evaluated first, on glyphs that training never saw (ten minutes on one core). A card is made of files;
