@@ -81,8 +81,9 @@ def load_context_adapter(
     """
     modules = _modules(pipe)
     check_adapter_name(adapter_name)
-    places = dict.fromkeys([*adapter_places(), *adapter_places(modules, adapter_name)])
-    folder = download(repo_or_folder, revision=revision, token=token, places=list(places))
+    components = dict.fromkeys([*modules, *_COMPONENTS])  # parts for components that are missing are told of
+    places = adapter_places(components, adapter_name)
+    folder = download(repo_or_folder, revision=revision, token=token, places=places)
     return attach(pipe, folder, str(repo_or_folder), adapter_name, hotswap)
 
 
@@ -115,8 +116,8 @@ def attach(pipe: Pipeline, folder: Path, source: str, adapter_name: str = "defau
             f"{source} holds no adapter: there is no {CONFIG} in it, or in a sub-folder with the name of a "
             f"component of the pipeline ({quoted(modules)})."
         )
-    here = {Path(file).parts[0] for file in part_files() if (folder / file).exists()}
-    if lacking := sorted(here.difference(modules)):
+    others = {path.name for path in folder.iterdir()}.intersection(_COMPONENTS).difference(modules)
+    if lacking := [name for name in sorted(others) if _find(folder, (name,), adapter_name).keys() - {None}]:
         warnings.warn(
             f"{source} also has an adapter of {quoted(lacking)}, and {type(pipe).__name__} has no such component, so "
             "that part does nothing. Load the pipeline with it, unless you pass prompt embeddings.",
@@ -225,7 +226,7 @@ def _modules(pipe: AnyPipeline) -> dict[str, nn.Module]:
     return modules
 
 
-def _find(folder: Path, modules: dict[str, nn.Module], adapter_name: str) -> dict[str | None, Path]:
+def _find(folder: Path, modules: Iterable[str], adapter_name: str) -> dict[str | None, Path]:
     """Where the adapters lie, by component; None is the one at the top."""
     places: dict[str | None, Path] = {None: folder}
     for name in modules:
@@ -264,7 +265,8 @@ def _check_name(module: nn.Module, component: str, adapter_name: str) -> None:
 def _check_order(module: nn.Module, component: str, config: CausalContextConfig, source: str) -> None:
     """Refuse what PEFT cannot load beside an adapter that keeps whole modules or tokens."""
     plain = not config.modules_to_save and config.trainable_token_indices is None
-    if plain and any(isinstance(inner, AuxiliaryTrainingWrapper) for inner in module.modules()):
+    others: dict[str, PeftConfig] = getattr(module, "peft_config", {})
+    if plain and others and any(isinstance(inner, AuxiliaryTrainingWrapper) for inner in module.modules()):
         raise UserValueError(
             f"An adapter with whole modules or trained tokens is loaded into pipe.{component}, and {source} has none, "
             f"which PEFT cannot load after it. Unload the other one, load {source} first, then the other one."
