@@ -102,12 +102,15 @@ class CausalEffects:
         )
         axes = figure.subplots(1, len(self.concepts), sharey=True, squeeze=False)[0]
         top = float(self.changes.max()) or 1.0
-        for ax, concept, table in zip(axes, self.concepts, tables, strict=True):
-            image = ax.imshow(table, vmin=0, vmax=top, cmap="viridis", aspect="auto")
+        images = [
+            ax.imshow(table, vmin=0, vmax=top, cmap="viridis", aspect="auto")
+            for ax, table in zip(axes, tables, strict=True)
+        ]
+        for ax, concept in zip(axes, self.concepts, strict=True):
             ax.set_title(concept, fontsize=9, parse_math=False)
             ax.set_xticks(range(len(columns)), columns, fontsize=8, rotation=90, parse_math=False)
             ax.set_yticks(range(len(rows)), rows, fontsize=8, parse_math=False)
-        figure.colorbar(image, ax=list(axes)).set_label("relative change under do(concept)", fontsize=9)
+        figure.colorbar(images[0], ax=list(axes)).set_label("relative change under do(concept)", fontsize=9)
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure
@@ -230,8 +233,8 @@ def _weights(layer: CausalContextLayer, adapter_name: str) -> tuple[Tensor, Tens
 def _mixing(layer: CausalContextLayer, adapter_name: str, mask: Tensor) -> Tensor:
     """M(m) (R, R) of the concepts in float64."""
     part = layer.causal(adapter_name).observational_rank
-    device = layer.causal_context_down[adapter_name].weight.device  # which not all mechanisms have a tensor on
-    return layer.matrix(adapter_name, mask.to(device)).double()[part:, part:]
+    down, _ = _weights(layer, adapter_name)  # not all mechanisms have tensors that tell the device
+    return layer.matrix(adapter_name, mask.to(down.device)).double()[part:, part:]
 
 
 @torch.no_grad()
