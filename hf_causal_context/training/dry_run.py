@@ -44,6 +44,8 @@ def dry_run(run: Run, stream: Iterator[Any], parts: Mapping[str, nn.Module], idl
         rows.append(("a step, measured", torch.cuda.max_memory_allocated(), ""))
     seconds = median(watch.seconds[1:])
     total = timedelta(seconds=round(seconds * run.num_steps))
+    own_texts = getattr(run.arguments, "self_composed_contexts", [])
+    written = ", and the texts that the adapter writes itself" if own_texts else ""
     return "\n".join(
         [
             "Dry run: nothing is written.",
@@ -53,7 +55,7 @@ def dry_run(run: Run, stream: Iterator[Any], parts: Mapping[str, nn.Module], idl
             "\nMemory:",
             *(f"  {name:<28} {readable(size):>10}{note}" for name, size, note in rows if size),
             f"\nTime: {seconds:.3g} s a step, {total} for {run.num_steps:,} steps. Validations come on top, and what",
-            "is computed once (latents, embeddings).",
+            f"is computed once (latents, embeddings){written}.",
         ]
     )
 

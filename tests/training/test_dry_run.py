@@ -88,7 +88,16 @@ def test_language_models_too(tmp_path, capsys):
     output = capsys.readouterr().out
     assert re.search(r"input_ids +\(6, \d+\)  int64", output)
     assert said(output)["base"] > 0
+    assert "writes itself" not in output
+    train_text(arguments(tmp_path, dry_run=True, self_composed_contexts=["pairs"]), data=text_data())
+    assert "(latents, embeddings), and the texts that the adapter writes itself." in capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_edits_of_pairs_are_part_of_the_steps(dry):
+    name = "kept for the backward pass"
+    plain, paired = (said(dry(**changes))[name] for changes in ({}, {"paired_files": True}))
+    assert paired > 1.5 * plain
 
 
 def test_the_command_names_no_folder_that_is_not_there(pipeline_folder, tmp_path, capsys):
