@@ -132,6 +132,9 @@ class TestPairs:
         assert {*zip(rows, partners, strict=True)} == {(3, 0), (5, 0), (6, 1), (7, 2)}
         assert np.mean(np.array(rows) == 3) == pytest.approx(0.5, abs=0.05)
 
+    def test_it_is_said_how_many_and_from_when_on(self, pairs):
+        assert "After 25% of the steps, batches also edit some of the 4 pairs" in pairs.told(20)
+
     def test_they_belong_to_slots_and_begin_late(self, pairs):
         assert pairs.chosen(4, range(8)) == ([], [], [])
         assert pairs.chosen(5, range(2))[0] == [0]  # at least one

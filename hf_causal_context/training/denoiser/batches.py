@@ -87,6 +87,8 @@ class DenoiserBatches:
             elif data.has_pairs:
                 # A dry run measures the first steps, and most steps of the run have edits.
                 self._pairs = Pairs(data, arguments, 0 if arguments.dry_run else int(BEGIN * num_batches))
+                if rank == 0:
+                    say(self._pairs.told(num_batches))
             self._rows = rows = with_class_images(data, data.rows, arguments)
             if arguments.class_data_dir is not None:
                 self._weights[CLASS_IMAGES] = arguments.prior_loss_weight

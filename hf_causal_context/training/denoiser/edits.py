@@ -82,6 +82,14 @@ class Pairs:
             if len(numbers := np.flatnonzero((named == name) & (self._partners >= 0)))
         }
 
+    def told(self, num_batches: int) -> str:
+        """Say how many pairs are edited, and from when on."""
+        done = self._first_batch / num_batches
+        return (
+            f"After {done:.0%} of the steps, batches also edit some of the {sum(map(len, self._numbers.values())):,} "
+            "pairs, and learn what leads edits to the partners. Such a step takes about three times as long."
+        )
+
     def chosen(self, batch: int, slots: range) -> tuple[list[int], list[int], list[int]]:
         """Return slots, rows of interventions and rows of their partners, of the pairs of a batch.
 
