@@ -35,7 +35,7 @@ from ..bases.loading import as_base
 from ..contexts import OBSERVATIONAL, Context, ContextLike, as_context
 from ..errors import UserTypeError, UserValueError
 from .sampling import check_conditions, eval_mode
-from .sampling_steps import Step, clean_of, sampling_steps
+from .sampling_steps import Step, clean_of, sampling_steps, times_for
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -241,9 +241,7 @@ class Sampler:
 
     def predict_clean(self, x: Tensor, step: Step, conditions: dict[str, Tensor]) -> Tensor:
         """What the denoiser takes for the clean images of x, float32."""
-        times = torch.full((len(x),), step.time, device=x.device)
-        if self.base.prediction != "flow":
-            times = times.long()
+        times = times_for(self.base.prediction, torch.full((len(x),), step.time, device=x.device))
         output = self.base.predict(self.base.denoiser, x.to(self.dtype), times, conditions, None).float()
         return clean_of(self.base.prediction, x, output, step.alpha, step.sigma)
 

@@ -30,6 +30,11 @@ def clean_of(prediction: str, x: Tensor, output: Tensor, alpha: float | Tensor, 
     return (x - sigma * output) / alpha
 
 
+def times_for(prediction: str, times: Tensor) -> Tensor:
+    """Times (B,) as the denoiser takes them: of flows as they are, else whole numbers."""
+    return times if prediction == "flow" else times.long()
+
+
 def sampling_steps(base: DiffusionBase, num: int, clean: Tensor) -> list[Step]:
     """Return about so many steps of a base's sampler, from noise towards images like `clean` (B, C, H, W).
 

@@ -20,7 +20,7 @@ def generator_of(*numbers: int, device: torch.device | str = "cpu") -> torch.Gen
     return torch.Generator(device).manual_seed(int(state >> 1))
 
 
-CAPTION, FLIP = 1, 2
+CAPTION, FLIP, EDIT = 1, 2, 3
 
 
 def chance_of(seed: int, slot: int, matter: int) -> np.random.Generator:

@@ -215,7 +215,7 @@ def _check_fit(model: ContextAutoencoder, images: ImageSet, arguments: Autoencod
             f"There are no images of {quoted(missing)} ('' is the observational context), so nothing says what the "
             f"context means. There are images of {quoted(images.names)}. Add a set, or remove the concept."
         )
-    shares = parse_weights(arguments.context_weights, arguments.observational_name) or {}
+    shares = parse_weights(arguments.context_weights, arguments.observational_name)
     if unseen := sorted(name or arguments.observational_name for name in needed if shares.get(name) == 0):
         raise UserValueError(
             f"--context_weights {' '.join(f'{name}=0' for name in unseen)} leaves out sets that say what the contexts "

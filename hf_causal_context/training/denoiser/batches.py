@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -103,6 +104,11 @@ class DenoiserBatches:
             if base.is_latent:
                 self._keep_latents(rows)
 
+    @cached_property
+    def _prepared(self) -> PreparedRows:
+        """The rows, and after them those that stand for combinations."""
+        return PreparedRows(self._rows, self._buckets, self._data.reweighted)
+
     def _reader_of(self, size: Size) -> Reader:
         return Reader(self._data.content_column, self._base.image_channels, size, self._frames)
 
@@ -140,9 +146,8 @@ class DenoiserBatches:
         slots, numbers, partners = self._pairs.chosen(number, self._slots(number))
         if not slots:
             return None
-        rows = PreparedRows(self._rows, self._buckets, {})
         intervened, plain = (
-            self._to_batch(stack(rows.__getitems__(some)), Draws(self._arguments.seed, ()))
+            self._to_batch(stack(self._prepared.__getitems__(some)), Draws(self._arguments.seed, ()))
             for some in (numbers, partners)
         )
         seed = self._arguments.seed
@@ -160,7 +165,7 @@ class DenoiserBatches:
                 flips = self._flips([row["context"] for row in read], self._slots(number))
                 yield stack([self._reader(row, flipped) for row, flipped in zip(read, flips, strict=True)])
             return
-        rows = PreparedRows(self._rows, self._buckets, self._data.reweighted)
+        rows = self._prepared
         how = (rows.contexts, size, seed, self._num_batches, start, *process, self._weights, num_observational)
         in_buckets = self._arguments.aspect_ratio_buckets
         sampler = BucketSampler(rows.buckets, *how) if in_buckets else ContextSampler(*how)

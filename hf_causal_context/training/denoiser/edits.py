@@ -25,17 +25,16 @@ from torch import Tensor, nn
 from ...bases.diffusion_base import DiffusionBase
 from ...data import InterventionalData
 from ...data.pairs import partners
-from ...inference.sampling_steps import Step, clean_of, sampling_steps
+from ...inference.sampling_steps import Step, clean_of, sampling_steps, times_for
 from ..arguments import TrainingArguments
 from ..loop.objective import Objective
-from ..noise import generator_of
+from ..noise import EDIT, chance_of, generator_of
 
 NUM_STEPS = 12  # of an edit
 STATES = 4  # of each edit that are learned at
 ROWS_PER_PAIR = 8  # of a batch: so half as many states as samples
 BEGIN = 0.3  # of the run, after which there is something to edit by
 MOST_WEIGHT = 6.0  # of a squared error of the clean image, which velocities weigh by 1 / sigma^2
-_EDIT = 3  # see noise.py: what else a sample's slot decides
 
 
 @dataclass
@@ -98,7 +97,7 @@ class Pairs:
         edited = batch >= self._first_batch and bool(self._numbers)
         slots, rows = slots[: max(1, len(slots) // ROWS_PER_PAIR) if edited else 0], []
         for slot in slots:
-            generator = np.random.default_rng((self._seed, slot, _EDIT))
+            generator = chance_of(self._seed, slot, EDIT)
             numbers = list(self._numbers.values())[generator.integers(len(self._numbers))]
             rows.append(int(numbers[generator.integers(len(numbers))]))
         return [*slots], rows, self._partners[rows].tolist()
@@ -119,7 +118,7 @@ class EditObjective:
     def losses(self, model: nn.Module, edits: Edits) -> Tensor:
         """Losses (n,) of some states of each edit."""
         steps = sampling_steps(self.base, NUM_STEPS, edits.factual)
-        generators = [generator_of(edits.seed, slot, _EDIT) for slot in edits.slots]
+        generators = [generator_of(edits.seed, slot, EDIT) for slot in edits.slots]
         shape = (len(steps), *edits.factual.shape[1:])
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators], dim=1)
         states, targets = self._edit(model, edits, steps, noise.to(edits.factual))
@@ -128,7 +127,10 @@ class EditObjective:
         each = pair.to(edits.factual.device)
         noisy = states[step.to(states.device), each]
         levels = torch.tensor([(s.time, s.alpha, s.sigma) for s in steps], device=noisy.device)[step].unbind(1)
-        times, (alpha, sigma) = self._times(levels[0]), (v.view(-1, *(1,) * (noisy.ndim - 1)) for v in levels[1:])
+        times, (alpha, sigma) = (
+            times_for(self.base.prediction, levels[0]),
+            (v.view(-1, *(1,) * (noisy.ndim - 1)) for v in levels[1:]),
+        )
         conditions = {name: values[each] for name, values in edits.conditions.items()}
         output = self.base.predict(model, noisy, times, conditions, edits.context[each]).float()
         clean = clean_of(self.base.prediction, noisy.float(), output, alpha, sigma)
@@ -140,18 +142,15 @@ class EditObjective:
         """States of edits, and what should be taken for their clean images there, (S, q, C, H, W) each."""
         factual, nothing = edits.factual, torch.zeros_like(edits.context)
         path = [s.alpha * factual + s.sigma * n for s, n in zip(steps, noise, strict=True)] + [factual]
+        contexts = torch.cat([nothing, edits.context])
+        conditions = {name: torch.cat([values, values]) for name, values in edits.conditions.items()}
         y, states, targets = path[0], [], []
         for number, step in enumerate(steps):
-            times = self._times(torch.full((len(y),), step.time, device=y.device))
+            times = times_for(self.base.prediction, torch.full((len(y),), step.time, device=y.device))
             both = torch.cat([path[number], y])
-            contexts = torch.cat([nothing, edits.context])
-            conditions = {name: torch.cat([values, values]) for name, values in edits.conditions.items()}
             output = self.base.predict(model, both, times.repeat(2), conditions, contexts).float()
             x_clean, y_clean = clean_of(self.base.prediction, both.float(), output, step.alpha, step.sigma).chunk(2)
             states.append(y)
             targets.append(edits.partner.float() + x_clean - factual.float())
             y = (path[number + 1] + step.mean(y, y_clean) - step.mean(path[number], x_clean)).to(factual)
         return torch.stack(states), torch.stack(targets)
-
-    def _times(self, times: Tensor) -> Tensor:
-        return times if self.base.prediction == "flow" else times.long()
