@@ -13,7 +13,7 @@ PACKAGE = "hf_causal_context"
 ROOT = Path(__file__).parents[1]
 ROWS = (
     ("errors", "_install", "_messages", "_progress", "_files", "_markdown"),
-    ("contexts", "functional", "_pixels", "_videos"),
+    ("contexts", "functional", "media"),
     ("layers", "context_module", "collating"),
     ("adapter", "bases", "data", "models"),
     ("inference",),

@@ -11,9 +11,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from .._pixels import plain
-from .._videos import first_frames
 from ..errors import UserValueError
+from ..media.pixels import plain
+from ..media.videos import first_frames
 
 _MARGIN = 4
 _SHOWN_FRAMES = 5

@@ -7,10 +7,10 @@ from typing import Any, cast
 import torch
 from PIL import Image, ImageOps
 
-from .._pixels import plain
-from .._videos import frames
 from ..bases.images import image_grid, read_image
 from ..data import InterventionalData
+from ..media.pixels import plain
+from ..media.videos import frames
 from ..training.few_rows import few_rows
 
 NUM_IMAGES = 8

@@ -133,7 +133,7 @@ def _opened(path: Path, option: str, remarked: dict[str, list[str]]) -> Image.Im
     """
     from PIL import Image
 
-    from .._pixels import remarks
+    from ..media.pixels import remarks
 
     try:
         with Image.open(path) as image:

@@ -36,10 +36,10 @@ def generate_files(arguments: Arguments) -> list[Path]:
             or what `generate` refuses.
         OSError: for an adapter or base that cannot be read, or images that cannot be written.
     """
-    from .._videos import save_video, video_package
     from ..bases.images import image_grid, to_image
     from ..inference.context_files import context_files
     from ..inference.sampling import generate
+    from ..media.videos import save_video, video_package
 
     contexts, output_dir, seeds = arguments.parsed(), arguments.output_dir, arguments.seeds
     names = context_files(contexts, arguments.observational_name)

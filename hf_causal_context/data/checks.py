@@ -16,11 +16,11 @@ import PIL.Image
 from datasets import Image, IterableDataset
 
 from .._messages import quoted
-from .._pixels import plain, remarks
 from .._progress import ProgressBar
-from .._videos import frame_files, frames
 from ..contexts import Context
 from ..errors import UserError, UserValueError
+from ..media.pixels import plain, remarks
+from ..media.videos import frame_files, frames
 from .columns import BATCH_ROWS, Rows, known_features
 from .interventional import InterventionalData
 from .look_alikes import LookAlikes, Place, examples, same

@@ -13,9 +13,9 @@ from datasets import Dataset, Features, Image, Value, Video
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from .._messages import quoted
-from .._videos import VIDEO_SUFFIXES, video_package
 from ..contexts import ConceptSet, ContextLike, context_text
 from ..errors import UserValueError
+from ..media.videos import VIDEO_SUFFIXES, video_package
 from .captions import METADATA, read_captions
 from .interventional import InterventionalData, from_dataset
 from .masks import is_mask, masks_of

@@ -6,8 +6,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from .._videos import VIDEO_SUFFIXES
 from ..errors import UserValueError
+from ..media.videos import VIDEO_SUFFIXES
 from . import (
     InterventionalData,
     from_attributes,

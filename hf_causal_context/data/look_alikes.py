@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .._pixels import plain
+from ..media.pixels import plain
 
 # Gray levels by which thumbnails of two images may differ anywhere, and on average. JPEG and resizing change 1 or 2;
 # 7,500 digits of the quickstart have no pair within 12.

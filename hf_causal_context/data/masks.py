@@ -7,8 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from .._pixels import is_transparent, plain
 from ..errors import UserValueError
+from ..media.pixels import is_transparent, plain
 from .captions import by_stem
 
 SUFFIX = ".mask.png"

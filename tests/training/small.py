@@ -9,8 +9,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from hf_causal_context._videos import save_video
 from hf_causal_context.cli import main
+from hf_causal_context.media.videos import save_video
 
 CONTEXTS = ("obs", "slant", "thick")
 

@@ -17,12 +17,12 @@ from peft import get_peft_model
 from PIL import Image
 
 from hf_causal_context import CausalContextConfig, CausalContextPipeline, intervene, load_context_adapter
-from hf_causal_context._videos import VIDEO_SUFFIXES, count_frames, first_frames, frame_files, save_video
 from hf_causal_context.bases.loading import as_base, load_base
 from hf_causal_context.cli import main
 from hf_causal_context.data import check_data, load_folders
 from hf_causal_context.inference.counterfactuals import counterfactual
 from hf_causal_context.inference.sampling import generate
+from hf_causal_context.media.videos import VIDEO_SUFFIXES, count_frames, first_frames, frame_files, save_video
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.finetune import train
 

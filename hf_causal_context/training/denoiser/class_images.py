@@ -12,10 +12,10 @@ from pathlib import Path
 from datasets import Dataset, concatenate_datasets
 from PIL import Image
 
-from ..._pixels import plain
 from ...data import InterventionalData
 from ...data.folders import IMAGE_SUFFIXES, visible_files
 from ...errors import UserValueError
+from ...media.pixels import plain
 from ..arguments import TrainingArguments
 
 CLASS_IMAGES = "class images"  # the name under which they have a share of the batches

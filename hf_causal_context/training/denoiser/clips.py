@@ -7,11 +7,11 @@ from typing import cast
 from datasets import Dataset
 
 from ..._progress import ProgressBar
-from ..._videos import count_frames
 from ...bases.diffusion_base import DiffusionBase
 from ...data import InterventionalData
 from ...data.look_alikes import EXAMPLES
 from ...errors import UserValueError
+from ...media.videos import count_frames
 from ..arguments import TrainingArguments
 from .rows import undecoded
 

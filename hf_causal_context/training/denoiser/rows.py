@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ..._videos import files_of
 from ...bases.diffusion_base import DiffusionBase
 from ...bases.images import read_clip, read_image
 from ...data.masks import plain_mask
 from ...errors import UserValueError
+from ...media.videos import files_of
 from .buckets import Size
 
 ENCODED_AT_ONCE = 16

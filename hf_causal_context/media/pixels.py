@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageOps
 
-from .errors import UserValueError
+from ..errors import UserValueError
 
 BACKGROUND = "white"
 _WITHOUT_RANGE = {"F": "floating point numbers", "I": "32-bit integers"}  # Pillow would cut them off at 255
