@@ -10,7 +10,8 @@ images that are rebuilt from MNIST by the published recipe. An intervention sets
 values, while the benchmark draws them. Digits are not intervened on.
 
 Every method's edits are a file of their own, and so is all that is trained, so that the command goes on where it was
-stopped. Intervals are 95 % over images, of one training of each method.
+stopped. Intervals are 95 % over images, of one training of each method. All methods edit the same images, so the last
+tables compare them image by image: an interval above zero is an error beyond chance.
 """
 
 import argparse
@@ -44,6 +45,7 @@ from .image_composition_methods import Study
 TRUTH, NO_EDIT, OURS, PAIRED = "the truth", "no edit", "this adapter", "this adapter, trained on pairs"
 METHODS = (NO_EDIT, "autoencoder", "SDEdit", "DDIM inversion", "stacked LoRAs", OURS, PAIRED)
 NULL_EDITS, NULL_IMAGES = 10, 16  # one after the other
+COMPARED = ("RMSE", "moved, measured", "unmoved")  # in each context
 SETTINGS = (
     *("world", "num_images", "num_inference_steps", "rows_per_context"),
     *("base_steps", "max_train_steps", "autoencoder_steps"),
@@ -146,7 +148,7 @@ def main() -> None:
 
 
 def write_tables(task: Task, judge: Judge, edits: dict[str, dict[str, Tensor]]) -> None:
-    """Print the table of all metrics, and the errors in each context."""
+    """Print the table of all metrics, errors in each context, and how much larger the others' are, image by image."""
     scores = {
         method: {context: judge.edits(context, made[str(context)]) for context in task.world.contexts[1:]}
         for method, made in edits.items()
@@ -163,10 +165,17 @@ def write_tables(task: Task, judge: Judge, edits: dict[str, dict[str, Tensor]]) 
         for method, by_context in scores.items():
             cells = [interval(np.mean([by_context[c][title] for c in contexts], axis=0)) for title in titles]
             print(f"| {method} | {' | '.join(cells)} |")
-    for title in ("RMSE", "moved, measured", "unmoved"):
+    for title in COMPARED:
         print(f"\n| {title} | {' | '.join(scores)} |\n|---{'|---' * len(scores)}|")
         for context in task.world.contexts[1:]:
             values = [interval(by_context[context][title]) for by_context in scores.values()]
+            print(f"| {context} | {' | '.join(values)} |")
+    ours = next((method for method in (PAIRED, OURS) if method in scores), None)
+    others = [method for method in scores if method not in (TRUTH, ours)]
+    for title in COMPARED if ours else ():
+        print(f"\n| {title}, more than {ours} | {' | '.join(others)} |\n|---{'|---' * len(others)}|")
+        for context in task.world.contexts[1:]:
+            values = [interval(scores[method][context][title] - scores[ours][context][title]) for method in others]
             print(f"| {context} | {' | '.join(values)} |")
 
 

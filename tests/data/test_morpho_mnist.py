@@ -131,7 +131,17 @@ def test_the_benchmark_compares_all_methods_and_goes_on_where_it_was_stopped(fol
     for method in (*counterfactual_benchmark.METHODS, "the truth"):
         assert said.count(f"\n| {method} | ") == 3
     assert "\n| this adapter | 0.0000 ± 0.0000 | 0.0000 ± 0.0000 | 0.0000 ± 0.0000 | 0.0000 ± 0.0000 |" in said
-    assert "\n| dark+thick | " in said
+    row = {}  # of the context dark+thick: means of every method
+    for title in ("RMSE", "RMSE, more than this adapter, trained on pairs"):
+        head, *lines = said.split(f"\n| {title} | ")[1].splitlines()
+        cells = next(line for line in lines if line.startswith("| dark+thick | ")).split(" | ")[1:]
+        row[title] = {
+            name.strip(" |"): float(cell.split()[0]) for name, cell in zip(head.split(" | "), cells, strict=True)
+        }
+    errors, more = row.values()
+    assert set(more) == set(errors) - {"the truth", "this adapter, trained on pairs"}
+    for method, value in more.items():
+        assert value == pytest.approx(errors[method] - errors["this adapter, trained on pairs"], abs=0.0021)
     monkeypatch.setattr(counterfactual_benchmark, "edits_of", None)
     counterfactual_benchmark.main()
     assert said.endswith(capsys.readouterr().out)
