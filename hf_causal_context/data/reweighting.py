@@ -14,7 +14,7 @@ Shapes: N rows, K concepts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -235,6 +235,25 @@ def wanted_combinations(names: Sequence[str], concepts: ConceptSet) -> list[Cont
                 " Name such as 'thick+slant', or 'pairs', or 'all'."
             )
     return wanted
+
+
+def without_rows(
+    wanted: Sequence[Context], present: Container[str], why: str, tell: Callable[[str], object]
+) -> list[Context]:
+    """Return the combinations that have no rows, and tell which have some: those need none that are made up.
+
+    Args:
+        wanted: combinations.
+        present: names of the contexts that have rows.
+        why: such as "to reweight".
+        tell: takes a message.
+    """
+    left = [context for context in wanted if str(context) not in present]
+    if not left:
+        tell(f"No combination is left {why}: all that were named have training rows.")
+    elif having := [str(context) for context in wanted if context not in left]:
+        tell(f"No combinations {why}, since they have training rows: {quoted(having)}.")
+    return left
 
 
 def check_sets(contexts: Sequence[str], concepts: ConceptSet, option: str = "--reweighted_contexts") -> Tensor:

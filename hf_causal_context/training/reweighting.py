@@ -20,7 +20,7 @@ from .._messages import quoted
 from .._progress import say
 from ..contexts import Context
 from ..data import InterventionalData
-from ..data.reweighting import ReweightedContext, check_sets, reweight, wanted_combinations
+from ..data.reweighting import ReweightedContext, check_sets, reweight, wanted_combinations, without_rows
 from ..errors import UserValueError
 from .arguments import AdapterArguments
 from .loop.checkpoints import write_file
@@ -84,9 +84,7 @@ def add_reweighted_contexts(
     assert isinstance(data.rows, Dataset)  # the arguments refuse streams
     contexts: list[str] = data.rows["context"][:]
     wanted = wanted_combinations(arguments.reweighted_contexts, data.concepts)
-    wanted = [context for context in wanted if str(context) not in data.contexts]  # those have rows of their own
-    if not wanted:
-        accelerator.print("No combination is left to reweight: all that were named have training rows of their own.")
+    if not (wanted := without_rows(wanted, data.contexts, "to reweight", accelerator.print)):
         return data
     codes = check_sets(contexts, data.concepts)
     others = sum(code < 0 and len(Context.parse(c).targets) == 1 for c, code in zip(contexts, codes, strict=True))

@@ -17,6 +17,7 @@ from hf_causal_context.data.reweighting import (
     effective_sample_size,
     reweight,
     wanted_combinations,
+    without_rows,
 )
 from hf_causal_context.data.worlds.linear_gaussian import LinearGaussianModel
 
@@ -250,6 +251,7 @@ def test_combinations_are_named():
     assert wanted_combinations(["pairs"], three) == [Context("a", "b"), Context("a", "c"), Context("b", "c")]
     assert wanted_combinations(["all"], three)[-1] == Context("a", "b", "c")
     assert wanted_combinations(["c+a"], three) == [Context("a", "c")]
+
     with pytest.raises(ValueError, match="Unknown concept 'd'"):
         wanted_combinations(["a+d"], three)
     for name in ("a", "", "a=0.5,b"):
@@ -258,6 +260,21 @@ def test_combinations_are_named():
     for name in ("pairs", "all"):
         with pytest.raises(ValueError, match=f"'{name}' are combinations of concepts, and there is only one, 'a'"):
             wanted_combinations([name], ConceptSet(("a",)))
+
+
+@pytest.mark.parametrize(
+    ("present", "left", "message"),
+    [
+        ((), ["a+b", "b+c"], []),
+        (("a+b", "a"), ["b+c"], ["No combinations for own texts, since they have training rows: 'a+b'."]),
+        (("a+b", "b+c"), [], ["No combination is left for own texts: all that were named have training rows."]),
+    ],
+)
+def test_combinations_that_have_rows_are_left_out_and_told(present, left, message):
+    messages = []
+    wanted = [Context("a", "b"), Context("b", "c")]
+    assert [str(c) for c in without_rows(wanted, present, "for own texts", messages.append)] == left
+    assert messages == message
 
 
 @pytest.fixture

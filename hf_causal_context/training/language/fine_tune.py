@@ -24,7 +24,7 @@ from ...bases.tokens import Tokenization, TokenRow, check_learned, filler, prepa
 from ...contexts import ConceptSet
 from ...data import InterventionalData
 from ...data.from_arguments import load_text_data
-from ...data.reweighting import check_sets
+from ...data.reweighting import check_sets, without_rows
 from ...errors import UserValueError
 from ...hub.contents import CHAT_PROMPT, CardContents
 from ..arguments import TextArguments
@@ -223,9 +223,10 @@ class LanguageFineTuning(FineTuning[TextArguments]):
 
     @cached_property
     def _composition(self) -> SelfComposition | None:
-        if not (contexts := self_composed_contexts(self.data, self.arguments)):
-            if self.arguments.self_composed_contexts:
-                self.accelerator.print("No combination is left for own texts: all that were named have rows.")
+        if not (wanted := self_composed_contexts(self.data, self.arguments)):
+            return None
+        present = {*self.data.contexts, *self.data.reweighted}
+        if not (contexts := without_rows(wanted, present, "for own texts", self.accelerator.print)):
             return None
         assert self.rows is not None  # the arguments refuse streams
         model, arguments = self.model, self.arguments

@@ -56,7 +56,7 @@ Rows = dict[str, list[TokenRow]]
 
 
 def self_composed_contexts(data: InterventionalData, arguments: TextArguments) -> list[Context]:
-    """Return the combinations of `--self_composed_contexts` that have no rows, neither own nor reweighted.
+    """Return the combinations of `--self_composed_contexts`.
 
     Raises:
         ValueError: for unknown concepts, or sets that cannot tell what a text shows.
@@ -65,7 +65,7 @@ def self_composed_contexts(data: InterventionalData, arguments: TextArguments) -
         return []
     wanted = wanted_combinations(arguments.self_composed_contexts, data.concepts)
     check_sets(cast(Dataset, data.rows)["context"][:], data.concepts, "--self_composed_contexts")
-    return [context for context in wanted if str(context) not in {*data.contexts, *data.reweighted}]
+    return wanted
 
 
 class SelfComposition(StepHooks):
