@@ -77,8 +77,15 @@ def make_study(world: World, seed: int, arguments: argparse.Namespace) -> Study:
     trained = {context: sets[context] for context in (Context(), *SINGLES)}
     model = latent_model(world.name == "dependent")
     causes = {name: model.causes(name) for name in CONCEPTS}
+
+    def true_ratios() -> Tensor:
+        dependent = world.name == "dependent"
+        drawn = (sample_vectors(ROWS_PER_CONTEXT, c, first + i, dependent=dependent) for i, c in enumerate(trained))
+        latents = model.deviations() * np.concatenate([latents for _, latents in drawn])
+        return torch.from_numpy(np.stack([model.log_ratio(latents, name) for name in CONCEPTS], axis=1))
+
     size = (arguments.steps, arguments.batch_size)
-    return Study(base, ConceptSet(CONCEPTS), trained, sets, PAIRS, causes, seed, *size)
+    return Study(base, ConceptSet(CONCEPTS), trained, sets, PAIRS, causes, seed, *size, true_ratios)
 
 
 def truth(world: World) -> Sampler:
@@ -144,9 +151,12 @@ def main() -> None:
                 seconds = {"train": trained - start, "sample": time.perf_counter() - trained}
                 content: dict[str, Any] = {"settings": settings, "results": results, "seconds": seconds}
                 if "reweighted" in method:
-                    content["drawn"] = {str(d.context): [d.effective_sample_size, d.mass] for d in study.reweighted}
-                    drawn = [context for context in PAIRS if context in study.reweighted_sets]
-                    content["rows"] = distances(rows_of(study.reweighted_sets), world, seed, drawn)
+                    ideal = method.endswith("by the truth")
+                    drawn = study.reweighted_by_truth if ideal else study.reweighted
+                    content["drawn"] = {str(d.context): [d.effective_sample_size, d.mass] for d in drawn}
+                    sets = study.with_combinations(drawn)
+                    pairs = [context for context in PAIRS if context in sets]
+                    content["rows"] = distances(rows_of(sets), world, seed, pairs)
                 done.write_text(json.dumps(content, indent=1) + "\n")
                 means = {name: sum(r[str(p)] for p in PAIRS) / len(PAIRS) for name, r in results.items()}
                 print(world.name, seed, {name: round(mean, 4) for name, mean in means.items()}, seconds, flush=True)

@@ -4,7 +4,7 @@ Shapes: B samples, D dimensions, K concepts.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from hf_causal_context import CausalContextConfig, ConceptSet, Context
-from hf_causal_context.data.reweighting import ReweightedContext, reweight
+from hf_causal_context.data.reweighting import ReweightedContext, draw_combinations, reweight
 from hf_causal_context.training.observational import SHARE
 
 from .vector_flow import VectorFlow, Velocity, noised, optimize, sample
@@ -44,6 +44,7 @@ class Study:
     seed: int
     steps: int
     batch_size: int
+    true_ratios: Callable[[], Tensor] | None = None  # log p_j / p_obs (rows, K) at all vectors of `sets`
 
     @property
     def device(self) -> torch.device:
@@ -61,16 +62,22 @@ class Study:
         contexts = [str(context) for context, rows in self.sets.items() for _ in range(len(rows))]
         return reweight(self.pooled, contexts, self.concepts, self.pairs, seed=self.seed, device=self.device)
 
+    @cached_property
+    def reweighted_by_truth(self) -> list[ReweightedContext]:
+        """The same by the true density ratios: what could be drawn if nothing had to be estimated."""
+        assert self.true_ratios is not None
+        codes = torch.cat([torch.full((len(rows),), code) for code, rows in enumerate(self.sets.values())])
+        return draw_combinations(self.true_ratios(), codes, self.concepts, self.pairs, seed=self.seed)
+
     @property
     def pooled(self) -> Tensor:
         """All vectors of the training sets."""
         return torch.cat(list(self.sets.values()))
 
-    @cached_property
-    def reweighted_sets(self) -> Sets:
-        """`sets`, and those of the pairs that the data supports."""
+    def with_combinations(self, drawn: Iterable[ReweightedContext]) -> Sets:
+        """`sets`, and those combinations that the data supports."""
         vectors = self.pooled
-        return {**self.sets, **{drawn.context: vectors[drawn.rows] for drawn in self.reweighted if not drawn.doubt}}
+        return {**self.sets, **{each.context: vectors[each.rows] for each in drawn if not each.doubt}}
 
 
 class Batches:
@@ -283,12 +290,17 @@ METHODS: dict[str, Callable[[Study], dict[str, Sampler]]] = {
     },
     **{
         f"{name}, reweighted": lambda study, name=name: {
-            f"{name}, reweighted": context_adapter(study, study.reweighted_sets, **_OURS[name])
+            f"{name}, reweighted": context_adapter(study, study.with_combinations(study.reweighted), **_OURS[name])
         }
         for name in ("independent", "independent, no part", "structural, anchored")
     },
+    "independent, reweighted by the truth": lambda study: {
+        "independent, reweighted by the truth": context_adapter(
+            study, study.with_combinations(study.reweighted_by_truth)
+        )
+    },
     "multi-hot LoRA, reweighted": lambda study: {
-        "multi-hot LoRA, reweighted": multi_hot_lora(study, study.reweighted_sets)
+        "multi-hot LoRA, reweighted": multi_hot_lora(study, study.with_combinations(study.reweighted))
     },
     **{
         f"oracle, {name}": lambda study, name=name: {

@@ -15,7 +15,7 @@ Shapes: N rows, K concepts.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Literal
@@ -42,6 +42,9 @@ _LEAST_OVERLAP = 0.05
 _LEAST_CONTRAST = 0.1
 # No row makes up more than this share of a combination: a single wrong ratio must not fill it.
 _LARGEST_SHARE = 0.003
+# Where this cap moves no more of the weight than this, the other rows carry the combination, and are what counts: in
+# heavy tails, one row of enormous weight would make the effective sample size that of next to nothing.
+_MOST_MOVED = 0.2
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class ReweightedContext:
     Attributes:
         context: the combination.
         rows: numbers of the drawn rows, int64; some come several times. Empty if there is a doubt.
-        effective_sample_size: how many equally weighted rows the weights are worth.
+        effective_sample_size: how many equally weighted rows the weights are worth; a few enormous ones do not count.
         mass: of the combination's density over the pooled rows; far from 1, the estimated ratios contradict each other.
         doubt: why the data does not support the combination, or None.
     """
@@ -120,19 +123,36 @@ def reweight(
         device=device,
         keep_in=keep_in,
     )
+    drawn = draw_combinations(ratios, codes, concepts, wanted, seed=seed)
+    return [replace(combination, rows=used[combination.rows]) for combination in drawn]
+
+
+def draw_combinations(
+    ratios: Tensor, codes: Tensor, concepts: ConceptSet, wanted: Sequence[Context], *, seed: int
+) -> list[ReweightedContext]:
+    """Draw rows by their log ratios: what `reweight` does when it has estimated them.
+
+    Args:
+        ratios: log r_j at every row, (N, K).
+        codes: 0 for observational rows, j + 1 for those under an intervention on concept j; int64 (N,).
+        concepts: all concepts.
+        wanted: combinations.
+        seed: of the draw.
+    """
     found = ratios > 0  # rows that look intervened on
-    shares = torch.bincount(codes, minlength=len(concepts) + 1) / len(used)
+    shares = torch.bincount(codes, minlength=len(concepts) + 1) / len(codes)
     generator = torch.Generator().manual_seed(seed)
-    num = len(used) // (len(concepts) + 1)
+    num = len(codes) // (len(concepts) + 1)
     drawn = []
     for context in wanted:
         targets = [concepts.index(target) for target in context.targets]
         logits = combination_logits(ratios, shares, targets)
         weights, mass = logits.softmax(0), float(logits.exp().mean())
-        size = effective_sample_size(weights)
         capped = cap(weights)  # what is drawn by; in small sets it may spread to rows that lack a concept
+        moved = float((weights - capped).clamp(min=0).sum())
+        size = effective_sample_size(capped if moved <= _MOST_MOVED else weights)
         doubt = _doubt(found, codes, capped, size, mass, targets, concepts)
-        rows = used[:0] if doubt else used[draw(capped, num, generator)]
+        rows = codes[:0] if doubt else draw(capped, num, generator)
         drawn.append(ReweightedContext(context, rows, size, mass, doubt))
     return drawn
 

@@ -14,6 +14,7 @@ from hf_causal_context.data.reweighting import (
     cap,
     combination_logits,
     draw,
+    draw_combinations,
     effective_sample_size,
     reweight,
     wanted_combinations,
@@ -67,6 +68,12 @@ def test_pooled_rows_weighted_by_the_true_ratios_follow_the_pair():
     assert ((rows - mean).T * weights) @ (rows - mean) == pytest.approx(truth.T.cov(), abs=0.06)
     # not what the rows of either set look like
     assert abs(rows[40_000:80_000].mean(0) - truth.mean(0)).max() > 0.5
+
+
+def test_a_world_knows_its_log_ratios():
+    rows, _ = world(100)
+    found = np.stack([WORLD.log_ratio(rows.double().numpy(), name) for name in ("a", "b")], axis=1)
+    assert found == pytest.approx(true_log_ratios(rows.double()).numpy(), abs=1e-9)
 
 
 def test_shares_of_the_sets_are_accounted_for():
@@ -130,6 +137,24 @@ def test_what_the_data_does_not_hold_is_left_to_the_mechanism(of_b, monkeypatch)
         assert pair.mass < 0.001
     else:
         assert pair.effective_sample_size < MIN_EFFECTIVE_SAMPLE_SIZE
+
+
+def test_rows_of_enormous_weight_do_not_hide_the_others_that_carry_a_pair():
+    codes = torch.arange(3).repeat_interleave(1000)
+    shown = torch.zeros(3000, 2, dtype=torch.bool)
+    shown[800:] = True  # some observational rows show both, and all of the sets do
+    ratios = torch.where(shown, 0.6, -9.0)
+    ratios[1500] = 6.4  # nearly a fifth of the weight
+    (pair,) = draw_combinations(ratios, codes, CONCEPTS, [Context("a", "b")], seed=0)
+    assert pair.effective_sample_size > 1000
+    assert pair.doubt is None
+    assert shown[pair.rows].all()
+    assert (pair.rows == 1500).sum() <= 4
+    ratios[1500:1503] = 6.4  # two fifths
+    (pair,) = draw_combinations(ratios, codes, CONCEPTS, [Context("a", "b")], seed=0)
+    assert pair.doubt is not None
+    assert pair.doubt.kind == "few"
+    assert pair.effective_sample_size < MIN_EFFECTIVE_SAMPLE_SIZE
 
 
 def test_rows_of_other_contexts_are_not_used_and_a_missing_set_is_an_error(short):

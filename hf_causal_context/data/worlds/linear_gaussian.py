@@ -61,6 +61,22 @@ class LinearGaussianModel:
                 values[name] = sum((a * values[cause] for cause, a in self._parents[name].items()), start=own)
         return np.stack([values[name] for name in self.names], axis=1)
 
+    def log_ratio(self, values: NDArray[np.float64], name: str) -> NDArray[np.float64]:
+        """Return log p(values | do(name)) - log p(values), (num,), at rows (num, V).
+
+        Args:
+            values: of all variables, in the order of `names`.
+            name: of a variable that can be intervened on.
+        """
+        own = values[:, self.names.index(name)]
+        parents = sum(
+            (a * values[:, self.names.index(cause)] for cause, a in self._parents[name].items()), start=0 * own
+        )
+        mean, spread = self.interventions[name]
+        deviation = self._deviations[name]
+        observed, intervened = (own - parents) / deviation, (own - mean) / spread
+        return 0.5 * observed**2 - 0.5 * intervened**2 + np.log(deviation / spread)
+
     def causes(self, name: str) -> frozenset[str]:
         """All variables that a path leads from to this one."""
         direct = self._parents[name]
