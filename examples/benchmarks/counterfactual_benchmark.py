@@ -170,9 +170,11 @@ def write_tables(task: Task, judge: Judge, edits: dict[str, dict[str, Tensor]]) 
         for context in task.world.contexts[1:]:
             values = [interval(by_context[context][title]) for by_context in scores.values()]
             print(f"| {context} | {' | '.join(values)} |")
-    ours = next((method for method in (PAIRED, OURS) if method in scores), None)
+    if not (found := [method for method in (PAIRED, OURS) if method in scores]):
+        return
+    ours = found[0]
     others = [method for method in scores if method not in (TRUTH, ours)]
-    for title in COMPARED if ours else ():
+    for title in COMPARED:
         print(f"\n| {title}, more than {ours} | {' | '.join(others)} |\n|---{'|---' * len(others)}|")
         for context in task.world.contexts[1:]:
             values = [interval(scores[method][context][title] - scores[ours][context][title]) for method in others]
