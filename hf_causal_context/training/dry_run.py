@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from datetime import timedelta
-from statistics import median
+from statistics import fmean
 from time import perf_counter
 from typing import Any
 from weakref import finalize
@@ -14,9 +14,17 @@ from weakref import finalize
 import torch
 from torch import Tensor, nn
 
+from .arguments import OptimizationArguments
 from .loop.trainer import Run, StepHooks
 
 MEASURED_STEPS = 3  # after one that warms up
+MEASURED_ROWS = 8  # at least: with pairs, one row in so many is edited, and takes much longer
+
+
+def num_taken(arguments: OptimizationArguments) -> int:
+    """Return how many steps a dry run takes."""
+    rows = arguments.train_batch_size * arguments.gradient_accumulation_steps
+    return 1 + max(MEASURED_STEPS, -(-MEASURED_ROWS // rows))
 
 
 def dry_run(run: Run, stream: Iterator[Any], parts: Mapping[str, nn.Module], idle: tuple[str, ...]) -> str:
@@ -29,20 +37,21 @@ def dry_run(run: Run, stream: Iterator[Any], parts: Mapping[str, nn.Module], idl
         idle: which of the parts leave the device before the first step.
     """
     watch = _Watch()
-    count = run.arguments.gradient_accumulation_steps * (1 + MEASURED_STEPS)
+    taken = num_taken(run.arguments)
+    count = run.arguments.gradient_accumulation_steps * taken
     run.hooks, batches = watch, [next(stream) for _ in range(count)]
     run.wrapped.train()
     run.optimizer.train()
     run.stream = iter(batches)
     run.train_step()
     memory = memory_of_step(run, parts)
-    for _ in range(MEASURED_STEPS - 1):
+    for _ in range(taken - 2):
         run.train_step()
     rows = [(name, size, "  (before the first step only)" if name in idle else "") for name, size in memory.items()]
     rows.append(("a step, at least", sum(size for name, size in memory.items() if name not in idle), ""))
     if run.accelerator.device.type == "cuda":
         rows.append(("a step, measured", torch.cuda.max_memory_allocated(), ""))
-    seconds = median(watch.seconds[1:])
+    seconds = fmean(watch.seconds[1:])
     total = timedelta(seconds=round(seconds * run.num_steps))
     own_texts = getattr(run.arguments, "self_composed_contexts", [])
     written = ", and the texts that the adapter writes itself" if own_texts else ""

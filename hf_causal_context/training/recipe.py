@@ -32,7 +32,7 @@ from ..layers import Mechanism
 from .arguments import AdapterArguments
 from .context_losses import ContextLosses
 from .data_record import record_data
-from .dry_run import MEASURED_STEPS, dry_run
+from .dry_run import dry_run, num_taken
 from .gap_report import record_gap, report_gap
 from .grids import validation_contexts
 from .loop.checkpoints import check_start
@@ -244,7 +244,7 @@ class FineTuning(ABC, Generic[AnyArguments]):
         )
         self.arguments = arguments = settle_observational_steps(arguments, num_steps)
         with main_process_first(accelerator, output_dir):  # it fills the cache that the others read
-            steps = num_steps + (1 + MEASURED_STEPS if arguments.dry_run else 0)
+            steps = num_steps + (num_taken(arguments) if arguments.dry_run else 0)
             batches = self.make_batches(steps * arguments.gradient_accumulation_steps)
         if arguments.dry_run:
             self.prepare_steps(base)

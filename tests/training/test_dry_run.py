@@ -7,6 +7,7 @@ import pytest
 
 from hf_causal_context.cli import main
 from hf_causal_context.training.arguments import TrainingArguments
+from hf_causal_context.training.denoiser.edits import EditObjective
 from hf_causal_context.training.finetune import train
 from hf_causal_context.training.language import train_text
 
@@ -65,6 +66,22 @@ def test_batches_of_one_step_are_not_kept_at_once(dry):
     name = "kept for the backward pass"
     one, three = (said(dry(gradient_accumulation_steps=count))[name] for count in (1, 3))
     assert three == pytest.approx(one, rel=0.02)
+
+
+def test_pairs_that_few_batches_edit_are_counted(dry, monkeypatch):
+    seen, losses = [], EditObjective.losses
+    monkeypatch.setattr(EditObjective, "losses", lambda *given: seen.append(0) or losses(*given))
+    name = "kept for the backward pass"
+    one, four, paired = (
+        said(dry(**changes))[name]
+        for changes in (
+            {"train_batch_size": 1},
+            {"train_batch_size": 4},
+            {"train_batch_size": 1, "paired_files": True},
+        )
+    )
+    assert paired == pytest.approx(one + four, rel=0.2)  # the sample, and four states of its edit
+    assert len(seen) == 1  # of as many rows as have one pair
 
 
 def test_a_quantized_base_is_smaller(dry):

@@ -16,7 +16,7 @@ from hf_causal_context.training.denoiser.edits import MOST_WEIGHT, NUM_STEPS, ST
 from hf_causal_context.training.denoiser.objectives import denoising_objective
 from hf_causal_context.training.finetune import train
 
-from .small import adapter_weights, settings, write_folders
+from .small import adapter_weights, assert_close_to_largest, settings, write_folders
 from .tiny_pipelines import PIPELINES
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -124,23 +124,43 @@ class TestPairs:
         names = ["a", "b", "c", "a", "?", "a", "b", "c"]
         rows = Dataset.from_dict({"context": contexts, "pair": names})
         data = InterventionalData(rows, ConceptSet(("slant", "thick")), ("", "slant", "thick"), {}, None)
-        return Pairs(data, TrainingArguments(**settings("base", "data", "out")), 5)
+        return lambda **weights: Pairs(data, TrainingArguments(**settings("base", "data", "out")), 5, weights)
 
     def test_each_context_is_as_likely_and_partners_have_the_name(self, pairs):
-        slots, rows, partners = pairs.chosen(5, range(8000))
+        slots, rows, partners = pairs().chosen(5, range(8000))
         assert slots == [*range(1000)]
         assert {*zip(rows, partners, strict=True)} == {(3, 0), (5, 0), (6, 1), (7, 2)}
         assert np.mean(np.array(rows) == 3) == pytest.approx(0.5, abs=0.05)
 
     def test_it_is_said_how_many_and_from_when_on(self, pairs):
-        assert "After 25% of the steps, batches also edit some of the 4 pairs" in pairs.told(20)
+        assert "After 25% of the steps, batches also edit some of the 4 pairs" in pairs().told(0.25)
+        assert "the training does not look at them: none is in a context" in pairs(slant=0, thick=0).told(0.25)
 
     def test_they_belong_to_slots_and_begin_late(self, pairs):
+        pairs = pairs()
         assert pairs.chosen(4, range(8)) == ([], [], [])
-        assert pairs.chosen(5, range(2))[0] == [0]  # at least one
         whole = pairs.chosen(6, range(64, 128))
         assert whole == pairs.chosen(9, range(64, 128))
         assert pairs.chosen(9, range(64, 96)) == tuple(part[:4] for part in whole)
+
+    @pytest.mark.parametrize("size", [1, 3, 4, 8, 12])
+    def test_one_row_in_eight_is_edited_and_all_count_alike_in_batches_of_any_size(self, size, pairs):
+        pairs, counts, samples, states = pairs(), [], 0.0, 0.0
+        for batch in range(5, 5 + 48):
+            edited = len(pairs.chosen(batch, range(batch * size, (batch + 1) * size))[0])
+            counts.append(edited)
+            each = pairs.weight(batch, size, edited) / (size + STATES * edited)  # of every loss in the mean
+            samples, states = samples + size * each, states + STATES * edited * each
+        assert counts[0] == max(counts)
+        assert sum(counts) == 48 * size / 8
+        assert (samples / 48, states / 48) == pytest.approx((2 / 3, 1 / 3))
+        assert pairs.weight(4, size, 0) == 1
+
+    def test_contexts_have_their_shares_of_the_batches(self, pairs):
+        assert {*pairs(slant=0).chosen(5, range(8000))[1]} == {5, 6, 7}
+        rows = np.array(pairs(slant=3).chosen(5, range(8000))[1])
+        assert np.mean(rows == 3) == pytest.approx(0.75, abs=0.05)
+        assert pairs(slant=0, thick=0).chosen(5, range(8000)) == ([], [], [])
 
 
 @pytest.fixture
@@ -165,6 +185,16 @@ def test_a_run_learns_from_pairs_after_its_first_steps_and_resumes_bit_for_bit(
     again = run("again", paired_files=True, resume_from_checkpoint=str(paired / "checkpoint-3"))
     whole = adapter_weights(paired)
     assert all(torch.equal(value, whole[key]) for key, value in adapter_weights(again).items())
+
+
+def test_accumulated_batches_learn_as_whole_ones_do(pipeline_folder, tmp_path):
+    folders, trained = write_folders(tmp_path / "data", images=8), []
+    for size in (8, 1):
+        given = settings(pipeline_folder("ddpm"), folders, tmp_path / str(size), paired_files=True)
+        given |= {"train_batch_size": size, "gradient_accumulation_steps": 8 // size, "observational_steps": 0}
+        train(TrainingArguments(**given | {"max_train_steps": 4}))
+        trained.append(adapter_weights(tmp_path / str(size)))
+    assert_close_to_largest(trained[1], trained[0], 1e-3)
 
 
 @pytest.mark.parametrize(

@@ -86,10 +86,12 @@ class DenoiserBatches:
                 if rank == 0:
                     say(reason)
             elif data.has_pairs:
-                # A dry run measures the first steps, and most steps of the run have edits.
-                self._pairs = Pairs(data, arguments, 0 if arguments.dry_run else int(BEGIN * num_batches))
+                # A dry run measures the steps after its first, and most steps of the run have edits.
+                accumulation = arguments.gradient_accumulation_steps
+                steps = 1 if arguments.dry_run else int(BEGIN * (num_batches // accumulation))
+                self._pairs = Pairs(data, arguments, steps * accumulation, self._weights)
                 if rank == 0:
-                    say(self._pairs.told(num_batches))
+                    say(self._pairs.told(BEGIN if arguments.dry_run else steps * accumulation / num_batches))
             self._rows = rows = with_class_images(data, data.rows, arguments)
             if arguments.class_data_dir is not None:
                 self._weights[CLASS_IMAGES] = arguments.prior_loss_weight
@@ -136,14 +138,15 @@ class DenoiserBatches:
             if self._arguments.caption_dropout or self._arguments.shuffle_tags:
                 columns["caption"] = list(changed_captions(self._captions_of(columns), slots, self._arguments))
             batch = self._to_batch(columns, Draws(self._arguments.seed, slots))
-            batch.edits = self._edits(number)
+            if self._pairs is not None:
+                batch.edits = self._edits(self._pairs, number)
+                edited = 0 if batch.edits is None else len(batch.edits.slots)
+                batch.weight = self._pairs.weight(number, len(slots), edited)
             yield batch
 
-    def _edits(self, number: int) -> Edits | None:
+    def _edits(self, pairs: Pairs, number: int) -> Edits | None:
         """Return the pairs that are edited with the batch of this number, read as they are, not mirrored."""
-        if self._pairs is None:
-            return None
-        slots, numbers, partners = self._pairs.chosen(number, self._slots(number))
+        slots, numbers, partners = pairs.chosen(number, self._slots(number))
         if not slots:
             return None
         intervened, plain = (

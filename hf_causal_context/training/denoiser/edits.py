@@ -15,6 +15,7 @@ Shapes: q pairs, S steps of an edit, n states that are learned at, C channels, H
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from ...bases.diffusion_base import DiffusionBase
 from ...data import InterventionalData
 from ...data.pairs import partners
+from ...data.sampling import shares_of
 from ...inference.sampling_steps import Step, clean_of, sampling_steps, times_for
 from ..arguments import TrainingArguments
 from ..loop.objective import Objective
@@ -32,7 +34,7 @@ from ..noise import EDIT, chance_of, generator_of
 
 NUM_STEPS = 12  # of an edit
 STATES = 4  # of each edit that are learned at
-ROWS_PER_PAIR = 8  # of a batch: so half as many states as samples
+ROWS_PER_PAIR = 8  # of a run: so half as many states as samples
 BEGIN = 0.3  # of the run, after which there is something to edit by
 MOST_WEIGHT = 6.0  # of a squared error of the clean image, which velocities weigh by 1 / sigma^2
 
@@ -66,9 +68,18 @@ def not_edited(base: DiffusionBase, data: InterventionalData, arguments: Trainin
 
 
 class Pairs:
-    """Which rows of the data are pairs, and which of them a batch edits."""
+    """Which rows of the data are pairs, and which of them a batch edits.
 
-    def __init__(self, data: InterventionalData, arguments: TrainingArguments, first_batch: int) -> None:
+    Args:
+        data: what is trained on.
+        arguments: the run's settings.
+        first_batch: the number of the first batch that edits some.
+        weights: of contexts in batches, where they are not 1.
+    """
+
+    def __init__(
+        self, data: InterventionalData, arguments: TrainingArguments, first_batch: int, weights: Mapping[str, float]
+    ) -> None:
         assert isinstance(data.rows, Dataset)
         rows = data.rows.with_format(None)
         contexts = rows["context"][:]
@@ -78,29 +89,52 @@ class Pairs:
         self._numbers = {
             name: numbers
             for name in data.contexts
-            if len(numbers := np.flatnonzero((named == name) & (self._partners >= 0)))
+            if weights.get(name, 1) and len(numbers := np.flatnonzero((named == name) & (self._partners >= 0)))
         }
+        own = {name: weights[name] for name in self._numbers if name in weights}
+        self._shares = shares_of(list(self._numbers), own) if self._numbers else np.zeros(0)
 
-    def told(self, num_batches: int) -> str:
-        """Say how many pairs are edited, and from when on."""
-        done = self._first_batch / num_batches
+    def told(self, begin: float) -> str:
+        """Say how many pairs are edited, and after which share of the steps."""
+        if not self._numbers:
+            return (
+                "The pairs are for evaluate alone, and the training does not look at them: none is in a context that "
+                "is trained on."
+            )
         return (
-            f"After {done:.0%} of the steps, batches also edit some of the {sum(map(len, self._numbers.values())):,} "
-            "pairs, and learn what leads edits to the partners. Such a step takes about three times as long."
+            f"After {begin:.0%} of the steps, batches also edit some of the {sum(map(len, self._numbers.values())):,} "
+            "pairs, and learn what leads edits to the partners. Steps then take about three times as long on average."
         )
 
     def chosen(self, batch: int, slots: range) -> tuple[list[int], list[int], list[int]]:
         """Return slots, rows of interventions and rows of their partners, of the pairs of a batch.
 
-        Each context is as likely as the others.
+        Contexts have the shares that they have among samples. All processes edit as many in their batch of a number.
         """
-        edited = batch >= self._first_batch and bool(self._numbers)
-        slots, rows = slots[: max(1, len(slots) // ROWS_PER_PAIR) if edited else 0], []
+        # Of small batches one in a few has a pair, the very first among them: a dry run counts what that one takes.
+        done = max(0, batch - self._first_batch) * len(slots)
+        count = -done // ROWS_PER_PAIR - -(done + len(slots)) // ROWS_PER_PAIR
+        slots, rows = slots[: count if self._begun(batch) else 0], []
         for slot in slots:
             generator = chance_of(self._seed, slot, EDIT)
-            numbers = list(self._numbers.values())[generator.integers(len(self._numbers))]
+            numbers = list(self._numbers.values())[generator.choice(len(self._numbers), p=self._shares)]
             rows.append(int(numbers[generator.integers(len(numbers))]))
         return [*slots], rows, self._partners[rows].tolist()
+
+    def weight(self, batch: int, rows: int, edited: int) -> float:
+        """Return what the mean loss of a batch counts, so that samples and states count alike in batches of any size.
+
+        Args:
+            batch: its number.
+            rows: its samples.
+            edited: its pairs.
+        """
+        if not self._begun(batch):
+            return 1.0
+        return (rows + STATES * edited) / (rows * (1 + STATES / ROWS_PER_PAIR))
+
+    def _begun(self, batch: int) -> bool:
+        return batch >= self._first_batch and bool(self._numbers)
 
 
 class EditObjective:

@@ -26,7 +26,7 @@ class Batch:
     mask. `conditions`: row-wise tensors of captions or classes. `draws`: the samples' noise. `loss_mask` (B, 1, H, W):
     how much each place counts in the loss; None where all count alike. `captions`: those of the rows that are still to
     be encoded, if any. `apart` (B,), bool: which samples are class images, whose losses are of no context; None where
-    none are. `edits`: pairs to train on besides, if any.
+    none are. `edits`: pairs to train on besides, if any. `weight`: what its mean loss counts beside those of others.
     """
 
     clean: Tensor
@@ -37,6 +37,7 @@ class Batch:
     captions: list[str] = field(default_factory=list)
     apart: Tensor | None = None
     edits: Edits | None = None
+    weight: float = 1.0
 
     def losses(self, errors: Tensor) -> Tensor:
         """Errors (B, C, H, W) -> the means of their squares (B,), over what the masks show."""

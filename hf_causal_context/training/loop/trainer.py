@@ -245,7 +245,7 @@ class Run:
             with accelerator.accumulate(self.wrapped):
                 with accelerator.autocast():
                     losses = self.objective(self.wrapped, batch)
-                    loss = losses.mean()
+                    loss = losses.mean() * getattr(batch, "weight", 1.0)
                 if self.record.names:
                     self.record.add(place, batch.context, losses[: len(batch.context)], getattr(batch, "apart", None))
                 accelerator.backward(loss)
