@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from hf_causal_context.bases.gap import FAR, NEAR
 from hf_causal_context.bases.tokens import IGNORED, TokenRow
 from hf_causal_context.training.language.gap import MOST_TOKENS, text_gap
+from hf_causal_context.training.language.own_texts import continuations
 
 from .small_language import TOKENIZER, adapted, collation, language_model, text_data, tokenization
 
@@ -90,6 +92,36 @@ def test_own_texts_continue_the_prompts_no_longer_than_the_rows_do(of_cats, monk
         assert text.labels[prompt:].tolist() == written.tolist()
         assert 1 <= len(written) <= completion
         assert TOKENIZER.eos_token_id not in written[:-1]
+
+
+def written(model, **preferred):
+    model.generation_config = GenerationConfig(eos_token_id=[2, 3], **preferred)
+    torch.manual_seed(0)
+    return [ids.tolist() for ids in continuations(model, [[5, 6]] * 16, [30] * 16, 2)]
+
+
+def test_own_texts_end_at_any_token_at_which_the_model_stops():
+    model = language_model("llama")
+    texts = written(model)
+    ends = {2, 3}
+    assert {text[-1] for text in texts if len(text) < 30} == ends
+    assert all(ends.isdisjoint(text[:-1]) for text in texts)  # nor is learned what fills up after it
+
+
+@pytest.mark.parametrize(
+    "preferred",
+    [
+        {"top_k": 2, "temperature": 0.1},
+        {"min_p": 0.9},
+        {"typical_p": 0.1},
+        {"repetition_penalty": 3.0, "min_new_tokens": 30},
+        {"guidance_scale": 5.0},
+        {"exponential_decay_length_penalty": (1, 3.0)},
+    ],
+)
+def test_own_texts_are_drawn_as_the_model_has_it_whatever_its_file_prefers(preferred):
+    model = language_model("llama")
+    assert written(model, **preferred) == written(model)
 
 
 def test_forward_passes_are_bounded_however_long_the_rows_are():

@@ -27,6 +27,9 @@ _PLAIN: dict[str, Any] = {
     "no_repeat_ngram_size": 0,
     "min_length": 0,
 }
+_PLAIN |= dict.fromkeys(("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "guidance_scale"))
+_PLAIN |= dict.fromkeys(("encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "min_new_tokens"))
+_PLAIN |= dict.fromkeys(("exponential_decay_length_penalty", "watermarking_config"))
 
 
 def continuations(
@@ -38,19 +41,22 @@ def continuations(
         model: a causal model, or an encoder-decoder, which reads the prompts.
         prompts: their tokens, one or more each.
         room: how many tokens each may write at most.
-        end: the token that ends a text; it is kept.
+        end: the token that ends a text; it is kept. So are others at which the model stops.
     """
     ids, mask = _padded_on_the_left(prompts)
+    stops: Any = cast(Any, model).generation_config.eos_token_id
+    ends = sorted({*(stops if isinstance(stops, list) else [stops]), end} - {None})
     output = cast(Any, model).generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
         max_new_tokens=max(room),
+        eos_token_id=ends or None,
         pad_token_id=0,
         **_PLAIN,
     )
     # A decoder's first token is no part of the text.
     begin = 1 if cast(Any, model).config.is_encoder_decoder else ids.shape[1]
-    return [_until(row[:length], end) for row, length in zip(output[:, begin:].cpu().numpy(), room, strict=True)]
+    return [_until(row[:length], ends) for row, length in zip(output[:, begin:].cpu().numpy(), room, strict=True)]
 
 
 def row_of(
@@ -66,10 +72,10 @@ def row_of(
     return TokenRow(ids, labels, (len(ids),))
 
 
-def _until(text: Ids, end: int | None) -> Ids:
-    """Return the tokens up to the one that ends the text."""
-    ends = np.flatnonzero(text == end) if end is not None else np.array([], int)
-    return (text[: ends[0] + 1] if len(ends) else text).astype(np.int32)
+def _until(text: Ids, ends: Sequence[int]) -> Ids:
+    """Return the tokens up to the first of those that end a text: what follows only fills up."""
+    found = np.flatnonzero(np.isin(text, ends))
+    return (text[: found[0] + 1] if len(found) else text).astype(np.int32)
 
 
 def _padded_on_the_left(rows: Sequence[Sequence[int] | Ids]) -> tuple[Tensor, Tensor]:
