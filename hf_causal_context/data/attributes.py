@@ -7,6 +7,7 @@ import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeAlias
 
 from datasets import Dataset
@@ -46,7 +47,8 @@ def contexts_from_attributes(dataset: Rows, rules: Mapping[str, str]) -> Rows:
 
     Raises:
         ValueError: for a rule that cannot be read, an unknown column, a dataset that has a context column already, a
-            comparison that is not defined, or (not for streams) a rule that no row fulfils.
+            comparison that is not defined, a row without a value that its context depends on, or (not for streams) a
+            rule that no row fulfils.
     """
     concepts = ConceptSet(tuple(rules))
     dataset, features = known_features(dataset)
@@ -144,8 +146,17 @@ def _parse_rule(concept: str, text: str) -> tuple[Predicate, set[str]]:
 def _apply(concept: str, predicate: Predicate, row: Row) -> bool:
     try:
         return bool(predicate(row))
+    except _MissingError as error:
+        raise UserValueError(
+            f"The rule of {concept!r} needs the column {str(error)!r}, which is empty here, so nobody knows the row's "
+            "context. Fill it in, or remove such rows by dataset.filter."
+        ) from None
     except TypeError as error:
         raise UserValueError(f"The rule of {concept!r} cannot be applied to {dict(row)!r}: {error}.") from None
+
+
+class _MissingError(Exception):
+    """A row has nothing in a column of this name."""
 
 
 def _condition(node: ast.expr) -> Predicate:
@@ -167,10 +178,17 @@ def _condition(node: ast.expr) -> Predicate:
     raise UserValueError(f"{ast.unparse(node)!r} is not a comparison")
 
 
+def _of_column(column: str, row: Row) -> Any:
+    value = row[column]
+    if value is None or value != value:  # NaN
+        raise _MissingError(column)
+    return value
+
+
 def _value(node: ast.expr) -> Predicate:
     match node:
         case ast.Name(id=column):
-            return lambda row: row[column]
+            return partial(_of_column, column)
         case ast.Constant(value=bool() | int() | float() | str() as literal):
             return lambda row: literal
         case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):

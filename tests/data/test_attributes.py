@@ -14,6 +14,7 @@ def faces():
             "Glasses": [0, 0, 1, 1],
             "age": [10, 20.5, 30, None],
             "hair": ["red", "gray", "red", "gray"],
+            "weight": [60.0, 70.0, float("nan"), 80.0],
         }
     )
 
@@ -61,7 +62,10 @@ def test_grammar(rule, rows):
         ("[s for s in Smiling]", "is not a comparison"),
         ("Smile == 1", "no column 'Smile' .rule of 'x'.. Its columns: 'image', 'Smiling'"),
         ("hair < 3", r"Row 0: The rule of 'x' cannot be applied to {'hair': 'red'}"),
-        ("age > 5", r"Row 3: The rule of 'x' cannot be applied to {'age': None}"),
+        ("age > 5", r"Row 3: The rule of 'x' needs the column 'age', which is empty here.*remove such rows"),
+        ("age == 10", "Row 3: The rule of 'x' needs the column 'age'"),
+        ("age != 10", "Row 3: The rule of 'x' needs the column 'age'"),
+        ("Smiling == 1 or weight > 5", "Row 2: The rule of 'x' needs the column 'weight'"),
         ("Smiling == '1'", "No row fulfils the rule of 'x': .* values of the columns 'Smiling'"),
     ],
 )
