@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 
 from hf_causal_context.bases.images import read_image
 from hf_causal_context.bases.loading import load_base
-from hf_causal_context.data import load_folders
+from hf_causal_context.data import from_dataset, load_folders
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.denoiser import batches as batches_module
 from hf_causal_context.training.denoiser.batches import DenoiserBatches
@@ -164,6 +165,18 @@ class TestCacheOfLatents:
 
         assert encoded(spoil=change)[0] == 12
         assert encoded(spoil=lambda vae: vae.register_to_config(scaling_factor=0.5))[0] == 12
+
+    def test_another_column_of_the_same_rows_is_encoded_anew(self, pipeline_folder, tmp_path):
+        base, columns = load_base(pipeline_folder("stable_diffusion")), {"context": ["", "slant", "thick"]}
+        for name, level in (("dark", 0), ("light", 255)):
+            columns[name] = [Image.new("RGB", (16, 16), (level,) * 3)] * 3
+        rows = Dataset.from_dict(columns)
+        for name, level in (("dark", -1.0), ("light", 1.0)):
+            arguments = TrainingArguments(**settings("base", "data", tmp_path / "out", resolution=16))
+            data = from_dataset(rows, content_column=name)
+            (batch,) = taken(DenoiserBatches(base, data, arguments, 1, torch.device("cpu")), 1)
+            expected = base.encode_images(torch.full((1, 3, 16, 16), level))
+            torch.testing.assert_close(batch.clean, expected.expand(3, -1, -1, -1), rtol=1e-4, atol=1e-5)
 
     def test_other_resolutions_are_encoded_anew(self, encoded):
         encoded()

@@ -106,7 +106,7 @@ def encode_rows(
         made["mask"] = Array3D((1, *shape[1:]), "float32")
     # Named by what latents depend on, so that another run with the same base and images finds them.
     versions = (_READING, *(_file_versions(rows, column) for column in images))
-    key = Hasher.hash((rows._fingerprint, versions, encoder, shape, flipped))
+    key = Hasher.hash((rows._fingerprint, images, versions, encoder, shape, flipped))
     folder = Path(datasets.config.HF_DATASETS_CACHE, "hf_causal_context")
     folder.mkdir(parents=True, exist_ok=True)
     encoded = rows.map(
