@@ -54,11 +54,16 @@ def read_captions(
 
 
 def by_stem(images: Iterable[Path]) -> dict[Path, list[Path]]:
-    """Return images by their paths without a suffix, as files beside them are named."""
+    """Return images by what files beside them are named by, see `stem_of`."""
     found: dict[Path, list[Path]] = {}
     for image in images:
-        found.setdefault(image.with_suffix(""), []).append(image)
+        found.setdefault(stem_of(image), []).append(image)
     return found
+
+
+def stem_of(image: Path) -> Path:
+    """Return a path without its suffix; folders of frames have none, dots are a part of their names."""
+    return image if image.is_dir() else image.with_suffix("")
 
 
 def _of_text(file: Path, images: list[Path]) -> Iterator[tuple[str, Path, str]]:

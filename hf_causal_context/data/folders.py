@@ -16,7 +16,7 @@ from .._messages import quoted
 from ..contexts import ConceptSet, ContextLike, context_text
 from ..errors import UserValueError
 from ..media.videos import VIDEO_SUFFIXES, video_package
-from .captions import METADATA, read_captions
+from .captions import METADATA, read_captions, stem_of
 from .interventional import InterventionalData, from_dataset
 from .masks import is_mask, masks_of
 
@@ -98,9 +98,7 @@ def load_folders(
         features["mask"] = Image()
     if paired_files:
         columns["pair"] = [
-            image.relative_to(folders[context]).with_suffix("").as_posix()
-            for context, own in images.items()
-            for image in own
+            stem_of(image).relative_to(folders[context]).as_posix() for context, own in images.items() for image in own
         ]
         features["pair"] = Value("string")
     if paired_files and streaming:

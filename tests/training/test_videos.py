@@ -205,6 +205,16 @@ def test_a_folder_is_frames_whatever_its_name(tmp_path):
     assert count_frames(clip) == len(first_frames(clip, 5)) == 5
 
 
+def test_dots_are_a_part_of_the_names_of_folders_of_frames(tmp_path):
+    root = write_clips(tmp_path, clips=2)
+    for folder in [*root.glob("*/*")]:
+        folder.rename(folder.with_name(f"scene.{folder.name}"))
+        folder.with_name(f"scene.{folder.name}.txt").write_text(f"scene {folder.name}")
+    rows = load_folders(root, frame_folders=True, paired_files=True).rows
+    assert rows["pair"][:] == ["scene.0", "scene.1"] * 3
+    assert rows["caption"][:] == ["scene 0", "scene 1"] * 3
+
+
 def test_clips_have_captions_beside_them_or_in_metadata(tmp_path):
     root = write_clips(tmp_path / "files", files=True, clips=1)
     for context in ("obs", "slant"):
