@@ -216,6 +216,22 @@ def test_outside_the_mask_nothing_changes(name):
     assert torch.equal(edit(base, image, "thick+slant", mask=drawn).images, result.images)
 
 
+def test_a_mask_has_the_shape_of_the_images_or_of_what_is_kept_of_them(monkeypatch):
+    base, wide = build("ddim"), Image.new("RGB", (40, 20))
+    half = {size: Image.new("L", size) for size in ((40, 20), (20, 20), (201, 100), (20, 40))}
+    for (width, height), mask in half.items():
+        mask.paste(255, (width // 2, 0, width, height))
+    turned = Image.new("RGB", (20, 40))
+    turned.getexif()[0x0112] = 6  # is 40 x 20
+    by_size = [edit(base, [wide, turned], "thick", mask=half[size]).images for size in ((40, 20), (20, 20), (201, 100))]
+    assert all((images - by_size[0]).abs().max() < 0.1 for images in by_size)
+    square = Image.new("RGB", (16, 16))
+    monkeypatch.setattr(base.denoiser, "forward", lambda *args, **kwargs: pytest.fail("work was done"))
+    for image, mask in ((wide, (20, 40)), ([wide, square], (40, 20)), (torch.rand(1, 3, 16, 16), (40, 20))):
+        with pytest.raises(ValueError, match=r"mask has \d+ x \d+ pixels, and an image \d+ x \d+, .* another shape"):
+            edit(base, image, "thick", mask=half[mask])
+
+
 def test_pil_images_are_read_as_in_training():
     base = build("ddpm")
     image = Image.new("RGB", (40, 20), (10, 200, 30))

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 VISIBLE_ERROR = 0.05  # root mean square, of images in [0, 1]: what an eye sees when it compares
+_SAME_SHAPE = 0.01  # by which width / height may differ, relatively: sizes are whole numbers
 _SOME_NOISE = 0.15  # of data of about unit variance: the base must draw their details again, and knows the rest
 
 
@@ -87,7 +88,8 @@ def counterfactual(
         from_context: the context that the images were made in; () is observational.
         strengths: s leads from `from_context` (0) to `to_context` (1), m = from + s (to - from); others interpolate and
             extrapolate. All share one abduction.
-        mask: (H, W) in [0, 1] or a gray image: 1 where the edit may act, elsewhere the image stays as it is.
+        mask: (H, W) in [0, 1], or a gray image of the shape of the images or of the middle that is kept of them: 1
+            where the edit may act, elsewhere the image stays as it is.
         prompt: of the images, for bases that take text.
         class_label: of the images, for bases that are conditioned on classes.
         num_inference_steps: of the sampler.
@@ -143,7 +145,7 @@ def counterfactuals(
         raise UserValueError(f"num_inference_steps={num_inference_steps} must be at least 1; 50 is usual.")
     base.check_steps(num_inference_steps)
     pixels = _pixels(base, image)
-    weights = None if mask is None else _mask(mask, pixels)
+    weights = None if mask is None else _mask(mask, pixels, image)
 
     with eval_mode(base.denoiser):
         sampler = Sampler(base, num_inference_steps, prompt, class_label, calibrated)
@@ -294,11 +296,13 @@ def _pixels(base: DiffusionBase, image: Image.Image | Sequence[Image.Image] | Te
     return image.detach().float().cpu()
 
 
-def _mask(mask: Image.Image | Tensor, pixels: Tensor) -> Tensor:
-    """(1, 1, H, W) in [0, 1]."""
+def _mask(mask: Image.Image | Tensor, pixels: Tensor, image: Image.Image | Sequence[Image.Image] | Tensor) -> Tensor:
+    """(1, 1, H, W) in [0, 1], for images of which the pixels are."""
     height, width = pixels.shape[2:]
     if isinstance(mask, Image.Image):
-        gray = ImageOps.fit(plain(mask).convert("L"), (width, height))
+        upright = plain(mask).convert("L")
+        _check_shape(upright.size, (width, height), image)
+        gray = ImageOps.fit(upright, (width, height))
         return torch.from_numpy(np.asarray(gray).copy()).float()[None, None] / 255
     if tuple(mask.shape) != (height, width) or not _in_range(mask):
         raise UserValueError(
@@ -306,6 +310,23 @@ def _mask(mask: Image.Image | Tensor, pixels: Tensor) -> Tensor:
             "where the edit may act, or a gray image."
         )
     return mask.detach().float().cpu()[None, None]
+
+
+def _check_shape(size: tuple[int, int], kept: tuple[int, int], image: object) -> None:
+    """Refuse a mask of this size that is cut in another way than an image, so that it would mean other places of it."""
+
+    def alike(other: tuple[int, int]) -> bool:
+        a, b = size[0] * other[1], size[1] * other[0]
+        return abs(a - b) <= _SAME_SHAPE * max(a, b)
+
+    images = [] if isinstance(image, Tensor) else [image] if isinstance(image, Image.Image) else cast(list, image)
+    sizes = [ImageOps.exif_transpose(each).size for each in images] or [kept]
+    if not alike(kept) and (other := next((each for each in sizes if not alike(each)), None)):
+        raise UserValueError(
+            f"mask has {size[0]} x {size[1]} pixels, and an image {other[0]} x {other[1]}, which is another shape, so "
+            f"which places are meant is not clear. Give it the shape of the images, or that of the {kept[0]} x "
+            f"{kept[1]} pixels that are edited."
+        )
 
 
 def _in_range(values: Tensor) -> bool:
