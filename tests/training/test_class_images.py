@@ -11,6 +11,7 @@ from hf_causal_context.contexts import Context
 from hf_causal_context.data import load_folders
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.denoiser.batches import DenoiserBatches
+from hf_causal_context.training.denoiser.class_images import class_images
 from hf_causal_context.training.finetune import train
 from hf_causal_context.training.loop.loss_record import LossRecord, kinds_of_contexts
 from hf_causal_context.training.recipe import attach_adapter
@@ -161,6 +162,11 @@ def test_an_image_that_cannot_be_read_is_named_before_any_is_encoded(make, class
     (class_folder / "bad.png").write_bytes((class_folder / "a.png").read_bytes()[:40])
     with pytest.raises(ValueError, match="class/bad.png' cannot be read: .* Replace or remove it."):
         make()
+
+
+def test_masks_are_no_images_of_the_class(given, class_folder):
+    (class_folder / "a.mask.png").write_bytes((class_folder / "a.png").read_bytes())
+    assert class_images(given()) == [str(class_folder / name) for name in ("a.png", "b.png", "more/c.png")]
 
 
 def test_a_folder_without_images_is_refused(make, tmp_path):

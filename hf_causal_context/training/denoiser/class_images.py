@@ -14,6 +14,7 @@ from PIL import Image
 
 from ...data import InterventionalData
 from ...data.folders import IMAGE_SUFFIXES, visible_files
+from ...data.masks import is_mask
 from ...errors import UserValueError
 from ...media.pixels import plain
 from ..arguments import TrainingArguments
@@ -22,7 +23,7 @@ CLASS_IMAGES = "class images"  # the name under which they have a share of the b
 
 
 def class_images(arguments: TrainingArguments) -> list[str]:
-    """Return the files of the class images, none where no folder is named.
+    """Return the files of the class images, none where no folder is named; masks in it are none, and not read.
 
     Raises:
         ValueError: for a folder without images.
@@ -30,7 +31,7 @@ def class_images(arguments: TrainingArguments) -> list[str]:
     if arguments.class_data_dir is None:
         return []
     folder = Path(arguments.class_data_dir)
-    images = sorted(str(file) for file in visible_files(folder, IMAGE_SUFFIXES))
+    images = sorted(str(file) for file in visible_files(folder, IMAGE_SUFFIXES) if not is_mask(file))
     if not images:
         raise UserValueError(
             f"--class_data_dir={str(folder)!r} has no images. Put images of the class into it, such as those that the "
