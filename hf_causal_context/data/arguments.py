@@ -51,7 +51,9 @@ class ContextDataArguments:
     train_data_dir: str | None = argument(None, "Folder with one sub-folder per context: obs/, thick/ ...")
     dataset_name: str | None = argument(None, "Instead: a dataset on the Hub or on disk with a context column.")
     dataset_config_name: str | None = argument(None, "Its configuration.")
-    context_column: str = argument("context", "Column of the contexts.")
+    context_column: str = argument(
+        "context", "Column of the contexts; with --attribute_rules, of those that they make."
+    )
     attribute_rules: list[str] = argument(
         [], "Contexts from attribute columns instead: 'smiling: Smiling == 1 and Eyeglasses == 0' ..."
     )

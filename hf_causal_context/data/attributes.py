@@ -39,21 +39,24 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
 }
 
 
-def contexts_from_attributes(dataset: Rows, rules: Mapping[str, str]) -> Rows:
-    """Add the column "context": the concepts whose rules a row fulfils; none is observational.
+def contexts_from_attributes(dataset: Rows, rules: Mapping[str, str], context_column: str = "context") -> Rows:
+    """Add a column of contexts: the concepts whose rules a row fulfils; none is observational.
 
     Rules hold column names, numbers, text in quotes, the comparisons ``== != < <= > >=``, ``and``, ``or``, ``not`` and
     parentheses. Warns that selecting rows is not intervening.
 
     Raises:
-        ValueError: for a rule that cannot be read, an unknown column, a dataset that has a context column already, a
+        ValueError: for a rule that cannot be read, an unknown column, a dataset that has the context column already, a
             comparison that is not defined, a row without a value that its context depends on, or (not for streams) a
             rule that no row fulfils.
     """
     concepts = ConceptSet(tuple(rules))
     dataset, features = known_features(dataset)
-    if "context" in features:
-        raise UserValueError("The dataset has a column 'context' already. Use it, or remove or rename it first.")
+    if context_column in features:
+        raise UserValueError(
+            f"The dataset has a column {context_column!r} already. Leave the rules out to use it, or give the contexts "
+            "that they make another name: context_column=."
+        )
     parsed = {concept: _parse_rule(concept, rules[concept]) for concept in concepts}
     columns = sorted({column for _, names in parsed.values() for column in names})
     for concept, (_, names) in parsed.items():
@@ -66,7 +69,7 @@ def contexts_from_attributes(dataset: Rows, rules: Mapping[str, str]) -> Rows:
         unfulfilled.difference_update(targets)
         return str(Context(*targets))
 
-    rows = with_text_column(dataset, "context", columns, context)
+    rows = with_text_column(dataset, context_column, columns, context)
     if isinstance(rows, Dataset) and unfulfilled:
         concept = min(unfulfilled)
         raise UserValueError(
@@ -81,6 +84,7 @@ def from_attributes(
     dataset: Rows,
     rules: Mapping[str, str],
     *,
+    context_column: str = "context",
     content_column: str = "image",
     caption_column: str | None = None,
     mask_column: str | None = None,
@@ -94,8 +98,9 @@ def from_attributes(
         ValueError: what both raise.
     """
     data = from_dataset(
-        contexts_from_attributes(dataset, rules),
+        contexts_from_attributes(dataset, rules, context_column),
         concepts=tuple(rules),
+        context_column=context_column,
         content_column=content_column,
         caption_column=caption_column,
         mask_column=mask_column,
@@ -110,6 +115,7 @@ def texts_from_attributes(
     dataset: Rows,
     rules: Mapping[str, str],
     *,
+    context_column: str = "context",
     text_column: str = "text",
     held_out_contexts: Iterable[ContextLike] = (),
     training_contexts: Iterable[ContextLike] | None = None,
@@ -120,8 +126,9 @@ def texts_from_attributes(
         ValueError: what both raise.
     """
     data = texts_from_dataset(
-        contexts_from_attributes(dataset, rules),
+        contexts_from_attributes(dataset, rules, context_column),
         concepts=tuple(rules),
+        context_column=context_column,
         text_column=text_column,
         held_out_contexts=held_out_contexts,
         training_contexts=training_contexts,

@@ -69,7 +69,9 @@ def load_data(arguments: DataArguments) -> InterventionalData:
     }
     if arguments.attribute_rules:
         rules = _parse_rules(arguments.attribute_rules)
-        return from_attributes(_open(arguments), rules, **columns, **_choice(arguments))
+        return from_attributes(
+            _open(arguments), rules, context_column=arguments.context_column, **columns, **_choice(arguments)
+        )
     return from_dataset(_open(arguments), **columns, **_dataset_options(arguments))
 
 
@@ -85,7 +87,9 @@ def load_text_data(arguments: TextDataArguments) -> InterventionalData:
     column = arguments.text_column
     if arguments.attribute_rules:
         rules = _parse_rules(arguments.attribute_rules)
-        return texts_from_attributes(_open(arguments), rules, text_column=column, **_choice(arguments))
+        return texts_from_attributes(
+            _open(arguments), rules, context_column=arguments.context_column, text_column=column, **_choice(arguments)
+        )
     return texts_from_dataset(_open(arguments), text_column=column, **_dataset_options(arguments))
 
 

@@ -77,8 +77,19 @@ def test_bad_rules(rule, message):
 def test_bad_names_and_columns():
     with pytest.raises(ValueError, match="No concepts given"):
         contexts()
-    with pytest.raises(ValueError, match="has a column 'context' already. Use it, or remove or rename it"):
+    with pytest.raises(ValueError, match="has a column 'context' already. .* another name: context_column="):
         contexts_from_attributes(faces().rename_column("hair", "context"), {"x": "age > 1"})
+
+
+def test_a_dataset_with_a_column_of_contexts_may_have_rules_whose_contexts_have_another_name():
+    theirs = faces().rename_column("hair", "context")
+    made = contexts_from_attributes(theirs, {"x": "Glasses == 1"}, "of_rules")
+    assert made["of_rules"][:] == ["", "", "x", "x"]
+    assert made["context"][:] == theirs["context"][:]
+    data = from_attributes(theirs, {"x": "Glasses == 1"}, context_column="of_rules")
+    assert data.counts == {"": 2, "x": 2}
+    stream = from_attributes(theirs.to_iterable_dataset(), {"x": "Glasses == 1"}, context_column="of_rules")
+    assert [row["context"] for row in stream.rows] == ["", "", "x", "x"]
 
 
 def test_from_attributes():

@@ -1,5 +1,7 @@
 """The texts that arguments name, and how they are told from images."""
 
+from dataclasses import replace
+
 import pytest
 
 from hf_causal_context.data import load_text_folders
@@ -27,6 +29,16 @@ def test_text_arguments_name_folders_or_a_dataset(tmp_path):
     with pytest.warns(UserWarning, match="selecting is not intervening"):
         selected = load_text_data(TextDataArguments(dataset_name=saved, text_column="body", attribute_rules=rules))
     assert selected.counts == {"": 4, "happy": 5, "long": 2}
+
+
+@pytest.mark.filterwarnings("ignore:Contexts are made by selecting")
+def test_contexts_of_rules_have_the_name_that_is_given_beside_a_column_of_contexts(tmp_path):
+    table("text").save_to_disk(tmp_path / "saved")
+    arguments = TextDataArguments(dataset_name=str(tmp_path / "saved"), attribute_rules=["glad: context == 'happy'"])
+    with pytest.raises(ValueError, match="has a column 'context' already"):
+        load_text_data(arguments)
+    renamed = load_text_data(replace(arguments, context_column="mood"))
+    assert [row["text"] for row in renamed.rows if row["context"] == "glad"] == texts("happy", 3)
 
 
 def test_one_source_and_rules_that_fit():
