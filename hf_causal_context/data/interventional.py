@@ -284,6 +284,14 @@ def _single_concepts(contexts: Sequence[str], observational_name: str) -> Concep
             "Add a set for every single concept, or name them with concepts=."
         )
     check_found_names(singles, observational_name, "" in contexts)
+    for context in contexts:
+        for target in Context.parse(context).targets:
+            if target not in singles:
+                raise UserValueError(
+                    f"The context {context!r} names {target!r}, and there is no set of {target!r} alone, from which a "
+                    f"concept is known. Concepts found: {quoted(singles)}.{nearest(target, singles)} Correct the name, "
+                    "or add a set in which only that was intervened on."
+                )
     return ConceptSet(tuple(singles))
 
 

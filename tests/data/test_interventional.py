@@ -280,6 +280,12 @@ def test_dataset_errors():
         from_dataset(rows.to_iterable_dataset())
 
 
+def test_a_combination_with_a_name_that_has_no_set_alone():
+    message = "'glasses.hats' names 'hats', and there is no set of 'hats' alone, .* Did you mean 'hat'. Correct"
+    with pytest.raises(ValueError, match=message):
+        from_dataset(table(["obs", "glasses", "hat", "hats+glasses"]))
+
+
 @pytest.mark.parametrize(
     ("contexts", "error", "message"),
     [
