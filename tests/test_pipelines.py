@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -500,6 +501,20 @@ class TestRefusals:
         get_peft_model(copy.deepcopy(pipe.unet), LoraConfig(target_modules=["to_q"])).save_pretrained(tmp_path / "lora")
         with pytest.raises(ValueError, match="is a .*LORA adapter.*pipe.load_lora_weights"):
             load_context_adapter(pipe, tmp_path / "lora")
+
+    def test_a_saved_pipeline_whose_adapters_have_other_names(self, pipe, folder, tmp_path):
+        load_context_adapter(pipe, folder, adapter_name="first")
+        with pytest.warns(UserWarning, match="saved without its causal context adapter 'first'"):
+            pipe.save_pretrained(tmp_path / "pipe")
+        plain = DiffusionPipeline.from_pretrained(tmp_path / "pipe")
+        with pytest.raises(FileNotFoundError, match="'default' is looked for: load each .* is one of 'first'"):
+            load_context_adapter(plain, tmp_path / "pipe")
+        load_context_adapter(plain, tmp_path / "pipe", adapter_name="first")
+
+    def test_a_training_that_is_not_finished(self, pipe, folder, tmp_path):
+        shutil.copytree(folder, tmp_path / "run" / "checkpoint-20")
+        with pytest.raises(FileNotFoundError, match="not finished: resume it, or use a checkpoint: .*checkpoint-20"):
+            load_context_adapter(pipe, tmp_path / "run")
 
     def test_damaged_files(self, pipe, folder):
         file = folder / "adapter_model.safetensors"

@@ -15,7 +15,7 @@ from peft import PeftConfig, PeftModel, inject_adapter_in_model, set_peft_model_
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .._files import CONFIG, WEIGHTS
+from .._files import CONFIG, WEIGHTS, checkpoint_steps
 from .._messages import quoted
 from ..adapter.compatibility import check_fits
 from ..adapter.conditioning.hooks import Conditioning
@@ -114,7 +114,7 @@ def attach(pipe: Pipeline, folder: Path, source: str, adapter_name: str = "defau
     if not found:
         raise FileNotFoundError(
             f"{source} holds no adapter: there is no {CONFIG} in it, or in a sub-folder with the name of a "
-            f"component of the pipeline ({quoted(modules)})."
+            f"component of the pipeline ({quoted(modules)}).{_what_else(folder, modules, adapter_name)}"
         )
     others = {path.name for path in folder.iterdir()}.intersection(_COMPONENTS).difference(modules)
     if lacking := [name for name in sorted(others) if _find(folder, (name,), adapter_name).keys() - {None}]:
@@ -233,6 +233,20 @@ def _find(folder: Path, modules: Iterable[str], adapter_name: str) -> dict[str |
         named = folder / name / Path(adapter_name).name  # where a saved pipeline has them
         places[name] = named if (named / CONFIG).exists() else folder / name
     return {name: path for name, path in places.items() if (path / CONFIG).exists()}
+
+
+def _what_else(folder: Path, modules: Iterable[str], adapter_name: str) -> str:
+    """Say what a folder without an adapter of that name holds instead, as a sentence that goes on; "" if nothing."""
+    named = sorted({path.parent.name for name in modules for path in folder.glob(f"{name}/*/{CONFIG}")})
+    if named:
+        return (
+            f" It holds adapters of other names, and {adapter_name!r} is looked for: load each with adapter_name=, "
+            f"which is one of {quoted(named)}."
+        )
+    if checkpoints := checkpoint_steps(folder):
+        listed = ", ".join(map(str, checkpoints.values()))
+        return f" Its training is not finished: resume it, or use a checkpoint: {listed}."
+    return ""
 
 
 def _component_for(pipe: AnyPipeline, modules: dict[str, nn.Module], config: CausalContextConfig, source: str) -> str:
