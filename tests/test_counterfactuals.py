@@ -10,6 +10,7 @@ import torch
 from peft import get_peft_model
 from PIL import Image
 
+from examples.benchmarks.counterfactual_limits import edited
 from hf_causal_context import CausalContextConfig, Context, counterfactual, intervene
 from hf_causal_context.adapter.lookup import conditionings
 from hf_causal_context.bases.loading import as_base
@@ -239,6 +240,18 @@ def test_pil_images_are_read_as_in_training():
     assert result.images.shape == (1, 1, 1, 16, 16)
     assert abs(result.images.mean() - np.asarray(image.convert("L")).mean() / 255) < 0.01
     assert edit(base, [image, image], "thick").images.shape == (1, 2, 1, 16, 16)
+
+
+def test_the_truth_in_the_adapters_place_makes_edits_exact():
+    base = build("ddpm")
+    sampler = Sampler(base, STEPS, None, None)
+    factual, true = images(base).chunk(2)
+    context = Context("thick")
+    exact = edited(sampler, factual, true, context, lambda noise: True)
+    torch.testing.assert_close(exact, true, rtol=0, atol=1e-5)
+    as_it_is = edited(sampler, factual, true, context, lambda noise: False)
+    torch.testing.assert_close(as_it_is, edit(base, factual, context).images[0], rtol=0, atol=1e-4)
+    assert (as_it_is - exact).abs().max() > 0.01
 
 
 def test_the_pipeline_is_left_as_it_was():
