@@ -281,7 +281,7 @@ def test_dataset_errors():
 
 @streamed
 def test_attributes_select_and_selecting_is_not_intervening(streaming):
-    reviews = Dataset.from_dict({"review": ["good", "bad", "so so"], "sentiment": [1, 0, None]})
+    reviews = Dataset.from_dict({"review": ["good", "bad", "so so"], "sentiment": [1, 0, 0]})
     reviews = reviews.to_iterable_dataset() if streaming else reviews
     with pytest.warns(UserWarning, match="selecting is not intervening"):
         data = texts_from_attributes(reviews, {"positive": "sentiment == 1"}, text_column="review")
