@@ -258,21 +258,21 @@ def wanted_combinations(names: Sequence[str], concepts: ConceptSet) -> list[Cont
 
 
 def without_rows(
-    wanted: Sequence[Context], present: Container[str], why: str, tell: Callable[[str], object]
+    wanted: Sequence[Context], present: Container[str], done: str, tell: Callable[[str], object]
 ) -> list[Context]:
     """Return the combinations that have no rows, and tell which have some: those need none that are made up.
 
     Args:
         wanted: combinations.
         present: names of the contexts that have rows.
-        why: such as "to reweight".
+        done: what is not done with those, such as "reweighted".
         tell: takes a message.
     """
     left = [context for context in wanted if str(context) not in present]
     if not left:
-        tell(f"No combination is left {why}: all that were named have training rows.")
+        tell(f"No combination is left to be {done}: all that were named have training rows.")
     elif having := [str(context) for context in wanted if context not in left]:
-        tell(f"No combinations {why}, since they have training rows: {quoted(having)}.")
+        tell(f"Not {done}, since they have training rows: {quoted(having)}.")
     return left
 
 

@@ -84,7 +84,7 @@ def add_reweighted_contexts(
     assert isinstance(data.rows, Dataset)  # the arguments refuse streams
     contexts: list[str] = data.rows["context"][:]
     wanted = wanted_combinations(arguments.reweighted_contexts, data.concepts)
-    if not (wanted := without_rows(wanted, data.contexts, "to reweight", accelerator.print)):
+    if not (wanted := without_rows(wanted, data.contexts, "reweighted", accelerator.print)):
         return data
     codes = check_sets(contexts, data.concepts)
     others = sum(code < 0 and len(Context.parse(c).targets) == 1 for c, code in zip(contexts, codes, strict=True))

@@ -291,14 +291,14 @@ def test_combinations_are_named():
     ("present", "left", "message"),
     [
         ((), ["a+b", "b+c"], []),
-        (("a+b", "a"), ["b+c"], ["No combinations for own texts, since they have training rows: 'a+b'."]),
-        (("a+b", "b+c"), [], ["No combination is left for own texts: all that were named have training rows."]),
+        (("a+b", "a"), ["b+c"], ["Not written, since they have training rows: 'a+b'."]),
+        (("a+b", "b+c"), [], ["No combination is left to be written: all that were named have training rows."]),
     ],
 )
 def test_combinations_that_have_rows_are_left_out_and_told(present, left, message):
     messages = []
     wanted = [Context("a", "b"), Context("b", "c")]
-    assert [str(c) for c in without_rows(wanted, present, "for own texts", messages.append)] == left
+    assert [str(c) for c in without_rows(wanted, present, "written", messages.append)] == left
     assert messages == message
 
 

@@ -276,7 +276,7 @@ def test_combinations_that_all_have_rows_are_told(tmp_path, capsys):
     rows["text"][-20:] = ["indeed cat loudly"] * 20
     contexts = (*data.contexts, str(PAIR))
     run(tmp_path, dataclasses.replace(data, rows=Dataset.from_dict(rows), contexts=contexts), **SHORT)
-    assert "No combination is left for own texts: all that were named have training rows." in capsys.readouterr().out
+    assert "No combination is left to be written: all that were named have training rows." in capsys.readouterr().out
 
 
 def test_a_round_that_is_gone_is_named(tmp_path, all_found, monkeypatch):

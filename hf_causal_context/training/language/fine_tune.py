@@ -226,7 +226,7 @@ class LanguageFineTuning(FineTuning[TextArguments]):
         if not (wanted := self_composed_contexts(self.data, self.arguments)):
             return None
         present = {*self.data.contexts, *self.data.reweighted}
-        if not (contexts := without_rows(wanted, present, "for own texts", self.accelerator.print)):
+        if not (contexts := without_rows(wanted, present, "written", self.accelerator.print)):
             return None
         assert self.rows is not None  # the arguments refuse streams
         model, arguments = self.model, self.arguments
