@@ -10,7 +10,7 @@ import torch
 from peft import get_peft_model
 from PIL import Image
 
-from examples.benchmarks.counterfactual_limits import edited
+from examples.benchmarks.counterfactual_limits import IdealSampler
 from hf_causal_context import CausalContextConfig, Context, counterfactual, intervene
 from hf_causal_context.adapter.lookup import conditionings
 from hf_causal_context.bases.loading import as_base
@@ -244,12 +244,12 @@ def test_pil_images_are_read_as_in_training():
 
 def test_the_truth_in_the_adapters_place_makes_edits_exact():
     base = build("ddpm")
-    sampler = Sampler(base, STEPS, None, None)
     factual, true = images(base).chunk(2)
     context = Context("thick")
-    exact = edited(sampler, factual, true, context, lambda noise: True)
+    sampler = IdealSampler(base, STEPS, factual)
+    exact = sampler.edit(context, true, lambda noise: True)
     torch.testing.assert_close(exact, true, rtol=0, atol=1e-5)
-    as_it_is = edited(sampler, factual, true, context, lambda noise: False)
+    as_it_is = sampler.edit(context, true, lambda noise: False)
     torch.testing.assert_close(as_it_is, edit(base, factual, context).images[0], rtol=0, atol=1e-4)
     assert (as_it_is - exact).abs().max() > 0.01
 

@@ -17,37 +17,46 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_causal_context import Context, intervene
+from hf_causal_context import Context
+from hf_causal_context.bases.diffusion_base import DiffusionBase
 from hf_causal_context.inference.counterfactuals import Sampler
+from hf_causal_context.inference.sampling_steps import Step
 from hf_causal_context.quickstart import BASE
 
+from .counterfactual_benchmark import COMPARED
 from .counterfactual_metrics import Judge, interval
 from .counterfactual_study import adapted_base, digit_task, floats
 from .image_composition_methods import Study
 
-SCORES = ("RMSE", "moved, measured", "unmoved")
 CASES: dict[str, Callable[[float], bool]] = {
     "never": lambda noise: False,
     **{f"above {level}": lambda noise, level=level: noise > level for level in (0.95, 0.8, 0.6, 0.4, 0.2)},
 }
 
 
-@torch.no_grad()
-def edited(sampler: Sampler, factual: Tensor, true: Tensor, context: Context, ideal: Callable[[float], bool]) -> Tensor:
-    """Return edits (N, 1, 32, 32) in [0, 1], with the truth at noise levels that are ideal."""
-    images, partners = 2 * factual - 1, 2 * true - 1
-    grid, path = sampler.grid(images), sampler.backward(images, Context()).path
-    y = path[0]
-    for number, step in enumerate(grid):
-        x, following = path[number], path[number + 1]
-        with intervene(sampler.base.pipe, Context()):
-            x_clean = sampler.predict_clean(x, step, {})
-        with intervene(sampler.base.pipe, context):
-            y_clean = sampler.predict_clean(y, step, {})
-        if ideal(step.sigma):
-            y_clean = partners + x_clean - images
-        y = following + step.mean(y, y_clean) - step.mean(x, x_clean)
-    return sampler.base.decode_images(y)
+class IdealSampler(Sampler):
+    """Edits of images (N, 1, 32, 32) in [0, 1], with the truth in the adapter's place where noise levels are ideal."""
+
+    @torch.no_grad()
+    def __init__(self, base: DiffusionBase, steps: int, images: Tensor) -> None:
+        super().__init__(base, steps, None, None)
+        self._images = images
+        self._of_images: dict[float, Tensor] = {}  # time -> what the base takes for them
+        self._ideal, self._change = CASES["never"], torch.zeros(())
+        self._found = self.backward(2 * images - 1, Context())
+
+    @torch.no_grad()
+    def edit(self, context: Context, true: Tensor, ideal: Callable[[float], bool]) -> Tensor:
+        """Return edits (N, 1, 32, 32), which should be the true ones."""
+        self._ideal, self._change = ideal, 2 * (true - self._images)
+        return self.base.decode_images(self.forward(self._found, [context]))
+
+    def predict_clean(self, x: Tensor, step: Step, conditions: dict[str, Tensor]) -> Tensor:
+        if self._ideal(step.sigma):
+            return self._of_images[step.time] + self._change
+        clean = super().predict_clean(x, step, conditions)
+        self._of_images.setdefault(step.time, clean)  # the way from the images to their noise comes first
+        return clean
 
 
 def main() -> None:
@@ -63,15 +72,14 @@ def main() -> None:
     folder = arguments.output_dir / f"seed-{arguments.seed}"
     study = Study(task.world, BASE, folder, arguments.rows_per_context, arguments.num_images, arguments.seed)
     base = adapted_base(study, arguments.max_train_steps, task.reweighted, paired=True)
-    sampler, judge = Sampler(base, arguments.num_inference_steps, None, None), Judge(task, folder)
-    factual = floats(task.factual[0])
-    print(f"| the truth at noise | {' | '.join(SCORES)} |\n|---{'|---' * len(SCORES)}|")
+    sampler = IdealSampler(base, arguments.num_inference_steps, floats(task.factual[0]))
+    judge = Judge(task, folder)
+    print(f"| the truth at noise | {' | '.join(COMPARED)} |\n|---{'|---' * len(COMPARED)}|")
     for name, ideal in CASES.items():
         scores = []
         for context in task.world.groups["singles"]:
-            made = edited(sampler, factual, floats(task.truth(context)), context, ideal)
-            scores.append(judge.edits(context, made))
-        cells = [interval(np.mean([each[title] for each in scores], axis=0)) for title in SCORES]
+            scores.append(judge.edits(context, sampler.edit(context, floats(task.truth(context)), ideal)))
+        cells = [interval(np.mean([each[title] for each in scores], axis=0)) for title in COMPARED]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
