@@ -30,7 +30,7 @@ from ..bases.names import is_packaged
 from ..bases.tokens import prepare_tokenizer
 from ..contexts import Context
 from ..errors import UserValueError
-from .pipelines import adapter_places, attach
+from .pipelines import adapter_places, attach, unfinished
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -325,16 +325,13 @@ class StoredAdapter:
 
 def _what_instead(folder: Path) -> str:
     """Say what to do about a folder without an adapter, as far as what is there in its place tells."""
-    checkpoints = list(checkpoint_steps(folder).values())
-    for place in (folder, *reversed(checkpoints)):
+    for place in (folder, *reversed(checkpoint_steps(folder).values())):
         if _is_autoencoder(place):
             return (
                 f"{place} is an autoencoder, as train-autoencoder makes them: in Python, hf_causal_context.models."
                 f'ContextAutoencoder.from_pretrained("{place}") loads it, and sample(context) draws from it.'
             )
-    if checkpoints:
-        return f"Its training is not finished: resume it, or use a checkpoint: {', '.join(map(str, checkpoints))}."
-    return "Give the folder that a training wrote, or the id of a repository."
+    return unfinished(folder) or "Give the folder that a training wrote, or the id of a repository."
 
 
 def _is_autoencoder(folder: Path) -> bool:

@@ -243,10 +243,14 @@ def _what_else(folder: Path, modules: Iterable[str], adapter_name: str) -> str:
             f" It holds adapters of other names, and {adapter_name!r} is looked for: load each with adapter_name=, "
             f"which is one of {quoted(named)}."
         )
-    if checkpoints := checkpoint_steps(folder):
-        listed = ", ".join(map(str, checkpoints.values()))
-        return f" Its training is not finished: resume it, or use a checkpoint: {listed}."
-    return ""
+    told = unfinished(folder)
+    return f" {told}" if told else ""
+
+
+def unfinished(folder: Path) -> str:
+    """Say what to do with the folder of a training that is not finished; "" if it is none."""
+    checkpoints = ", ".join(map(str, checkpoint_steps(folder).values()))
+    return f"Its training is not finished: resume it, or use a checkpoint: {checkpoints}." if checkpoints else ""
 
 
 def _component_for(pipe: AnyPipeline, modules: dict[str, nn.Module], config: CausalContextConfig, source: str) -> str:
