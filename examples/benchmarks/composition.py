@@ -52,11 +52,15 @@ class World:
     name: str
     mixing_seed: int
 
+    @property
+    def dependent(self) -> bool:
+        """Whether the latents have edges."""
+        return self.name == "dependent"
+
     def vectors(self, context: Context, num: int, seed: int) -> Tensor:
         """Return vectors (num, D) of a context."""
-        dependent = self.name == "dependent"
         return torch.from_numpy(
-            sample_vectors(num, context, seed, dependent=dependent, mixing_seed=self.mixing_seed)[0]
+            sample_vectors(num, context, seed, dependent=self.dependent, mixing_seed=self.mixing_seed)[0]
         )
 
 
@@ -75,13 +79,16 @@ def make_study(world: World, seed: int, arguments: argparse.Namespace) -> Study:
         save_file(base.state_dict(), path)
     base.requires_grad_(False).eval()
     trained = {context: sets[context] for context in (Context(), *SINGLES)}
-    model = latent_model(world.name == "dependent")
+    model = latent_model(world.dependent)
     causes = {name: model.causes(name) for name in CONCEPTS}
 
     def true_ratios() -> Tensor:
-        dependent = world.name == "dependent"
-        drawn = (sample_vectors(ROWS_PER_CONTEXT, c, first + i, dependent=dependent) for i, c in enumerate(trained))
-        latents = model.deviations() * np.concatenate([latents for _, latents in drawn])
+        seeds = range(first, first + len(trained))
+        drawn = [
+            sample_vectors(ROWS_PER_CONTEXT, context, s, dependent=world.dependent)[1]
+            for context, s in zip(trained, seeds, strict=True)
+        ]
+        latents = model.deviations() * np.concatenate(drawn)
         return torch.from_numpy(np.stack([model.log_ratio(latents, name) for name in CONCEPTS], axis=1))
 
     size = (arguments.steps, arguments.batch_size)

@@ -69,9 +69,7 @@ class LinearGaussianModel:
             name: of a variable that can be intervened on.
         """
         own = values[:, self.names.index(name)]
-        parents = sum(
-            (a * values[:, self.names.index(cause)] for cause, a in self._parents[name].items()), start=0 * own
-        )
+        parents = sum(a * values[:, self.names.index(cause)] for cause, a in self._parents[name].items())
         mean, spread = self.interventions[name]
         deviation = self._deviations[name]
         observed, intervened = (own - parents) / deviation, (own - mean) / spread
