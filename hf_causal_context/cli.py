@@ -7,9 +7,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from ._messages import in_options, nearest
 from .commands import COMMANDS
 from .errors import UserError
+from .messages.wording import in_options, nearest
 
 # They may stand anywhere.
 _FLAGS = {

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ._messages import quoted
 from .contexts import ConceptSet, Context, context_text
 from .errors import UserValueError
+from .messages.wording import quoted
 
 
 class ContextCollator:

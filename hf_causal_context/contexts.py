@@ -15,8 +15,8 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor
 
-from ._messages import nearest, quoted, short_repr
 from .errors import UserTypeError, UserValueError
+from .messages.wording import nearest, quoted, short_repr
 
 RESERVED_CHARACTERS = "+=,"
 OBSERVATIONAL = "observational"  # the name, in contexts, of the strength of an adapter's observational part

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from ._messages import short_repr
 from .contexts import ConceptSet
 from .errors import UserValueError
+from .messages.wording import short_repr
 
 Mechanism: TypeAlias = Literal["independent", "reduced", "structural"]
 MECHANISMS: tuple[Mechanism, ...] = get_args(Mechanism)

@@ -27,7 +27,6 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ._files import RESULTS, RESULTS_IMAGE
-from ._progress import ProgressBar, say
 from .bases.images import image_grid
 from .bases.loading import as_base, load_base
 from .contexts import Context
@@ -38,6 +37,7 @@ from .hub.card import write_card
 from .inference.merging import merge
 from .inference.pipelines import load_context_adapter
 from .inference.sampling import generate
+from .messages.progress import ProgressBar, say
 from .training.arguments import TrainingArguments
 from .training.finetune import train
 

@@ -16,12 +16,12 @@ from peft import get_peft_model
 from PIL import Image
 
 from hf_causal_context import CausalContextConfig, Context
-from hf_causal_context._install import installation
 from hf_causal_context.adapter.lookup import conditionings
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.cli import main
 from hf_causal_context.inference import counterfactuals
 from hf_causal_context.inference.sampling import generate
+from hf_causal_context.messages.installation import installation
 
 from .training.conftest import pipeline_folder  # noqa: F401 (a fixture)
 

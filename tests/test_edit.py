@@ -74,7 +74,7 @@ def test_calibrated_strengths_are_those_that_are_meant_on_the_way_too(base, tmp_
 
 @pytest.mark.filterwarnings("ignore:.*The reconstruction did not hold")
 def test_contexts_share_one_abduction_which_quiet_shows_no_bar_of(base, monkeypatch, capsys):
-    monkeypatch.setattr("hf_causal_context._progress._SECONDS_BEFORE", 0)
+    monkeypatch.setattr("hf_causal_context.messages.progress._SECONDS_BEFORE", 0)
     backward, images = Sampler.backward, []
     monkeypatch.setattr(Sampler, "backward", lambda self, *args: images.append(len(args[0])) or backward(self, *args))
     command = ["--images", "one.png", "two.png", "--contexts", "thick", "slant", "thick", "--strengths", 1, 1]
@@ -85,7 +85,7 @@ def test_contexts_share_one_abduction_which_quiet_shows_no_bar_of(base, monkeypa
     files = [f"edits/{name}-{end}.png" for name in ("one", "two") for end in ("thick", "slant", "reconstruction")]
     assert [line for line in said.out.splitlines() if line.startswith("edits/")] == files
     monkeypatch.setattr("hf_causal_context.commands.verbosity._LIBRARIES", {})  # which would stay quiet afterwards
-    monkeypatch.setattr("hf_causal_context._progress._quiet", False)  # comes back afterwards
+    monkeypatch.setattr("hf_causal_context.messages.progress._quiet", False)  # comes back afterwards
     assert edit(*command, "--quiet") == 0
     assert "edit:" not in capsys.readouterr().err
 

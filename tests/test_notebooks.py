@@ -8,7 +8,7 @@ import pytest
 import torch
 from nbclient import NotebookClient
 
-from hf_causal_context import _install
+from hf_causal_context.messages import installation
 
 from .documents import ROOT, tiny_chat_model
 from .training.conftest import pipeline_folder  # noqa: F401 (fixture)
@@ -115,7 +115,7 @@ def test_a_notebook_says_how_to_open_it_in_colab(name):
 
 def test_all_notebooks_install_the_package_in_the_same_way():
     [installing] = {code(read(name))[0].source for name in NAMES}
-    assert ("*.zip" in installing) is not _install.ON_PACKAGE_INDEX
+    assert ("*.zip" in installing) is not installation.ON_PACKAGE_INDEX
 
 
 @pytest.mark.parametrize("name", NAMES)

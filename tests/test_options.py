@@ -12,13 +12,13 @@ import pytest
 import transformers
 
 import hf_causal_context
-from hf_causal_context._messages import in_options
-from hf_causal_context._progress import ProgressBar, say, set_quiet
 from hf_causal_context.cli import main
 from hf_causal_context.commands import COMMANDS, check_data, evaluate
 from hf_causal_context.commands.parsing import parse
 from hf_causal_context.contexts import ConceptSet
 from hf_causal_context.hub.contents import CardContents
+from hf_causal_context.messages.progress import ProgressBar, say, set_quiet
+from hf_causal_context.messages.wording import in_options
 from hf_causal_context.training import finetune
 from tests.data.small import write_folders
 

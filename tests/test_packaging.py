@@ -11,13 +11,13 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from hf_causal_context import __version__ as VERSION
-from hf_causal_context import _install
+from hf_causal_context.messages import installation
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "hf_causal_context"
 # What the first release replaces, by file.
 RELEASED = {
-    f"{PACKAGE}/_install.py": ("ON_PACKAGE_INDEX = False", "ON_PACKAGE_INDEX = True"),
+    f"{PACKAGE}/messages/installation.py": ("ON_PACKAGE_INDEX = False", "ON_PACKAGE_INDEX = True"),
     ".github/CHANGELOG.md": (f"## {VERSION} (unreleased)", f"## {VERSION}"),
 }
 SHOW_HELP = "import hf_causal_context.cli as cli; print(cli.__file__); cli.main(['--help'])"
@@ -104,7 +104,11 @@ def test_a_release_is_a_wheel_and_its_sources(release):
     ("tag", "forgotten", "message"),
     [
         ("v9", (), f"received the tag 'v9', and the version is {VERSION}. Allowed: v{VERSION}."),
-        (f"v{VERSION}", (f"{PACKAGE}/_install.py",), "_install.py says that the package is not on the package index"),
+        (
+            f"v{VERSION}",
+            (f"{PACKAGE}/messages/installation.py",),
+            "installation.py says that the package is not on the package index",
+        ),
         (f"v{VERSION}", (".github/CHANGELOG.md",), f".github/CHANGELOG.md has no line '## {VERSION}'"),
     ],
 )
@@ -126,13 +130,13 @@ def test_what_a_release_forgot_is_said(tag, forgotten, message, release):
     ],
 )
 def test_one_place_says_how_to_install(on_index, arguments, command, monkeypatch):
-    monkeypatch.setattr(_install, "ON_PACKAGE_INDEX", on_index)
+    monkeypatch.setattr(installation, "ON_PACKAGE_INDEX", on_index)
     rest = "" if on_index else "it is not on the package index yet"
-    assert _install.installation(**arguments) == command + rest
+    assert installation.installation(**arguments) == command + rest
 
 
 def test_no_other_place_says_how_to_install(tracked):
-    """No file but `_install.py` tells people to install the package from the package index."""
+    """No file but `installation.py` tells people to install the package from the package index."""
     inside = [name for name in tracked if PurePosixPath(name).suffix in (".py", ".md", ".jinja", ".yml", ".ipynb")]
     saying = {name for name in inside if re.search("pip install.{0,20}hf-causal-context", (ROOT / name).read_text())}
     assert saying == {"tests/test_packaging.py"}  # which expects it of `installation`

@@ -31,9 +31,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_causal_context._messages import quoted
 from hf_causal_context.contexts import ContextLike, as_context
 from hf_causal_context.errors import UserValueError
+from hf_causal_context.messages.wording import quoted
 
 CONCEPTS = ("scaled", "shear", "shift", "swelling", "thickening", "thinning")
 SIDE = 28

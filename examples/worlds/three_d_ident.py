@@ -8,9 +8,9 @@ from __future__ import annotations
 from itertools import combinations
 from pathlib import Path
 
-from hf_causal_context._messages import quoted
 from hf_causal_context.data.folders import load_folders
 from hf_causal_context.data.interventional import InterventionalData
+from hf_causal_context.messages.wording import quoted
 
 CONCEPTS = ("bg", "obj", "sl")
 FOLDERS = ("obs", *CONCEPTS, *map("-".join, combinations(CONCEPTS, 2)))

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from .._files import CONFIG, complete_or_absent
-from .._messages import short_repr
 from ..contexts import ConceptSet, Context
 from ..errors import UserValueError
+from ..messages.wording import short_repr
 
 MAX_KNOTS = 100
 

@@ -14,8 +14,6 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from .._files import CONFIG
-from .._install import installation
-from .._messages import short_repr
 from ..contexts import ConceptSet, Context, refuse_obs
 from ..errors import UserTypeError, UserValueError
 from ..layers import (
@@ -27,6 +25,8 @@ from ..layers import (
     ReducedLayer,
     StructuralLayer,
 )
+from ..messages.installation import installation
+from ..messages.wording import short_repr
 from .calibration import Calibration, calibrated_context, check_calibration
 from .peft_type import CAUSAL_CONTEXT
 from .plain_card import replace_card

@@ -16,9 +16,9 @@ import torch
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from .._install import installation
 from ..errors import MissingPackageError, UserValueError
 from ..layers import OutputLayer, RepresentationLayer
+from ..messages.installation import installation
 from .layer import CausalContextLayer
 from .lookup import adapted_layers
 from .peft_type import PEFT_PREFIX

@@ -13,8 +13,8 @@ import torch
 from peft.tuners.lora import conversion
 from torch import Tensor
 
-from .._messages import quoted
 from ..errors import UserValueError
+from ..messages.wording import quoted
 from .merged_context import strengths_to_merge
 
 _CONVERT = "_convert_module_to_lora"

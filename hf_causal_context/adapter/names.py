@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
-from .._messages import short_repr
 from ..errors import UserValueError
+from ..messages.wording import short_repr
 from .peft_type import PREFIX
 
 _NO_PART_OF_THE_BASE = (PREFIX, ".modules_to_save.")

@@ -9,8 +9,8 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from .._files import CARD, complete_or_absent
-from .._install import installation
 from .._markdown import text_cell
+from ..messages.installation import installation
 
 # Cards with one of these may be replaced: PEFT's own, which says nothing, and this one.
 _OF_PEFT, _MARK = (

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from .._files import complete_or_absent
-from .._messages import quoted
 from ..errors import UserValueError
+from ..messages.wording import quoted
 from .config import CausalContextConfig
 from .peft_type import PEFT_PREFIX
 from .saving import write_adapter

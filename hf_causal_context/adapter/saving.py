@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .._files import WEIGHTS, complete_or_absent
-from .._messages import quoted
 from ..errors import UserValueError
+from ..messages.wording import quoted
 from .config import CausalContextConfig
 from .lookup import adapted_layers
 from .peft_type import PEFT_PREFIX

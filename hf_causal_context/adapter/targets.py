@@ -14,8 +14,8 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
-from .._messages import quoted
 from ..errors import UserError, UserValueError
+from ..messages.wording import quoted
 from .config import CausalContextConfig
 from .fusion import is_fused
 from .layer import adapted_class

@@ -10,8 +10,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from .._messages import short_repr
 from ..errors import UserValueError
+from ..messages.wording import short_repr
 
 _INTO_THE_FIRST = "Write what they say into the first message of the user."
 

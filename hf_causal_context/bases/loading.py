@@ -9,8 +9,8 @@ import torch
 from diffusers import DiffusionPipeline
 from transformers import AutoConfig
 
-from .._messages import nearest, quoted
 from ..errors import UserValueError
+from ..messages.wording import nearest, quoted
 from .diffusion_base import DiffusionBase
 from .families import FAMILIES
 from .gguf import check_gguf, load_denoiser

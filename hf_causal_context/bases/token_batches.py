@@ -14,8 +14,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from .._progress import ProgressBar
 from ..errors import UserValueError
+from ..messages.progress import ProgressBar
 from .tokens import IGNORED, Tokenization, TokenRow
 
 _SHOWN_CHARACTERS = 60  # of a row that is wrong

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .._messages import quoted
 from ..errors import UserValueError
+from ..messages.wording import quoted
 from .chats import render_chat
 from .language import num_embeddings
 

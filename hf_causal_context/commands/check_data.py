@@ -6,8 +6,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from .._files import complete_or_absent
-from .._messages import in_options
-from .._progress import say
 from ..data.arguments import (
     ComparedDataArguments,
     ImageReadingArguments,
@@ -16,6 +14,8 @@ from ..data.arguments import (
     refuse_useless,
 )
 from ..errors import UserValueError
+from ..messages.progress import say
+from ..messages.wording import in_options
 
 _OF_IMAGES = ("variant", *(field.name for field in fields(ImageReadingArguments)))
 _OF_TEXTS = tuple(field.name for field in fields(TextReadingArguments))

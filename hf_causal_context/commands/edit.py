@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .._files import file_name, first_line
-from .._progress import say
 from ..data.arguments import argument
 from ..errors import UserValueError
+from ..messages.progress import say
 from .adapter_arguments import ContextArguments, RevisionArguments, parse_contexts
 from .replaced import told_replacements
 

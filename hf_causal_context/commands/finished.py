@@ -10,9 +10,9 @@ from dataclasses import fields
 from pathlib import Path
 
 from .._files import checkpoint_steps
-from .._progress import say
 from ..data.arguments import AnyDataArguments
 from ..hub.contents import CardContents
+from ..messages.progress import say
 from ..training.arguments import AdapterArguments, OptimizationArguments
 
 

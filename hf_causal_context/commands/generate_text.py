@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._files import complete_or_absent
-from .._progress import ProgressBar, say
 from ..data.arguments import argument
 from ..errors import UserValueError
+from ..messages.progress import ProgressBar, say
 from .adapter_arguments import ContextArguments, RevisionArguments
 
 if TYPE_CHECKING:

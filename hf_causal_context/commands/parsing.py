@@ -12,8 +12,8 @@ from typing import Any, NoReturn, cast
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from .._messages import nearest
 from ..errors import UserValueError
+from ..messages.wording import nearest
 from .settings_file import options_in
 
 _REQUIRED = "Required. "

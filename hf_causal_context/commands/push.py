@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .._progress import say
 from ..data.arguments import argument
 from ..errors import UserValueError
+from ..messages.progress import say
 from .adapter_arguments import AdapterSource
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .._progress import say
+from ..messages.progress import say
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from .._messages import nearest, quoted, short_repr
 from ..errors import UserValueError
+from ..messages.wording import nearest, quoted, short_repr
 
 
 def options_in(file: str, known: Mapping[str, bool]) -> list[str]:

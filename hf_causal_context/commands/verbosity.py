@@ -6,7 +6,7 @@ import logging
 from importlib import import_module
 from importlib.util import find_spec
 
-from .._progress import set_quiet
+from ..messages.progress import set_quiet
 
 # Libraries that say something of their own -> where their progress bars are switched off.
 _LIBRARIES = {

@@ -12,9 +12,9 @@ from typing import Any, TypeAlias
 
 from datasets import Dataset
 
-from .._messages import quoted
 from ..contexts import ConceptSet, Context, ContextLike
 from ..errors import UserValueError
+from ..messages.wording import quoted
 from .columns import Rows, known_features, require_columns, with_text_column
 from .interventional import InterventionalData, from_dataset
 from .texts import texts_from_dataset

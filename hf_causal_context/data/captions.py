@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .._messages import short_repr
 from ..errors import UserValueError
+from ..messages.wording import short_repr
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTION_SUFFIXES = frozenset({".txt", ".caption"})

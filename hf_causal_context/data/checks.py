@@ -15,12 +15,12 @@ import fsspec
 import PIL.Image
 from datasets import Image, IterableDataset
 
-from .._messages import quoted
-from .._progress import ProgressBar
 from ..contexts import Context
 from ..errors import UserError, UserValueError
 from ..media.pixels import plain, remarks
 from ..media.videos import frame_files, frames
+from ..messages.progress import ProgressBar
+from ..messages.wording import quoted
 from .columns import BATCH_ROWS, Rows, known_features
 from .interventional import InterventionalData
 from .look_alikes import LookAlikes, Place, examples, same

@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 from datasets import Dataset, Features, IterableDataset, Value
 from pyarrow import ArrowInvalid
 
-from .._messages import quoted
 from ..errors import UserTypeError, UserValueError
+from ..messages.wording import quoted
 
 Rows: TypeAlias = Dataset | IterableDataset
 

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from .._files import complete_or_absent, first_line
-from .._progress import ProgressBar
 from ..errors import UserValueError
+from ..messages.progress import ProgressBar
 
 NUM_MODELS = 2
 NUM_FOLDS = 2

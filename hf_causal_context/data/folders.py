@@ -12,10 +12,10 @@ from typing import Any
 from datasets import Dataset, Features, Image, Value, Video
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-from .._messages import quoted
 from ..contexts import ConceptSet, ContextLike, context_text
 from ..errors import UserValueError
 from ..media.videos import VIDEO_SUFFIXES, video_package
+from ..messages.wording import quoted
 from .captions import METADATA, read_captions, stem_of
 from .interventional import InterventionalData, from_dataset
 from .masks import is_mask, masks_of

@@ -7,8 +7,8 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from .._messages import quoted
 from ..errors import UserValueError
+from ..messages.wording import quoted
 
 _OBSERVATIONAL = ("obs", "observation", "observations")
 _DECIMAL = re.compile(r"(.+?)[ _:@-]?(-?\d*\.\d+)")  # "weight_0.5", or "weight-0.5"

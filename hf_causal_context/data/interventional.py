@@ -24,9 +24,9 @@ from datasets.exceptions import DatasetsError
 from numpy.typing import NDArray
 
 from .._files import first_line
-from .._messages import nearest, quoted
 from ..contexts import ConceptSet, Context, ContextLike, context_text, refuse_obs
 from ..errors import UserTypeError, UserValueError
+from ..messages.wording import nearest, quoted
 from .columns import STREAM_BATCH_ROWS, Rows, known_features, of_contexts, require_columns, with_text_column
 from .found_names import check_found_names
 from .pairs import check_names, name_of

@@ -23,9 +23,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._messages import quoted
 from ..contexts import ConceptSet, Context
 from ..errors import UserValueError
+from ..messages.wording import quoted
 from .density_ratios import NUM_FOLDS, estimate_log_ratios, log_pool
 
 # A combination below it rests on too few rows to be learned from them, and is left to the mechanism.

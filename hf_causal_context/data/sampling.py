@@ -19,9 +19,9 @@ from datasets import Features, IterableDataset
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-from .._messages import quoted
 from ..contexts import Context
 from ..errors import UserTypeError, UserValueError
+from ..messages.wording import quoted
 from .columns import known_features, of_contexts
 from .interventional import InterventionalData
 

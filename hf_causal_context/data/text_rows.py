@@ -11,8 +11,8 @@ from typing import Any, cast
 
 from datasets import Features, Json, LargeList, List, Value
 
-from .._messages import quoted
 from ..errors import UserValueError
+from ..messages.wording import quoted
 
 TEXT_SUFFIXES = frozenset({".txt", ".jsonl"})
 

@@ -15,15 +15,14 @@ from typing import Any
 
 from PIL import Image
 
-from .._install import installation
 from ..errors import MissingPackageError, UserValueError
+from ..messages.installation import installation
 
 try:
     import gradio as gr
 except ImportError as error:
     raise MissingPackageError(f"The demo needs gradio: {installation('demo')}") from error
 
-from .._messages import quoted
 from ..adapter.calibration import calibrated_context
 from ..adapter.effects import causal_effects
 from ..adapter.lookup import conditionings
@@ -32,6 +31,7 @@ from ..bases.images import to_image
 from ..contexts import OBSERVATIONAL, Context
 from ..inference.adapted import StoredAdapter
 from ..inference.sampling import generate
+from ..messages.wording import quoted
 from .views import (
     CSS,
     decoded,

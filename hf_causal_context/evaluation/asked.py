@@ -7,11 +7,11 @@ from itertools import combinations
 
 from torch import nn
 
-from .._messages import quoted
 from ..adapter.layer import CausalContextLayer
 from ..contexts import ConceptSet, Context
 from ..data import InterventionalData
 from ..errors import UserValueError
+from ..messages.wording import quoted
 from .classifiers import at_one
 from .evidence import MIN_REAL_ROWS
 

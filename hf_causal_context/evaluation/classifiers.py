@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._progress import ProgressBar
 from ..contexts import ConceptSet, Context
+from ..messages.progress import ProgressBar
 
 RELIABLE_ACCURACY = 0.8
 

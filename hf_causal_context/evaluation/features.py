@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .._install import installation
 from ..errors import MissingPackageError, UserValueError
+from ..messages.installation import installation
 
 _LARGEST_SUBSET = 1000
 _DEFAULT_SIDE, _DEFAULT_MEAN, _DEFAULT_DEVIATION = 224, (0.5,) * 3, (0.5,) * 3

@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from .._install import installation
 from ..errors import MissingPackageError
+from ..messages.installation import installation
 from .metrics import Estimate
 from .results import EvaluationReport, Leakage
 from .verdict import worst_leak

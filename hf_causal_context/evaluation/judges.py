@@ -16,9 +16,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .._messages import quoted, short_repr
-from .._progress import ProgressBar
 from ..errors import UserValueError
+from ..messages.progress import ProgressBar
+from ..messages.wording import quoted, short_repr
 
 Judge = Callable[[str], Mapping[str, float]]
 

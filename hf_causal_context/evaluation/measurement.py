@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .._progress import ProgressBar
 from ..contexts import ConceptSet, Context
+from ..messages.progress import ProgressBar
 from .classifiers import RELIABLE_ACCURACY, ConceptClassifier, at_one, balanced_accuracy, train_classifier
 from .comparison import gap_closed, means
 from .context_results import Logits, context_result, named

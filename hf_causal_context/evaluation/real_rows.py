@@ -13,12 +13,12 @@ from datasets import Dataset
 from PIL import Image
 from torch import Tensor
 
-from .._progress import ProgressBar
 from ..bases.images import read_image
 from ..contexts import Context
 from ..data import InterventionalData
 from ..data.columns import Rows
 from ..errors import UserValueError
+from ..messages.progress import ProgressBar
 from .readings import Measurements, Reader
 
 MAX_REAL_ROWS = 2000  # per context; more add time, and little to distances of a few hundred samples

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from peft import PeftModel
 
-from .._progress import ProgressBar
 from ..bases.likelihoods import perplexity
 from ..bases.token_batches import Collation, TextBatch, tokenized
 from ..bases.tokens import Prompt, Tokenization, TokenRow
 from ..contexts import ConceptSet, Context
 from ..data import InterventionalData
 from ..data.text_rows import prompt_of
+from ..messages.progress import ProgressBar
 from .real_rows import rows_of_contexts
 from .results import Perplexity
 from .sampling import adapters_disabled

@@ -16,9 +16,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .._progress import ProgressBar
 from ..bases.diffusion_base import DiffusionBase
 from ..contexts import ConceptSet, Context
+from ..messages.progress import ProgressBar
 from .readings import NUM_EXAMPLES, Measurements, Reader
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from .._progress import ProgressBar
 from ..bases.tokens import Prompt
 from ..contexts import ConceptSet, Context
 from ..inference.texts import generate_texts
+from ..messages.progress import ProgressBar
 from .sampling import MAX_CURVE_SAMPLES, adapters_disabled, curve_strengths
 
 

@@ -19,11 +19,11 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import EvalResult
 
 from .._files import ARGUMENTS, CARD, CONFIG, DATA_RECORD, REPORT, RESULTS, RESULTS_IMAGE, complete_or_absent
-from .._install import installation
 from ..adapter.plain_card import is_replaceable
 from ..bases.gap import BaseGap
 from ..bases.names import is_folder, is_packaged
 from ..contexts import Context
+from ..messages.installation import installation
 from .card_code import python_literal, usage_code
 from .card_tables import data_table, evaluation_results, evaluation_table, markdown_text, settings_table
 from .contents import STRENGTHS, CardContents

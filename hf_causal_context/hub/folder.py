@@ -25,12 +25,12 @@ from .._files import (
     WEIGHTS,
     complete_or_absent,
 )
-from .._messages import quoted
 from ..bases.names import portable_base_name
 from ..contexts import ConceptSet, Context
 from ..errors import UserValueError
 from ..inference.adapted import StoredAdapter
 from ..inference.shown_contexts import shown_contexts
+from ..messages.wording import quoted
 from .card import is_edited, render_card
 from .contents import CHAT_PROMPT, CardContents
 from .samples import show_images, show_texts

@@ -13,12 +13,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .._files import file_name
-from .._progress import ProgressBar
 from ..adapter.baking import adapter_config, save_baked
 from ..adapter.effects import causal_effects
 from ..bases.tokens import Tokenization
 from ..contexts import Context
 from ..errors import UserValueError
+from ..messages.progress import ProgressBar
 from .card_code import python_literal
 from .contents import STRENGTHS, CardContents
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, cast
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from .._files import CARD, complete_files
-from .._messages import quoted
 from ..adapter.followed_pipeline import Followed
 from ..adapter.saving import write_adapter_of
 from ..bases.names import is_packaged
 from ..errors import UserValueError
 from ..inference.pipelines import component_at_top, context_adapters, part_files, remove_other_parts
+from ..messages.wording import quoted
 from .card_code import python_literal
 from .repository import check_pushable, hub_errors
 

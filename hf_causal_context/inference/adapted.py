@@ -18,7 +18,6 @@ from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .._files import CONFIG, checkpoint_steps
-from .._messages import short_repr
 from ..adapter.baking import context_strengths
 from ..adapter.compatibility import check_fits
 from ..adapter.config import CausalContextConfig
@@ -30,6 +29,7 @@ from ..bases.names import is_packaged
 from ..bases.tokens import prepare_tokenizer
 from ..contexts import Context
 from ..errors import UserValueError
+from ..messages.wording import short_repr
 from .pipelines import adapter_places, attach, unfinished
 
 if TYPE_CHECKING:

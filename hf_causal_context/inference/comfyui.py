@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .._messages import quoted
 from ..bases.diffusion_base import DiffusionBase
 from ..errors import UserValueError
+from ..messages.wording import quoted
 
 # Pipelines whose LoRA files of diffusers it reads.
 _READ = (

@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .._progress import ProgressBar
 from ..adapter.intervene import intervene
 from ..bases.diffusion_base import DiffusionBase
 from ..bases.images import read_image
@@ -34,6 +33,7 @@ from ..bases.loading import as_base
 from ..contexts import OBSERVATIONAL, Context, ContextLike, as_context
 from ..errors import UserTypeError, UserValueError
 from ..media.pixels import plain
+from ..messages.progress import ProgressBar
 from .sampling import check_conditions, eval_mode
 from .sampling_steps import Step, clean_of, sampling_steps, times_for
 

@@ -21,8 +21,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .._files import complete_or_absent
-from .._messages import quoted
-from .._progress import ProgressBar
 from ..adapter.baking import adapter_config, bake, check_linear, context_strengths
 from ..adapter.config import CausalContextConfig
 from ..adapter.layer import CausalContextLayer
@@ -31,6 +29,8 @@ from ..adapter.read_back import write_lora
 from ..bases.diffusion_base import DiffusionBase
 from ..contexts import ConceptSet, Context
 from ..errors import UserValueError
+from ..messages.progress import ProgressBar
+from ..messages.wording import quoted
 from .comfyui import comfyui_format, lumina_state
 from .context_files import context_files
 

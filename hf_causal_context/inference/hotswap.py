@@ -8,10 +8,10 @@ from typing import Any, cast
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from .._messages import quoted
 from ..adapter.config import CausalContextConfig
 from ..adapter.lookup import adapted_layers, conditionings
 from ..errors import UserValueError
+from ..messages.wording import quoted
 
 # What a model does with the weights, besides their names and shapes.
 _FIELDS = (

@@ -12,13 +12,13 @@ from peft import PeftModel
 from torch import Tensor
 
 from .._files import complete_or_absent
-from .._messages import quoted
-from .._progress import ProgressBar
 from ..adapter.baking import bake
 from ..adapter.peft_type import PEFT_PREFIX
 from ..adapter.read_back import write_lora
 from ..contexts import Context
 from ..errors import MissingPackageError, UserValueError
+from ..messages.progress import ProgressBar
+from ..messages.wording import quoted
 
 TextFormat = Literal["peft", "gguf"]
 

@@ -16,7 +16,6 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .._files import CONFIG, WEIGHTS, checkpoint_steps
-from .._messages import quoted
 from ..adapter.compatibility import check_fits
 from ..adapter.conditioning.hooks import Conditioning
 from ..adapter.config import CausalContextConfig
@@ -29,6 +28,7 @@ from ..adapter.storage.files import read_header, read_weights
 from ..adapter.storage.layout import AdapterError, not_whole
 from ..bases.names import DENOISERS
 from ..errors import UserTypeError, UserValueError
+from ..messages.wording import quoted
 from .hotswap import check_swap, swap
 
 if TYPE_CHECKING:

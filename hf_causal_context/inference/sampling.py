@@ -14,13 +14,13 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from .._progress import ProgressBar
 from ..adapter.intervene import intervene
 from ..adapter.lookup import conditionings
 from ..bases.diffusion_base import DiffusionBase
 from ..bases.loading import as_base
 from ..contexts import Context, ContextLike, as_context
 from ..errors import UserTypeError, UserValueError, is_out_of_memory
+from ..messages.progress import ProgressBar
 
 NUM_INFERENCE_STEPS, BATCH_SIZE = 25, 8
 

@@ -14,8 +14,8 @@ from typing import Any, cast
 import fsspec
 from PIL import Image
 
-from .._install import installation
 from ..errors import MissingPackageError, UserValueError
+from ..messages.installation import installation
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpeg", ".mpg"})
 _DIGITS = re.compile(r"(\d+)")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from .._progress import ProgressBar, say
+from ..messages.progress import ProgressBar, say
 from .arguments import AdapterArguments
 from .loop.checkpoints import earlier_run, write_file
 

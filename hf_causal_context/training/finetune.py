@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor, nn
 
-from .._progress import say
 from ..bases.diffusion_base import DiffusionBase
 from ..bases.gap import BaseGap
 from ..bases.loading import check_base, check_expert, load_base
@@ -22,6 +21,7 @@ from ..data.from_arguments import load_data
 from ..errors import UserValueError
 from ..hub.contents import CardContents
 from ..inference.sampling import check_conditions, generate
+from ..messages.progress import say
 from .arguments import NOISE_EXPERTS, TrainingArguments
 from .context_losses import ContextLosses
 from .denoiser.batches import DenoiserBatches

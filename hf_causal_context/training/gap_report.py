@@ -9,9 +9,9 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from .._files import BASE_GAP, first_line
-from .._progress import say
 from ..bases.gap import BaseGap
 from ..errors import is_out_of_memory
+from ..messages.progress import say
 from .arguments import AdapterArguments
 from .loop.checkpoints import earlier_run, write_file
 

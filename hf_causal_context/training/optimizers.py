@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from .._install import installation
-from .._messages import quoted
 from ..errors import MissingPackageError, UserValueError
+from ..messages.installation import installation
+from ..messages.wording import quoted
 
 # Name of an optimizer -> its module and class, and the package to install.
 OPTIMIZERS = {

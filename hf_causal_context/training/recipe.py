@@ -16,7 +16,6 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from .._progress import say
 from ..adapter.config import CausalContextConfig
 from ..bases.gap import BaseGap
 from ..bases.names import resolve_base_name
@@ -29,6 +28,7 @@ from ..evaluation.sampling import adapters_disabled
 from ..hub.card import write_card
 from ..hub.contents import CardContents
 from ..layers import Mechanism
+from ..messages.progress import say
 from .arguments import AdapterArguments
 from .context_losses import ContextLosses
 from .data_record import record_data

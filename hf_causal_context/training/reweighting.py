@@ -16,12 +16,12 @@ from datasets import Dataset
 from torch import Tensor
 
 from .._files import checkpoint_steps
-from .._messages import quoted
-from .._progress import say
 from ..contexts import Context
 from ..data import InterventionalData
 from ..data.reweighting import ReweightedContext, check_sets, reweight, wanted_combinations, without_rows
 from ..errors import UserValueError
+from ..messages.progress import say
+from ..messages.wording import quoted
 from .arguments import AdapterArguments
 from .loop.checkpoints import write_file
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 
-from .._messages import quoted
 from ..contexts import Context
 from ..data import InterventionalData
 from ..errors import UserValueError
+from ..messages.wording import quoted
 from .arguments import AdapterArguments
 
 # Of a reweighted combination in batches, at most, beside 1 for a context with rows of its own.

@@ -9,11 +9,11 @@ import transformers
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from hf_causal_context._install import installation
 from hf_causal_context.errors import UserValueError
 from hf_causal_context.evaluation.evaluator import evaluate_samples
 from hf_causal_context.evaluation.features import frechet_and_kernel_distance, load_vision_features
 from hf_causal_context.evaluation.markdown import markdown
+from hf_causal_context.messages.installation import installation
 
 from .small import CONCEPTS, OBS, PAIR, A, B, report, result_of
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_causal_context._install import installation
 from hf_causal_context.evaluation import classifiers, metrics
 from hf_causal_context.evaluation import report as report_module
 from hf_causal_context.evaluation.evaluator import evaluate_samples
 from hf_causal_context.evaluation.readings import Reader
 from hf_causal_context.evaluation.report import samples_grid, write_report
+from hf_causal_context.messages.installation import installation
 
 from .small import CONCEPTS, OBS, PAIR, A, B, draw, report
 

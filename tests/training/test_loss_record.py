@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_causal_context._progress import ProgressBar
 from hf_causal_context.contexts import ConceptSet
+from hf_causal_context.messages.progress import ProgressBar
 from hf_causal_context.training.arguments import OptimizationArguments, TrainingArguments
 from hf_causal_context.training.finetune import train
 from hf_causal_context.training.loop.early_stopping import EarlyStopping

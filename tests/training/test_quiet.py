@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from hf_causal_context import _progress
 from hf_causal_context.bases.gap import BaseGap
 from hf_causal_context.contexts import Context
 from hf_causal_context.data.reweighting import Doubt, ReweightedContext
+from hf_causal_context.messages import progress
 from hf_causal_context.training import finetune, reweighting
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.autoencoder.arguments import AutoencoderArguments
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("on_cpu", "quiet")
 
 @pytest.fixture
 def quiet(monkeypatch):
-    monkeypatch.setattr(_progress, "_quiet", True)
+    monkeypatch.setattr(progress, "_quiet", True)
 
 
 def test_a_quiet_training_warns_of_its_data_its_base_and_what_it_leaves_out(

@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
 
-from ..._messages import quoted
 from ...errors import UserValueError
+from ...messages.wording import quoted
 
 
 def holds(model: nn.Module, path: str, layer: object) -> bool:

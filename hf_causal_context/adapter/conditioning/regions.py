@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..._messages import quoted
 from ...contexts import ContextLike
 from ...errors import UserTypeError, UserValueError
+from ...messages.wording import quoted
 
 _JOINT = "|add_[qkv]_proj|to_add_out"  # of attention between an image and a text
 # Denoisers, and which of their layers see text. The others see the image's tokens row by row; Flux's single blocks the

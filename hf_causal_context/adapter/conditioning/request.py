@@ -17,9 +17,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..._messages import quoted
 from ...contexts import ConceptSet, Context, as_context, as_contexts
 from ...errors import UserTypeError, UserValueError
+from ...messages.wording import quoted
 from .regions import Regions
 from .rows import Call, match_samples
 

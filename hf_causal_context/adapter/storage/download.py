@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ..._files import CONFIG, WEIGHTS, first_line
-from ..._messages import nearest, short_repr
+from ...messages.wording import nearest, short_repr
 
 TOKENIZER_FILES = (
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template.*", "tekken.json"),

@@ -14,8 +14,8 @@ from typing import Any
 
 from peft.config import PeftConfig
 
-from ..._messages import short_repr
 from ...errors import UserValueError
+from ...messages.wording import short_repr
 
 MAX_LIST = 5_000
 MAX_PATTERNS = 256  # fewer than the expressions that `re` keeps compiled

@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..._files import CONFIG, PICKLE, WEIGHTS
-from ..._messages import short_repr
 from ...errors import UserValueError
+from ...messages.wording import short_repr
 from ..peft_type import CAUSAL_CONTEXT, PEFT_PREFIX
 from .layout import AdapterError, Layout, StoredTensor
 

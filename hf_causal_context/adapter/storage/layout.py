@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..._messages import short_repr
 from ...errors import UserValueError
+from ...messages.wording import short_repr
 from ..peft_type import PREFIX
 
 MAX_MATCHING_SECONDS = 5.0

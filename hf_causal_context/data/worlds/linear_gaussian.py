@@ -13,9 +13,9 @@ from graphlib import TopologicalSorter
 import numpy as np
 from numpy.typing import NDArray
 
-from ..._messages import quoted
 from ...contexts import ContextLike, as_context
 from ...errors import UserValueError
+from ...messages.wording import quoted
 
 
 class LinearGaussianModel:

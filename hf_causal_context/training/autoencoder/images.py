@@ -15,12 +15,12 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..._messages import quoted
-from ..._progress import ProgressBar
 from ...bases.images import read_image
 from ...contexts import ConceptSet, Context, ContextLike, as_context
 from ...data import ContextSampler, InterventionalData, slots_of
 from ...errors import UserTypeError, UserValueError
+from ...messages.progress import ProgressBar
+from ...messages.wording import quoted
 from ..noise import generator_of
 from ..weights import parse_weights
 from .arguments import AutoencoderArguments

@@ -9,12 +9,12 @@ import torch
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
 
-from ..._messages import quoted
-from ..._progress import say
 from ...contexts import ConceptSet
 from ...data import check_data
 from ...data.from_arguments import load_data
 from ...errors import UserValueError
+from ...messages.progress import say
+from ...messages.wording import quoted
 from ...models.context_autoencoder import ContextAutoencoder
 from ...models.encoder_decoders import KLAutoencoder
 from ..grids import validation_contexts, write_grid

@@ -16,11 +16,11 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..._progress import ProgressBar, say
 from ...bases.diffusion_base import DiffusionBase
 from ...contexts import Context
 from ...data import ContextSampler, InterventionalData, slots_of, stream_batches
 from ...errors import UserValueError
+from ...messages.progress import ProgressBar, say
 from ..arguments import TrainingArguments
 from ..few_rows import few_rows, joined, numbers_of_context
 from ..loop.interruption import ignore_interruptions

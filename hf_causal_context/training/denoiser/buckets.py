@@ -17,10 +17,10 @@ from datasets import Image as ImageFeature
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..._messages import quoted
-from ..._progress import ProgressBar
 from ...data import ContextSampler, slots_of
 from ...data.sampling import schedule, shares_of
+from ...messages.progress import ProgressBar
+from ...messages.wording import quoted
 
 Size = tuple[int, int]  # width, height
 

@@ -6,12 +6,12 @@ from typing import cast
 
 from datasets import Dataset
 
-from ..._progress import ProgressBar
 from ...bases.diffusion_base import DiffusionBase
 from ...data import InterventionalData
 from ...data.look_alikes import EXAMPLES
 from ...errors import UserValueError
 from ...media.videos import count_frames
+from ...messages.progress import ProgressBar
 from ..arguments import TrainingArguments
 from .rows import undecoded
 

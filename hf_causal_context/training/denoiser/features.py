@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ..._progress import ProgressBar
 from ...bases.diffusion_base import DiffusionBase
 from ...bases.images import read_image
 from ...inference.sampling import eval_mode
+from ...messages.progress import ProgressBar
 from ..bare_model import BareModel
 
 NUM_FEATURES = 128

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..._messages import quoted
 from ...contexts import ConceptSet, Context
 from ...errors import UserValueError
+from ...messages.wording import quoted
 from ..arguments import TrainingArguments
 from ..noise import FLIP, chance_of
 

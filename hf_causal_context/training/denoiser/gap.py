@@ -15,10 +15,10 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor, nn
 
-from ..._progress import ProgressBar
 from ...bases.diffusion_base import DiffusionBase
 from ...bases.gap import BaseGap
 from ...inference.sampling import eval_mode
+from ...messages.progress import ProgressBar
 from ..bare_model import BareModel
 from ..few_rows import part_of
 from ..gap_report import NotMeasuredError

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor
 
-from ..._progress import ProgressBar
 from ...bases.token_batches import Collation
 from ...bases.tokens import Ids, TokenRow
+from ...messages.progress import ProgressBar
 from ..denoiser.features import principal_components
 
 _TOKENS_AT_ONCE = 4096

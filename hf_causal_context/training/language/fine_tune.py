@@ -14,7 +14,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..._messages import quoted
 from ...bases.gap import BaseGap
 from ...bases.language import check_language_model, load_language_model, load_tokenizer
 from ...bases.names import resolve_base_name
@@ -27,6 +26,7 @@ from ...data.from_arguments import load_text_data
 from ...data.reweighting import check_sets, without_rows
 from ...errors import UserValueError
 from ...hub.contents import CHAT_PROMPT, CardContents
+from ...messages.wording import quoted
 from ..arguments import TextArguments
 from ..context_losses import ContextLosses
 from ..loop.checkpoints import write_files

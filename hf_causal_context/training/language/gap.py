@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..._progress import ProgressBar
 from ...bases.gap import BaseGap
 from ...bases.likelihoods import negative_log_likelihoods
 from ...bases.token_batches import TextBatch
 from ...bases.tokens import IGNORED, TokenRow
 from ...inference.sampling import eval_mode
+from ...messages.progress import ProgressBar
 from ..bare_model import BareModel
 from .own_texts import continuations, row_of
 

@@ -12,13 +12,13 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 
-from ..._messages import quoted
 from ...bases.likelihoods import perplexity
 from ...bases.token_batches import TextBatch, tokenized
 from ...bases.tokens import Tokenization, TokenRow
 from ...contexts import ConceptSet, Context
 from ...data import InterventionalData
 from ...errors import UserValueError
+from ...messages.wording import quoted
 from ..arguments import TextArguments
 from ..context_losses import ContextLosses
 from ..few_rows import few_rows, numbers_of_context

@@ -14,12 +14,12 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..._markdown import text_cell
-from ..._progress import ProgressBar
 from ...bases.tokens import Tokenization, filler, room_after
 from ...contexts import Context
 from ...data import InterventionalData
 from ...data.text_rows import prompt_of
 from ...errors import UserValueError
+from ...messages.progress import ProgressBar
 from ..arguments import TextArguments
 from ..loop.checkpoints import write_file
 

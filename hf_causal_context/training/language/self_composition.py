@@ -23,8 +23,6 @@ from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftModel
 
-from ..._messages import quoted
-from ..._progress import ProgressBar, say
 from ...adapter.intervene import intervene
 from ...bases.token_batches import TextBatch
 from ...bases.tokens import IGNORED, Ids, Tokenization, TokenRow
@@ -35,6 +33,8 @@ from ...data.text_rows import prompt_of
 from ...errors import UserValueError
 from ...evaluation.concept_finder import ConceptFinder
 from ...inference.sampling import eval_mode
+from ...messages.progress import ProgressBar, say
+from ...messages.wording import quoted
 from ..arguments import TextArguments
 from ..few_rows import few_rows
 from ..loop.checkpoints import earlier_run, write_file

@@ -16,8 +16,8 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from ..._files import checkpoint_steps
-from ..._progress import ProgressBar, say
 from ...errors import UserError, UserValueError, is_out_of_memory
+from ...messages.progress import ProgressBar, say
 from ..arguments import OptimizationArguments
 from .checkpoints import (
     last_checkpoint,
