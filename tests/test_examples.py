@@ -189,9 +189,11 @@ def test_a_world_of_fonts_needs_their_folder(monkeypatch, tmp_path, module):
 
 def test_the_worlds_of_images_say_what_is_trained_and_what_is_not(tmp_path):
     worlds = importlib.import_module("examples.benchmarks.image_worlds")
-    sizes = {name: len(group) for name, group in worlds.type_world(tmp_path).groups.items()}
-    strengths = {"singles x 0.5": 4, "pairs x 0.5": 6, "singles x 1.5": 4, "pairs x 1.5": 6}
-    assert sizes == {"singles": 4, "pairs": 6, "triples": 4, "all": 1, **strengths}
+    fonts = worlds.type_world(tmp_path)
+    assert [len(group) for group in fonts.groups.values()] == [4, 6, 4, 1]
+    assert [len(group) for group in fonts.at_strengths.values()] == [4] * 5 + [6] * 5
+    assert fonts.at_strengths["pairs x 0.25"][0] == Context({"weight": 0.25, "width": 0.25})
+    assert len(fonts.contexts) == 16 + 50
     for world, combinations in ((worlds.digit_world(), 6), (worlds.type_world(tmp_path), 11)):
         assert list(world.trained) == [Context(), *map(Context, world.concepts)]
         assert set(world.trained) < set(world.seen_by_oracle) <= set(world.contexts)

@@ -47,8 +47,8 @@ def table(world: str, results: Results, rows: Results, seconds: dict[str, float]
     means = {method: np.mean(_group(runs, (2,))) for method, runs in results.items()}
     oracle = min((mean for method, mean in means.items() if method.startswith("oracle")), default=np.nan)
     for method, runs in sorted(results.items(), key=lambda item: -means[item[0]]):
-        cells = [_with_deviation(_group(runs, sizes)) for sizes in GROUPS.values()]
-        cells.append(_with_deviation(_group(rows[method], (2,))) if method in rows else "")
+        cells = [with_deviation(_group(runs, sizes)) for sizes in GROUPS.values()]
+        cells.append(with_deviation(_group(rows[method], (2,))) if method in rows else "")
         worst = max(_contexts(runs, (2,)), key=lambda context: np.mean([run[context] for run in runs]))
         cells.append(f"{np.mean([run[worst] for run in runs]):.3f} ({worst})")
         closed = (means.get("base", np.nan) - means[method]) / (means.get("base", np.nan) - oracle)
@@ -67,5 +67,6 @@ def _group(runs: list[dict[str, float]], sizes: tuple[int, ...]) -> np.ndarray:
     return np.array([np.mean([run[context] for context in _contexts(runs, sizes)]) for run in runs])
 
 
-def _with_deviation(values: np.ndarray) -> str:
+def with_deviation(values: np.ndarray) -> str:
+    """Mean and deviation over seeds, as text."""
     return f"{values.mean():.4f}" + (f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else "")

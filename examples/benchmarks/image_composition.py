@@ -7,10 +7,12 @@
         --base type-base --methods floor base "singles only" "reweighted pairs" oracle "stacked LoRAs" "a+b-obs"
 
 Bases are made by `examples/pretrain.py`; the packaged one is of digits. Peers are stacked LoRAs, and "a+b-obs": stacked
-LoRAs minus one that was trained on the observational set. Every number of updates is a training of its own, with a
-whole schedule. Every result is a file of its own, so that the command goes on where it was stopped, and several can
-share the work (`--methods`, `--steps`, `--loras`). Distances are sliced Wasserstein to real images that no training
-saw; the floor is that of as many real images of the kind that methods train on.
+LoRAs minus one that was trained on the observational set. "few combinations" trains on 30 images of each combination,
+too. Every number of updates is a training of its own, with a whole schedule. Every result is a file of its own, so that
+the command goes on where it was stopped, and several can share the work (`--methods`, `--steps`, `--loras`). Distances
+are sliced Wasserstein to real images that no training saw; the floor is that of as many real images of the kind that
+methods train on. Where sets lie apart (the world of edits), the table also says in which share of samples a classifier
+of real images finds what was asked for and no more.
 """
 
 import argparse
@@ -24,7 +26,7 @@ from hf_causal_context.quickstart import BASE
 
 from .image_composition_methods import OBSERVATIONAL, TRAINED, UNTRAINED, Images, Study, train_loras
 from .image_composition_table import write_tables
-from .image_worlds import World, digit_world, type_world
+from .image_worlds import World, digit_world, edit_world, type_world
 
 
 def distances(images: Images, world: World) -> dict[str, float]:
@@ -38,6 +40,8 @@ def chosen_world(name: str, fonts_dir: Path | None) -> World:
     """Return the world of that name."""
     if name == "digits":
         return digit_world()
+    if name == "edits":
+        return edit_world()
     if fonts_dir is None:
         raise SystemExit("The world type is drawn from a font. Give its folder by --fonts_dir.")
     return type_world(fonts_dir)
@@ -46,7 +50,7 @@ def chosen_world(name: str, fonts_dir: Path | None) -> World:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--world", choices=("digits", "type"), default="digits")
+    parser.add_argument("--world", choices=("digits", "type", "edits"), default="digits")
     parser.add_argument("--fonts_dir", type=Path, help="folder of the font of type")
     parser.add_argument("--base", type=Path, default=BASE, help="by default the packaged base of digits")
     parser.add_argument("--steps", type=int, nargs="+", default=[300], help="updates: one training for each number")
@@ -86,6 +90,7 @@ def main() -> None:
                 "seed": seed,
                 "settings": settings,
                 "distances": distances(images, world),
+                "exact": {str(c): world.exact(c, own) for c, own in images.items()} if world.apart else {},
                 "seconds": time.perf_counter() - start,
             }
             rows = [images[context][:8] for context in world.contexts]

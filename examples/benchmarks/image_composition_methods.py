@@ -11,6 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -20,7 +21,7 @@ from hf_causal_context import Context
 from hf_causal_context._files import complete_or_absent
 from hf_causal_context.bases.diffusion_base import DiffusionBase
 from hf_causal_context.bases.loading import load_base
-from hf_causal_context.data import InterventionalData
+from hf_causal_context.data import InterventionalData, from_dataset
 from hf_causal_context.inference.sampling import generate
 from hf_causal_context.quickstart import drawn_data, training_arguments
 from hf_causal_context.training.arguments import TrainingArguments
@@ -30,6 +31,7 @@ from .digit_peers import BENCHMARK, NUM_INFERENCE_STEPS, train_lora
 from .image_worlds import World
 
 OBSERVATIONAL = "observational"  # name of the LoRA that is trained on the observational set
+FEW = 30  # images of each combination
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _BATCH_SIZE = 512 if DEVICE == "cuda" else 64  # of sampling
 
@@ -56,6 +58,18 @@ class Study:
     def oracle_data(self) -> InterventionalData:
         """With sets of the combinations."""
         return self._data(self.world.seen_by_oracle)
+
+    @cached_property
+    def few_data(self) -> InterventionalData:
+        """The oracle's, with only a few images of each combination."""
+        rows: Any = self.oracle_data.rows
+        trained = np.isin(rows["context"][:], [str(context) for context in self.world.trained])
+        kept = trained | (np.arange(len(rows)) % self.rows_per_context < FEW)
+        return from_dataset(
+            rows.select(np.flatnonzero(kept)),
+            concepts=self.world.concepts,
+            training_contexts=self.world.seen_by_oracle,
+        )
 
     @cached_property
     def paired_data(self) -> InterventionalData:
@@ -185,6 +199,7 @@ Method = Callable[[Study, int], Images]
 _OURS: dict[str, dict[str, Any]] = {
     "singles only": {},
     "reweighted pairs": {"reweighted_contexts": ["pairs"]},
+    "few combinations": {"data": "few_data"},
     "oracle": {"data": "oracle_data"},
 }
 _WITHOUT = ", no observational part"

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from hf_causal_context import Context
+
+from .composition_table import with_deviation
 from .image_worlds import World
 
-Results = dict[tuple[str, int], list[dict[str, float]]]  # method, updates -> distances by context, for each seed
+Results = dict[tuple[str, int], list[dict[str, Any]]]  # method, updates -> what its file holds, for each seed
 
 
 def write_tables(folder: Path, world: World) -> None:
@@ -30,26 +33,33 @@ def write_tables(folder: Path, world: World) -> None:
 
 
 def read(folder: Path) -> Results:
-    """The distances of every method and number of updates."""
+    """The results of every method and number of updates."""
     results: Results = defaultdict(list)
     for content in _contents(folder):
-        results[content["method"], content["steps"]].append(content["distances"])
+        results[content["method"], content["steps"]].append(content)
     return results
 
 
 def table(name: str, results: Results, world: World) -> str:
-    """Means over contexts and seeds, and the combination of which a method is worst."""
+    """Means over contexts and deviations over seeds, and the combination of which a method is worst.
+
+    Other strengths than 1 have a table of their own.
+    """
     seeds = max(len(runs) for runs in results.values())
-    columns = ("method", "updates", "obs", *world.groups, "worst combination")
-    unseen = [str(context) for context in world.seen_by_oracle if context not in world.trained]
-    lines = [f"Base {name}, {seeds} seed{'s' * (seeds > 1)}:", ""]
-    lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    groups = {"obs": (Context(),), **world.groups}
+    unseen = [context for context in world.seen_by_oracle if context not in world.trained]
+    rows, at_strengths = [], []
     for (method, steps), runs in results.items():
-        groups = [[""], *([str(context) for context in group] for group in world.groups.values())]
-        cells = [method, str(steps or ""), *(f"{_mean(runs, group):.4f}" for group in groups)]
-        worst = max(unseen, key=lambda context: _mean(runs, [context]))
-        lines.append("| " + " | ".join([*cells, f"{_mean(runs, [worst]):.4f} ({worst})"]) + " |")
-    return "\n".join(lines)
+        row = {"method": method, "updates": str(steps or "")}
+        at_strengths.append(row | _cells(runs, "distances", world.at_strengths))
+        worst = max(unseen, key=lambda context: float(_means(runs, "distances", (context,)).mean()))
+        row |= _cells(runs, "distances", groups)
+        row["worst combination"] = f"{_means(runs, 'distances', (worst,)).mean():.4f} ({worst})"
+        if world.apart:
+            row |= {f"exact {group}": cell for group, cell in _cells(runs, "exact", groups).items()}
+        rows.append(row)
+    tables = [rows, at_strengths] if world.at_strengths else [rows]
+    return "\n\n".join([f"Base {name}, {seeds} seed{'s' * (seeds > 1)}:", *map(_markdown, tables)])
 
 
 def draw(folder: Path) -> Image.Image | None:
@@ -76,5 +86,15 @@ def _contents(folder: Path) -> list[dict[str, Any]]:
     return sorted(contents, key=lambda content: (content["steps"] > 0, content["method"], content["steps"]))
 
 
-def _mean(runs: list[dict[str, float]], contexts: list[str]) -> float:
-    return float(np.mean([run[context] for run in runs for context in contexts]))
+def _markdown(rows: list[dict[str, str]]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cells(runs: list[dict[str, Any]], kind: str, groups: dict[str, tuple[Context, ...]]) -> dict[str, str]:
+    return {group: with_deviation(_means(runs, kind, contexts)) for group, contexts in groups.items()}
+
+
+def _means(runs: list[dict[str, Any]], kind: str, contexts: tuple[Context, ...]) -> np.ndarray:
+    """The mean over contexts of each seed."""
+    return np.array([np.mean([run[kind][str(context)] for context in contexts]) for run in runs])

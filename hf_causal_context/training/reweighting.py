@@ -35,11 +35,11 @@ _DROPOUT = 0.5
 _ADVICE = {
     "apart": (
         "{combinations}: more rows of the same kind hardly help, since next to no observational row looks intervened "
-        "on. What helps: observational rows in which {concepts} come by themselves at times, with sets that are made "
-        "from such rows; or softer edits, of strengths that differ from row to row, so soft that some unedited rows "
-        "look edited. If the tool leaves a trace in every row, pass the observational rows through it, too. Of texts, "
-        "--self_composed_contexts trains on those that the adapter writes itself. Else leave these combinations to the "
-        "mechanism, or train on some rows of them (--training_contexts)."
+        "on. What helps: some rows in which all of it was changed, trained on with --training_contexts; observational "
+        "rows in which {concepts} come by themselves at times, with sets made from such rows; or softer edits, of "
+        "strengths that differ from row to row, so soft that some unedited rows look edited. If the tool leaves a "
+        "trace in every row, pass the observational rows through it, too. Of texts, --self_composed_contexts trains on "
+        "those that the adapter writes itself. Else leave these combinations to the mechanism."
     ),
     "alike": (
         "{combinations}: the base sees no difference between the sets of {concepts} and the observational one. Look "

@@ -140,9 +140,10 @@ def test_combinations_without_support_are_named_and_left_out(given, monkeypatch,
 
 
 ADVICE = {
-    "apart": r"a\+b: more rows of the same kind hardly help, .* What helps: observational rows in which 'a', 'b' come "
-    r"by themselves at times, .*; or softer edits, .*some unedited rows look edited. If the tool leaves a trace .* "
-    r"Else leave these combinations to the mechanism, or train on some rows of them \(--training_contexts\)",
+    "apart": r"a\+b: more rows of the same kind hardly help, .* What helps: some rows in which all of it was changed, "
+    r"trained on with --training_contexts; observational rows in which 'a', 'b' come by themselves at times, .*; or "
+    "softer edits, .*some unedited rows look edited. If the tool leaves a trace .* Else leave these combinations to "
+    "the mechanism",
     "alike": r"a\+b: the base sees no difference between the sets of 'a', 'b' and the observational one. Look whether "
     "the rows were changed at all",
     "few": r"More rows of the sets 'a', 'b' would help a\+b, or rows in which",
