@@ -23,6 +23,7 @@ from .conditioning.hooks import take_context
 from .conditioning.in_force import during_call, in_force
 from .conditioning.rows import Call
 from .lookup import known_conditionings
+from .saving import named_as_without_adapters
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModularPipeline
@@ -45,6 +46,12 @@ class Followed:
         _, _, *state = cast(tuple, super().__reduce_ex__(protocol))
         kind, stock, *_ = type(self).__bases__
         return _new, (stock, kind), *state
+
+    @classmethod
+    def _maybe_expand_lora_state_dict(cls, transformer: Any, lora_state_dict: Any) -> Any:
+        # Flux looks for weights under the names that they have below one adapter at most.
+        with named_as_without_adapters(transformer):
+            return cast(Any, super())._maybe_expand_lora_state_dict(transformer, lora_state_dict)
 
 
 def _new(stock: type, kind: type[Followed]) -> object:

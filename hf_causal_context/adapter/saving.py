@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -48,13 +50,12 @@ class SavedWithoutAdapters(WrappedMethod):
                 "cannot be saved as it was. Call unmerge_adapter() (of a pipeline, unfuse_lora()) first, or "
                 "merge_and_unload() to keep the merged weights for good."
             )
-        handle = model.register_state_dict_post_hook(_rename)
         if integrated:
             model._hf_peft_config_loaded = False
         try:
-            result = self.original(save_directory, *args, **kwargs)
+            with named_as_without_adapters(model):
+                result = self.original(save_directory, *args, **kwargs)
         finally:
-            handle.remove()
             if integrated:
                 model._hf_peft_config_loaded = True
         for name in names:
@@ -74,6 +75,16 @@ class SavedWithoutAdapters(WrappedMethod):
                 stacklevel=2,
             )
         return result
+
+
+@contextmanager
+def named_as_without_adapters(model: nn.Module) -> Iterator[None]:
+    """Within the body, the state dict of a model holds its base's weights alone, under the base's names."""
+    handle = model.register_state_dict_post_hook(_rename)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def write_adapter(folder: Path, config: PeftConfig, weights: dict[str, Tensor]) -> None:

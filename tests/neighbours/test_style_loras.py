@@ -318,6 +318,25 @@ class TestOneFamily:
             assert torch.equal(adapted().unload()(*inputs).sample, plain.unet(*inputs).sample)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_flux_takes_a_second_style_after_both(tmp_path, order):
+    plain = build("flux")
+    style, ours = write_style(plain, tmp_path / "style"), write_adapter(plain.transformer, tmp_path / "ours")
+    second = write_style(plain, tmp_path / "second", rank=3)
+
+    def with_second(pipe, *others):
+        pipe.load_lora_weights(second, adapter_name="second")
+        pipe.set_adapters(["style", "second", *others])
+        return pipe
+
+    pipe = with_second(beside(plain, style, ours, order), "default")
+    assert torch.equal(run("flux", pipe), run("flux", with_second(with_style(copy.deepcopy(plain), style))))
+    with intervene(pipe, CONTEXT):
+        both = run("flux", pipe)
+    expected = run("flux", with_second(with_style(merged(plain, pipe, CONTEXT), style)))
+    torch.testing.assert_close(both, expected, **CLOSE)
+
+
 @pytest.fixture(scope="module")
 def encoder_files(tmp_path_factory):
     """A plain pipeline, folders of a style and of an adapter that have text encoders, and images of the style."""
