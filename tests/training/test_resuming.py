@@ -46,6 +46,7 @@ def learning_rates(folder):
         ({"use_ema": True}, "--use_ema: False then, True now"),
         ({"concepts": ["thick", "slant"]}, "--concepts: None then, .'thick', 'slant'. now"),
         ({"concept_rank": 2}, "--concept_rank: 4 then, 2 now"),
+        ({"max_train_steps": 1}, "checkpoint-2 has 2 steps behind it, and the run is to have 1 .--max_train_steps"),
         ({"resume_from_checkpoint": "checkpoint-7"}, "--resume_from_checkpoint=checkpoint-7 is not a checkpoint"),
     ],
 )
@@ -74,6 +75,15 @@ def test_length_and_learning_rate_may_change(given, tmp_path):
     assert rate == pytest.approx(1e-3 * 0.1464, rel=1e-3)  # cosine, three quarters of the way
     stored = json.loads((tmp_path / "out" / "training_arguments.json").read_text())
     assert stored["learning_rate"] == 1e-3
+
+
+def test_fewer_epochs_than_a_run_has_done_are_refused(given, tmp_path):
+    epochs = {"max_train_steps": None, "num_train_epochs": 1, "train_batch_size": 3, "observational_steps": 0}
+    shorter = write_folders(tmp_path / "less", images=1)
+    before = adapter_weights(tmp_path / "out")
+    with pytest.raises(ValueError, match="checkpoint-2 has 2 steps behind it, and the run is to have 1 "):
+        train(TrainingArguments(**given | epochs | {"train_data_dir": str(shorter)}))
+    assert all(torch.equal(value, before[name]) for name, value in adapter_weights(tmp_path / "out").items())
 
 
 def test_what_came_after_the_checkpoint_is_given_up(given, tmp_path):

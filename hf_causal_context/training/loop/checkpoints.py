@@ -158,12 +158,14 @@ def check_start(arguments: OptimizationArguments, num_processes: int, model: nn.
         check_unused(output_dir)
     elif found := find_checkpoint(output_dir, wanted, lambda _: None):
         check_same_run(found[1], arguments, model, num_processes)
+        if arguments.max_train_steps is not None:
+            check_length(*found, arguments.max_train_steps)
 
 
 def open_output_dir(
-    accelerator: Accelerator, model: nn.Module, arguments: OptimizationArguments
+    accelerator: Accelerator, model: nn.Module, arguments: OptimizationArguments, num_steps: int
 ) -> tuple[int, Path] | None:
-    """Make a run's folder, and return the step and the folder of the checkpoint that it goes on from, if any.
+    """Make the folder of a run of so many steps, and return the step and the folder of the checkpoint that it goes on from, if any.
 
     Raises:
         FileNotFoundError, FileExistsError, CheckpointError, ValueError: see `fit`.
@@ -172,6 +174,7 @@ def open_output_dir(
     found = find_checkpoint(output_dir, wanted, accelerator.print) if wanted else None
     if found is not None:
         check_same_run(found[1], arguments, model, accelerator.num_processes)
+        check_length(*found, num_steps)
     elif wanted:
         accelerator.print(f"There is no checkpoint in {output_dir} yet: the run starts from the beginning.")
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -269,6 +272,19 @@ def check_same_run(folder: Path, arguments: OptimizationArguments, model: nn.Mod
         raise UserValueError(
             f"{folder} belongs to a run with other settings ({listed}). Resume with the same ones, or "
             "start anew in another --output_dir."
+        )
+
+
+def check_length(step: int, folder: Path, num_steps: int) -> None:
+    """Refuse to go on from a checkpoint that lies behind the end of the run.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if step > num_steps:
+        raise UserValueError(
+            f"{folder} has {step} steps behind it, and the run is to have {num_steps} (--max_train_steps, or "
+            "--num_train_epochs). Give more, or resume from an earlier checkpoint."
         )
 
 

@@ -116,7 +116,7 @@ def fit(
         ValueError: for a checkpoint of a run with other settings.
     """
     with watched_processes(accelerator, Path(arguments.output_dir)):
-        found = open_output_dir(accelerator, model, arguments)
+        found = open_output_dir(accelerator, model, arguments, num_steps)
         first = found[0] if found is not None else 0
         known = begin(first) if begin is not None and accelerator.is_main_process else {}
         run = Run(accelerator, model, objective, arguments, num_steps, validate, early_stopping, hooks, kinds)
