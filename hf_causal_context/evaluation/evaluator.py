@@ -27,7 +27,7 @@ from .measurement import measure
 from .readings import Reader
 from .real_rows import read_real_rows
 from .results import EvaluationReport
-from .sampling import PixelChange, Sampler, sample_all
+from .sampling import PixelChange, Sampled, Sampler, sample_all
 
 
 def evaluate_samples(
@@ -157,6 +157,7 @@ def evaluate(
         asked,
         [range(group * num_samples, (group + 1) * num_samples) for group in range(num_seeds)],
     )
+    notes += _made_black(base, sampled)
     evidence = EvaluationInputs(
         concepts=concepts,
         real=real,
@@ -196,6 +197,21 @@ def evaluate(
         "seed": seed,
     }
     return replace(report, notes=(*report.notes, *notes), edits=edits, settings=settings)
+
+
+def _made_black(base: DiffusionBase, sampled: Sampled) -> list[str]:
+    """Say how many samples a safety checker has replaced, which all measures take for samples of the adapter."""
+    if getattr(base.pipe, "safety_checker", None) is None:
+        return []
+    of_base = {"the base": sampled.base} | {_shown(context): groups for context, groups in sampled.samples.items()}
+    black = {name: sum(int((~g.values.flatten(1).any(1)).sum()) for g in groups) for name, groups in of_base.items()}
+    if not any(black.values()):
+        return []
+    listed = ", ".join(f"{count} of {name}" for name, count in black.items() if count)
+    return [
+        f"The base's safety checker made samples black, and they are measured as such: {listed}. To measure what the "
+        "model makes, save the base without it: pipe.safety_checker = None, then pipe.save_pretrained(folder)."
+    ]
 
 
 def _reader(

@@ -247,6 +247,19 @@ def test_images_that_are_not_finite_name_their_context(adapter, images, base_fol
         evaluate(adapted(base_folder, adapter), load_folders(images), **FAST)
 
 
+def test_what_a_safety_checker_made_black_is_told(adapter, images, base_folder, monkeypatch):
+    def checked(base, jobs, **options):
+        for (context, seed), image in zip(jobs, torch.cat(list(generate_jobs(base, jobs, **options))), strict=True):
+            yield image[None] * (context != Context("slant") or seed % 2)
+
+    monkeypatch.setattr(evaluator, "generate_jobs", checked)
+    base = adapted(base_folder, adapter)
+    assert not any("black" in note for note in evaluate(base, load_folders(images), **FAST).notes)
+    base.pipe.safety_checker = torch.nn.Identity()
+    (note,) = [note for note in evaluate(base, load_folders(images), **FAST).notes if "black" in note]
+    assert note.startswith("The base's safety checker made samples black, and they are measured as such: 3 of 'slant'.")
+
+
 def test_contexts_share_batches_and_give_the_images_of_one_after_another(adapter, images, base_folder):
     base, rows = adapted(base_folder, adapter), []
     forward = base.denoiser.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
