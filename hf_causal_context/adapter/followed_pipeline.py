@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
     AnyPipeline: TypeAlias = DiffusionPipeline | ModularPipeline
 
-# What says how many prompts a call has, first match first.
-_PROMPTS = ("prompt", "prompt_embeds", "class_labels", "batch_size", "image")
+# What says how many prompts a call has, first match first; some pipelines call their embeddings otherwise.
+_EMBEDS = ("prompt_embeds", "prompt_embeds_t5", "prompt_embeds_qwen", "image_embeds")
+_PROMPTS = ("prompt", *_EMBEDS, "class_labels", "batch_size", "image")
 _COPIES = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 
 _LOCK = Lock()

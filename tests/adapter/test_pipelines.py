@@ -1,12 +1,22 @@
 """Contexts inside stock diffusers pipelines and encoder-decoder generation."""
 
+import inspect
+
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiTPipeline, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiTPipeline,
+    HiDreamImagePipeline,
+    Kandinsky5T2VPipeline,
+    KandinskyV22Img2ImgPipeline,
+    StableDiffusionPipeline,
+)
 from diffusers.models import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel
 from peft import get_peft_model
 
 from hf_causal_context import CausalContextConfig, intervene
+from hf_causal_context.adapter import followed_pipeline
 
 from ..architectures import ARCHITECTURES
 from .small import CONCEPTS, adapted
@@ -69,6 +79,20 @@ def test_stable_diffusion_with_guidance_and_images_per_prompt(vae):
         pytest.raises(ValueError, match="2 contexts were given, but the model's input has 4"),
     ):
         sample(both, 1, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "embeddings"),
+    [
+        (HiDreamImagePipeline, {"prompt_embeds_t5": 2, "prompt_embeds_llama3": 4}),
+        (Kandinsky5T2VPipeline, {"prompt_embeds_qwen": 2}),
+        (KandinskyV22Img2ImgPipeline, {"image_embeds": 2, "image": 1}),
+    ],
+)
+def test_embeddings_count_as_prompts_under_any_of_their_names(pipeline, embeddings):
+    arguments = {name: torch.zeros(rows, 3, 8) for name, rows in embeddings.items()}
+    bound = inspect.signature(pipeline.__call__).bind_partial(None, **arguments)
+    assert followed_pipeline._call(bound).prompts == 2
 
 
 def test_dit_with_guidance(vae):
