@@ -249,6 +249,8 @@ def test_wrong_use_is_an_error_without_a_traceback(adapter, tmp_path, capsys):
         == 1
     )
     assert "Unknown arguments: --max_train_step 3 --foo. Did you mean '--max_train_steps'?" in capsys.readouterr().err
+    assert main(["merge", adapter, "--context", "thick", "slant", *made]) == 1
+    assert "Unknown arguments: slant. --context takes one value, which stands in quotes" in capsys.readouterr().err
     (tmp_path / "half" / "checkpoint-7").mkdir(parents=True)
     assert main(["generate", "--adapter", str(tmp_path / "half"), "--contexts", "thick", *made]) == 1
     assert "training is not finished: resume it, or use a checkpoint" in capsys.readouterr().err

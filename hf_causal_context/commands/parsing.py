@@ -80,7 +80,11 @@ def parse(command: str, settings: type, given: Sequence[str]) -> Any:
         given = [*options_in(file.config, {name: name not in others for name in options}), *given]
     parsed, *_, unknown = parser.parse_args_into_dataclasses(list(given), return_remaining_strings=True)
     if unknown:
-        guess = nearest(unknown[0].lstrip("-").partition("=")[0], options, prefix="--")
+        stray = unknown[0]
+        before = [word.partition("=")[0] for word in given[: given.index(stray)] if word.startswith("--")]
+        guess = nearest(stray.lstrip("-").partition("=")[0], options, prefix="--")
+        if before and not stray.startswith("-"):
+            guess = f" {before[-1]} takes one value, which stands in quotes if it has spaces."
         raise UserValueError(
             f"Unknown arguments: {' '.join(unknown)}.{guess} hf-causal-context {command} --help lists what there is."
         )
