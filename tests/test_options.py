@@ -302,6 +302,8 @@ def test_what_it_says_reads_the_data_as_the_training_did(tmp_path, trained, caps
     base = ["--pretrained_model_name_or_path", "base", "--instance_prompt", "a dog", "--output_dir", "out"]
     assert main(["train", *base, *given, "--max_train_steps", "1"]) == 0
     command = shlex.split(capsys.readouterr().out.splitlines()[-1].partition("? ")[2])[2:]
+    assert "--streaming" in command
+    assert "True" not in command
     parsed = parse("evaluate", evaluate.Arguments, command)
     folder = str(tmp_path / "my out")
     expected = ["--prompt", "a dog", "--output_dir", f"{folder}-report", *given]

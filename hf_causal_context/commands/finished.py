@@ -40,7 +40,8 @@ def say_how_to_judge(arguments: AdapterArguments, folder: Path) -> None:
     given |= {"prompt": prompt} if (prompt := getattr(arguments, "instance_prompt", "")) else {}
     words = ["evaluate", str(folder)]
     for name, value in {**given, "output_dir": f"{folder}-report"}.items():
-        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words += [f"--{name}", *map(str, values)]
     say(f"Does it compose? hf-causal-context {shlex.join(words)}")
 
 
