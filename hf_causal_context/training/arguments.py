@@ -184,7 +184,7 @@ class AdapterArguments(OptimizationArguments, ContextDataArguments):
     reweighted_contexts: list[str] = argument(
         [], "Combinations also trained on rows drawn from the single interventions: pairs, all, or a list of them."
     )
-    validation_prompt: str = argument("", "Prompt of the samples, for bases that take text.")
+    validation_prompt: str = argument("", "Prompt of the samples, for bases that take text; by default instance_prompt.")
     dry_run: bool = argument(False, "Say what the run will take in memory and time, from a few steps; write nothing.")
     push_to_hub: bool = argument(False, "Push the finished adapter to the Hub, with samples and a card.")
     hub_model_id: str | None = argument(None, "Its repository, user/name; by default the name of output_dir.")
@@ -278,6 +278,7 @@ class TrainingArguments(AdapterArguments, DataArguments, ImageReadingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.validation_prompt = self.validation_prompt or self.instance_prompt  # what the adapter was trained on
         rate = self.text_encoder_learning_rate
         for name in ("text_encoder_learning_rate", "text_encoder_rank"):
             if getattr(self, name) is not None and not self.train_text_encoder:

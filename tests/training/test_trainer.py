@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from hf_causal_context._files import checkpoint_steps
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.data import from_dataset
+from hf_causal_context.training import finetune
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.finetune import train
 from hf_causal_context.training.loop import trainer
@@ -140,6 +141,18 @@ def test_the_card_shows_the_last_grid_of_its_own_run(run):
     shutil.rmtree(folder / "checkpoint-3")  # else another run in the folder is refused
     run(max_train_steps=2, num_validation_images=1, num_inference_steps=1)
     assert json.loads((folder / "card.json").read_text())["grid"] == "samples/step-000002.png"
+
+
+def test_samples_and_card_show_the_caption_of_all_images(run, monkeypatch):
+    generate, prompts = finetune.generate, []
+    monkeypatch.setattr(finetune, "generate", lambda *a, **b: prompts.append(b["prompt"]) or generate(*a, **b))
+    shown = {"num_validation_images": 1, "num_inference_steps": 1, "resolution": 16}
+    folder = run("stable_diffusion", instance_prompt="a face", **shown)
+    assert prompts == ["a face"] * 2  # of the base, and at the end of the contexts
+    assert json.loads((folder / "card.json").read_text())["call"]["prompt"] == "a face"
+    assert json.loads((folder / "training_arguments.json").read_text())["validation_prompt"] == "a face"  # for `push`
+    other = TrainingArguments(**settings("-", "-", "-"), instance_prompt="a face", validation_prompt="a cat")
+    assert other.validation_prompt == "a cat"
 
 
 @pytest.mark.parametrize("name", EVERY)
