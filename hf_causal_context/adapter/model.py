@@ -26,11 +26,14 @@ from .layer import CausalContextLayer, adapted_class
 from .lookup import adapted_layers, place
 from .names import check_adapter_name
 from .peft_type import PREFIX
-from .saving import SavedWithoutAdapters
+from .saving import SavedWithoutAdapters, SavesLoraOnly
 from .targets import TargetModulesError, all_linear, check_targets, default_target_modules, describe_candidates
 from .trained_tokens import check_token_indices, put_in_contexts
 
-_METHODS = (SavedWithoutAdapters, AnnouncedGenerate, BatchedGenerate, CheckedBatching, KeepsProjections)
+_METHODS = (
+    *(SavedWithoutAdapters, SavesLoraOnly, AnnouncedGenerate, BatchedGenerate, CheckedBatching),
+    KeepsProjections,
+)
 
 
 class CausalContextModel(BaseTuner):

@@ -77,6 +77,21 @@ class SavedWithoutAdapters(WrappedMethod):
         return result
 
 
+class SavesLoraOnly(WrappedMethod):
+    """`save_lora_adapter` of a model of diffusers, which writes weights of any adapter into a file that is a LoRA's."""
+
+    name = "save_lora_adapter"
+
+    def __call__(self, save_directory: str | Path, adapter_name: str = "default", *args: Any, **kwargs: Any) -> Any:
+        if _is_ours(getattr(self.model, "peft_config", {}).get(adapter_name)):
+            raise UserValueError(
+                f"save_lora_adapter(): {adapter_name!r} is a causal context adapter, and nothing could load it from "
+                "the file of a LoRA. save_pretrained(folder) writes it beside the base, for load_context_adapter; "
+                "save_baked(model, context, folder) writes one context as a LoRA."
+            )
+        return self.original(save_directory, adapter_name, *args, **kwargs)
+
+
 @contextmanager
 def named_as_without_adapters(model: nn.Module) -> Iterator[None]:
     """Within the body, the state dict of a model holds its base's weights alone, under the base's names."""

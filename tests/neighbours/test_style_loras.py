@@ -278,6 +278,20 @@ class TestOneFamily:
         assert saved.keys() == stock.keys()
         assert all(torch.equal(value, stock[name]) for name, value in saved.items())
 
+    def test_the_file_of_a_lora_takes_the_style_only(self, files, pipe, tmp_path):
+        with pytest.raises(ValueError, match="'default' is a causal context adapter, and nothing could load it"):
+            pipe.unet.save_lora_adapter(tmp_path / "ours")
+        assert not (tmp_path / "ours").exists()
+        pipe.unet.save_lora_adapter(tmp_path / "style", adapter_name="style")
+        plain, style, _ = files
+        stock = with_style(copy.deepcopy(plain), style)
+        again = copy.deepcopy(plain)
+        written = "pytorch_lora_weights.safetensors"
+        again.unet.load_lora_adapter(tmp_path / "style", weight_name=written, prefix=None)
+        assert torch.equal(run("stable_diffusion", again), run("stable_diffusion", stock))
+        unload_context_adapter(pipe)
+        assert "save_lora_adapter" not in vars(pipe.unet)
+
     def test_another_adapter_of_each_kind(self, files, pipe, tmp_path):
         plain, style, _ = files
         other = write_adapter(plain.unet, tmp_path / "other", concepts=("dark",), target_modules=["to_q", "conv1"])
