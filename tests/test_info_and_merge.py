@@ -66,7 +66,8 @@ def test_info_says_what_an_adapter_holds(images, tmp_path, capsys):
     assert found["base"] == images.peft_config["default"].base_model_name_or_path
     assert (found["makes"], found["mechanism"], found["license"]) == ("images", "reduced", "mit")
     assert (found["concept_rank"], found["observational_rank"]) == (4, 16)
-    assert found["parameters"] == sum(p.numel() for name, p in images.named_parameters() if "causal_context" in name)
+    of_a_part = sum(p.numel() for name, p in images.named_parameters() if "causal_context" in name)
+    assert found["parameters"] == 2 * of_a_part
     assert (found["trained_on"], found["held_out"]) == (record["trained"], record["held_out"])
     assert found["other_parts"] == ["text_encoder"]
     assert "fits" not in found

@@ -47,8 +47,10 @@ def describe(arguments: Arguments) -> dict[str, Any]:
     Raises:
         ValueError, OSError: for something that holds no adapter or a damaged one, or a base that it does not fit.
     """
+    from ..adapter.config import CausalContextConfig
     from ..adapter.storage.files import read_header
     from ..inference.adapted import StoredAdapter
+    from ..inference.pipelines import adapter_places
 
     stored = StoredAdapter.open(
         arguments.adapter,
@@ -57,7 +59,9 @@ def describe(arguments: Arguments) -> dict[str, Any]:
         adapter_revision=arguments.adapter_revision,
     )
     config = stored.config
-    tensors = read_header(stored.folder, config.layout(), stored.source)
+    parts = [folder for place in adapter_places() if ((folder := stored.folder / place) / CONFIG).exists()]
+    layouts = [(part, CausalContextConfig.read(part, stored.source).layout()) for part in parts]
+    tensors = [tensor for each in layouts for tensor in read_header(*each, stored.source).values()]
     card, data = (stored.beside(name) for name in (CARD_CONTENTS, DATA_RECORD))
     given = card.get("descriptions")
     descriptions = given if isinstance(given, dict) else {}
@@ -72,7 +76,7 @@ def describe(arguments: Arguments) -> dict[str, Any]:
         "mechanism": config.mechanism,
         "concept_rank": config.concept_rank,
         "observational_rank": config.observational_rank or 0,
-        "parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),
+        "parameters": sum(math.prod(tensor.shape) for tensor in tensors),
         "other_parts": sorted(
             path.parent.name for path in stored.folder.glob(f"*/{CONFIG}") if path.parent not in checkpoints
         ),
