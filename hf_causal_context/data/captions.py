@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..errors import UserValueError
 from ..messages.wording import short_repr
@@ -120,6 +120,11 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, Any, str]]:
     rows = csv.DictReader(io.StringIO(_decoded(file.read_bytes(), True, repr(str(file))), newline=""), strict=True)
     try:
         for row in rows:
+            if any(cast(Any, row).get(None) or ()):  # where the reader puts what the header has no name for
+                raise UserValueError(
+                    f"Line {rows.line_num} of {str(file)!r} has more cells than the header: a caption ends at its "
+                    "first comma, unless it stands in quotes. Put quotes around it."
+                )
             yield rows.line_num, row, str(row)
     except csv.Error as error:
         raise UserValueError(
