@@ -113,7 +113,10 @@ def test_captions_of_some_images_only_are_an_error(root):
     [
         (b"", "metadata.csv' has no rows. Add a line for each image, or remove it"),
         (b'file_name,text\n000.png,"a\n', "Line 2 of .*metadata.csv' is not CSV .unexpected end of data"),
-        (b"file_name,text\n000.png,a face, smiling\n", "Line 2 of .* more cells than the header: .* Put quotes around it"),
+        (
+            b"file_name,text\n000.png,a face, smiling\n",
+            "Line 2 of .* more cells than the header: .* Put quotes around it",
+        ),
         (b"file_name,label\n000.png,a\n", '"caption" will do for "text", and caption_column= names another'),
         (b"file_name,text\n000.png,\xff\n", "metadata.csv' is not UTF-8 .invalid start byte.. Save the file as UTF-8"),
     ],

@@ -165,7 +165,7 @@ def check_start(arguments: OptimizationArguments, num_processes: int, model: nn.
 def open_output_dir(
     accelerator: Accelerator, model: nn.Module, arguments: OptimizationArguments, num_steps: int
 ) -> tuple[int, Path] | None:
-    """Make the folder of a run of so many steps, and return the step and the folder of the checkpoint that it goes on from, if any.
+    """Make the folder of a run of so many steps; return the step and folder of the checkpoint to go on from, if any.
 
     Raises:
         FileNotFoundError, FileExistsError, CheckpointError, ValueError: see `fit`.
