@@ -184,9 +184,7 @@ class AdapterArguments(OptimizationArguments, ContextDataArguments):
     reweighted_contexts: list[str] = argument(
         [], "Combinations also trained on rows drawn from the single interventions: pairs, all, or a list of them."
     )
-    validation_prompt: str = argument(
-        "", "Prompt of the samples, for bases that take text; by default instance_prompt."
-    )
+    validation_prompt: str = argument("", "Prompt of samples, for bases that take text; by default instance_prompt.")
     dry_run: bool = argument(False, "Say what the run will take in memory and time, from a few steps; write nothing.")
     push_to_hub: bool = argument(False, "Push the finished adapter to the Hub, with samples and a card.")
     hub_model_id: str | None = argument(None, "Its repository, user/name; by default the name of output_dir.")
