@@ -26,12 +26,12 @@ from .conditioning.regional import in_regions
 from .conditioning.request import completed, for_mechanism
 from .config import CausalContextConfig
 from .lora_conversion import ConvertsToLora
-from .merged_context import strengths_to_merge
+from .merged_context import HoldsMergedContexts, strengths_to_merge
 from .parts_by_adapter import PartsByAdapter
 from .storage.load_hook import check_loaded
 
 
-class CausalContextLayer(ConvertsToLora, BaseTunerLayer):
+class CausalContextLayer(ConvertsToLora, HoldsMergedContexts, BaseTunerLayer):
     """What the adapted forms of Linear, Conv1D (GPT-2) and convolutions share."""
 
     adapter_layer_names = (
@@ -40,7 +40,7 @@ class CausalContextLayer(ConvertsToLora, BaseTunerLayer):
         "causal_context_causal",
         "causal_context_up",
     )
-    other_param_names = ("r", "scaling", "concepts", "merged_strengths")
+    other_param_names = ("r", "scaling", "concepts", "merged_strengths", "set_aside")
     cast_input_dtype_enabled = True  # PEFT and diffusers switch it off around forwards
 
     base_layer: nn.Module
@@ -56,6 +56,7 @@ class CausalContextLayer(ConvertsToLora, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.concepts: dict[str, ConceptSet] = {}
         self.merged_strengths: dict[str, Tensor] = {}
+        self.set_aside: dict[str, Tensor] = {}
         self._default_scaling: dict[str, float] = {}
         self._disable_adapters = False
         self.merged_adapters = []
@@ -107,7 +108,7 @@ class CausalContextLayer(ConvertsToLora, BaseTunerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base module's output, plus what the active adapters add."""
         if self.disable_adapters and self.merged:
-            self.unmerge()
+            self.take_out()
         x = args[0] if args else next(iter(kwargs.values()))  # some models call Linear(input=x)
         if args and torch.compiler.is_compiling() and not self._kernel_size:
             of_base, x = views_of_rows(x)
@@ -217,21 +218,23 @@ class CausalContextLayer(ConvertsToLora, BaseTunerLayer):
             )
             return
         for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.causal_context_down:
-                continue
-            weight = self._mergeable_weight(name)
-            strengths = strengths_to_merge(self.conditioning, name, self.training)
-            merged = weight.data + self.get_delta_weight(name, strengths).to(weight)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise UserValueError(
-                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
-                )  # PEFT's words
-            weight.data = merged
-            self.merged_strengths[name] = strengths.detach().clone()
-            self.merged_adapters.append(name)
+            if name in self.causal_context_down:
+                self.merge_strengths(name, strengths_to_merge(self.conditioning, name, self.training), safe_merge)
+
+    def merge_strengths(self, adapter_name: str, strengths: Tensor, safe_merge: bool = False) -> None:
+        weight = self._mergeable_weight(adapter_name)
+        merged = weight.data + self.get_delta_weight(adapter_name, strengths).to(weight)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise UserValueError(
+                f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
+            )  # PEFT's words
+        weight.data = merged
+        self.merged_strengths[adapter_name] = strengths.detach().clone()
+        self.merged_adapters.append(adapter_name)
 
     def unmerge(self) -> None:
         """Take the merged changes out of the base weight again."""
+        self.set_aside = {}
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return

@@ -1,6 +1,8 @@
-"""The one context that a merge writes into a weight."""
+"""The one context that a merge writes into a weight, and that stays there until it is unmerged."""
 
 from __future__ import annotations
+
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -33,3 +35,32 @@ def strengths_to_merge(conditioning: Conditioning, adapter_name: str, training: 
             "inside `with intervene(model, context):` with a single context."
         )
     return strengths[:1]
+
+
+class HoldsMergedContexts:
+    """What layers share into whose weights contexts are merged; a part of them, before PEFT's.
+
+    A forward with adapters switched off takes out what is merged. PEFT leaves it out, which changes nothing for a LoRA.
+    Ours acts in a context only, and there is none around a merged model: so it is put back.
+    """
+
+    merged_strengths: dict[str, Tensor]  # of each adapter in the weight
+    set_aside: dict[str, Tensor]  # of those that were taken out while adapters are switched off
+
+    def merge_strengths(self, adapter_name: str, strengths: Tensor, safe_merge: bool = False) -> None:
+        """Write an adapter in a context, of strengths (1, 1 + K), into the weight."""
+        raise NotImplementedError
+
+    def take_out(self) -> None:
+        """Unmerge until adapters are switched on again."""
+        merged = dict(self.merged_strengths)
+        cast(Any, self).unmerge()
+        self.set_aside = merged
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch adapters on or off; what was merged before is merged again."""
+        cast(Any, super()).enable_adapters(enabled)
+        if enabled:
+            for name, strengths in tuple(self.set_aside.items()):
+                self.merge_strengths(name, strengths)
+            self.set_aside = {}

@@ -22,11 +22,11 @@ from ..contexts import ConceptSet
 from ..errors import UserValueError
 from .conditioning.hooks import Conditioning
 from .conditioning.request import completed
-from .merged_context import strengths_to_merge
+from .merged_context import HoldsMergedContexts, strengths_to_merge
 from .storage.layout import TOKENS
 
 
-class ContextTokens(TrainableTokensLayer):
+class ContextTokens(HoldsMergedContexts, TrainableTokensLayer):
     """The trained rows of one embedding, or of the output layer that is tied to it."""
 
     contexts: Conditioning  # `conditioning` is what adapted layers are known by
@@ -39,6 +39,8 @@ class ContextTokens(TrainableTokensLayer):
 
     def forward_adapters(self, x: Tensor, active_adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         """Return the base's output, plus what the active adapters' rows add in the contexts that are set."""
+        if self.disable_adapters and self.merged:
+            self.take_out()
         if self.disable_adapters or self.merged:
             return super().forward_adapters(x, active_adapters, *args, **kwargs)
         if others := [name for name in active_adapters if name not in self.concepts]:
@@ -81,13 +83,22 @@ class ContextTokens(TrainableTokensLayer):
         if others := [name for name in names if name not in self.concepts]:
             super().merge(safe_merge, others)
         for name in self._own(names):
-            rows = self.rows(name, strengths_to_merge(self.contexts, name, self.training))
-            if safe_merge and not torch.isfinite(rows).all():
-                raise UserValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            weight = cast(nn.Embedding, self.base_layer).weight
-            index = torch.tensor(self.token_indices[name], device=weight.device)
-            weight.data = weight.data.index_copy(0, index, rows.to(weight))
-            self.merged_adapters.append(name)
+            self.merge_strengths(name, strengths_to_merge(self.contexts, name, self.training), safe_merge)
+
+    def merge_strengths(self, adapter_name: str, strengths: Tensor, safe_merge: bool = False) -> None:
+        rows = self.rows(adapter_name, strengths)
+        if safe_merge and not torch.isfinite(rows).all():
+            raise UserValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
+        weight = cast(nn.Embedding, self.base_layer).weight
+        index = torch.tensor(self.token_indices[adapter_name], device=weight.device)
+        weight.data = weight.data.index_copy(0, index, rows.to(weight))
+        self.merged_strengths[adapter_name] = strengths.detach().clone()
+        self.merged_adapters.append(adapter_name)
+
+    def unmerge(self) -> None:
+        """Write the base's rows into the weight again."""
+        self.merged_strengths, self.set_aside = {}, {}
+        super().unmerge()
 
     def _own(self, names: Sequence[str]) -> Iterator[str]:
         return (name for name in names if name in self.concepts and name in self.trainable_tokens_delta)
@@ -119,7 +130,8 @@ def put_in_contexts(model: nn.Module, adapter_name: str, conditioning: Condition
     for path, module in model.named_modules():
         if isinstance(module, TrainableTokensWrapper) and adapter_name in module.token_adapter.token_indices:
             tokens = cast(Any, module.token_adapter)
-            tokens.__class__ = ContextTokens  # PEFT's wrapper makes one of its own class
+            if not isinstance(tokens, ContextTokens):  # PEFT's wrapper makes one of its own class
+                tokens.__class__, tokens.merged_strengths, tokens.set_aside = ContextTokens, {}, {}
             tokens.contexts, tokens.name = conditioning, path
             tokens.train(tokens.base_layer.training)  # new modules are in training mode
 

@@ -150,6 +150,42 @@ def test_merge_and_unmerge(variant, safe_merge):
     assert not merged._forward_hooks
 
 
+class TestAMergedContextAndAdaptersSwitchedOff:
+    @pytest.fixture
+    def merged(self):
+        model = adapted()
+        with intervene(model, "thick+slant"):
+            model.merge_adapter()
+        return model
+
+    def test_it_is_back_when_they_are_on_again(self, merged):
+        x, expected = inputs(), adapted()(inputs(), context="thick+slant")
+        for _ in range(2):
+            with merged.disable_adapter():
+                torch.testing.assert_close(merged(x), Mlp()(x))
+            torch.testing.assert_close(merged(x), expected)
+        with pytest.raises(ValueError, match="merged for the context 'slant\\+thick'"):
+            merged(x, context="thick")
+        merged.unmerge_adapter()
+        torch.testing.assert_close(merged(x), Mlp()(x))
+
+    def test_it_is_not_if_it_was_unmerged_or_deleted_meanwhile(self, merged):
+        x, base = inputs(), Mlp()(inputs())
+        with merged.disable_adapter():
+            merged(x)
+            with pytest.warns(UserWarning, match="Already unmerged"):
+                merged.unmerge_adapter()
+        torch.testing.assert_close(merged(x), base)
+        merged.add_adapter("other", config(target_modules=["first"]))
+        with intervene(merged, "thick"):
+            merged.merge_adapter()
+        with merged.disable_adapter():
+            merged(x)
+            with pytest.warns(UserWarning, match="default was active which is now deleted"):
+                merged.delete_adapter("default")
+        torch.testing.assert_close(merged(x), base)
+
+
 @pytest.mark.parametrize("mechanism", ["independent", "reduced", "structural"])
 def test_convolutions(mechanism):
     base = Convolutions()

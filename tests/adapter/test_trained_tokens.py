@@ -117,6 +117,9 @@ def test_merging_writes_the_rows_at_the_strength_of_the_context_and_takes_them_b
     with intervene(model, Context("a", observational=0.5)):
         model.merge_adapter()
     torch.testing.assert_close(logits(model), half)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(llama(tied)))
+    torch.testing.assert_close(logits(model), half)
     model.unmerge_adapter()
     assert torch.equal(logits(model), logits(llama(tied)))
     with intervene(model, Context("a", observational=0.5)):
