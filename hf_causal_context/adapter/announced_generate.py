@@ -27,7 +27,8 @@ class AnnouncedGenerate(WrappedMethod):
             super().put_on(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with during_call(known_conditionings(self.model), Call(_prompts(self.model, args, kwargs), None)):
+        call = Call(_prompts(self.model, args, kwargs), None, _repeats(self.model, args, kwargs))
+        with during_call(known_conditionings(self.model), call):
             return self.original(*args, **kwargs)
 
 
@@ -37,3 +38,13 @@ def _prompts(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     given = [*args[:1], *(kwargs.get(name) for name in names), *(kwargs.get("encoder_outputs") or ())[:1]]
     rows = next((value for value in (*given, *kwargs.values()) if isinstance(value, Tensor) and value.ndim), None)
     return 1 if rows is None else rows.shape[0]
+
+
+def _repeats(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """How often `generate` repeats every prompt, by its arguments, else the first configuration that says it."""
+    configs = (*args[1:2], kwargs.get("generation_config"), getattr(model, "generation_config", None))
+
+    def setting(name: str) -> int:
+        return kwargs.get(name) or next((n for config in configs if (n := getattr(config, name, None))), 1)
+
+    return max(setting("num_beams"), setting("num_return_sequences"))

@@ -126,6 +126,32 @@ def test_generate_of_a_model_whose_part_has_the_adapter(ids):
         generate(whole, ids, num_beams=3)
 
 
+def test_copies_for_guidance_that_a_model_makes_itself(ids):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64}
+    crossed = {"cross_num_attention_heads": 2, "cross_num_key_value_heads": 2, "cross_head_dim": 8}
+    tokens = {"pad_token_id": 61, "eos_token_id": 60, "bos_token_id": 62}
+    decoder = transformers.DiaDecoderConfig(**sizes, **crossed, **tokens, cross_hidden_size=16, num_channels=2)
+    parts = {"encoder_config": transformers.DiaEncoderConfig(**sizes), "decoder_config": decoder}
+    config = transformers.DiaConfig(**parts, delay_pattern=[0, 1])
+    dia = transformers.DiaForConditionalGeneration(config).eval()
+    for parameter in dia.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    model = adapted(dia, target_modules=["q_proj", "v_proj"])
+
+    def logits(rows, contexts, **options):
+        asked = {"guidance_scale": 3.0, "output_logits": True, "return_dict_in_generate": True}
+        with intervene(model, contexts, **options):
+            found = generate(dia, rows, max_new_tokens=2, **asked).logits[0]
+        return torch.stack(found.chunk(2)).nan_to_num(neginf=0)  # with and without the prompts
+
+    with pytest.raises(ValueError, match="2 contexts were given, but the model's input has 4 rows.*guidance_copies=2"):
+        logits(ids[:2], CONTEXTS[:2])
+    apart = torch.cat([logits(ids[i : i + 1], CONTEXTS[i]) for i in range(2)], dim=1)
+    torch.testing.assert_close(logits(ids[:2], CONTEXTS[:2], guidance_copies=2), apart, rtol=1e-4, atol=1e-4)
+
+
 class Sampler(nn.Module):
     """A model of somebody's own, whose generate() takes a number."""
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 from torch import nn
-from transformers import LongformerConfig, LongformerModel
+from transformers import FSMTConfig, FSMTModel, LongformerConfig, LongformerModel
 
 from hf_causal_context import ConceptSet, Context, intervene
 from hf_causal_context.adapter.conditioning.in_force import STATE
@@ -306,28 +306,39 @@ def test_ragged_samples_are_an_error_even_where_the_numbers_fit():
     assert model(samples, context="thick").shape == (4, 4)
 
 
-def test_tokens_routed_to_experts_are_an_error():
+@pytest.mark.parametrize("tokens", [2, 4])
+def test_tokens_routed_to_experts_are_an_error(tokens):
     class Routed(nn.Module):
         def __init__(self):
             super().__init__()
             self.experts = nn.ModuleList([nn.Linear(10, 4)])
 
         def forward(self, x):
-            return self.experts[0](x.flatten(0, 1)[1:5])
+            return self.experts[0](x.flatten(0, 1)[1 : 1 + tokens])
 
     model, x = adapted(Routed(), target_modules=["experts.0"]), torch.randn(2, 3, 10)
-    with pytest.raises(ValueError, match="Layer 'experts.0' sees 4 rows while the model's input has 2"):
+    with pytest.raises(ValueError, match=f"Layer 'experts.0' sees {tokens} rows while the model's input has 2"):
         model(x, context=["thick", "slant"])
     model(x, context="thick")
 
 
-def test_sequence_first_architectures_take_one_context():
-    torch.manual_seed(0)
+def longformer():
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = LongformerModel(LongformerConfig(**sizes, vocab_size=20, attention_window=4, max_position_embeddings=20))
-    model = adapted(model, target_modules=["query", "value"])
-    ids = torch.randint(3, 20, (2, 8))
-    with pytest.raises(ValueError, match="Layers of LongformerModel see time steps before samples"):
+    return LongformerModel(LongformerConfig(**sizes, vocab_size=20, attention_window=4, max_position_embeddings=20))
+
+
+def fsmt():
+    sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return FSMTModel(FSMTConfig(**sizes, **heads, src_vocab_size=20, tgt_vocab_size=20, max_position_embeddings=20))
+
+
+@pytest.mark.parametrize(("build", "targets"), [(longformer, ["query", "value"]), (fsmt, ["q_proj", "v_proj"])])
+def test_sequence_first_architectures_take_one_context(build, targets):
+    torch.manual_seed(0)
+    model = adapted(build(), target_modules=targets)
+    ids = torch.randint(3, 20, (2, 8))  # as many time steps as four times the samples
+    with pytest.raises(ValueError, match=f"Layers of {build().__class__.__name__} see time steps before samples"):
         model(ids, context=["thick", "slant"])
     assert not torch.equal(model(ids, context="thick")[0], model(ids, context="slant")[0])
 

@@ -19,8 +19,9 @@ from ...errors import UserValueError
 _INPUT_NAMES = ("sample", "hidden_states", "input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values")
 _TOKENS = 128  # of a small image or a short text: how many a layer sees is not known before it runs
 _VISION = re.compile("vision|visual|image")
+_ROUTED = re.compile("(?<!shared_)expert")  # such layers see some of the tokens, of any samples
 # Architectures of transformers that transpose to (time, rows, features) before their layers.
-_SEQUENCE_FIRST = ("longformer", "led", "xlnet")
+_SEQUENCE_FIRST = ("longformer", "led", "xlnet", "fsmt")
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,13 @@ class Call:
 
     Attributes:
         prompts: how many it was given.
-        copies: how many images a pipeline makes of each; None for `generate`, which repeats every prompt in place as
-            often as it needs (beams, returned sequences).
+        copies: how many images a pipeline makes of each; None for `generate`.
+        repeats: how often `generate` repeats every prompt in place, where it does (beams, returned sequences).
     """
 
     prompts: int
     copies: int | None
+    repeats: int = 1
 
     def check(self, samples: int) -> None:
         """Refuse (ValueError) a number of contexts that is neither one per prompt nor one per image."""
@@ -62,7 +64,10 @@ class Call:
         if num_rows % images:
             return None
         if self.copies is None:
-            return strengths.repeat_interleave(num_rows // self.prompts, 0)
+            # Other multiples are a model's own, such as copies for guidance (Dia, Janus), and where these are is not
+            # known.
+            times = num_rows // self.prompts
+            return strengths.repeat_interleave(times, 0) if times in (1, self.repeats) else None
         if strengths.shape[0] == self.prompts:
             # Pipelines interleave the images of a prompt and tile the guidance copies.
             strengths = strengths.repeat_interleave(self.copies, 0)
@@ -117,10 +122,11 @@ def match_layer_rows(strengths: Tensor, num_rows: int, layer_name: str, ragged: 
     model_rows = strengths.shape[0]
     if model_rows == 1:
         return strengths
-    known = model_rows == num_rows and not (ragged and _VISION.search(layer_name))
+    routed = _ROUTED.search(layer_name) is not None
+    known = model_rows == num_rows and not routed and not (ragged and _VISION.search(layer_name))
     if known:
         return strengths
-    if num_rows % model_rows or ragged or "expert" in layer_name:
+    if num_rows % model_rows or ragged or routed:
         raise UserValueError(
             f"Layer {layer_name!r} sees {num_rows} rows while the model's input has {model_rows} with different "
             "contexts, so it cannot be known which context belongs to which row (the layer's rows do not depend on the "
