@@ -104,8 +104,7 @@ def evaluate_texts(
     room = min(room_after(base, tokenize.beginning(each)) for each in prompts)
     length = max_new_tokens or int(max(1, min(room, usual_length(real, tokenize))))
     # A prompt of plain texts is how they begin; others are not what the model writes.
-    beginning = (prompt or "") if data.content_column == "text" else ""
-    sampler = TextSampler(model, tokenizer, prompts, length, batch_size, beginning)
+    sampler = TextSampler(model, tokenizer, prompts, length, batch_size, with_prompt=data.content_column == "text")
     collate = Collation(
         filler(tokenizer),
         model.device,

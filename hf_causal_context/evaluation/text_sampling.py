@@ -35,7 +35,7 @@ class TextSampler:
         prompts: sample n follows prompt n, counted from the first again where there are fewer.
         max_new_tokens: length of the texts.
         batch_size: texts at once.
-        beginning: what every text begins with, before what is written.
+        with_prompt: whether the prompt is a part of the text, as the beginning of a plain text is.
     """
 
     model: PeftModel
@@ -43,7 +43,7 @@ class TextSampler:
     prompts: Sequence[Prompt]
     max_new_tokens: int
     batch_size: int
-    beginning: str = ""
+    with_prompt: bool = False
 
     def __call__(self, jobs: Sequence[tuple[Context, int]], bar: ProgressBar) -> dict[tuple[Context, int], str]:
         """The text of each context and number of a sample. Jobs of one prompt share batches, so nothing is padded."""
@@ -62,10 +62,11 @@ class TextSampler:
                     [context for context, _ in batch],
                     max_new_tokens=self.max_new_tokens,
                     seed=seed,
+                    with_prompt=self.with_prompt,
                 )
                 seed += 1
                 bar.update(len(batch))
-                texts |= {job: self.beginning + text for job, text in zip(batch, written, strict=True)}
+                texts |= dict(zip(batch, written, strict=True))
         return texts
 
 

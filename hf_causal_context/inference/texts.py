@@ -50,6 +50,7 @@ def texts_of_seeds(
     temperature: float | None = None,
     top_p: float | None = None,
     batch_size: int | None = None,
+    with_prompt: bool = False,
 ) -> Iterator[list[list[str]]]:
     """Yield, for each seed, what the model writes after each prompt in each context: one list of texts per prompt.
 
@@ -67,6 +68,7 @@ def texts_of_seeds(
         temperature: of the draws; None leaves the model's own setting, as does None for the next.
         top_p: share of the probability that is drawn from.
         batch_size: texts at once; None for all.
+        with_prompt: give the texts of a causal model with their prompts, as the tokenizer writes both together.
 
     Raises:
         ValueError: for a prompt without tokens, one that leaves too little room, unknown concepts, or numbers out of
@@ -114,7 +116,7 @@ def texts_of_seeds(
                         do_sample=seed is not None,
                         **options,
                     )
-                written = output if encoder_decoder else output[:, batch.shape[1] :]
+                written = output if encoder_decoder or with_prompt else output[:, batch.shape[1] :]
                 texts += tokenizer.batch_decode(written, skip_special_tokens=True)
         count = len(contexts)
         yield [texts[number * count : (number + 1) * count] for number in range(len(prompts))]
