@@ -366,6 +366,31 @@ def test_prompts_of_different_lengths_share_batches(name, size):
         generate_texts(model, tokenizer, prompts, CONTEXTS, max_new_tokens=8, seed=None, batch_size=0)
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [{"num_return_sequences": 2, "num_beams": 1, "do_sample": True}, {"return_dict_in_generate": True}],
+)
+def test_a_base_that_asks_for_more_than_one_text_per_row(name, asked):
+    model, tokenizer, prompts = adapted(name), word_tokenizer(), ["a cat sat on the mat", PROMPT]
+
+    def draw():
+        return generate_texts(model, tokenizer, prompts, CONTEXTS, max_new_tokens=8, seed=0)
+
+    expected = draw()
+    model.get_base_model().generation_config.update(**asked)
+    assert draw() == expected
+
+
+def test_strings_at_which_a_base_stops():
+    model, tokenizer = adapted("llama"), word_tokenizer()
+    tokenizer.add_tokens("abcdef")  # transformers looks at words behind these letters
+    prompts = [PROMPT, "a cat"]
+    [text] = generate_texts(model, tokenizer, prompts[:1], CONTEXTS[1:2], max_new_tokens=8, seed=None)[0]
+    model.get_base_model().generation_config.stop_strings = [text.split()[1]]
+    [stopped] = generate_texts(model, tokenizer, prompts, CONTEXTS[1:2], max_new_tokens=8, seed=None)[0]
+    assert text.split()[:2] == stopped.split() != text.split()
+
+
 def test_prompts_and_chats_of_files(store, run, tmp_path):
     adapter = store()
     model, tokenizer = adapted("llama"), word_tokenizer()

@@ -25,6 +25,9 @@ from .gguf import check_gguf, load_language_weights
 from .names import check_there, unpacked, why_unread
 from .quantization import quantization_config
 
+# Arguments of `generate` for one text per row, as tokens, whatever the base's generation_config.json asks for.
+ONE_TEXT: dict[str, Any] = {"num_return_sequences": 1, "return_dict_in_generate": False}
+
 
 def load_language_model(
     name_or_path: str,

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapter.intervene import intervene
+from ..bases.language import ONE_TEXT
 from ..bases.tokens import Prompt, Tokenization, filler, known_positions, room_after
 from ..contexts import Context
 from ..errors import UserValueError
@@ -92,7 +93,7 @@ def texts_of_seeds(
                 raise
             raise UserValueError(f"Prompt {len(prompt_ids) + 1} of {len(prompts)}: {error}") from error
         prompt_ids.append(ids)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+    options: dict[str, Any] = {**ONE_TEXT, "max_new_tokens": max_new_tokens, "tokenizer": tokenizer}
     options |= {name: value for name, value in (("temperature", temperature), ("top_p", top_p)) if value is not None}
     # What follows the end of shorter texts, and what stands before shorter prompts.
     filling = filler(tokenizer)
@@ -139,7 +140,8 @@ def _ignores_padding(
         return True
 
     def logits(ids: Tensor, mask: Tensor) -> Tensor:
-        options = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        options = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "stop_strings": None}
+        options |= ONE_TEXT | {"return_dict_in_generate": True}
         inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
         return cast(Any, model).generate(**inputs, pad_token_id=filling, **options).logits[0][0].float()
 

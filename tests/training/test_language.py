@@ -220,6 +220,8 @@ class TestTraining:
                 parameter.mul_(4)
         contexts = [Context(), Context("formal"), Context("loud"), Context()]
         given = arguments(tmp_path, num_validation_texts=3, max_new_tokens=6)
+        asked = {"num_return_sequences": 2, "return_dict_in_generate": True, "do_sample": True}
+        model.get_base_model().generation_config.update(**asked)  # as a base's file may
         before = torch.get_rng_state()
         texts = sample_texts(model, tokenization(model, "prompt"), [5, 6], contexts, given)
         assert torch.equal(torch.get_rng_state(), before)

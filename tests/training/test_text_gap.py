@@ -117,6 +117,8 @@ def test_own_texts_end_at_any_token_at_which_the_model_stops():
         {"repetition_penalty": 3.0, "min_new_tokens": 30},
         {"guidance_scale": 5.0},
         {"exponential_decay_length_penalty": (1, 3.0)},
+        {"num_return_sequences": 2, "do_sample": True, "return_dict_in_generate": True},
+        {"stop_strings": ["a"]},
     ],
 )
 def test_own_texts_are_drawn_as_the_model_has_it_whatever_its_file_prefers(preferred):

@@ -14,10 +14,12 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...bases.language import ONE_TEXT
 from ...bases.tokens import IGNORED, Ids, TokenRow
 
 # Draws from the model's own distribution, whatever its generation_config.json prefers.
 _PLAIN: dict[str, Any] = {
+    **ONE_TEXT,
     "do_sample": True,
     "num_beams": 1,
     "temperature": 1.0,
@@ -29,7 +31,7 @@ _PLAIN: dict[str, Any] = {
 }
 _PLAIN |= dict.fromkeys(("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "guidance_scale"))
 _PLAIN |= dict.fromkeys(("encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "min_new_tokens"))
-_PLAIN |= dict.fromkeys(("exponential_decay_length_penalty", "watermarking_config"))
+_PLAIN |= dict.fromkeys(("exponential_decay_length_penalty", "watermarking_config", "stop_strings"))
 
 
 def continuations(

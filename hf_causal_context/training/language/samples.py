@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..._markdown import text_cell
+from ...bases.language import ONE_TEXT
 from ...bases.tokens import Tokenization, filler, room_after
 from ...contexts import Context
 from ...data import InterventionalData
@@ -73,6 +74,8 @@ def sample_texts(
                 do_sample=True,
                 max_new_tokens=room,
                 pad_token_id=filler(tokenize.tokenizer),
+                tokenizer=tokenize.tokenizer,  # for strings at which the base stops
+                **ONE_TEXT,
             )
         written = output if tokenize.encoder_decoder else output[:, len(prompt) :]
         texts.append(tokenize.tokenizer.batch_decode(written, skip_special_tokens=True))
