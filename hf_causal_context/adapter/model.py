@@ -27,6 +27,7 @@ from .lookup import adapted_layers, place
 from .names import check_adapter_name
 from .peft_type import PREFIX
 from .saving import SavedWithoutAdapters, SavesLoraOnly
+from .storage.load_hook import check_all_have_a_place
 from .targets import TargetModulesError, all_linear, check_targets, default_target_modules, describe_candidates
 from .trained_tokens import check_token_indices, put_in_contexts
 
@@ -98,6 +99,8 @@ class CausalContextModel(BaseTuner):
             put_in_contexts(model, adapter_name, layer.conditioning)
             for method in _METHODS:
                 method.put_on(model)
+            if not self._load_state_dict_pre_hooks:
+                self.register_load_state_dict_pre_hook(check_all_have_a_place)
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         assert isinstance(peft_config, CausalContextConfig)

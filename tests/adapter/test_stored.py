@@ -276,6 +276,14 @@ class TestPeftsOwnRoute:
             with pytest.raises(AdapterError, match=f"is not whole: it lacks '.*{module}.causal_context_down.default.w"):
                 PeftModel.from_pretrained(Mlp(), adapter, low_cpu_mem_usage=low)
 
+    @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+    def test_a_base_with_fewer_layers(self, adapter, low_cpu_mem_usage):
+        base = Mlp()
+        base.last = base.second
+        del base.second
+        with pytest.raises(AdapterError, match="has '.*second.causal_context_.*', and the model has no adapted module"):
+            PeftModel.from_pretrained(base, adapter, low_cpu_mem_usage=low_cpu_mem_usage)
+
     def test_states_given_to_a_model(self, adapter):
         model = PeftModel.from_pretrained(Mlp(), adapter)
         weights = load_file(adapter / "adapter_model.safetensors")

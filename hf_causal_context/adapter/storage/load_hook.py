@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..peft_type import PREFIX
 from .layout import AdapterError
 
 
@@ -61,6 +62,22 @@ def check_loaded(
             raise AdapterError(
                 f"The stored adapter {adapter!r} is not whole: it lacks {call.lacking[adapter]!r}. It was trained for "
                 "another base, or saved in part."
+            )
+
+
+def check_all_have_a_place(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: object) -> None:
+    """A pre-hook of `load_state_dict` on a model with adapters: PEFT would leave out what the base has no module for.
+
+    Raises:
+        AdapterError: for weights of an adapted module that the model lacks.
+    """
+    adapted = {f"{prefix}{path}" for path, module in model.named_modules() if hasattr(module, f"{PREFIX}down")}
+    for key in state_dict:
+        path, of_adapter, _ = key.partition(f".{PREFIX}")
+        if of_adapter and path not in adapted:
+            raise AdapterError(
+                f"The stored adapter has {key!r}, and the model has no adapted module of that name. It was trained for "
+                "another base."
             )
 
 
