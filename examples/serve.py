@@ -24,6 +24,7 @@ from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
 from hf_causal_context import intervene
+from hf_causal_context.bases.language import ONE_TEXT
 from hf_causal_context.bases.tokens import filler, room_after
 from hf_causal_context.inference.adapted import StoredAdapter
 
@@ -43,7 +44,7 @@ class Writer:
         self.model, self.tokenizer = model, tokenizer
         if model.config.is_encoder_decoder:
             raise ValueError("This server is for models that go on with their prompt, not for encoder-decoders.")
-        self.options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": filler(tokenizer)}
+        self.options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": filler(tokenizer), **ONE_TEXT}
 
     def tokens(self, request: Request) -> list[int]:
         """Return a prompt's tokens; refuse (ValueError) what would fail later, in a batch with others."""

@@ -96,7 +96,7 @@ def generate_text_file(arguments: Arguments) -> list[dict[str, Any]]:
     """
     from ..inference.texts import check_draws, texts_of_seeds
 
-    sampling = {"temperature": arguments.temperature, "top_p": arguments.top_p}
+    sampling: dict[str, Any] = {"temperature": arguments.temperature, "top_p": arguments.top_p}
     output_file = arguments.output_file
     if arguments.greedy and any(value is not None for value in sampling.values()):
         raise UserValueError(

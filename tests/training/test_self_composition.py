@@ -249,6 +249,19 @@ def chats(long):
     return small_language.singles_data(columns, "messages")
 
 
+def test_own_texts_are_read_as_they_are_learned(tmp_path, all_found, monkeypatch):
+    find, read = ConceptFinder.find, []
+    monkeypatch.setattr(ConceptFinder, "find", lambda self, c, texts: read.append(texts) or find(self, c, texts))
+    for shape, learned, shown in (("prompt", {}, False), ("prompt", {"completion_only_loss": False}, True)):
+        folder = str(tmp_path / str(shown))
+        run(tmp_path, world(shape), **SHORT, **learned, output_dir=folder)
+        starts = [f"{text} ".startswith(("a ", "the mat ")) for texts in read for text in texts]
+        assert all(starts) == shown
+        lines = [line for lines in rounds(tmp_path, str(shown)).values() for line in lines]
+        assert not all(f"{line['text']} ".startswith(("a ", "the mat ")) for line in lines)
+        read.clear()
+
+
 def test_prompts_that_fill_a_row_are_left_out(tmp_path, all_found):
     run(tmp_path, chats(0.9), **SHORT)
     lines = [line for lines in rounds(tmp_path).values() for line in lines]

@@ -73,7 +73,7 @@ def check_all_have_a_place(model: nn.Module, state_dict: Mapping[str, Tensor], p
     """
     adapted = {f"{prefix}{path}" for path, module in model.named_modules() if hasattr(module, f"{PREFIX}down")}
     for key in state_dict:
-        path, of_adapter, _ = key.partition(f".{PREFIX}")
+        path, *of_adapter = key.split(f".{PREFIX}", 1)
         if of_adapter and path not in adapted:
             raise AdapterError(
                 f"The stored adapter has {key!r}, and the model has no adapted module of that name. It was trained for "

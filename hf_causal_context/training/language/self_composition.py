@@ -171,9 +171,11 @@ class SelfComposition(StepHooks):
         with ProgressBar(desc=f"write {context}", unit="text", total=MOST_WRITTEN) as bar:
             for strength in cycle(STRENGTHS):
                 prompts, own = self._draw(context, strength, generator)
-                texts = [self._text(ids) for ids in own]
-                found = self._finder.find(context, texts)
-                for prompt, ids, text, shows in zip(prompts, own, texts, found, strict=True):
+                # Read as what they are learned as, which is what the classifiers know: with prompts that are learned.
+                read = [self._row(prompt, ids).labels for prompt, ids in zip(prompts, own, strict=True)]
+                found = self._finder.find(context, [self._text(labels) for labels in read])
+                for prompt, ids, shows in zip(prompts, own, found, strict=True):
+                    text = self._text(ids)
                     if shows and text not in kept:
                         line = {"context": str(context), "text": text}
                         kept[text] = line | {"prompt_tokens": list(prompt), "tokens": ids.tolist()}
@@ -211,7 +213,7 @@ class SelfComposition(StepHooks):
     def _path(self, number: int) -> Path:
         return Path(self._arguments.output_dir, FOLDER, f"round-{number + 1}.jsonl")
 
-    def _row(self, prompt: Sequence[int], written: Sequence[int]) -> TokenRow:
+    def _row(self, prompt: Sequence[int], written: Sequence[int] | Ids) -> TokenRow:
         whole = not (self._tokenize.completion_only or self._tokenize.assistant_only)
         return row_of(prompt, written, encoder_decoder=self._tokenize.encoder_decoder, learn_prompt=whole)
 
