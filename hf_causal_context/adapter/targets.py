@@ -6,7 +6,7 @@ import copy
 import inspect
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
@@ -32,6 +32,7 @@ _DIFFUSERS_ATTENTION = (
 _DIFFUSERS_CONVOLUTIONS = ("conv1", "conv2")  # of residual blocks, for networks without attention
 _TRANSFORMERS_ATTENTION = ("q_proj", "v_proj")  # what PEFT's table holds for most architectures
 _T5_ATTENTION = ("q", "v")  # also of its kin that the table lacks, such as UMT5
+_TOWER = re.compile("vision|visual|image|audio")  # in the paths of what reads, beside what writes
 # What fused experts were before, where their names differ.
 _FUSED_EXPERTS = {"gate_up_proj": ("gate_up_proj", "gate_proj", "up_proj")}
 
@@ -44,7 +45,7 @@ def default_target_modules(model: nn.Module, model_config: dict) -> set[str] | s
     """Attention projections of a known architecture of diffusers or transformers, as LoRA's defaults.
 
     Raises:
-        ValueError: for an unknown architecture.
+        ValueError: for an unknown architecture, or one of which they would leave out the part that writes.
     """
     known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_config.get("model_type", ""))
     if known is not None:
@@ -57,7 +58,7 @@ def default_target_modules(model: nn.Module, model_config: dict) -> set[str] | s
     for library in sorted(libraries & families.keys()):
         for names in families[library]:
             present = {name for name in names if _ends_with(model, name)}
-            if present:
+            if present and not _only_in_tower(model, present):
                 # In some attention this is a layer, in other the list that holds it, so that each needs its path.
                 own = {path for path, module in model.named_modules() if adapted_class(module) is not None}
                 return present | {path for path in own if path.endswith(".to_out")}
@@ -200,7 +201,16 @@ def describe_candidates(model: nn.Module, limit: int = 20) -> str:
 
 
 def _ends_with(model: nn.Module, name: str) -> bool:
-    return any(
-        (path == name or path.endswith(f".{name}")) and adapted_class(module) is not None
-        for path, module in model.named_modules()
-    )
+    return any(_paths_of(model, name))
+
+
+def _only_in_tower(model: nn.Module, names: Iterable[str]) -> bool:
+    """Whether a model writes text, and these names are of the part alone that reads its images or sounds."""
+    writes = getattr(model, "can_generate", None)
+    return writes is not None and writes() and all(_TOWER.search(p) for name in names for p in _paths_of(model, name))
+
+
+def _paths_of(model: nn.Module, name: str) -> Iterator[str]:
+    for path, module in model.named_modules():
+        if (path == name or path.endswith(f".{name}")) and adapted_class(module) is not None:
+            yield path

@@ -15,7 +15,7 @@ from peft import (
 from peft.utils.error import NoMatchingPeftModuleError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import GPT2LMHeadModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, GitConfig, GitForCausalLM, GPT2LMHeadModel
 
 from hf_causal_context import intervene
 from hf_causal_context.adapter.layer import CausalContextLayer
@@ -374,6 +374,15 @@ class TestTargets:
     def test_no_defaults_for_an_unknown_architecture(self):
         with pytest.raises(ValueError, match="Please specify `target_modules`.* for Mlp. Candidates: 'first'"):
             get_peft_model(Mlp(), config())
+
+    def test_no_defaults_that_leave_out_the_part_that_writes(self):
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        vision = sizes | {"image_size": 8, "patch_size": 4}
+        writer = GitForCausalLM(GitConfig(**sizes, vocab_size=20, vision_config=vision))
+        with pytest.raises(ValueError, match="no defaults for GitForCausalLM. Candidates: .*'q_proj' .*'query'"):
+            get_peft_model(writer, config())
+        adapted = get_peft_model(CLIPVisionModel(CLIPVisionConfig(**vision)), config())
+        assert sum(isinstance(module, CausalContextLayer) for module in adapted.modules()) == 2
 
     def test_unsupported_modules_are_refused_before_anything_is_wrapped(self):
         model = nn.ModuleDict({"linear": nn.Linear(4, 4), "embedding": nn.Embedding(4, 4)})
