@@ -160,7 +160,7 @@ def train_loras(study: Study, steps: int, names: tuple[str, ...]) -> Path:
 
 
 def stacked_loras(study: Study, steps: int, subtract: bool) -> Images:
-    """The LoRAs of a context's concepts at once; `subtract`: and the observational one, once less, with a minus.
+    """The LoRAs of a context's concepts at once, at its strengths; `subtract`: less the observational one of each.
 
     In the observational context the latter is the observational LoRA itself, the former the base.
     """
@@ -174,9 +174,7 @@ def stacked_loras(study: Study, steps: int, subtract: bool) -> Images:
     model.eval()
     images = {}
     for context in study.world.contexts:
-        scales = dict.fromkeys(context.targets, 1.0)
-        if subtract:
-            scales[OBSERVATIONAL] = 1.0 - len(context.targets)
+        scales = lora_scales(context, subtract)
         model.base_model.set_adapter(list(scales) or [names[0]])
         for layer in model.modules():
             if isinstance(layer, LoraLayer):
@@ -188,6 +186,12 @@ def stacked_loras(study: Study, steps: int, subtract: bool) -> Images:
             with model.disable_adapter():
                 images[context] = _sample_lora(study, base)
     return images
+
+
+def lora_scales(context: Context, subtract: bool) -> dict[str, float]:
+    """The scale of each LoRA in a context; `subtract`: obs + sum of strengths x (concept - obs)."""
+    scales = context.strengths
+    return scales | {OBSERVATIONAL: 1.0 - sum(scales.values())} if subtract else scales
 
 
 def _sample_lora(study: Study, base: DiffusionBase) -> Tensor:

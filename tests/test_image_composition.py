@@ -1,4 +1,4 @@
-"""The world of edits that never happen by themselves, and the share of images that show what was asked for."""
+"""The benchmark of combinations in images: its worlds, its peers, and the shares of samples that are exact."""
 
 import re
 from itertools import combinations
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from examples.benchmarks import image_worlds
-from examples.benchmarks.image_composition_methods import Study
+from examples.benchmarks.image_composition_methods import Study, lora_scales
 from examples.benchmarks.image_composition_table import table
 from examples.benchmarks.image_worlds import edit_world
 from examples.worlds.edits import CONCEPTS, sample_edits
@@ -58,6 +58,13 @@ def test_a_few_images_of_each_combination(tmp_path):
     assert {few.counts[str(c)] for c in study.world.seen_by_oracle if c not in study.world.trained} == {30}
     assert few.contexts == oracle.contexts
     assert np.array_equal(few.rows[-1]["image"], oracle.rows[-3]["image"])
+
+
+def test_loras_act_at_the_strengths_of_a_context():
+    context = Context({"weight": 0.25, "slant": 1.5})
+    assert lora_scales(context, subtract=False) == {"weight": 0.25, "slant": 1.5}
+    assert lora_scales(context, subtract=True) == {"weight": 0.25, "slant": 1.5, "observational": -0.75}
+    assert lora_scales(Context(), subtract=True) == {"observational": 1.0}
 
 
 def test_the_table_says_how_often_samples_show_what_was_asked_for():
