@@ -322,6 +322,21 @@ def test_tokens_routed_to_experts_are_an_error(tokens):
     model(x, context="thick")
 
 
+@pytest.mark.parametrize("shape", [(2, 10), (2, 3, 10)])
+def test_experts_that_all_see_the_samples_have_their_contexts(shape):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(10, 4), nn.Linear(10, 4)])
+
+        def forward(self, x):
+            return self.experts[0](x) + self.experts[1](x)
+
+    model, x = adapted(Mixed(), target_modules=["experts.0", "experts.1"]), torch.randn(shape)
+    apart = torch.cat([model(x[i : i + 1], context=name) for i, name in enumerate(("thick", "slant"))])
+    torch.testing.assert_close(model(x, context=["thick", "slant"]), apart)
+
+
 def longformer():
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     return LongformerModel(LongformerConfig(**sizes, vocab_size=20, attention_window=4, max_position_embeddings=20))

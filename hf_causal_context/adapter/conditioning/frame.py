@@ -27,3 +27,9 @@ class Frame:
     strengths: dict[str, Tensor] = field(default_factory=dict)
     matrices: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # of each adapter: see `causal_matrices`
     repeated: dict[tuple, Tensor] = field(default_factory=dict)  # strengths per feature, for layers alike
+
+
+def rows_in_doubt(frame: Frame | None, x: Tensor) -> tuple[bool, bool]:
+    """Whether samples are ragged, and whether a layer's input may hold tokens where it could hold samples."""
+    flat = x.ndim == 2 and (frame is None or frame.tokens > frame.num_rows)  # else samples are vectors themselves
+    return frame is not None and frame.ragged, flat

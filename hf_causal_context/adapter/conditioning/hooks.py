@@ -28,7 +28,7 @@ from ...contexts import ConceptSet, Context, ContextBatch
 from ...errors import UserValueError
 from ...functional import per_feature
 from ..calibration import Calibration
-from .frame import Frame
+from .frame import Frame, rows_in_doubt
 from .in_force import STATE, innermost_request
 from .matrices import MixingLayer, autocast_dtype, causal_matrices
 from .presence import check_active, check_known, check_observational_part, check_unasked, holds
@@ -162,7 +162,7 @@ class Conditioning:
                     "For inference call model.eval()."
                 )
             return None
-        return match_layer_rows(strengths.to(x.device), num_rows, layer.name, frame is not None and frame.ragged)
+        return match_layer_rows(strengths.to(x.device), num_rows, layer.name, *rows_in_doubt(frame, x))
 
     def causal_matrix(self, layer: AdaptedLayer, adapter_name: str, num_rows: int) -> Tensor | None:
         """Return what mixes the features of a layer's n rows, (1 or n, S, S), scaled; None if it is to mix them itself.

@@ -107,7 +107,7 @@ def match_samples(
     )
 
 
-def match_layer_rows(strengths: Tensor, num_rows: int, layer_name: str, ragged: bool) -> Tensor:
+def match_layer_rows(strengths: Tensor, num_rows: int, layer_name: str, ragged: bool, flat: bool = False) -> Tensor:
     """Turn strengths for the model's rows, (1 or N, 1 + K), into those for the n rows of a layer, (1 or n, 1 + K).
 
     Args:
@@ -115,6 +115,7 @@ def match_layer_rows(strengths: Tensor, num_rows: int, layer_name: str, ragged: 
         num_rows: n.
         layer_name: its path in the model; experts see the tokens routed to them, vision towers see images.
         ragged: samples differ in length or in their number of images.
+        flat: tokens cannot be told from samples, so that as many may have come to an expert by accident.
 
     Raises:
         ValueError: when n is no multiple of N, or rows need not be whole multiples per sample.
@@ -123,8 +124,7 @@ def match_layer_rows(strengths: Tensor, num_rows: int, layer_name: str, ragged: 
     if model_rows == 1:
         return strengths
     routed = _ROUTED.search(layer_name) is not None
-    known = model_rows == num_rows and not routed and not (ragged and _VISION.search(layer_name))
-    if known:
+    if model_rows == num_rows and not (routed and flat) and not (ragged and _VISION.search(layer_name)):
         return strengths
     if num_rows % model_rows or ragged or routed:
         raise UserValueError(
