@@ -221,16 +221,10 @@ class CausalContextLayer(ConvertsToLora, HoldsMergedContexts, BaseTunerLayer):
             if name in self.causal_context_down:
                 self.merge_strengths(name, strengths_to_merge(self.conditioning, name, self.training), safe_merge)
 
-    def merge_strengths(self, adapter_name: str, strengths: Tensor, safe_merge: bool = False) -> None:
+    def merged_weight(self, adapter_name: str, strengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weight = self._mergeable_weight(adapter_name)
         merged = weight.data + self.get_delta_weight(adapter_name, strengths).to(weight)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise UserValueError(
-                f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
-            )  # PEFT's words
-        weight.data = merged
-        self.merged_strengths[adapter_name] = strengths.detach().clone()
-        self.merged_adapters.append(adapter_name)
+        return weight, merged, merged
 
     def unmerge(self) -> None:
         """Take the merged changes out of the base weight again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from ..contexts import Context
@@ -44,12 +45,30 @@ class HoldsMergedContexts:
     Ours acts in a context only, and there is none around a merged model: so it is put back.
     """
 
+    merged_adapters: list[str]  # in the weight, of other methods, too
     merged_strengths: dict[str, Tensor]  # of each adapter in the weight
     set_aside: dict[str, Tensor]  # of those that were taken out while adapters are switched off
 
-    def merge_strengths(self, adapter_name: str, strengths: Tensor, safe_merge: bool = False) -> None:
-        """Write an adapter in a context, of strengths (1, 1 + K), into the weight."""
+    def merged_weight(self, adapter_name: str, strengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the weight, what it is with an adapter in a context, of strengths (1, 1 + K), and what of it is new.
+
+        Raises:
+            ValueError: for an adapter that cannot be merged.
+        """
         raise NotImplementedError
+
+    def merge_strengths(self, adapter_name: str, strengths: Tensor, safe_merge: bool = False) -> None:
+        """Write an adapter in a context, of strengths (1, 1 + K), into the weight.
+
+        Raises:
+            ValueError: for an adapter that cannot be merged, or (with `safe_merge`) a result that is not finite.
+        """
+        weight, merged, new = self.merged_weight(adapter_name, strengths)
+        if safe_merge and not torch.isfinite(new).all():  # in PEFT's words
+            raise UserValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
+        weight.data = merged
+        self.merged_strengths[adapter_name] = strengths.detach().clone()
+        self.merged_adapters.append(adapter_name)
 
     def take_out(self) -> None:
         """Unmerge until adapters are switched on again."""

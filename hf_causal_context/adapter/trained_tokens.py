@@ -85,15 +85,11 @@ class ContextTokens(HoldsMergedContexts, TrainableTokensLayer):
         for name in self._own(names):
             self.merge_strengths(name, strengths_to_merge(self.contexts, name, self.training), safe_merge)
 
-    def merge_strengths(self, adapter_name: str, strengths: Tensor, safe_merge: bool = False) -> None:
+    def merged_weight(self, adapter_name: str, strengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows = self.rows(adapter_name, strengths)
-        if safe_merge and not torch.isfinite(rows).all():
-            raise UserValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
         weight = cast(nn.Embedding, self.base_layer).weight
         index = torch.tensor(self.token_indices[adapter_name], device=weight.device)
-        weight.data = weight.data.index_copy(0, index, rows.to(weight))
-        self.merged_strengths[adapter_name] = strengths.detach().clone()
-        self.merged_adapters.append(adapter_name)
+        return weight, weight.data.index_copy(0, index, rows.to(weight)), rows
 
     def unmerge(self) -> None:
         """Write the base's rows into the weight again."""
