@@ -47,10 +47,8 @@ def describe(arguments: Arguments) -> dict[str, Any]:
     Raises:
         ValueError, OSError: for something that holds no adapter or a damaged one, or a base that it does not fit.
     """
-    from ..adapter.config import CausalContextConfig
     from ..adapter.storage.files import read_header
     from ..inference.adapted import StoredAdapter
-    from ..inference.pipelines import adapter_places
 
     stored = StoredAdapter.open(
         arguments.adapter,
@@ -59,9 +57,11 @@ def describe(arguments: Arguments) -> dict[str, Any]:
         adapter_revision=arguments.adapter_revision,
     )
     config = stored.config
-    parts = [folder for place in adapter_places() if ((folder := stored.folder / place) / CONFIG).exists()]
-    layouts = [(part, CausalContextConfig.read(part, stored.source).layout()) for part in parts]
-    tensors = [tensor for each in layouts for tensor in read_header(*each, stored.source).values()]
+    tensors = [
+        tensor
+        for folder, part, source in stored.parts().values()
+        for tensor in read_header(folder, part.layout(), source).values()
+    ]
     card, data = (stored.beside(name) for name in (CARD_CONTENTS, DATA_RECORD))
     given = card.get("descriptions")
     descriptions = given if isinstance(given, dict) else {}

@@ -149,6 +149,20 @@ class StoredAdapter:
             return {}
         return found if isinstance(found, dict) else {}
 
+    def parts(self) -> dict[str, tuple[Path, CausalContextConfig, str]]:
+        """Return the folder, the config and the name in messages of each adapter here, by component; "" is at the top.
+
+        Raises:
+            AdapterError: for a config that cannot be used.
+        """
+        parts = {}
+        for place in adapter_places():
+            folder = self.folder / place
+            if (folder / CONFIG).is_file():
+                source = f"{self.source} ({place})" if place else self.source
+                parts[place.partition("/")[0]] = folder, CausalContextConfig.read(folder, source), source
+        return parts
+
     def meant(self, contexts: Sequence[Context], calibrated: bool) -> list[Context]:
         """Return the contexts that are meant, whose strengths may be those of dials.
 

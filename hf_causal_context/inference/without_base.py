@@ -9,7 +9,6 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from .._files import CONFIG
 from ..adapter.baking import context_strengths
 from ..adapter.config import CausalContextConfig
 from ..adapter.layer import CausalContextLayer, adapted_class
@@ -18,7 +17,6 @@ from ..adapter.storage.files import read_header, read_weights
 from ..contexts import Context
 from ..errors import UserValueError
 from .adapted import StoredAdapter
-from .pipelines import adapter_places
 
 # Component ("" for the denoiser, whose adapter lies at the top) -> module of diffusers -> lora_A (S, in, *kernel) and
 # lora_B (out, S), with the scale in B.
@@ -35,12 +33,7 @@ def loras_without_base(adapter: StoredAdapter, contexts: Sequence[Context]) -> l
         AdapterError: for files that are damaged.
         ValueError: for unknown concepts, a mechanism that is not linear, or an adapter with whole modules.
     """
-    parts: dict[str, dict[str, CausalContextLayer]] = {}
-    for place in adapter_places():
-        folder = adapter.folder / place
-        if (folder / CONFIG).is_file():
-            source = f"{adapter.source} ({place})" if place else adapter.source
-            parts[place.partition("/")[0]] = _layers(folder, CausalContextConfig.read(folder, source), source)
+    parts = {component: _layers(*part) for component, part in adapter.parts().items()}
     return [
         {
             component: {path: layer.lora_weights(_NAME, strengths) for path, layer in layers.items()}
