@@ -32,7 +32,11 @@ from .targets import TargetModulesError, all_linear, check_targets, default_targ
 from .trained_tokens import check_token_indices, put_in_contexts
 
 _METHODS = (
-    *(SavedWithoutAdapters, SavesLoraOnly, AnnouncedGenerate, BatchedGenerate, CheckedBatching),
+    SavedWithoutAdapters,
+    SavesLoraOnly,
+    AnnouncedGenerate,
+    BatchedGenerate,
+    CheckedBatching,
     KeepsProjections,
 )
 
@@ -53,6 +57,10 @@ class CausalContextModel(BaseTuner):
 
     prefix: str = PREFIX
     tuner_layer_cls = CausalContextLayer
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_load_state_dict_pre_hook(check_all_have_a_place)
 
     def generate(self, *args: Any, context: ContextBatch | None = None, **kwargs: Any) -> Any:
         """Return the base model's `generate`, under a context."""
@@ -99,8 +107,6 @@ class CausalContextModel(BaseTuner):
             put_in_contexts(model, adapter_name, layer.conditioning)
             for method in _METHODS:
                 method.put_on(model)
-            if not self._load_state_dict_pre_hooks:
-                self.register_load_state_dict_pre_hook(check_all_have_a_place)
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         assert isinstance(peft_config, CausalContextConfig)

@@ -82,9 +82,10 @@ def parse(command: str, settings: type, given: Sequence[str]) -> Any:
     if unknown:
         stray = unknown[0]
         before = [word.partition("=")[0] for word in given[: given.index(stray)] if word.startswith("--")]
-        guess = nearest(stray.lstrip("-").partition("=")[0], options, prefix="--")
         if before and not stray.startswith("-"):
             guess = f" {before[-1]} takes one value, which stands in quotes if it has spaces."
+        else:
+            guess = nearest(stray.lstrip("-").partition("=")[0], options, prefix="--")
         raise UserValueError(
             f"Unknown arguments: {' '.join(unknown)}.{guess} hf-causal-context {command} --help lists what there is."
         )

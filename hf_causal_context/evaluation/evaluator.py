@@ -203,8 +203,8 @@ def _made_black(base: DiffusionBase, sampled: Sampled) -> list[str]:
     """Say how many samples a safety checker has replaced, which all measures take for samples of the adapter."""
     if getattr(base.pipe, "safety_checker", None) is None:
         return []
-    of_base = {"the base": sampled.base} | {_shown(context): groups for context, groups in sampled.samples.items()}
-    black = {name: sum(int((~g.values.flatten(1).any(1)).sum()) for g in groups) for name, groups in of_base.items()}
+    drawn = {"the base": sampled.base} | {_shown(context): groups for context, groups in sampled.samples.items()}
+    black = {name: sum(int((~g.values.flatten(1).any(1)).sum()) for g in groups) for name, groups in drawn.items()}
     if not any(black.values()):
         return []
     listed = ", ".join(f"{count} of {name}" for name, count in black.items() if count)

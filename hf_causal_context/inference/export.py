@@ -204,9 +204,10 @@ def _kohya_state(base: DiffusionBase, loras: dict[str, _Lora]) -> dict[str, Tens
     alpha = max(config.r for config, _ in loras.values())
     state = {}
     for component, (_, weights) in loras.items():
-        # Diffusers knows the attention of a text encoder by its last projection, which training leaves out by default.
-        last = {re.sub(r"\.[qkv]_proj\.", ".out_proj.", key): torch.zeros_like(w) for key, w in weights.items()}
-        weights = last | weights if component.startswith("text_encoder") else weights
+        if component.startswith("text_encoder"):
+            # Diffusers knows its attention by the last projection, which training leaves out by default.
+            last = {re.sub(r"\.[qkv]_proj\.", ".out_proj.", key): torch.zeros_like(w) for key, w in weights.items()}
+            weights = last | weights
         for key, weight in weights.items():
             scaled = weight * (weight.shape[1] / alpha) if ".lora_B." in key else weight
             state[f"{component}.{key}"] = scaled

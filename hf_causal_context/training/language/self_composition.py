@@ -175,8 +175,7 @@ class SelfComposition(StepHooks):
                 read = [self._row(prompt, ids).labels for prompt, ids in zip(prompts, own, strict=True)]
                 found = self._finder.find(context, [self._text(labels) for labels in read])
                 for prompt, ids, shows in zip(prompts, own, found, strict=True):
-                    text = self._text(ids)
-                    if shows and text not in kept:
+                    if shows and (text := self._text(ids)) not in kept:
                         line = {"context": str(context), "text": text}
                         kept[text] = line | {"prompt_tokens": list(prompt), "tokens": ids.tolist()}
                 written += len(own)
