@@ -150,6 +150,8 @@ def _evidence(
     judged = None if judge is None else Judged(judge)
 
     def read(texts: Sequence[str]) -> Measurements:
+        # The space between prompt and completion: some tokenizers lose it where they decode a completion alone.
+        texts = [text.lstrip(" ") for text in texts]
         values = ngrams(texts)
         return Measurements(values, None if judged is None else judged(texts), None, values[:0])
 

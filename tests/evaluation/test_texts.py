@@ -222,6 +222,12 @@ def test_an_adapter_that_writes_what_was_asked_for_works(judge, tmp_path):
     assert "## Distances" not in text
 
 
+def test_the_space_before_a_text_is_no_difference(judge):
+    """Some tokenizers lose it where they decode a completion alone, so real texts have it and samples do not."""
+    report, expected = judge(styles={OBS: " ", LOUD: " ", "base": " "}).to_dict(), judge().to_dict()
+    assert (report["contexts"], report["told_apart"]) == (expected["contexts"], expected["told_apart"])
+
+
 def test_an_adapter_without_effect_is_told_so(judge):
     nothing = {context: Perplexity(20.0, 20.0, 20.0, 24) for context in CONTEXTS}
     report = judge(dict.fromkeys(CONTEXTS, OBS), scores=nothing)
