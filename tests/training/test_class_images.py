@@ -67,7 +67,10 @@ def of_class(batches, batch):
     return shown, named
 
 
-@pytest.mark.parametrize("changes", [{}, {"captions": True}, {"aspect_ratio_buckets": True}, {"random_flip": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"captions": True}, {"aspect_ratio_buckets": True}, {"random_flip": True}, {"caption_dropout": 0.5}],
+)
 @pytest.mark.parametrize("weight", [1.0, 3.0])
 def test_they_have_their_prompt_the_empty_context_and_their_share(weight, changes, make):
     batches, count = make(prior_loss_weight=weight, train_batch_size=6, **changes), 0

@@ -136,7 +136,13 @@ class DenoiserBatches:
         for number, columns in enumerate(self._loaded(start, num_observational), start):
             slots = self._slots(number)
             if self._arguments.caption_dropout or self._arguments.shuffle_tags:
-                columns["caption"] = list(changed_captions(self._captions_of(columns), slots, self._arguments))
+                captions = self._captions_of(columns)
+                changed = changed_captions(captions, slots, self._arguments)
+                # The prompt of class images is all that tells them from the data.
+                columns["caption"] = [
+                    kept if context == CLASS_IMAGES else new
+                    for context, kept, new in zip(columns["context"], captions, changed, strict=True)
+                ]
             batch = self._to_batch(columns, Draws(self._arguments.seed, slots))
             if self._pairs is not None:
                 batch.edits = self._edits(self._pairs, number)
