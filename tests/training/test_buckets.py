@@ -299,6 +299,15 @@ def test_a_resumed_run_with_all_of_it_ends_like_one_that_was_not_interrupted(giv
         assert torch.equal(tensor, expected[name]), name
 
 
+def test_a_resumed_run_has_as_many_batches_in_a_step(given):
+    """Each is of one bucket: otherwise cut, the step would have other rows."""
+    changes = {"train_batch_size": 2, "gradient_accumulation_steps": 1, "max_train_steps": 1, "checkpointing_steps": 1}
+    train(given(**changes))
+    changes |= {"train_batch_size": 1, "gradient_accumulation_steps": 2, "max_train_steps": 2}
+    with pytest.raises(ValueError, match="'2 x 1 x 1' then, '1 x 2 x 1' now"):
+        train(given(**changes, resume_from_checkpoint="latest"))
+
+
 def test_dry_runs_read_in_buckets_and_keep_nothing(given, tmp_path, capsys):
     train(given(dry_run=True))
     output = capsys.readouterr().out

@@ -242,8 +242,8 @@ def _named(output_dir: Path, wanted: str) -> Path:
 def check_same_run(folder: Path, arguments: OptimizationArguments, model: nn.Module | None, num_processes: int) -> None:
     """Refuse to go on from a checkpoint with settings that would make another run of it.
 
-    The rows of an adapter's step, and their noise, do not depend on how it is cut into batches and processes. Without a
-    model, what the arguments leave to it and to the data is not compared.
+    The rows of an adapter's step, and their noise, do not depend on how it is cut into batches and processes, but for
+    aspect-ratio buckets. Without a model, what the arguments leave to it and to the data is not compared.
 
     Raises:
         ValueError: naming what differs.
@@ -259,8 +259,10 @@ def check_same_run(folder: Path, arguments: OptimizationArguments, model: nn.Mod
     }
     then = _size(stored, read_record(folder).get("num_processes", num_processes))
     now = _size(given, num_processes)
-    same_rows = math.prod(then) == math.prod(now) if isinstance(arguments, AdapterArguments) else then == now
-    if not same_rows:
+    adapter = isinstance(arguments, AdapterArguments)
+    # In buckets every batch of a step has a shape of its own, so their number counts, too.
+    batches_too = given.get("aspect_ratio_buckets") and then[1] != now[1]
+    if batches_too or (math.prod(then) != math.prod(now) if adapter else then != now):
         rows = "rows of a step, --train_batch_size x --gradient_accumulation_steps x processes"
         differing[rows] = (" x ".join(map(str, then)), " x ".join(map(str, now)))
     old, new, decided = ({}, {}, ()) if model is None else _left_open(folder, model)
