@@ -47,6 +47,16 @@ def test_every_family_gives_features_that_tell_images_apart(name, pipeline_folde
     )
 
 
+def test_a_base_that_overflows_is_refused(pipeline_folder):
+    base = load_base(pipeline_folder("ddpm"))
+    get_peft_model(base.denoiser, CausalContextConfig(concepts=("a",)))
+    size = base.default_resolution
+    with torch.no_grad():
+        base.denoiser.get_parameter("conv_in.weight").mul_(torch.inf)
+    with pytest.raises(ValueError, match=r"sees in 3 of 3 samples is not finite.*--mixed_precision bf16 or no"):
+        denoiser_features(base, images(3, base, size), size)
+
+
 @pytest.mark.parametrize("name", ["stable_diffusion_3", "flux", "aura_flow", "cogview4", "hunyuan_image"])
 def test_of_joint_blocks_the_tokens_of_the_image_are_seen(name, pipeline_folder):
     base = load_base(pipeline_folder(name))

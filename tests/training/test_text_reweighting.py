@@ -83,8 +83,8 @@ def quick(monkeypatch):
 
 class TestFeatures:
     @staticmethod
-    def see(name, data, **kwargs):
-        model = language_model(name)
+    def see(name, data, base=None):
+        model = base or language_model(name)
         encoder_decoder = model.config.is_encoder_decoder
         config = CausalContextConfig(
             concepts=CONCEPTS,
@@ -130,6 +130,13 @@ class TestFeatures:
                 column for column in seen.T if len(column.unique()) == 2 and torch.equal(column == column.max(), there)
             ]
             assert column.min() == 0
+
+    def test_a_base_that_overflows_is_refused(self):
+        base = language_model("llama")
+        with torch.no_grad():
+            base.get_parameter("model.layers.0.mlp.down_proj.weight").mul_(torch.inf)
+        with pytest.raises(ValueError, match="sees in 12 of 12 samples is not finite"):
+            self.see("llama", world(rows=4), base)
 
     def test_other_tokens_have_another_digest(self):
         tokenize = Tokenization(word_tokenizer(), "text")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...bases.diffusion_base import DiffusionBase
 from ...bases.images import read_image
+from ...errors import UserValueError
 from ...inference.sampling import eval_mode
 from ...messages.progress import ProgressBar
 from ..bare_model import BareModel
@@ -39,6 +40,9 @@ def denoiser_features(base: DiffusionBase, images: Sequence[Image.Image], resolu
         base: the pipeline; images go to its device. An adapter on its denoiser does nothing.
         images: anything with a length that yields images.
         resolution: side of the images in training; they are read at no more than 256 pixels where the base allows.
+
+    Raises:
+        ValueError: where the base overflows.
     """
     device = next(base.denoiser.parameters()).device
     model = cast(nn.Module, BareModel(base.denoiser))
@@ -65,7 +69,16 @@ def denoiser_features(base: DiffusionBase, images: Sequence[Image.Image], resolu
 
 
 def principal_components(features: Tensor) -> Tensor:
-    """Features (N, D) -> (N, at most 128), each component divided by the root of its deviation."""
+    """Features (N, D) -> (N, at most 128), each component divided by the root of its deviation.
+
+    Raises:
+        ValueError: for features that are not finite.
+    """
+    if num_bad := int((~features.isfinite()).any(1).sum()):
+        raise UserValueError(
+            f"What the base sees in {num_bad} of {len(features)} samples is not finite. Where it overflows in half "
+            "precision, give --mixed_precision bf16 or no; else look whether its weights are whole."
+        )
     centered = features - features.mean(0)
     centered = centered / centered.std(0).clamp(min=1e-6)
     with torch.random.fork_rng(devices=()):

@@ -41,13 +41,17 @@ def text_features(model: PeftModel, rows: Sequence[TokenRow], collate: Collation
         rows: the texts, not packed.
         collate: tokens -> batch, for rows that are not packed.
         codes: 0 for observational rows, k + 1 for those under an intervention on concept k, else -1; int64 (N,).
+
+    Raises:
+        ValueError: where the base overflows.
     """
     sides = [[row.ids for row in rows]]
     if model.config.is_encoder_decoder:
         sides.append([row.labels for row in rows])
     states = _hidden_states(model, rows, sides, collate)
-    varying = states.std(0) > _ROUNDING * states.abs().mean(0)  # else a prompt that is always the same is noise
-    components = principal_components(states[:, varying])
+    # What hardly varies is noise, of a prompt that is always the same. (NaN stays, to be refused.)
+    constant = states.std(0) <= _ROUNDING * states.abs().mean(0)
+    components = principal_components(states[:, ~constant])
     lengths = torch.tensor([[len(ids) for ids in side] for side in sides]).T.float().log()
     lengths = (lengths - lengths.mean(0)) / lengths.std(0).clamp(min=1e-3)
     present = torch.cat([torch.from_numpy(_presence(side, codes.numpy())) for side in sides], dim=1)
