@@ -1,5 +1,6 @@
 """The commands of examples/paper: every table in small, the metrics, and what happens on a second run."""
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from hf_causal_context import Context
+from hf_causal_context.training.autoencoder.arguments import AutoencoderArguments
 
 TINY = {"max_train_steps": 2, "train_batch_size": 8, "num_validation_images": 1, "lr_warmup_steps": 1}
 
@@ -82,6 +84,9 @@ def test_quad(command, tmp_path, capsys):
 
 
 def test_grid(command, tmp_path):
+    axes = command.modules["grid"].AXES
+    known = {field.name for field in dataclasses.fields(AutoencoderArguments)}
+    assert {name for axis in axes.values() for point in axis for name in point} <= known
     command("grid", "--output_dir", tmp_path, "--scale", "small", "--vary", "beta")
     assert list(rows(tmp_path))[:4] == [f"beta {beta}" for beta in ("0.5", "1", "2", "4")]
     assert json.loads((tmp_path / "beta-4" / "CM-end-to-end-0" / "results.json").read_text())["settings"]["beta"] == 4

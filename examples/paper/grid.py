@@ -1,5 +1,7 @@
 """The paper's grids: depth and widths of the context module, beta, and the penalties of its causal weights.
 
+And how far more updates go; every number of them is a run of its own.
+
     python -m examples.paper.grid --output_dir paper-grid --scale small --vary beta
     python -m examples.paper.grid --output_dir paper-grid-full --vary depth widths --seeds 0 1 2 3 4
 
@@ -20,6 +22,7 @@ AXES: dict[str, list[dict[str, Any]]] = {
     "beta": [{"beta": beta} for beta in (0.5, 1.0, 2.0, 4.0)],
     "group_penalty": [{"group_penalty": weight} for weight in (0.0, 1.0, 10.0, 100.0)],
     "l2_penalty": [{"l2_penalty": weight} for weight in (0.0, 1.0, 10.0, 100.0)],
+    "updates": [{"max_train_steps": 1500 * 2**n} for n in range(6)],
 }
 
 
