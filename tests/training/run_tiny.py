@@ -62,7 +62,8 @@ def main(outcome: str, cache: str, settings: dict, faults: Faults, place: Place 
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of data loaders, as on Linux; the fork server sets its own
     os.setpgrp()
-    os.environ |= {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    # Of several processes, Accelerate sets the threads of each anew, where this does not tell it otherwise.
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     datasets.config.HF_DATASETS_CACHE = cache
     if place is not None:
         _join(place)
