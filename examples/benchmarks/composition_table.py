@@ -49,7 +49,7 @@ def table(world: str, results: Results, rows: Results, seconds: dict[str, float]
     for method, runs in sorted(results.items(), key=lambda item: -means[item[0]]):
         cells = [with_deviation(_group(runs, sizes)) for sizes in GROUPS.values()]
         cells.append(with_deviation(_group(rows[method], (2,))) if method in rows else "")
-        worst = max(_contexts(runs, (2,)), key=lambda context: np.mean([run[context] for run in runs]))
+        worst = max(_contexts(runs[0], (2,)), key=lambda context: np.mean([run[context] for run in runs]))
         cells.append(f"{np.mean([run[worst] for run in runs]):.3f} ({worst})")
         closed = (means.get("base", np.nan) - means[method]) / (means.get("base", np.nan) - oracle)
         cells.append("" if method in ("base", "floor") else f"{closed:.3f}")
@@ -58,13 +58,13 @@ def table(world: str, results: Results, rows: Results, seconds: dict[str, float]
     return "\n".join(lines)
 
 
-def _contexts(runs: list[dict[str, float]], sizes: tuple[int, ...]) -> list[str]:
-    return [context for context in runs[0] if len(Context.parse(context).targets) in sizes]
+def _contexts(run: dict[str, float], sizes: tuple[int, ...]) -> list[str]:
+    return [context for context in run if len(Context.parse(context).targets) in sizes]
 
 
 def _group(runs: list[dict[str, float]], sizes: tuple[int, ...]) -> np.ndarray:
-    """Mean distance of a group of contexts, for every seed."""
-    return np.array([np.mean([run[context] for context in _contexts(runs, sizes)]) for run in runs])
+    """Mean distance of a group of contexts, for every seed; of rows, those of the combinations that it drew."""
+    return np.array([np.mean([run[context] for context in _contexts(run, sizes)]) for run in runs])
 
 
 def with_deviation(values: np.ndarray) -> str:
