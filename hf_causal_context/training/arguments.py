@@ -246,7 +246,7 @@ class TrainingArguments(AdapterArguments, DataArguments, ImageReadingArguments):
     )
     text_encoder_learning_rate: float | None = argument(None, "Theirs; by default learning_rate.")
     text_encoder_rank: int | None = argument(None, "Width of each concept in them; by default concept_rank.")
-    caption_dropout: float = argument(0.0, "Share of the captions that are replaced by the empty one.")
+    caption_dropout: float = argument(0.0, "Share of captions replaced by the empty one; class images keep theirs.")
     shuffle_tags: bool = argument(
         False,
         "Put the tags of captions (between commas) in another order for every sample; captions are then encoded in "
