@@ -44,6 +44,9 @@ class _FoundError(Exception):
 class ContextAutoencoder(ModelMixin, ConfigMixin):
     """A context module between an encoder and a decoder, or in place of a hierarchical model's top latent.
 
+    `sample`, `reconstruct`, `counterfactual` and `concepts` compute as in eval mode, whatever the mode is; `forward`,
+    `encode` and `decode` in the mode that is set. Images and coordinates may be of any floating dtype, on any device.
+
     Args:
         concepts: their names, in the order of the intervention mask.
         base: an `EncoderDecoder`, a hierarchical model (see `latent_module`), or a configuration of one of this
@@ -60,7 +63,7 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
 
     Example:
         >>> model = ContextAutoencoder(("thick", "slant"), {"class": "LightweightVAE", "size": 28, "channels": 1})
-        >>> model.eval().sample("thick+slant", num=3).shape
+        >>> model.sample("thick+slant", num=3).shape
         torch.Size([3, 1, 28, 28])
     """
 
@@ -84,8 +87,7 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
         _check_base(self.backbone, latent_module)
         self.register_to_config(
             concepts=list(self.concept_set),
-            # As JSON holds it: a stored configuration equals this one.
-            base=json.loads(json.dumps({"class": type(self.backbone).__name__, **self.backbone.config})),
+            base=_as_stored(self.backbone),
             noise_width=noise_width,
             concept_width=concept_width,
             depth=depth,
@@ -152,7 +154,7 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
                 contexts.
         """
         self.check_images(images)
-        mask = self.mask(context, len(images))
+        images, mask = images.to(self.device, self.dtype), self.mask(context, len(images))
         if self.latent_module is None:
             return self.context_module.encode(self.backbone.encode(images), mask)
 
@@ -180,7 +182,7 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
                 f"Exogenous coordinates of shape {tuple(noise.shape)}; they must be (B, {expected[0]}, {expected[1]}): "
                 "concepts and noise_width."
             )
-        latent = self.context_module(noise, self.mask(context, len(noise)))
+        latent = self.context_module(noise.to(self.device, self.dtype), self.mask(context, len(noise)))
         if self.latent_module is None:
             return self._pixels(self.backbone.decode(latent))
         with self._replaced(_constant(latent)):
@@ -195,7 +197,8 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
         """
         shape = (num, len(self.concept_set), self.context_module.noise_width)
         noise = normal_like(torch.empty(shape, device=self.device, dtype=self.dtype), generator)
-        return self.decode(noise, context, generator)
+        with self._evaluated():
+            return self.decode(noise, context, generator)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, context: ContextBatch = ()) -> Tensor:
@@ -217,13 +220,15 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
         Raises:
             ValueError: as `encode` and `decode` do.
         """
-        noise = self.encode(images, from_context).mean
-        if self.latent_module is None:
-            return self.decode(noise, to_context)
-        latent = self.context_module(noise, self.mask(to_context, len(images)))
-        with self._replaced(_constant(latent)):
-            # The lower latents are drawn; always from the same numbers.
-            return self._pixels(self.backbone(images, torch.Generator(self.device).manual_seed(0))[0])
+        with self._evaluated():
+            noise = self.encode(images, from_context).mean
+            if self.latent_module is None:
+                return self.decode(noise, to_context)
+            latent = self.context_module(noise, self.mask(to_context, len(images)))
+            images = images.to(self.device, self.dtype)
+            with self._replaced(_constant(latent)):
+                # The lower latents are drawn; always from the same numbers.
+                return self._pixels(self.backbone(images, torch.Generator(self.device).manual_seed(0))[0])
 
     @torch.no_grad()
     def concepts(self, images: Tensor, context: ContextBatch = ()) -> Tensor:
@@ -232,7 +237,8 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
         Raises:
             ValueError: as `encode` and `decode` do.
         """
-        return self.context_module.concepts(self.encode(images, context).mean, self.mask(context, len(images)))
+        with self._evaluated():
+            return self.context_module.concepts(self.encode(images, context).mean, self.mask(context, len(images)))
 
     def mask(self, context: ContextBatch, num: int) -> Tensor:
         """Intervention mask (1 or num, K) of one context, or of one for each of `num` samples, on the model's device.
@@ -271,6 +277,17 @@ class ContextAutoencoder(ModelMixin, ConfigMixin):
         return output.sigmoid() if self.backbone.output == "logits" else output.clamp(0, 1)
 
     @contextmanager
+    def _evaluated(self) -> Iterator[None]:
+        """Within the body, in eval mode: batch norm would make images depend on others, and learn from them."""
+        trained = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            yield
+        finally:
+            for module in trained:
+                module.training = True
+
+    @contextmanager
     def _replaced(self, latent: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Iterator[None]:
         """Within the body, `latent` gives what the hierarchical base's latent module returns for its features."""
         replaced = self.backbone.get_submodule(self.latent_module)
@@ -287,6 +304,18 @@ def _constant(latent: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     return lambda features: (latent.view_as(features), latent.new_zeros(len(latent)))
 
 
+def _as_stored(base: Any) -> dict[str, Any]:
+    """Return the configuration of a base as JSON holds it: a stored one equals this one."""
+    name = type(base).__name__
+    try:
+        return json.loads(json.dumps({"class": name, **base.config}))
+    except TypeError as error:
+        raise UserValueError(
+            f"The base, of type {name}, has a config that JSON cannot hold ({error}). Keep in it what its constructor "
+            "takes: numbers, texts, lists and mappings."
+        ) from error
+
+
 def _check_base(base: nn.Module, latent_module: str | None) -> None:
     name = type(base).__name__
     if latent_module is None and not isinstance(base, EncoderDecoder):
@@ -294,9 +323,12 @@ def _check_base(base: nn.Module, latent_module: str | None) -> None:
             f"The base, of type {name}, is no EncoderDecoder. Wrap an AutoencoderKL in KLAutoencoder(size, vae); of a "
             "hierarchical model name the module of its top latent: latent_module=."
         )
-    needed = ("config", "size", "channels", "output", "latent_shape", "sample")
-    if latent_module is not None and (missing := [part for part in needed if not hasattr(base, part)]):
+    own = ("features",) if latent_module is None else ("latent_shape", "sample")
+    if missing := [part for part in ("config", "size", "channels", "output", *own) if not hasattr(base, part)]:
+        example = "EncoderDecoder" if latent_module is None else "HierarchicalVAE"
         raise UserValueError(
-            f"The base, of type {name}, has no {', '.join(missing)}, so its module {latent_module!r} cannot be "
-            "replaced. HierarchicalVAE shows what a hierarchical base needs."
+            f"The base, of type {name}, has no {', '.join(missing)}. {example} shows what a base needs: set it before "
+            "the base is passed."
         )
+    if base.output not in ("logits", "pixels"):
+        raise UserValueError(f"The base, of type {name}, has output={base.output!r}. It must be 'logits' or 'pixels'.")

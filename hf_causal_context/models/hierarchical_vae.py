@@ -28,7 +28,7 @@ class HierarchicalVAE(nn.Module):
         latent_channels: of the two lower groups.
 
     Raises:
-        ValueError: for another size.
+        ValueError: for another size, or numbers below 1.
     """
 
     output: Literal["logits"] = "logits"
@@ -36,6 +36,9 @@ class HierarchicalVAE(nn.Module):
     def __init__(self, size: int = 32, channels: int = 3, width: int = 16, latent_channels: int = 4) -> None:
         if size < 8 or size % 8:
             raise UserValueError(f"size={size} must be a multiple of 8. Resize the images.")
+        for name, number in {"channels": channels, "width": width, "latent_channels": latent_channels}.items():
+            if number < 1:
+                raise UserValueError(f"{name}={number} must be at least 1.")
         super().__init__()
         self.config: dict[str, Any] = {
             "size": size,

@@ -273,6 +273,36 @@ class TestImages:
             if name != "hierarchical":  # its lower latents are drawn, and in another precision differ
                 torch.testing.assert_close(images.float(), expected, rtol=0, atol=tolerance)
 
+    @ALL
+    def test_images_may_be_of_another_dtype_than_the_weights(self, name):
+        model = trained(name).to(torch.bfloat16)
+        images, noise = images_for(model), torch.randn(4, len(CONCEPTS), N)
+        rounded, rounded_noise = images.bfloat16(), noise.bfloat16()
+        assert torch.equal(model.encode(images).mean, model.encode(rounded).mean)
+        assert torch.equal(model.decode(noise, "a", seeded()), model.decode(rounded_noise, "a", seeded()))
+        assert torch.equal(model.counterfactual(images, "a", "b"), model.counterfactual(rounded, "a", "b"))
+
+    @ALL
+    def test_drawing_in_training_mode_is_as_in_eval_mode_and_changes_nothing(self, name):
+        model = trained(name)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        model.backbone_is_frozen = True
+        model.train()
+        modes = [module.training for module in model.modules()]
+        images = images_for(model)
+        for use in (
+            lambda: model.sample("a", 1, seeded()),
+            lambda: model.reconstruct(images, "a"),
+            lambda: model.counterfactual(images, "a", "b"),
+            lambda: model.concepts(images, "a"),
+        ):
+            found = use()
+            assert [module.training for module in model.modules()] == modes
+            model.eval()
+            assert torch.equal(found, use())
+            model.train()
+        assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+
 
 class TestHierarchicalBase:
     def test_encodes_the_features_of_the_named_module(self, models):
@@ -501,6 +531,7 @@ class TestStrictness:
             ({"class": "LightweightVAE", "size": 0}, {}, "size=0 must be"),
             ({"class": "LightweightVAE", "channels": 0}, {}, "channels=0 must be at least 1."),
             ({"class": "HierarchicalVAE", "size": 12}, {"latent_module": "top"}, "size=12 must be a multiple of 8."),
+            ({"class": "HierarchicalVAE", "width": 0}, {"latent_module": "top"}, "width=0 must be at least 1."),
             ({"class": "HierarchicalVAE"}, {"latent_module": "bottom"}, "'bottom' is no module .* It has: .*'top'"),
             ({"class": "HierarchicalVAE"}, {"latent_module": ""}, "latent_module='' is no module of the base"),
             ({"class": "LightweightVAE"}, {"depth": 1}, "depth=1 must be at least 2."),
@@ -514,6 +545,20 @@ class TestStrictness:
     def test_construction(self, base, kwargs, message):
         with pytest.raises(ValueError, match=message):
             ContextAutoencoder(CONCEPTS, base, **kwargs)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda base: delattr(base, "features"), "has no features. EncoderDecoder shows what a base needs"),
+            (lambda base: setattr(base, "output", "logit"), "output='logit'. It must be 'logits' or 'pixels'"),
+            (lambda base: base.config.update(dtype=torch.float32), "a config that JSON cannot hold .*dtype"),
+        ],
+    )
+    def test_a_base_that_lacks_something(self, change, message):
+        base = TwoLines(8, 5)
+        change(base)
+        with pytest.raises(ValueError, match=message):
+            ContextAutoencoder(CONCEPTS, base)
 
     def test_sizes_of_a_diffusers_autoencoder(self):
         vae = kl_autoencoder().vae
