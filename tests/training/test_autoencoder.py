@@ -32,6 +32,7 @@ from .small import write_folders
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
 CONCEPTS = ConceptSet(("dark", "tall"))
+PARTS = ((), ("dark",), ("tall",), ("dark", "tall"))
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -210,6 +211,16 @@ class TestBatches:
         second = self.batches(tmp_path, rank=1, world_size=2, published=True, train_batch_size=3)
         assert torch.equal(second[0].images, one[1].images)
 
+    def test_published_turns_bring_every_context_to_every_process(self, tmp_path):
+        four = ImageSet.of_arrays({Context(*names): np.zeros((2, 1, 16, 16), np.uint8) for names in PARTS}, CONCEPTS)
+        settings = arguments(tmp_path, published=True, train_batch_size=1)
+        ranks = [ImageBatches(four, settings, 8, torch.device("cpu"), rank, 2)(0) for rank in range(2)]
+        seen = [[str(CONCEPTS.contexts(batch.context)[0]) for batch in batches] for batches in ranks]
+        assert [sorted(set(contexts)) for contexts in seen] == [["", "dark", "dark+tall", "tall"]] * 2
+        # Each context has as many turns as any other, four at a time.
+        together = [context for pair in zip(*seen, strict=True) for context in pair]
+        assert all(len(set(together[i : i + 4])) == 4 for i in range(0, 16, 4))
+
     def test_splits_are_stratified_and_disjoint(self):
         first, second = images(10).split(0.3, seed=0)
         assert [(first.contexts == name).sum() for name in first.names] == [7, 7, 7]
@@ -226,6 +237,16 @@ class TestBatches:
             ImageSet(torch.zeros(1, 1, 4, 4).byte(), np.array(["odd"], dtype=object), CONCEPTS)
         with pytest.raises(ValueError, match="The context 'dark.tall' has no images. There are: '', 'dark', 'tall'"):
             images(2).of("dark+tall")
+        sizes = {Context(): np.zeros((1, 1, 4, 4), np.uint8), Context("dark"): np.zeros((1, 1, 8, 8), np.uint8)}
+        for arrays, count in ((sizes, 2), ({}, 0)):
+            with pytest.raises(ValueError, match=f"The arrays of {count} contexts hold images of the shapes .* all of"):
+                ImageSet.of_arrays(arrays, CONCEPTS)
+
+    def test_contexts_may_be_written_in_any_way(self):
+        one = ImageSet(torch.zeros(4, 1, 4, 4).byte(), ["obs", "tall + dark", "dark+tall", Context("dark")], CONCEPTS)
+        assert one.names == ("", "dark", "dark+tall")
+        assert len(one.of("tall+dark")) == 2
+        assert one.select(np.array([1])).contexts.tolist() == ["dark+tall"]
 
 
 class TestModes:

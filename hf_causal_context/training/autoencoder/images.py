@@ -5,6 +5,7 @@ Shapes: N rows, B samples, C channels, S x S pixels, K concepts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -29,7 +30,7 @@ from .objective import ImageBatch
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images (N, C, S, S), uint8, with the context (its printed form, "" is observational) of every row.
+    """Images (N, C, S, S), uint8, with the context of every row, kept in its printed form ("" is observational).
 
     Raises:
         ValueError: for images of another type or shape, a number of contexts that differs, or unknown concepts.
@@ -46,11 +47,23 @@ class ImageSet:
                 f"{len(self.contexts)} contexts. They must be bytes (rows, channels, side, side), 0 to 255, and have "
                 "one context each."
             )
+        printed = {context: str(as_context(context)) for context in set(self.contexts)}  # "b+a" is "a+b"
+        object.__setattr__(self, "contexts", np.array([printed[c] for c in self.contexts], dtype=object))
         self.concepts.mask([Context.parse(context) for context in self.names])  # refuses unknown concepts
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[Context, NDArray[np.uint8]], concepts: ConceptSet) -> ImageSet:
-        """From one array (n, C, S, S) for each context."""
+        """From one array (n, C, S, S) for each context.
+
+        Raises:
+            ValueError: for no arrays, or arrays of several shapes, and see the class.
+        """
+        shapes = {array.shape[1:] for array in arrays.values()}
+        if len(shapes) != 1:
+            raise UserValueError(
+                f"The arrays of {len(arrays)} contexts hold images of the shapes {sorted(shapes)}. Give one array or "
+                "more, (images, channels, side, side), all of one shape."
+            )
         names = [str(context) for context in arrays]
         contexts = np.repeat(np.array(names, dtype=object), [len(array) for array in arrays.values()])
         return cls(torch.from_numpy(np.concatenate(list(arrays.values()))), contexts, concepts)
@@ -168,8 +181,13 @@ class ImageBatches:
             ContextSampler(self._contexts[own], self._batch_size, self._seed + i, self._num_batches)
             for i, own in enumerate(rows)
         ]
+        # Where each process would meet some contexts only, which its batch norm then knew alone, they move on in turns.
+        together = math.lcm(self._world_size, len(rows))
+        moves = together < self._world_size * len(rows)
         for number in range(start, self._num_batches):
-            turn, context = divmod(number * self._world_size + self._rank, len(rows))
+            place = number * self._world_size + self._rank
+            turn, context = divmod(place, len(rows))
+            context = (context + moves * (place // together)) % len(rows)
             yield rows[context][samplers[context].rows(slots_of(turn, self._batch_size))]
 
     def _sampler(self, start: int) -> ContextSampler:
