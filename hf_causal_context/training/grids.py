@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..bases.images import image_grid
 from ..contexts import ConceptSet, Context
+from ..errors import UserValueError
 from ..inference.shown_contexts import shown_contexts
 from .arguments import OptimizationArguments
 from .loop.checkpoints import write_file
@@ -24,12 +25,14 @@ def validation_contexts(
     """Rows of a grid: those named, or the observational context, the single concepts, unseen combinations.
 
     Raises:
-        ValueError: for contexts with unknown concepts.
+        ValueError: for contexts with unknown concepts, or an empty list of them.
     """
     if arguments.validation_contexts is not None:
         names = ["" if name == observational_name else name for name in arguments.validation_contexts]
         chosen = [Context.parse(name) for name in names]
         concepts.strengths(chosen)  # refuses unknown names
+        if not chosen:
+            raise UserValueError("--validation_contexts names no context. Name some, or leave it out.")
         return chosen
     return shown_contexts(concepts, held_out)
 

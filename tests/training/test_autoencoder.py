@@ -296,6 +296,22 @@ class TestModes:
         assert not model.backbone_is_frozen
         assert model.backbone.training
 
+    @pytest.mark.parametrize("mode", ["frozen", "fine-tune"])
+    def test_nothing_is_frozen_after_a_run(self, tmp_path, mode):
+        autoencoder(with_context_module=False).save_pretrained(tmp_path / "base")
+        model = autoencoder()
+        for parameter in model.backbone.encoder.parameters():  # by its owner
+            parameter.requires_grad_(False)
+        given = arguments(tmp_path / "first", mode=mode, base=str(tmp_path / "base"), max_train_steps=1)
+        train_autoencoder(given, images(), model=model)
+        assert not model.backbone_is_frozen
+        assert not any(module.training for module in model.modules())
+        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        train_autoencoder(arguments(tmp_path / "second", max_train_steps=1), images(), model=model)
+        changed = differing(before, dict(model.named_parameters()))
+        assert "backbone.decoder.0.weight" in changed
+        assert not any(name.startswith("backbone.encoder.") for name in changed)
+
     def test_a_pretrained_autoencoder_kl_is_a_base(self, tmp_path):
         tiny_kl().save_pretrained(tmp_path / "kl")
         given = {"base": str(tmp_path / "kl"), "mode": "frozen", "reconstruction": "gaussian"}
@@ -459,6 +475,8 @@ class TestErrors:
             ({"early_stopping_patience": 3}, "Give --validation_steps, too"),
             ({"channels": 2}, "--channels=2 must be 1, for gray images, or 3, for RGB"),
             ({"caption_column": "text"}, "reads images and contexts alone, so --caption_column would have no effect"),
+            ({"pair_column": "of"}, "so --pair_column would have no effect"),
+            ({"paired_files": True}, "so --paired_files would have no effect"),
             ({"class_column": "label"}, "so --class_column would have no effect. Leave it out"),
             ({"early_stopping_min_delta": 1.0}, "--early_stopping_patience was not given, so --early_stopping_min_del"),
             ({"lr_scheduler": "constant", "lr_warmup_steps": 3}, "so --lr_warmup_steps would have no effect"),
@@ -491,8 +509,9 @@ class TestErrors:
             train_autoencoder(arguments(tmp_path, channels=3, resolution=32), images())
 
     def test_settings_that_another_model_has(self, tmp_path):
-        with pytest.raises(ValueError, match="has published=False and ignore_contexts=False, the arguments True and"):
-            train_autoencoder(arguments(tmp_path, published=True), images(), model=autoencoder())
+        for name in ("published", "ignore_contexts", "without_context_module"):
+            with pytest.raises(ValueError, match=f"has {name}=False, the arguments True. Give both the same"):
+                train_autoencoder(arguments(tmp_path, **{name: True}), images(), model=autoencoder())
         with pytest.raises(ValueError, match="--mode=frozen starts from an autoencoder. Give it: --base"):
             train_autoencoder(arguments(tmp_path, mode="frozen"), images())
         with pytest.raises(ValueError, match="The run has 3 optimizer steps, all of them within --lr_warmup_steps=200"):
@@ -525,6 +544,37 @@ class TestErrors:
         given = arguments(tmp_path / "out", train_data_dir=str(write_folders(tmp_path / "data", images=2)))
         with pytest.raises(ValueError, match=r"takes images of 2 channels, .* in gray \(1\) or RGB \(3\). Choose"):
             train_autoencoder(given, model=model)
+
+    def test_what_no_grid_can_show_is_refused_before_the_training(self, tmp_path):
+        def refused(match, model=None, **changes):
+            given = arguments(tmp_path / "out", num_validation_images=1, **changes)
+            with pytest.raises(ValueError, match=match):
+                train_autoencoder(given, images(), model=model)
+            assert not (tmp_path / "out").exists()
+
+        base = {"class": "LightweightVAE", "size": 16, "channels": 2}
+        model = ContextAutoencoder(CONCEPTS.names, base, noise_width=3, concept_width=2)
+        refused("Grids .* have 2 channels. Give --num_validation_images 0", model)
+        refused("sets the strength of the observational part", validation_contexts=["dark", "observational=0"])
+        refused("--validation_contexts names no context", validation_contexts=[])
+
+    def test_images_to_validate_on_that_do_not_fit(self, tmp_path):
+        rows = images()
+        for validation, message in (
+            (
+                ImageSet(rows.images, rows.contexts, ConceptSet(("tall", "dark"))),
+                "to validate on are 'tall', 'dark', and",
+            ),
+            (images(size=32), r"Images of shape \(1, 1, 32, 32\)"),
+            (rows.select(np.array([], dtype=np.int64)), "There are no images to validate on"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                train_autoencoder(arguments(tmp_path / "out"), rows, validation=validation)
+
+    def test_frames_of_images(self, tmp_path):
+        root = str(write_folders(tmp_path / "data", images=2))
+        with pytest.raises(ValueError, match="The data are images, so --num_frames would have no effect"):
+            train_autoencoder(arguments(tmp_path / "out", train_data_dir=root, num_frames=3))
 
     def test_a_constant_rate_asks_for_no_steps_beyond_a_warm_up(self, tmp_path):
         train_autoencoder(arguments(tmp_path, lr_scheduler="constant", lr_warmup_steps=200), images())

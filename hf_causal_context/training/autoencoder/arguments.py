@@ -101,7 +101,8 @@ class AutoencoderArguments(OptimizationArguments, DataArguments):
             raise UserValueError("--early_stopping_patience counts validations. Give --validation_steps, too.")
         if self.early_stopping_patience is None:
             refuse_useless(self, ["early_stopping_min_delta"], "--early_stopping_patience was not given")
-        refuse_useless(self, ["caption_column", "class_column"], "An autoencoder reads images and contexts alone")
+        unread = ["caption_column", "class_column", "pair_column", "paired_files"]
+        refuse_useless(self, unread, "An autoencoder reads images and contexts alone")
 
     def _choices(self) -> dict[str, tuple[str | None, ...]]:
         return {

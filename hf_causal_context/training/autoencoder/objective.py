@@ -129,7 +129,9 @@ class TrainingMode(StepHooks):
     def __init__(self, model: ContextAutoencoder, mode: str, num_steps: int) -> None:
         self.model, self.num_steps = model, num_steps
         self.frozen_steps = {"end-to-end": 0, "frozen": num_steps, "fine-tune": round(FROZEN_SHARE * num_steps)}[mode]
+        self._frozen: list[nn.Parameter] = []
         if mode == "frozen":
+            self._frozen = [p for p in cast(nn.Module, model.backbone).parameters() if p.requires_grad]
             model.backbone.requires_grad_(False)
         self._freeze(self.frozen_steps > 0)
 
@@ -146,6 +148,13 @@ class TrainingMode(StepHooks):
     def end_step(self) -> None:
         if isinstance(module := self.model.context_module, ContextModule):
             module.causal.after_step()
+
+    def end(self) -> None:
+        """Leave the model as a loaded one is: nothing is frozen, and it is in eval mode; another run may follow."""
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self.model.backbone_is_frozen = False
+        self.model.eval()
 
     def _freeze(self, frozen: bool) -> None:
         self.model.backbone_is_frozen = frozen

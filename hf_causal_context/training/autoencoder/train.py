@@ -10,7 +10,8 @@ from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
 
 from ...contexts import ConceptSet
-from ...data import check_data
+from ...data import InterventionalData, check_data
+from ...data.arguments import refuse_useless
 from ...data.from_arguments import load_data
 from ...errors import UserValueError
 from ...messages.progress import say
@@ -44,7 +45,7 @@ def train_autoencoder(
         arguments: the settings; `hf-causal-context train-autoencoder` makes them from its command line.
         images: what to train on, instead of the data that `arguments` name.
         validation: other rows; by default `validation_fraction` of `images`.
-        model: a model to train, instead of one that `arguments` describe.
+        model: a model to train, instead of one that `arguments` describe; afterwards it is in eval mode.
         objective_class: the loss to train with, for a subclass of one's own.
 
     Raises:
@@ -55,36 +56,13 @@ def train_autoencoder(
     accelerator = make_accelerator(arguments)
     check_start(arguments, accelerator.num_processes)
     set_seed(arguments.seed)  # the initial weights
-    if images is None:
-        data = load_data(arguments)
-        if data.has_videos:
-            raise UserValueError(
-                "An autoencoder is trained on images, and the data holds videos. Give images, and leave --num_frames "
-                "out."
-            )
-        if data.has_masks:
-            raise UserValueError(
-                "An autoencoder's loss has no masks. Leave --mask_column out, or take the files *.mask.png away."
-            )
-        model = model or make_autoencoder(arguments, data.concepts)  # before images are read: it may be refused
-        if model.backbone.channels not in (1, 3):
-            raise UserValueError(
-                f"The autoencoder takes images of {model.backbone.channels} channels, and images are read in gray (1) "
-                "or RGB (3). Choose another --base, or pass images= of your own."
-            )
-        report = check_data(data)
-        if accelerator.is_main_process:
-            say(report.table(), report.remarks())
-        report.raise_for_errors()
-        images = ImageSet.of_data(data, model.backbone.size, model.backbone.channels)
-        held_out = tuple(data.held_out)
-    else:
-        model = model or make_autoencoder(arguments, images.concepts)
-        held_out = ()
-    if validation is None:
-        images, validation = images.split(arguments.validation_fraction, arguments.seed)
-    _check_fit(model, images, arguments)
-    model.to(accelerator.device)
+    source = _load_images(arguments) if images is None else images
+    concepts, held_out = source.concepts, tuple(getattr(source, "held_out", ()))
+    model = model or make_autoencoder(arguments, concepts)
+    # Before images are read, which takes long.
+    _check_settings(model, arguments)
+    shown = validation_contexts(arguments, arguments.observational_name, concepts, held_out)
+    concepts.mask(shown)  # refuses strengths of an observational part, which adapters have
     objective = objective_class(
         model,
         arguments.reconstruction,
@@ -93,6 +71,12 @@ def train_autoencoder(
         arguments.l2_penalty,
         arguments.mean_penalty or 0.0,
     )
+    images = source if isinstance(source, ImageSet) else _read_images(source, model, accelerator.is_main_process)
+    if validation is None:
+        images, validation = images.split(arguments.validation_fraction, arguments.seed)
+    _check_fit(model, images, arguments)
+    _check_validation(model, validation)
+    model.to(accelerator.device)
     num_steps = arguments.max_train_steps or arguments.num_train_epochs * arguments.steps_per_epoch(
         len(images.contexts), accelerator.num_processes
     )
@@ -110,7 +94,6 @@ def train_autoencoder(
             f"{arguments.lr_warmup_steps}. Lower it or --train_batch_size, or train longer (--num_train_epochs, "
             "--max_train_steps)."
         )
-    shown = validation_contexts(arguments, arguments.observational_name, images.concepts, held_out)
 
     def validate(step: int) -> float:
         error, kl = mean_loss(objective, model, validation)
@@ -134,9 +117,39 @@ def train_autoencoder(
     stopping = None
     if arguments.early_stopping_patience is not None:
         stopping = EarlyStopping(arguments.early_stopping_patience, arguments.early_stopping_min_delta)
-    mode = TrainingMode(model, arguments.mode, num_steps)
     kinds = kinds_of_contexts(images.concepts, images.names, arguments.observational_name)
-    return fit(accelerator, model, objective, batches, arguments, num_steps, validate, stopping, mode, kinds=kinds)
+    mode = TrainingMode(model, arguments.mode, num_steps)
+    try:
+        return fit(accelerator, model, objective, batches, arguments, num_steps, validate, stopping, mode, kinds=kinds)
+    finally:
+        mode.end()
+
+
+def _load_images(arguments: AutoencoderArguments) -> InterventionalData:
+    data = load_data(arguments)
+    if data.has_videos:
+        raise UserValueError(
+            "An autoencoder is trained on images, and the data holds videos. Give images, and leave --num_frames out."
+        )
+    refuse_useless(arguments, ["num_frames"], "The data are images")
+    if data.has_masks:
+        raise UserValueError(
+            "An autoencoder's loss has no masks. Leave --mask_column out, or take the files *.mask.png away."
+        )
+    return data
+
+
+def _read_images(data: InterventionalData, model: ContextAutoencoder, say_report: bool) -> ImageSet:
+    if model.backbone.channels not in (1, 3):
+        raise UserValueError(
+            f"The autoencoder takes images of {model.backbone.channels} channels, and images are read in gray (1) or "
+            "RGB (3). Choose another --base, or pass images= of your own."
+        )
+    report = check_data(data)
+    if say_report:
+        say(report.table(), report.remarks())
+    report.raise_for_errors()
+    return ImageSet.of_data(data, model.backbone.size, model.backbone.channels)
 
 
 def make_autoencoder(arguments: AutoencoderArguments, concepts: ConceptSet) -> ContextAutoencoder:
@@ -197,6 +210,23 @@ def mean_loss(objective: AutoencoderObjective, model: ContextAutoencoder, images
     return error, kl
 
 
+def _check_settings(model: ContextAutoencoder, arguments: AutoencoderArguments) -> None:
+    """Refuse a model that is not as the arguments say, and grids of what no image file shows."""
+    settings = {
+        "published": (model.published, arguments.published),
+        "ignore_contexts": (model.ignore_contexts, arguments.ignore_contexts),
+        "without_context_module": (not model.with_context_module, arguments.without_context_module),
+    }
+    for name, (own, given) in settings.items():
+        if own != given:
+            raise UserValueError(f"The autoencoder has {name}={own}, the arguments {given}. Give both the same.")
+    if arguments.num_validation_images and model.backbone.channels not in (1, 3):
+        raise UserValueError(
+            f"Grids of samples show gray or RGB images, and the autoencoder's have {model.backbone.channels} channels. "
+            "Give --num_validation_images 0."
+        )
+
+
 def _check_fit(model: ContextAutoencoder, images: ImageSet, arguments: AutoencoderArguments) -> None:
     if model.concept_set != images.concepts:
         raise UserValueError(
@@ -204,11 +234,6 @@ def _check_fit(model: ContextAutoencoder, images: ImageSet, arguments: Autoencod
             "must be the same, in the same order."
         )
     model.check_images(to_floats(images.images[:1]))
-    if (model.published, model.ignore_contexts) != (arguments.published, arguments.ignore_contexts):
-        raise UserValueError(
-            f"The autoencoder has published={model.published} and ignore_contexts={model.ignore_contexts}, the "
-            f"arguments {arguments.published} and {arguments.ignore_contexts}. Give both the same."
-        )
     needed = {"", *images.concepts} if model.with_context_module and not model.ignore_contexts else set()
     if missing := sorted(needed - set(images.names)):
         raise UserValueError(
@@ -221,3 +246,14 @@ def _check_fit(model: ContextAutoencoder, images: ImageSet, arguments: Autoencod
             f"--context_weights {' '.join(f'{name}=0' for name in unseen)} leaves out sets that say what the contexts "
             "mean: the observational one, and one for each concept alone. Leave it out, or make it small, such as 0.1."
         )
+
+
+def _check_validation(model: ContextAutoencoder, validation: ImageSet) -> None:
+    if model.concept_set != validation.concepts:
+        raise UserValueError(
+            f"The concepts of the images to validate on are {quoted(validation.concepts)}, and those to train on "
+            f"{quoted(model.concept_set)}. They must be the same, in the same order."
+        )
+    if not len(validation.images):
+        raise UserValueError("There are no images to validate on. Give some, or leave validation= out.")
+    model.check_images(to_floats(validation.images[:1]))
