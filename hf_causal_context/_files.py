@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import tempfile
 from collections.abc import Iterator
@@ -23,10 +24,21 @@ ARGUMENTS = "training_arguments.json"
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
+# Of a context's name, in bytes: file systems take 255, and there are endings, numbers and names of images beside it.
+_LONGEST = 180
+
+
 def file_name(label: str) -> str:
-    """Return a context's name as part of a file name: with "_" for what file names may not hold."""
+    """Return a context's name as part of a file name: with "_" for what file names may not hold.
+
+    Of one that is too long the beginning is left, and a number that tells it from others.
+    """
     name = "".join(c if c.isalnum() or c in "+=.-_" else "_" for c in label)
-    return "_" + name[1:] if name.startswith(".") else name  # neither hidden nor ".."
+    name = "_" + name[1:] if name.startswith(".") else name  # neither hidden nor ".."
+    if len(name.encode()) <= _LONGEST:
+        return name
+    number = hashlib.sha256(label.encode()).hexdigest()[:8]
+    return f"{name.encode()[: _LONGEST - 9].decode(errors='ignore')}-{number}"
 
 
 def first_line(error: BaseException) -> str:

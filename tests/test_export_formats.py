@@ -305,6 +305,12 @@ def test_names_of_files():
     assert file_name("slant=-0.5+thick") == "slant=-0.5+thick"
     assert file_name("a/b: c") == "a_b__c"
     assert file_name("..") == "_."
+    # Of names that file systems would not take, the beginning is left, and they stay different.
+    long = ["語" * 100 + "+" + end * 100 for end in ("a", "b")]
+    short = [file_name(name) for name in long]
+    assert all(name.startswith("語" * 50) and len(name.encode()) <= 180 for name in short)
+    assert len(set(short)) == 2
+    assert file_name("x" * 180) == "x" * 180
 
 
 @pytest.fixture
