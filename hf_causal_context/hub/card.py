@@ -179,7 +179,8 @@ def _sample(context: str, contents: CardContents) -> str:
     sample = contents.samples[context]
     if contents.library == "transformers":
         return markdown_text(sample)
-    return f'<img src="{_url(sample)}" alt="{html.escape(context or "no intervention")}" width="128">'
+    alt = html.escape(context or "no intervention").replace("|", "&#124;")  # which would end the cell
+    return f'<img src="{_url(sample)}" alt="{alt}" width="128">'
 
 
 def _grid_note(contents: CardContents, data: Mapping[str, Any]) -> str:
