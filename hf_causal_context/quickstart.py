@@ -26,12 +26,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ._files import RESULTS, RESULTS_IMAGE
+from ._files import ARGUMENTS, RESULTS, RESULTS_IMAGE, checkpoint_steps
 from .bases.images import image_grid
 from .bases.loading import as_base, load_base
 from .contexts import Context
 from .data import InterventionalData, from_dataset
 from .data.worlds.digits import CONCEPTS, Split, read_attributes, sample_digits
+from .errors import UserValueError
 from .evaluation.metrics import sliced_wasserstein
 from .hub.card import write_card
 from .inference.merging import merge
@@ -186,10 +187,15 @@ def quickstart(output_dir: Path, seed: int = 0, *, fast: bool = False) -> None:
         fast: with less of everything.
 
     Raises:
+        ValueError: for a folder with a run that is `fast` where this one is not, or the other way round.
         TrainingInterrupted, CheckpointError: see `train`; the same call goes on from the last checkpoint.
         RuntimeError: if the reloaded adapter gives other images.
     """
     start = time.perf_counter()
+    settings, rows, num = training_arguments(output_dir, seed), ROWS_PER_CONTEXT, NUM_SAMPLES
+    if fast:
+        settings, rows, num = replace(settings, max_train_steps=FAST_STEPS), FAST_ROWS, FAST_SAMPLES
+    _check_same_size(settings)
     say(f"Base: a small diffusion model of handwritten digits. Concepts: {', '.join(CONCEPTS)}")
     output_dir.mkdir(parents=True, exist_ok=True)
     image_grid(real_images(), LABELS).save(output_dir / DATA_IMAGE)
@@ -197,9 +203,6 @@ def quickstart(output_dir: Path, seed: int = 0, *, fast: bool = False) -> None:
         f"{output_dir / DATA_IMAGE} shows what there is to learn: the first {1 + len(SINGLES)} rows are the data, the "
         "others combinations that the training does not see."
     )
-    settings, rows, num = training_arguments(output_dir, seed), ROWS_PER_CONTEXT, NUM_SAMPLES
-    if fast:
-        settings, rows, num = replace(settings, max_train_steps=FAST_STEPS), FAST_ROWS, FAST_SAMPLES
     base = load_base(str(BASE))
     train(settings, base, digit_data(rows, seed))
     trained = time.perf_counter()
@@ -218,6 +221,19 @@ def quickstart(output_dir: Path, seed: int = 0, *, fast: bool = False) -> None:
     say("Reloaded with load_context_adapter: identical images.")
     seconds = time.perf_counter() - start
     print(f"Adapter, card and images are in {output_dir}/ (look at {RESULTS_IMAGE}). {seconds:.0f} s.")
+
+
+def _check_same_size(settings: TrainingArguments) -> None:
+    """Refuse to go on with a run of another length: it had other data, which a resumed run does not look at."""
+    folder = Path(settings.output_dir)
+    if not checkpoint_steps(folder):
+        return
+    steps = json.loads((folder / ARGUMENTS).read_text())["max_train_steps"]
+    if steps != settings.max_train_steps:
+        raise UserValueError(
+            f"{folder} holds a run of {steps} steps, and this one would have {settings.max_train_steps}, on other "
+            "data: with --fast it is another. Choose another --output_dir, or remove the folder."
+        )
 
 
 def results_table(samples: Mapping[Context, Tensor]) -> str:

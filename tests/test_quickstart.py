@@ -81,6 +81,21 @@ def test_the_fast_one_takes_less_of_everything_and_shows_no_numbers_of_more_samp
     assert "stacked LoRAs" not in (tmp_path / "results.md").read_text()
 
 
+@pytest.mark.usefixtures("short")
+def test_a_fast_one_is_not_gone_on_with_by_another(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quickstart, "FAST_ROWS", 20)
+    monkeypatch.setattr(quickstart, "FAST_STEPS", 1)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quickstart, "sample", stop)  # it has trained
+    assert main(["quickstart", "--fast", "--output_dir", str(tmp_path)]) == 130
+    assert main(["quickstart", "--output_dir", str(tmp_path)]) == 1
+    assert "holds a run of 1 steps, and this one would have 2, on other data" in capsys.readouterr().err
+    assert main(["quickstart", "--fast", "--output_dir", str(tmp_path)]) == 130
+
+
 def test_a_context_in_the_weights_gives_the_samples_of_the_context(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart, "NUM_INFERENCE_STEPS", 2)
     torch.manual_seed(0)
