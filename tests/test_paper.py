@@ -79,8 +79,12 @@ def test_quad(command, tmp_path, capsys):
     assert (tmp_path / "CM-frozen-0" / "results.json").stat().st_mtime_ns == before
     assert list(rows(tmp_path))[:4] == ["base pooled", "CM frozen", "real images (floor)", "CM end-to-end (not run)"]
     assert rows(tmp_path)["CM frozen"][2].count("±") == 2
-    with pytest.raises(SystemExit, match="was made with .* Change --output_dir"):
-        command("quad", *arguments, "--world", "independent", "--methods", "CM frozen")
+    other = (*arguments, "--world", "independent", "--methods", "CM end-to-end")
+    with pytest.raises(SystemExit, match="results.json was made with .* Change --output_dir"):
+        command("quad", *other)
+    (tmp_path / "CM-end-to-end-0" / "results.json").unlink()  # as if it had been interrupted
+    with pytest.raises(SystemExit, match="begun.json was made with .* Change --output_dir"):
+        command("quad", *other)
 
 
 def test_grid(command, tmp_path):

@@ -78,13 +78,15 @@ def run(world: World, method: str, seed: int, folder: Path, changes: dict[str, A
     if settings.get("mode") in ("frozen", "fine-tune"):
         settings["base"] = str(folder / f"base-pooled-{seed}")
         settings.pop("architecture", None)  # it is the base's
-    results = run_folder / "results.json"
+    results, begun = run_folder / "results.json", run_folder / "begun.json"
     made_by = {"world": world.name, "settings": json.loads(json.dumps(settings))}
-    if results.exists():
-        done = json.loads(results.read_text())
+    # A run that was interrupted goes on, so it must be the same one, too.
+    for record in (results, begun):
+        done = json.loads(record.read_text()) if record.exists() else made_by
         if before := {name: done[name] for name in made_by if done[name] != made_by[name]}:
-            raise SystemExit(f"{results} was made with {before}, not {made_by}. Change --output_dir.")
-        return done
+            raise SystemExit(f"{record} was made with {before}, not {made_by}. Change --output_dir.")
+        if record == results and record.exists():
+            return done
     everything = world.training()
     images = everything.select(np.flatnonzero(everything.contexts == "")) if method == "base" else everything
     arguments = AutoencoderArguments(
@@ -97,6 +99,8 @@ def run(world: World, method: str, seed: int, folder: Path, changes: dict[str, A
     )
     if arguments.max_train_steps is None:
         arguments = watched(arguments, len(images.contexts))
+    run_folder.mkdir(parents=True, exist_ok=True)
+    write(begun, json.dumps(made_by, indent=1))
     begin = time.perf_counter()
     train_autoencoder(arguments, images, objective_class=BASELINES.get(method, AutoencoderObjective))
     seconds = time.perf_counter() - begin

@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_causal_context.contexts import Context
+from hf_causal_context.contexts import ConceptSet, Context
+from hf_causal_context.errors import UserValueError
 
 from .morphology import SIDE, load_mnist
 
@@ -65,7 +66,17 @@ def sample_noise(num: int, rng: np.random.Generator) -> tuple[Values, Values]:
 
 
 def under(context: Context, thickness: Values, noise: Values) -> tuple[Values, Values]:
-    """Return thickness and intensity of the same digits in a context."""
+    """Return thickness and intensity of the same digits in a context.
+
+    Raises:
+        ValueError: for a concept this world does not have, a strength other than 1, or two that set the same.
+    """
+    made = ConceptSet(CONCEPTS).mask([context])[0]
+    both = [set(names) <= set(context.targets) for names in (THICKNESS, INTENSITY)]
+    if not set(made.tolist()) <= {0.0, 1.0} or any(both):
+        raise UserValueError(
+            f"{context!r} is no context of this world. It has thick or thin, and bright or dark, at strength 1."
+        )
     for name in THICKNESS.keys() & set(context.targets):
         thickness = np.full_like(thickness, THICKNESS[name])
     level = intensity(thickness, noise)

@@ -15,6 +15,7 @@ from examples.benchmarks.counterfactual_metrics import kernel_distances
 from examples.benchmarks.counterfactual_study import digit_task, morpho_task
 from examples.worlds import morpho_mnist as world
 from hf_causal_context import Context
+from hf_causal_context.contexts import as_context
 
 
 def strokes(num, seed=0):
@@ -74,6 +75,12 @@ def test_an_intervention_on_thickness_moves_intensity_and_one_on_intensity_cuts_
     np.testing.assert_array_equal([t, i], [thickness, [90, 90]])
     t, i = world.under(Context("dark", "thick"), thickness, noise)
     np.testing.assert_array_equal([t, i], [[4, 4], [90, 90]])
+
+
+@pytest.mark.parametrize("context", [{"thick": 0.5}, ("thick", "thin"), ("dark", "bright", "thin"), "tick"])
+def test_contexts_that_the_world_does_not_have(context):
+    with pytest.raises(ValueError, match="is no context of this world|Unknown concept 'tick'"):
+        world.under(as_context(context), np.ones(2), np.zeros(2))
 
 
 def test_the_truth_without_an_intervention_is_the_published_image(folders):
