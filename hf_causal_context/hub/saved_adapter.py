@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
@@ -12,7 +13,7 @@ from .._files import CARD, complete_files
 from ..adapter.followed_pipeline import Followed
 from ..adapter.saving import write_adapter_of
 from ..bases.names import is_packaged
-from ..errors import UserValueError
+from ..errors import UserTypeError, UserValueError
 from ..inference.pipelines import component_at_top, context_adapters, part_files, remove_other_parts
 from ..messages.wording import quoted
 from .card_code import python_literal
@@ -38,7 +39,13 @@ class SavedAsAdapter(Followed):
     """What a pipeline of `CausalContextPipeline.from_pretrained` has in front of its own class."""
 
     def save_pretrained(
-        self, save_directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **options: Any
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **options: Any,
     ) -> None:
         """Write the adapter, and not the base: what `CausalContextPipeline.from_pretrained` reads.
 
@@ -46,13 +53,23 @@ class SavedAsAdapter(Followed):
 
         Args:
             save_directory: the folder, which may hold other files.
+            safe_serialization: as of diffusers; adapters are written as safetensors, so it is True.
             push_to_hub: upload it as well.
             repo_id: where to; by default the folder's name.
             options: of `push_to_hub`.
 
         Raises:
-            ValueError: with several adapters, or for a folder that holds a whole pipeline; what `push_to_hub` raises.
+            TypeError: for an option that `push_to_hub` does not have, such as those of a whole pipeline's files.
+            ValueError: with several adapters, for other files than safetensors, or a folder that holds a whole
+                pipeline; what `push_to_hub` raises.
         """
+        if unknown := sorted(options.keys() - inspect.signature(self.push_to_hub).parameters.keys()):
+            raise UserTypeError(
+                f"The adapter is saved, and not the base, so {', '.join(unknown)} would have no effect. Leave it out, "
+                "or save the base: DiffusionPipeline.save_pretrained(pipe, folder, ...)."
+            )
+        if not safe_serialization:
+            raise UserValueError("safe_serialization=False: adapters are written as safetensors only. Leave it out.")
         name, owners = self._adapter()
         folder = Path(save_directory)
         if (folder / "model_index.json").exists():

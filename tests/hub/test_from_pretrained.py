@@ -196,6 +196,14 @@ class TestSaving:
         pipe.save_pretrained(tmp_path / "base-again")
         assert (tmp_path / "base-again" / "model_index.json").exists()
 
+    def test_options_of_a_whole_pipeline_are_refused(self, pipe, tmp_path):
+        with pytest.raises(TypeError, match="max_shard_size, variant would have no effect. .* save the base"):
+            pipe.save_pretrained(tmp_path / "own", variant="fp16", max_shard_size="1GB")
+        with pytest.raises(ValueError, match="safe_serialization=False: adapters are written as safetensors only"):
+            pipe.save_pretrained(tmp_path / "own", safe_serialization=False)
+        assert not (tmp_path / "own").exists()
+        pipe.save_pretrained(tmp_path / "own", safe_serialization=True)
+
     def test_two_adapters_are_no_single_one(self, pipe, adapter, tmp_path):
         load_context_adapter(pipe, adapter, "other")
         with pytest.raises(ValueError, match="several adapters \\('default', 'other'\\), and a folder holds one"):
