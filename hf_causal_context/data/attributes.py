@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from numbers import Number
 from typing import Any, TypeAlias
 
 from datasets import Dataset
@@ -15,7 +16,7 @@ from datasets import Dataset
 from ..contexts import ConceptSet, Context, ContextLike
 from ..errors import UserValueError
 from ..messages.wording import quoted
-from .columns import Rows, known_features, require_columns, with_text_column
+from .columns import Rows, has_no_label, known_features, require_columns, with_text_column
 from .interventional import InterventionalData, from_dataset
 from .texts import texts_from_dataset
 
@@ -64,7 +65,10 @@ def contexts_from_attributes(dataset: Rows, rules: Mapping[str, str], context_co
     unfulfilled = set(concepts)
 
     def context(*values: Any) -> str:
-        row = dict(zip(columns, values, strict=True))
+        row = {
+            column: None if has_no_label(features[column], value) else value
+            for column, value in zip(columns, values, strict=True)
+        }
         targets = [concept for concept, (holds, _) in parsed.items() if _apply(concept, holds, row)]
         unfulfilled.difference_update(targets)
         return str(Context(*targets))
@@ -74,7 +78,7 @@ def contexts_from_attributes(dataset: Rows, rules: Mapping[str, str], context_co
         concept = min(unfulfilled)
         raise UserValueError(
             f"No row fulfils the rule of {concept!r}: {rules[concept]!r}. Compare it with the values of the columns "
-            f"{quoted(sorted(parsed[concept][1]))}, for example 1 against '1'."
+            f"{quoted(sorted(parsed[concept][1]))}."
         )
     warnings.warn(SELECTION_WARNING, UserWarning, stacklevel=2)
     return rows
@@ -179,10 +183,17 @@ def _condition(node: ast.expr) -> Predicate:
             values = [_value(part) for part in (left, *others)]
             compare = [_COMPARISONS[type(op)] for op in ops]
             return lambda row: all(
-                holds(before(row), after(row))
+                _compared(holds, before(row), after(row))
                 for holds, before, after in zip(compare, values[:-1], values[1:], strict=True)
             )
     raise UserValueError(f"{ast.unparse(node)!r} is not a comparison")
+
+
+def _compared(holds: Callable[[Any, Any], bool], before: Any, after: Any) -> bool:
+    kinds = [Number if isinstance(value, Number) else type(value) for value in (before, after)]
+    if kinds[0] is not kinds[1]:  # to Python, 1 is just not '1', in every row
+        raise TypeError(f"{before!r} and {after!r} are of two types; quotes are for text, not for numbers")
+    return holds(before, after)
 
 
 def _of_column(column: str, row: Row) -> Any:

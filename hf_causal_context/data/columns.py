@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
-from datasets import Dataset, Features, IterableDataset, Value
+from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 from pyarrow import ArrowInvalid
 
 from ..errors import UserTypeError, UserValueError
@@ -55,6 +55,11 @@ def require_columns(features: Features, columns: dict[str, str]) -> None:
                 f"The dataset has no column {column!r} ({reason}). Its columns: {quoted(features)}. "
                 "Name one of them, or add the column."
             )
+
+
+def has_no_label(feature: object, value: object) -> bool:
+    """Whether a value is the number that class labels have where nobody gave one: the names' last, to Python."""
+    return isinstance(feature, ClassLabel) and value == -1
 
 
 def with_text_column(dataset: Rows, name: str, inputs: Sequence[str], text: Callable[..., str]) -> Rows:

@@ -27,7 +27,15 @@ from .._files import first_line
 from ..contexts import ConceptSet, Context, ContextLike, context_text, refuse_obs
 from ..errors import UserTypeError, UserValueError
 from ..messages.wording import nearest, quoted
-from .columns import STREAM_BATCH_ROWS, Rows, known_features, of_contexts, require_columns, with_text_column
+from .columns import (
+    STREAM_BATCH_ROWS,
+    Rows,
+    has_no_label,
+    known_features,
+    of_contexts,
+    require_columns,
+    with_text_column,
+)
 from .found_names import check_found_names
 from .pairs import check_names, name_of
 from .text_rows import TextFile, is_text
@@ -209,7 +217,16 @@ def open_dataset(
 def _open_dataset(name_or_path: str, config_name: str | None, split: str, streaming: bool) -> Rows:
     path = Path(name_or_path)
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        if config_name is not None:
+            raise UserValueError(
+                f"dataset_config_name={config_name!r} is for datasets of files, and save_to_disk wrote this one, which "
+                "has no configurations. Leave it out."
+            )
         saved = load_from_disk(name_or_path)
+        if not isinstance(saved, Dataset) and split not in saved:
+            raise UserValueError(
+                f"it has no split {split!r}, only {quoted(map(str, saved))}. Save that under this name."
+            )
         dataset = saved if isinstance(saved, Dataset) else saved[split]
         dataset = dataset.to_iterable_dataset() if streaming else dataset
     else:
@@ -231,6 +248,8 @@ def _context_reader(feature: object, observational_name: str, known: ConceptSet 
     texts: dict[object, str] = {}
 
     def read(value: object) -> str:
+        if has_no_label(feature, value):
+            value = None
         if isinstance(feature, ClassLabel) and isinstance(value, int):
             value = feature.names[value]
         if isinstance(value, str) and value in texts:

@@ -1,5 +1,5 @@
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features
 
 from hf_causal_context.data import SELECTION_WARNING, contexts_from_attributes, from_attributes
 
@@ -66,12 +66,22 @@ def test_grammar(rule, rows):
         ("age == 10", "Row 3: The rule of 'x' needs the column 'age'"),
         ("age != 10", "Row 3: The rule of 'x' needs the column 'age'"),
         ("Smiling == 1 or weight > 5", "Row 2: The rule of 'x' needs the column 'weight'"),
-        ("Smiling == '1'", "No row fulfils the rule of 'x': .* values of the columns 'Smiling'"),
+        ("Smiling == 7", "No row fulfils the rule of 'x': .* values of the columns 'Smiling'"),
+        ("Smiling == '1'", "Row 0: The rule of 'x' cannot be applied .*: -1 and '1' are of two types; quotes are for"),
+        ("Smiling != '1'", "-1 and '1' are of two types"),
+        ("hair != 1 and Smiling == 1", "'red' and 1 are of two types"),
     ],
 )
 def test_bad_rules(rule, message):
     with pytest.raises(ValueError, match=message):
         contexts(x=rule)
+
+
+def test_a_class_label_that_nobody_gave_is_empty():
+    label = Features({"label": ClassLabel(names=["no", "yes"])})
+    rows = Dataset.from_dict({"label": [0, 1, -1]}, features=label)
+    with pytest.raises(ValueError, match="Row 2: The rule of 'x' needs the column 'label', which is empty here"):
+        contexts_from_attributes(rows, {"x": "label != 0"})
 
 
 def test_bad_names_and_columns():

@@ -303,6 +303,14 @@ def test_bad_rows(contexts, error, message, streaming):
         list(from_dataset(dataset.to_iterable_dataset() if streaming else dataset, concepts=("a", "b")).rows)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_class_label_that_nobody_gave_is_no_context(streaming):
+    """It is -1, which Python takes for the last of the names."""
+    dataset = table([0, 1, -1], ClassLabel(names=["obs", "a"]))
+    with pytest.raises(ValueError, match="Row 2: The context is missing"):
+        list(from_dataset(dataset.to_iterable_dataset() if streaming else dataset, concepts=("a",)).rows)
+
+
 def test_empty_stream():
     with pytest.raises(ValueError, match="The streaming dataset has no rows. Check its files"):
         from_dataset(IterableDataset.from_generator(lambda: iter(())), concepts=("a",))
@@ -312,9 +320,11 @@ def test_what_cannot_be_opened_is_the_users_error(tmp_path):
     DatasetDict(test=table(["a"])).save_to_disk(tmp_path / "splits")
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "rows.jsonl").write_text("{bad")
-    for folder, message in (("splits", "'train'"), ("files", "JSON parse error")):
+    for folder, message in (("splits", "it has no split 'train', only 'test'"), ("files", "JSON parse error")):
         with pytest.raises(UserValueError, match=f"The dataset '.*{folder}' cannot be read: .*{message}"):
             open_dataset(str(tmp_path / folder))
+    with pytest.raises(UserValueError, match="dataset_config_name='b' .* save_to_disk wrote this one, which has"):
+        open_dataset(str(tmp_path / "splits"), config_name="b")
     with pytest.raises(UserValueError, match="BuilderConfig 'b' not found"):
         open_dataset(str(tmp_path / "files"), config_name="b")
     with pytest.raises(UserValueError, match="The first rows of the streaming dataset cannot be read: JSON parse"):
