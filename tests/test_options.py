@@ -10,6 +10,7 @@ import diffusers
 import huggingface_hub
 import pytest
 import transformers
+from datasets import Dataset
 
 import hf_causal_context
 from hf_causal_context.cli import main
@@ -132,6 +133,19 @@ def test_errors_of_the_data_name_options(tmp_path, capsys):
     assert "--caption_column='text' was given, but" in refused([*command, "--caption_column", "text"], capsys)
 
 
+def test_errors_of_the_columns_of_a_dataset_name_options(tmp_path, capsys):
+    rows = Dataset.from_dict({"image": [{"bytes": b"", "path": None}] * 2, "kind": [0, 1], "context": ["obs", "a"]})
+    rows.save_to_disk(tmp_path)
+    command = ["check-data", "--dataset_name", str(tmp_path)]
+    assert "The column 'image' holds {'bytes': Value('binary'), " in refused(command, capsys)
+    assert "no column 'kinds' (--class_column)" in refused([*command, "--class_column", "kinds"], capsys)
+    assert "--dataset_config_name='b' is for" in refused([*command, "--dataset_config_name", "b"], capsys)
+    rules = ["--context_column", "made", "--attribute_rules", "a: kind == 1", "a: kind == 0"]
+    rows.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "images")
+    command = ["check-data", "--dataset_name", str(tmp_path / "images"), *rules]
+    assert "--attribute_rules has two rules for 'a'. Join them" in refused(command, capsys)
+
+
 MISTAKES = [
     ("check-data", "received neither"),
     ("check-data --train_data_dir a --dataset_name b", "received 'a' and 'b', which is one too many"),
@@ -157,6 +171,9 @@ MISTAKES = [
     ("generate-text . --context a --output_file file/o", "--output_file: file/o cannot be made, since "),
     ("check-data --train_data_dir . --contact_sheet file/o", "--contact_sheet: file/o cannot be made, since "),
     ("train TRAIN --config nowhere.yaml", "--config: nowhere.yaml does not exist"),
+    ("generate . --context a --contexts b --output_dir o", "--contexts is there 2 times, and the last would replace"),
+    ("train TRAIN --config a.yaml --config=b.yaml", "--config is there more than once, and is one file"),
+    ("check-data --train_data_dir . --class_column kind", "--class_column='kind' is for datasets"),
 ]
 
 

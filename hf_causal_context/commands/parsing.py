@@ -67,13 +67,15 @@ def parse(command: str, settings: type, given: Sequence[str]) -> Any:
     An adapter may stand first, without its option.
 
     Raises:
-        ValueError: for unknown options, and what the settings refuse.
+        ValueError: for options that are unknown, or repeated where one would replace others, and what the settings
+            refuse.
         OSError: for a settings file that cannot be read.
     """
     options = option_names(settings)
     parser = make_parser(command, settings)
     if "adapter" in options and given and not given[0].startswith("-"):
         given = ["--adapter", *given]
+    _check_repeated(parser, given)
     file, given = _files().parse_known_args(given)
     if file.config is not None:
         others = {action.dest for action in parser._actions if action.type in (int, float, string_to_bool)}
@@ -90,6 +92,20 @@ def parse(command: str, settings: type, given: Sequence[str]) -> Any:
             f"Unknown arguments: {' '.join(unknown)}.{guess} hf-causal-context {command} --help lists what there is."
         )
     return parsed
+
+
+def _check_repeated(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
+    """Refuse options that are there twice, where what the first ones say would be lost (ValueError)."""
+    actions = {name: each for each in parser._actions for name in each.option_strings}
+    used = [actions[name] for word in given if (name := word.partition("=")[0]) in actions]
+    for action in used:
+        if used.count(action) > 1 and action.nargs == "+":
+            raise UserValueError(
+                f"{shown_name(action)} is there {used.count(action)} times, and the last would replace the others. "
+                f"Give all values after one: {shown_name(action)} FIRST SECOND ..."
+            )
+        if used.count(action) > 1 and action.dest == "config":
+            raise UserValueError("--config is there more than once, and is one file. Put all options into one.")
 
 
 def shown_name(action: argparse.Action) -> str:

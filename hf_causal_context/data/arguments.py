@@ -14,6 +14,7 @@ _OF_DATASETS = {
     "dataset_config_name": (None,),
     "context_column": ("context",),
     "image_column": ("image",),
+    "class_column": (None,),
     "text_column": ("text", ""),
 }
 

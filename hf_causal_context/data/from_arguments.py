@@ -6,6 +6,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from datasets import Image, Video
+
 from ..errors import UserValueError
 from ..media.videos import VIDEO_SUFFIXES
 from . import (
@@ -27,7 +29,7 @@ from .arguments import (
     refuse_useless,
 )
 from .captions import METADATA
-from .columns import Rows, known_features
+from .columns import Rows, known_features, require_columns
 from .folders import IMAGE_SUFFIXES, skipped, visible_files
 from .text_rows import TEXT_SUFFIXES, text_columns
 
@@ -67,12 +69,11 @@ def load_data(arguments: DataArguments) -> InterventionalData:
         "mask_column": arguments.mask_column,
         "pair_column": arguments.pair_column,
     }
+    dataset = _open_images(arguments)
     if arguments.attribute_rules:
         rules = _parse_rules(arguments.attribute_rules)
-        return from_attributes(
-            _open(arguments), rules, context_column=arguments.context_column, **columns, **_choice(arguments)
-        )
-    return from_dataset(_open(arguments), **columns, **_dataset_options(arguments))
+        return from_attributes(dataset, rules, context_column=arguments.context_column, **columns, **_choice(arguments))
+    return from_dataset(dataset, **columns, **_dataset_options(arguments))
 
 
 def load_text_data(arguments: TextDataArguments) -> InterventionalData:
@@ -124,6 +125,19 @@ def _open(arguments: ContextDataArguments) -> Rows:
     )
 
 
+def _open_images(arguments: DataArguments) -> Rows:
+    dataset, features = known_features(_open(arguments))
+    if (classes := arguments.class_column) is not None:
+        require_columns(features, {classes: "--class_column"})
+    column = arguments.image_column  # if it is missing, it is refused with the others
+    if column in features and not isinstance(features[column], Image | Video):
+        raise UserValueError(
+            f"The column {column!r} holds {features[column]}, not images. Name another --image_column, or cast it: "
+            "dataset.cast_column(name, datasets.Image())."
+        )
+    return dataset
+
+
 def _choice(arguments: ContextDataArguments) -> dict[str, Any]:
     return {
         "held_out_contexts": arguments.held_out_contexts,
@@ -164,13 +178,17 @@ def _holds_texts(root: Path) -> bool:
 
 
 def _parse_rules(items: list[str]) -> dict[str, str]:
-    rules = {}
+    rules: dict[str, str] = {}
     for item in items:
         concept, colon, rule = item.partition(":")
         if not colon:
             raise UserValueError(
                 f"--attribute_rules {item!r} must be a concept, a colon and a rule, such as "
                 "'smiling: Smiling == 1 and Eyeglasses == 0'."
+            )
+        if concept.strip() in rules:
+            raise UserValueError(
+                f"--attribute_rules has two rules for {concept.strip()!r}. Join them by and, or by or, in one."
             )
         rules[concept.strip()] = rule.strip()
     return rules

@@ -14,6 +14,7 @@ from datasets import Dataset, Features, IterableDataset, Value, concatenate_data
 
 from ..contexts import ConceptSet, ContextLike
 from ..errors import UserValueError
+from ..messages.wording import quoted
 from .captions import METADATA
 from .columns import Rows, known_features, require_columns
 from .folders import context_folders, files_in, merged, skipped, visible_files
@@ -103,13 +104,19 @@ def texts_from_dataset(
     to "text".
 
     Raises:
-        TypeError, ValueError: for columns that are missing or hold something else, and what `from_dataset` raises.
+        TypeError, ValueError: for columns that are missing, hold something else or would not be read, and what
+            `from_dataset` raises.
     """
     dataset, features = known_features(dataset)
     columns = text_columns(features)
     if columns in ((), ("text",)):
         columns = (text_column,)
         require_columns(features, {text_column: "text_column=; or 'messages', or 'prompt' and 'completion'"})
+    elif text_column not in ("text", *columns):
+        raise UserValueError(
+            f"text_column={text_column!r} would have no effect, since the dataset has {quoted(columns)}, which is read "
+            "first. Leave it out, or remove that from the dataset: dataset.remove_columns(...)."
+        )
     _check_features(features, columns)
     data = from_dataset(
         dataset,

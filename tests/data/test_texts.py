@@ -235,7 +235,11 @@ def test_columns_of_other_names(name, streaming):
 
 def test_one_shape_and_one_column_of_texts():
     dataset = table("prompt").add_column("text", ["other"] * 11).add_column("body", texts("body", 11))
-    assert texts_from_dataset(dataset, text_column="body").content_column == "prompt"
+    assert texts_from_dataset(dataset).content_column == "prompt"
+    with pytest.raises(
+        ValueError, match="text_column='body' would have no effect, .* has 'prompt', 'completion', which"
+    ):
+        texts_from_dataset(dataset, text_column="body")
     data = texts_from_dataset(dataset.remove_columns("prompt"), text_column="body")
     assert data.rows["text"][:2] == texts("body", 2)
 
