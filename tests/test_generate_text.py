@@ -443,6 +443,8 @@ def test_prompts_that_are_refused(store, run, tmp_path):
     refused("empty.txt has no lines. Add some", "--prompts_file", str(empty))
     refused("none.txt does not exist. Give a .txt file", "--prompts_file", str(tmp_path / "none.txt"))
     refused("must be a .txt file", "--prompts_file", str(chats))
+    same = ("--output_file", str(tmp_path / "." / chats.name))
+    refused("chats.jsonl holds the prompts, and would be replaced", "--messages_file", str(chats), *same)
     chats.write_text(json.dumps({"text": "a"}))
     refused("Line 1 of", "--messages_file", str(chats))
     chats.write_text(json.dumps({"messages": [{"role": "usr", "content": "a"}]}))

@@ -17,10 +17,12 @@ from hf_causal_context.cli import main
 from hf_causal_context.commands import COMMANDS, check_data, evaluate
 from hf_causal_context.commands.parsing import parse
 from hf_causal_context.contexts import ConceptSet
+from hf_causal_context.data.from_arguments import load_data
 from hf_causal_context.hub.contents import CardContents
 from hf_causal_context.messages.progress import ProgressBar, say, set_quiet
 from hf_causal_context.messages.wording import in_options
 from hf_causal_context.training import finetune
+from hf_causal_context.training.arguments import TrainingArguments
 from tests.data.small import write_folders
 
 
@@ -146,6 +148,31 @@ def test_errors_of_the_columns_of_a_dataset_name_options(tmp_path, capsys):
     assert "--attribute_rules has two rules for 'a'. Join them" in refused(command, capsys)
 
 
+def test_files_that_no_image_can_be_written_to_are_refused(tmp_path, capsys):
+    write_folders(tmp_path / "data", {"obs": 1, "a": 1})
+    command = ["check-data", "--train_data_dir", str(tmp_path / "data"), "--contact_sheet"]
+    for name in ("sheet", "sheet.txt", "data", "sheet.psd"):
+        assert "is no file that images are written to, such as check.png" in refused(
+            [*command, str(tmp_path / name)], capsys
+        )
+
+
+def test_results_in_the_folder_of_the_data_are_refused(tmp_path):
+    """They would be read as a context by the next command, or by the same one when it is resumed."""
+    write_folders(tmp_path / "data", {"obs": 1, "a": 1})
+    data = tmp_path / "data"
+    arguments = TrainingArguments(
+        pretrained_model_name_or_path="base", output_dir=str(data / "out"), train_data_dir=str(data)
+    )
+    with pytest.raises(ValueError, match="--output_dir: .*data/out is in the folder of the data, .* Choose a folder"):
+        load_data(arguments)
+
+
+def test_descriptions_of_one_concept_are_not_dropped(tmp_path, capsys):
+    told = refused(["push", str(tmp_path), "--descriptions", "a: this", "a : that"], capsys)
+    assert "--descriptions has a concept twice" in told
+
+
 MISTAKES = [
     ("check-data", "received neither"),
     ("check-data --train_data_dir a --dataset_name b", "received 'a' and 'b', which is one too many"),
@@ -170,6 +197,10 @@ MISTAKES = [
     ("edit . --image i --context a --output_dir file/o", "--output_dir: file/o cannot be made, since "),
     ("generate-text . --context a --output_file file/o", "--output_file: file/o cannot be made, since "),
     ("check-data --train_data_dir . --contact_sheet file/o", "--contact_sheet: file/o cannot be made, since "),
+    ("train TRAIN --train_data_dir .", "--output_dir: o is in the folder of the data, .: what is written there would"),
+    ("evaluate . --train_data_dir adapter/.. --output_dir o", "--output_dir: o is in the folder of the data"),
+    ("generate . --context a --output_dir o --seeds 99999999999999999999", "--seeds: 99999999999999999999 is too"),
+    ("train TRAIN --train_data_dir . --seed 4294967296", "--seed: 4294967296 is too large a number"),
     ("train TRAIN --config nowhere.yaml", "--config: nowhere.yaml does not exist"),
     ("generate . --context a --contexts b --output_dir o", "--contexts is there 2 times, and the last would replace"),
     ("train TRAIN --config a.yaml --config=b.yaml", "--config is there more than once, and is one file"),

@@ -48,6 +48,8 @@ def run(arguments: Arguments) -> None:
     Raises:
         ValueError, OSError: for data or a base that cannot be used, or a file that cannot be written.
     """
+    from PIL.Image import SAVE, registered_extensions
+
     from ..data import check_data
     from ..data.from_arguments import load_any_data
     from ..data.text_rows import columns_of
@@ -55,7 +57,10 @@ def run(arguments: Arguments) -> None:
     from .base_gap import gap_of
     from .contact_sheet import contact_sheet
 
-    data, sheet = load_any_data(arguments), arguments.contact_sheet
+    sheet = arguments.contact_sheet
+    if sheet is not None and (sheet.is_dir() or registered_extensions().get(sheet.suffix.lower()) not in SAVE):
+        raise UserValueError(f"--contact_sheet={sheet} is no file that images are written to, such as check.png.")
+    data = load_any_data(arguments)
     texts = bool(columns_of(data.content_column))
     arguments.check_kind(texts)
     if sheet is not None and texts:

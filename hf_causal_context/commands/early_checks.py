@@ -8,10 +8,11 @@ from typing import Any
 
 from ..adapter.storage.download import local_folder
 from ..bases.names import check_there
-from ..data.arguments import ContextDataArguments, check_source
+from ..data.arguments import ContextDataArguments, check_apart, check_source
 from ..errors import UserValueError
 
 # Of commands whose settings do not check their numbers themselves.
+_LARGEST_SEEDS = {"seed": 2**32 - 1, "seeds": 2**63 - 1}  # NumPy's, and torch's
 _AT_LEAST_ONE = ("num_inference_steps", "batch_size", "max_new_tokens", "resolution", "num_frames")
 
 
@@ -33,6 +34,8 @@ def check_places(arguments: Any) -> None:
     for name in ("output_dir", "output_file", "contact_sheet"):
         if (path := getattr(arguments, name, None)) is not None:
             _check_writable(f"--{name}: {path}", Path(path).absolute())
+    if isinstance(arguments, ContextDataArguments):
+        check_apart(arguments)
 
 
 def check_numbers(arguments: Any) -> None:
@@ -45,6 +48,11 @@ def check_numbers(arguments: Any) -> None:
         value = getattr(arguments, name, None)
         if value is not None and value < 1:
             raise UserValueError(f"--{name}={value} must be at least 1.")
+    for name, largest in _LARGEST_SEEDS.items():
+        given = getattr(arguments, name, None)
+        for seed in given if isinstance(given, list) else [0 if given is None else given]:
+            if abs(seed) > largest:
+                raise UserValueError(f"--{name}: {seed} is too large a number. Give a smaller one, such as 0.")
 
 
 def _check_writable(what: str, path: Path) -> None:

@@ -109,6 +109,9 @@ def generate_text_file(arguments: Arguments) -> list[dict[str, Any]]:
     check_draws(**sampling)
     if output_file.is_dir():
         raise IsADirectoryError(f"--output_file {output_file} is a folder. Give a file in it, such as texts.jsonl.")
+    read = [file.resolve() for file in (arguments.prompts_file, arguments.messages_file) if file is not None]
+    if output_file.resolve() in read:
+        raise UserValueError(f"--output_file {output_file} holds the prompts, and would be replaced. Give another one.")
     contexts, prompts = arguments.parsed(), arguments.prompts()
     # What was typed: a chat of one message was given as text.
     shown = [arguments.prompt] if arguments.prompt is not None else prompts

@@ -52,7 +52,10 @@ def run(arguments: Arguments) -> None:
     settings = vars(arguments).copy()
     repo_id, private, branch = (settings.pop(name) for name in ("repo_id", "private", "branch"))
     adapter, output_dir = settings.pop("adapter"), settings.pop("output_dir")
-    settings["descriptions"] = dict(_description(text) for text in arguments.descriptions)
+    descriptions = [_description(text) for text in arguments.descriptions]
+    settings["descriptions"] = dict(descriptions)
+    if len(settings["descriptions"]) < len(descriptions):
+        raise UserValueError("--descriptions has a concept twice. Say what it means in one of them.")
     if repo_id is not None and Path(adapter).is_dir():  # before the samples are made
         check_pushable(repo_id, arguments.open().base[0], license=arguments.license)
     target = Path(output_dir or f"{adapter.rstrip('/')}-hub")

@@ -141,6 +141,18 @@ class ComparedDataArguments(AnyDataArguments, ImageReadingArguments, TextReading
     variant: str | None = argument(None, "Variant of the base's files, such as fp16.")
 
 
+def check_apart(arguments: ContextDataArguments) -> None:
+    """Refuse to write into the data, of which what is written would be a part from then on (ValueError)."""
+    source, output = arguments.train_data_dir or arguments.dataset_name, getattr(arguments, "output_dir", None)
+    if source is None or not output or not Path(source).is_dir():
+        return
+    if Path(output).resolve().is_relative_to(Path(source).resolve()):
+        raise UserValueError(
+            f"--output_dir: {output} is in the folder of the data, {source}: what is written there would be read as "
+            "data by the next command. Choose a folder beside it."
+        )
+
+
 def check_source(arguments: ContextDataArguments) -> None:
     """Refuse options that do not name one source of data.
 

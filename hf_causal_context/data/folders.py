@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -170,12 +171,20 @@ def visible_files(folder: Path, suffixes: Collection[str] | None = None) -> Iter
     """Files (of these suffixes) in a folder and below it, but none that is hidden, in any order.
 
     Links that lead nowhere, or to folders, which are not entered, count as files: what is skipped is named.
+
+    Raises:
+        OSError: for a folder that cannot be read, whose files would be missing.
     """
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        fits = suffixes is None or path.suffix.lower() in suffixes
-        if fits and not hidden and (path.is_file() or path.is_symlink()):
-            yield path
+    for place, folders, names in os.walk(folder, onerror=_stop):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(place, name) for name in [*folders, *names] if not name.startswith(".")):
+            fits = suffixes is None or path.suffix.lower() in suffixes
+            if fits and (path.is_file() or path.is_symlink()):
+                yield path
+
+
+def _stop(error: OSError) -> None:
+    raise error
 
 
 def skipped(files: Sequence[Path], root: Path) -> Iterator[str]:

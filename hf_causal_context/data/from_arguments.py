@@ -25,6 +25,7 @@ from .arguments import (
     ContextDataArguments,
     DataArguments,
     TextDataArguments,
+    check_apart,
     check_source,
     refuse_useless,
 )
@@ -41,6 +42,7 @@ def load_data(arguments: DataArguments) -> InterventionalData:
         ValueError: for none or two sources, and what the loaders in `data` raise.
     """
     check_source(arguments)
+    check_apart(arguments)
     if arguments.train_data_dir is not None:
         if arguments.mask_column is not None:
             raise UserValueError(
@@ -83,6 +85,7 @@ def load_text_data(arguments: TextDataArguments) -> InterventionalData:
         ValueError: for none or two sources, and what the loaders in `data` raise.
     """
     check_source(arguments)
+    check_apart(arguments)
     if arguments.train_data_dir is not None:
         return load_text_folders(arguments.train_data_dir, **_folder_options(arguments))
     column = arguments.text_column

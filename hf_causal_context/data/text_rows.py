@@ -131,7 +131,7 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbers and texts of the lines of a file that are not blank: its rows.
 
     Raises:
-        ValueError: for a line that is not UTF-8.
+        ValueError: for a line that is not UTF-8, or of .txt one that other programs would show as several.
     """
     # Bytes, because text mode would also end lines where Unicode does.
     with path.open("rb") as file:
@@ -142,6 +142,11 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
                 raise UserValueError(
                     f"Line {number} of {str(path)!r} is not UTF-8 ({error.reason}). Save the file as UTF-8."
                 ) from None
+            if "\r" in line and path.suffix.lower() == ".txt":  # as of old Macs, whose file would be a single text
+                raise UserValueError(
+                    f"Line {number} of {str(path)!r} holds a carriage return, which ends no line here. Save the file "
+                    "with line feeds."
+                )
             if line.strip():
                 yield number, line
 

@@ -10,7 +10,12 @@ from PIL import Image, ImageOps
 from ..errors import UserValueError
 
 BACKGROUND = "white"
-_WITHOUT_RANGE = {"F": "floating point numbers", "I": "32-bit integers"}  # Pillow would cut them off at 255
+_NO_RANGE = "and nothing says which of them is black and which is white. Save it with 8 or 16 bits per channel."
+_UNREAD = {
+    "F": f"holds floating point numbers, {_NO_RANGE}",  # Pillow would cut them off at 255
+    "I": f"holds 32-bit integers, {_NO_RANGE}",
+    "LAB": "is in the color space Lab, which Pillow does not make gray or RGB. Save it in RGB.",
+}
 
 
 def plain(image: Image.Image) -> Image.Image:
@@ -19,9 +24,9 @@ def plain(image: Image.Image) -> Image.Image:
     16 bits are scaled, and what is transparent shows the background.
 
     Raises:
-        ValueError: for numbers of which nobody knows which one is white.
+        ValueError: for numbers of which nobody knows which one is white, or colors that Pillow does not convert.
     """
-    _check_range(image)
+    _check_readable(image)
     image = ImageOps.exif_transpose(image)
     if _has_16_bits(image):
         return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
@@ -43,7 +48,7 @@ def remarks(image: Image.Image) -> Iterator[str]:
     Raises:
         ValueError: as `plain`.
     """
-    _check_range(image)
+    _check_readable(image)
     if _has_16_bits(image):
         yield "have 16 bits per channel. They are scaled to 8."
     elif is_transparent(image):
@@ -52,13 +57,10 @@ def remarks(image: Image.Image) -> Iterator[str]:
         yield "have several frames. Only the first is used."
 
 
-def _check_range(image: Image.Image) -> None:
-    if image.mode in _WITHOUT_RANGE:
+def _check_readable(image: Image.Image) -> None:
+    if image.mode in _UNREAD:
         name = getattr(image, "filename", "")
-        raise UserValueError(
-            f"The image{f' {name!r}' if name else ''} holds {_WITHOUT_RANGE[image.mode]}, and nothing says which of "
-            "them is black and which is white. Save it with 8 or 16 bits per channel."
-        )
+        raise UserValueError(f"The image{f' {name!r}' if name else ''} {_UNREAD[image.mode]}")
 
 
 def _has_16_bits(image: Image.Image) -> bool:

@@ -79,7 +79,7 @@ def files_of(clip: Mapping[str, Any]) -> list[Path]:
 def frame_files(folder: Path) -> list[Path]:
     """Return the visible files in a folder, numbers in their names in their own order: 2.png comes before 10.png."""
     files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
-    return sorted(files, key=lambda path: [int(p) if p.isdigit() else p for p in _DIGITS.split(path.name)])
+    return sorted(files, key=lambda path: [int(p) if p.isdecimal() else p for p in _DIGITS.split(path.name)])
 
 
 def save_video(images: Sequence[Image.Image], path: Path, frame_rate: int) -> None:

@@ -32,15 +32,18 @@ def parse_weights(items: list[str], observational_name: str) -> dict[str, float]
     """``["obs=2", "thick+slant=0.5"]`` -> context -> weight.
 
     Raises:
-        ValueError: for something else.
+        ValueError: for something else, or two weights of a context.
     """
-    weights = {}
+    weights: dict[str, float] = {}
     for item in items:
         name, _, number = item.rpartition("=")
         try:
-            weights[str(Context.parse("" if name == observational_name else name))] = float(number)
+            context, weight = str(Context.parse("" if name == observational_name else name)), float(number)
         except ValueError:
             raise UserValueError(f"--context_weights {item!r} must be a context and a number, such as obs=2.") from None
+        if context in weights:
+            raise UserValueError(f"--context_weights has {context or observational_name!r} twice. Leave one of them.")
+        weights[context] = weight
     return weights
 
 

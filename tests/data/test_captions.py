@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,20 @@ def test_an_image_that_is_a_broken_link_is_not_left_out_silently(root):
     (root / "hat" / "lost.png").symlink_to(root / "nowhere.png")
     (error,) = check_data(load_folders(root)).errors
     assert "hat/lost.png (FileNotFoundError)" in error
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out_silently(root, monkeypatch):
+    write_image(root / "hat" / "more" / "0.png")
+    scandir = os.scandir
+
+    def refuse(path="."):
+        if str(path).endswith("more"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="hat/more"):
+        load_folders(root)
 
 
 def test_a_folder_without_images_says_what_it_holds(root):

@@ -66,6 +66,12 @@ def test_numbers_without_a_white_are_refused(tmp_path, dtype, held):
         read_image(image, 3, 4)
 
 
+def test_colors_that_pillow_does_not_convert_are_refused(tmp_path):
+    image = saved(tmp_path / "print.tif", Image.new("LAB", (4, 4)))
+    with pytest.raises(ValueError, match="The image '.*print.tif' is in the color space Lab, .* Save it in RGB"):
+        read_image(image, 3, 4)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_check_data_says_it_once_with_a_count(tmp_path, streaming):
     root = write_folders(tmp_path, {"obs": 50, "a": 50})

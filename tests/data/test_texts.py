@@ -141,6 +141,17 @@ def test_bad_lines_are_named(tmp_path, line, message, streaming):
         load_text_folders(tmp_path, streaming=streaming)
 
 
+@streamed
+def test_lines_that_end_with_carriage_returns_alone_are_no_single_text(tmp_path, streaming):
+    (tmp_path / "obs").mkdir()
+    (tmp_path / "obs" / "a.txt").write_bytes(b"one\r\ntwo\r\n")
+    rows = load_text_folders(tmp_path, concepts=["a"], streaming=streaming).rows
+    assert [row["text"] for row in rows] == ["one", "two"]
+    (tmp_path / "obs" / "a.txt").write_bytes(b"one\rtwo\r")
+    with pytest.raises(ValueError, match="Line 1 of .*obs/a.txt' holds a carriage return, .* Save the file with"):
+        load_text_folders(tmp_path, concepts=["a"], streaming=streaming)
+
+
 def test_prompts_may_be_empty_and_emoji_escaped(tmp_path):
     write(tmp_path / "obs" / "a.jsonl", '{"prompt": "", "completion": "\\ud83d\\ude00"}')
     write(tmp_path / "a" / "a.jsonl", {"prompt": "", "completion": "b"})

@@ -285,6 +285,7 @@ def test_weights_of_contexts(make):
     ("weights", "message"),
     [
         (["obs"], "--context_weights 'obs' must be a context and a number, such as obs=2"),
+        (["thick+slant=2", "slant+thick=3"], r"--context_weights has 'slant\+thick' twice. Leave one of them"),
         (["obs=many"], "--context_weights 'obs=many' must be"),
         (["size=2"], "--context_weights names 'size', which is not trained on. Contexts: obs, slant, thick"),
         (["obs=-1"], "must be finite numbers, none negative"),

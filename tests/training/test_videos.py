@@ -144,6 +144,9 @@ def test_files_and_folders_of_frames_are_read_alike(tmp_path):
     assert rows.counts == {"": 2, "slant": 2, "thick": 2}
     clip = rows.rows[0]["video"]
     assert [path.name for path in frame_files(Path(clip["path"]))] == ["8.png", "9.png", "10.png", "11.png"]
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "²1.png").touch()  # no number, though str.isdigit() says so
+    assert len(frame_files(tmp_path / "odd")) == 1
     frames = [np.asarray(frame) for frame in first_frames(clip, 4)]
     write_clips(tmp_path / "files", frames=4, files=True)
     clip = load_folders(tmp_path / "files").rows[0]["video"]
