@@ -7,7 +7,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from hf_causal_context.cli import main
-from hf_causal_context.data import check_data, load_folders
+from hf_causal_context.data import check_data, from_dataset, load_folders
 from hf_causal_context.data.arguments import AnyDataArguments, DataArguments
 from hf_causal_context.data.from_arguments import load_any_data, load_data
 from hf_causal_context.data.pairs import partners
@@ -56,7 +56,7 @@ def test_a_column_of_a_dataset(tmp_path, names):
     assert [row.paired for row in check_data(data).rows] == [1, 1]
     assert not load_data(DataArguments(**given)).has_pairs  # a column that happens to have the name is none
     with pytest.raises(ValueError, match="The column 'image' holds Image.*, not names of samples."):
-        load_data(DataArguments(**{**given, "image_column": "context"}, context_column="sample", pair_column="image"))
+        from_dataset(data.rows, content_column="context", context_column="pair", pair_column="image")
     with pytest.raises(ValueError, match="no column 'nowhere' .pair_column=."):
         load_data(DataArguments(**given, pair_column="nowhere"))
     with pytest.raises(ValueError, match="content_column=, pair_column=, .* must be different columns"):
