@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,11 @@ def file_name(label: str) -> str:
         return name
     number = hashlib.sha256(label.encode()).hexdigest()[:8]
     return f"{name.encode()[: _LONGEST - 9].decode(errors='ignore')}-{number}"
+
+
+def in_one_spelling(name: str | Path) -> str:
+    """Return a name with accents as part of their letters: macOS takes them apart, and what people type does not."""
+    return unicodedata.normalize("NFC", str(name))
 
 
 def first_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor
 
+from ._files import in_one_spelling
 from .errors import UserTypeError, UserValueError
 from .messages.wording import nearest, quoted, short_repr
 
@@ -200,8 +201,7 @@ class ConceptSet:
             raise UserValueError("No concepts given. Name at least one, for example concepts=('thick', 'slant').")
         if len(self.names) > MAX_CONCEPTS:
             raise UserValueError(f"More than {MAX_CONCEPTS:,} concepts given. Divide them among several adapters.")
-        for name in self.names:
-            _check_name(name)
+        object.__setattr__(self, "names", tuple(map(_checked_name, self.names)))
         if OBSERVATIONAL in self.names:
             raise UserValueError(
                 f"{OBSERVATIONAL!r} cannot be the name of a concept: in contexts it is the strength of the adapter's "
@@ -218,12 +218,12 @@ class ConceptSet:
         return iter(self.names)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names
+        return isinstance(name, str) and in_one_spelling(name) in self.names
 
     def index(self, name: str, where: str = "") -> int:
         """Position of a concept; ValueError for an unknown name, and `where` says in what it occurred."""
         try:
-            return self.names.index(name)
+            return self.names.index(in_one_spelling(name))
         except ValueError:
             words = name.split()
             meant = ["+".join(words)] if set(words) <= set(self.names) else self.names
@@ -302,11 +302,10 @@ def _strength_items(part: object) -> Iterator[tuple[str, float]]:
     if isinstance(part, Context):
         yield from part._strengths.items()
     elif isinstance(part, str):
-        _check_name(part)
-        yield part, 1.0
+        yield _checked_name(part), 1.0
     elif isinstance(part, Mapping):
         for name, strength in part.items():
-            _check_name(name)
+            name = _checked_name(name)
             if not isinstance(strength, Real) or not abs(cast(float, strength)) <= MAX_STRENGTH:
                 raise UserValueError(
                     f"Strength {short_repr(strength)} of concept {name!r} must be a finite number (in float32), such "
@@ -321,7 +320,7 @@ def _strength_items(part: object) -> Iterator[tuple[str, float]]:
         )
 
 
-def _check_name(name: object) -> None:
+def _checked_name(name: object) -> str:
     if not isinstance(name, str):
         raise UserTypeError(f"Concept name {short_repr(name)} is of type {type(name).__name__}; it must be a string.")
     if len(name) > MAX_NAME_LENGTH:
@@ -337,6 +336,7 @@ def _check_name(name: object) -> None:
         )
     if not _INVISIBLE.isdisjoint(name):
         raise UserValueError(f"Concept name {name!a} contains characters that show as nothing. Rename it.")
+    return in_one_spelling(name)
 
 
 def _parsed(text: str) -> Iterator[tuple[str, float]]:

@@ -141,3 +141,16 @@ def test_concept_names(names, error, message):
 def test_masks_are_checked(mask, error, message):
     with pytest.raises(error, match=message):
         ConceptSet(("a", "b")).check_mask(mask)
+
+
+def test_accents_may_be_spelled_in_two_ways():
+    """macOS writes names of folders with accents apart from their letters; what people type has them together."""
+    apart, together = "cafe\u0301", "caf\u00e9"
+    assert Context(apart) == Context.parse(together) == Context({apart: 1.0})
+    assert str(Context(apart)) == together
+    concepts = ConceptSet((apart, "hat"))
+    assert concepts.names == (together, "hat")
+    assert concepts.index(apart) == concepts.index(together) == 0
+    assert apart in concepts
+    with pytest.raises(ValueError, match="Duplicate concepts"):
+        ConceptSet((apart, together))

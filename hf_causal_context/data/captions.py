@@ -6,10 +6,11 @@ import csv
 import io
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from .._files import in_one_spelling
 from ..errors import UserValueError
 from ..messages.wording import short_repr
 
@@ -34,15 +35,15 @@ def read_captions(
         FileNotFoundError: for an image that metadata name and that does not exist.
         ValueError: for metadata that cannot be read, text that is not UTF-8, or two captions of an image.
     """
-    known = set(images)
-    named = by_stem(known)
+    known = {in_one_spelling(image): image for image in images}
+    named = by_stem(images)
     captions: dict[Path, str] = {}
     used = set()
     for file in files:
         if file.name in METADATA:
             found = _of_metadata(file, known, column)
         elif file.suffix.lower() in CAPTION_SUFFIXES:
-            found = _of_text(file, named.get(file.with_suffix(""), []))
+            found = _of_text(file, named.get(in_one_spelling(file.with_suffix("")), []))
         else:
             continue
         for where, image, text in found:
@@ -53,11 +54,11 @@ def read_captions(
     return captions, used
 
 
-def by_stem(images: Iterable[Path]) -> dict[Path, list[Path]]:
-    """Return images by what files beside them are named by, see `stem_of`."""
-    found: dict[Path, list[Path]] = {}
+def by_stem(images: Iterable[Path]) -> dict[str, list[Path]]:
+    """Return images by what files beside them are named by, see `stem_of`, in one spelling."""
+    found: dict[str, list[Path]] = {}
     for image in images:
-        found.setdefault(stem_of(image), []).append(image)
+        found.setdefault(in_one_spelling(stem_of(image)), []).append(image)
     return found
 
 
@@ -72,7 +73,7 @@ def _of_text(file: Path, images: list[Path]) -> Iterator[tuple[str, Path, str]]:
         yield repr(str(file)), image, _decoded(file.read_bytes(), True, repr(str(file))).strip()
 
 
-def _of_metadata(file: Path, images: set[Path], column: str | None) -> Iterator[tuple[str, Path, str]]:
+def _of_metadata(file: Path, images: Mapping[str, Path], column: str | None) -> Iterator[tuple[str, Path, str]]:
     where = ""
     for number, entry, shown in _csv_rows(file) if file.suffix == ".csv" else _json_rows(file):
         where = f"Line {number} of {str(file)!r}"
@@ -93,8 +94,8 @@ def _of_metadata(file: Path, images: set[Path], column: str | None) -> Iterator[
             raise UserValueError(
                 f"{where}: file_name {short_repr(name)} leaves the folder. Only images inside it can be named."
             )
-        image = file.parent / relative
-        if image not in images:
+        image = images.get(in_one_spelling(file.parent / relative))
+        if image is None:
             raise FileNotFoundError(f"{where}: there is no image {short_repr(name)} in the folder. Correct file_name.")
         yield where, image, text
     if not where:

@@ -13,6 +13,7 @@ from typing import Any
 from datasets import Dataset, Features, Image, Value, Video
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
+from .._files import in_one_spelling
 from ..contexts import ConceptSet, ContextLike, context_text
 from ..errors import UserValueError
 from ..media.videos import VIDEO_SUFFIXES, video_package
@@ -99,7 +100,9 @@ def load_folders(
         features["mask"] = Image()
     if paired_files:
         columns["pair"] = [
-            stem_of(image).relative_to(folders[context]).as_posix() for context, own in images.items() for image in own
+            in_one_spelling(stem_of(image).relative_to(folders[context]).as_posix())
+            for context, own in images.items()
+            for image in own
         ]
         features["pair"] = Value("string")
     if paired_files and streaming:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from .._files import in_one_spelling
 from ..errors import UserValueError
 from ..media.pixels import is_transparent, plain
 from .captions import by_stem
@@ -28,12 +29,12 @@ def masks_of(images: Iterable[Path], masks: Iterable[Path]) -> dict[Path, Path]:
     named, found = by_stem(images), {}
     for mask in masks:
         stem = mask.with_name(mask.name[: -len(SUFFIX)])
-        if stem not in named:
+        if (key := in_one_spelling(stem)) not in named:
             raise UserValueError(
                 f"{str(mask)!r} has the name of a mask, but there is no image {stem.name!r} beside it, such as "
                 f"{stem.name + '.png'!r}. Add it, or rename the file if it is an image itself."
             )
-        found |= dict.fromkeys(named[stem], mask)
+        found |= dict.fromkeys(named[key], mask)
     return found
 
 

@@ -75,6 +75,24 @@ def test_a_text_file_beside_an_image_is_its_caption(root, suffix):
     assert data.warnings == ()
 
 
+def test_names_of_files_may_spell_accents_in_two_ways(tmp_path):
+    """As on macOS, in what it packs, and in a table that somebody typed."""
+    apart, together = "cafe\u0301", "caf\u00e9"
+    for folder in ("obs", apart):
+        write_image(tmp_path / folder / f"{apart if folder == 'obs' else together}.png")
+        write_image(tmp_path / folder / "plain.png")
+    write_image(tmp_path / "obs" / f"{together}.mask.png")
+    (tmp_path / "obs" / "metadata.csv").write_text(f"file_name,text\n{together}.png,one\nplain.png,two\n", "utf-8")
+    for name in (apart, "plain"):
+        (tmp_path / apart / f"{name}.txt").write_text("three")
+    data = load_folders(tmp_path, paired_files=True, training_contexts=["obs", together])
+    assert sorted(zip(data.rows["pair"], data.rows["caption"], strict=True)) == [
+        *((together, "one"), (together, "three"), ("plain", "three"), ("plain", "two"))
+    ]
+    assert data.concepts.names == (together,)
+    assert [row["mask"] is not None for row in data.rows].count(True) == 1
+
+
 def test_forms_may_be_mixed_but_an_image_has_one_caption(root):
     rows = [{"file_name": image, "text": text} for image, text in CAPTIONS.items()]
     write_jsonl(root / "metadata.jsonl", rows[1:])
