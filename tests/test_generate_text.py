@@ -488,6 +488,16 @@ def test_a_chat_template_without_a_developer_role():
         render_chat(tokenizer, chat)
 
 
+@pytest.mark.parametrize("role", ["system", "tool"])
+def test_a_chat_template_that_passes_over_a_later_message(role):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    chat = [{"role": "user", "content": "a"}, {"role": role, "content": "good"}, {"role": "user", "content": "b"}]
+    with pytest.raises(ValueError, match=f"leaves message 1 out, of the role '{role}', so the model would not read it"):
+        render_chat(tokenizer, chat)
+    assert render_chat(tokenizer, [chat[0], chat[1] | {"content": ""}, chat[2]]) == "ab"
+
+
 def test_a_replaced_file_is_told_beside_the_lines(store, run):
     adapter = store()
     assert "Replaced" not in run(adapter, contexts=("obs",))[2].err

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import UserValueError
 from ..messages.wording import short_repr
 
+_NOT_EVERYWHERE = ("system", "developer", "tool")  # roles that some templates pass over without a word
 _INTO_THE_FIRST = "Write what they say into the first message of the user."
 
 
@@ -32,7 +33,7 @@ def render_chat(
         add_generation_prompt: end with what an answer of the assistant follows.
 
     Raises:
-        ValueError: without a chat template, for messages that it refuses, or a system message that it leaves out.
+        ValueError: without a chat template, or for messages that it refuses, or leaves out.
     """
     if tokenizer.chat_template is None:
         raise UserValueError(
@@ -60,6 +61,14 @@ def render_chat(
         raise UserValueError(
             f"The chat template leaves {first} messages out, so the model would not read them. {_INTO_THE_FIRST}"
         )
+    for number, message in enumerate(plain[1:], 1):
+        if message["role"] in _NOT_EVERYWHERE and message.get("content"):
+            others = [*plain[:number], *plain[number + 1 :]]
+            if text == _rendered_if_taken(render, others, add_generation_prompt):
+                raise UserValueError(
+                    f"The chat template leaves message {number} out, of the role {message['role']!r}, so the model "
+                    "would not read it. Write what it says into a message of the user."
+                )
     if tools and text == render(plain, add_generation_prompt=add_generation_prompt, tools=None):
         raise UserValueError(
             "The chat template leaves tools out, so the model would not read them. Take a model that was made to call "
