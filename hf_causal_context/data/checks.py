@@ -283,16 +283,25 @@ def _structure_errors(data: InterventionalData, train: Counter[str], noun: str) 
             "There is no observational set, and every intervention is learned against it: without it the observational "
             "part, which holds what all your data differs from the base by, could not be told from the concepts. Each "
             f"would learn that difference, and combinations would add it up. Add {noun} in which nothing was "
-            "intervened on: the folder 'obs', or rows with the context 'obs' or ''."
+            f"intervened on: the folder 'obs', or rows with the context 'obs' or ''.{_held_out(data, [''])}"
         )
     single = {targets[0] for context in train if len(targets := Context.parse(context).targets) == 1}
     if missing := [name for name in data.concepts if name not in single]:
         yield (
             f"No set for {quoted(missing)} alone. Every concept needs one in which only it was intervened on, else it "
             "is not identifiable. Add the set, or remove the concept from concepts=."
+            + _held_out(data, [str(Context(name)) for name in missing])
         )
     if both := sorted(set(data.held_out) & set(train)):
         yield f"Held-out contexts are among the training rows: {quoted(both)}. Remove these rows from one of the two."
+
+
+def _held_out(data: InterventionalData, contexts: Sequence[str]) -> str:
+    """Say which of the contexts that are missing are there, but not trained on."""
+    there = quoted(context or "obs" for context in contexts if context in data.held_out)
+    if not there:
+        return ""
+    return f" There are rows of {there}, which are held out: see training_contexts= and held_out_contexts=."
 
 
 def _content_errors(seen: _Seen) -> Iterator[str]:

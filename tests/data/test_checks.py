@@ -66,6 +66,12 @@ def test_missing_sets(root, streaming):
     assert "ERROR    There is no observational set" in report.table()
 
 
+def test_missing_sets_that_are_held_out(root):
+    obs, single = check_data(load_folders(root, training_contexts=["b"])).errors
+    assert obs.endswith("There are rows of 'obs', which are held out: see training_contexts= and held_out_contexts=.")
+    assert "There are rows of 'a', which are held out" in single
+
+
 def test_a_missing_set_in_a_table_stream():
     stream = Dataset.from_dict({"image": [0, 1], "context": ["obs", "a"]}).to_iterable_dataset()
     report = check_data(from_dataset(stream, concepts=("a", "b")))
