@@ -43,6 +43,17 @@ def known_features(dataset: object) -> tuple[Rows, Features]:
     return dataset, dataset.features
 
 
+def unformatted(dataset: Rows) -> Rows:
+    """Return a dataset that yields images and Python's values of all columns, as whatever it was formatted or saved.
+
+    A transform of the user's own is kept.
+    """
+    if isinstance(dataset, IterableDataset):
+        return dataset if dataset._formatting is None else dataset.with_format(None)
+    formatted = dataset.format["type"] not in (None, "custom") or dataset.format["columns"] != dataset.column_names
+    return dataset.with_format(None) if formatted else dataset
+
+
 def require_columns(features: Features, columns: dict[str, str]) -> None:
     """Check that columns exist; `columns` maps each to what asked for it.
 

@@ -34,6 +34,7 @@ from .columns import (
     known_features,
     of_contexts,
     require_columns,
+    unformatted,
     with_text_column,
 )
 from .found_names import check_found_names
@@ -125,6 +126,7 @@ def from_dataset(
             held out, or no rows to train on.
     """
     dataset, features = known_features(dataset)
+    dataset = unformatted(dataset)
     columns = {context_column: "context_column=", content_column: "content_column="}
     given = {"caption_column=": caption_column, "mask_column=": mask_column, "pair_column=": pair_column}
     optional = {argument: column for argument, column in given.items() if column is not None}
@@ -228,7 +230,7 @@ def _open_dataset(name_or_path: str, config_name: str | None, split: str, stream
                 f"it has no split {split!r}, only {quoted(map(str, saved))}. Save that under this name."
             )
         dataset = saved if isinstance(saved, Dataset) else saved[split]
-        dataset = dataset.to_iterable_dataset() if streaming else dataset
+        dataset = cast(Dataset, unformatted(dataset)).to_iterable_dataset() if streaming else dataset
     else:
         dataset = load_dataset(name_or_path, config_name, split=split, streaming=streaming)
     return cast(Rows, dataset)

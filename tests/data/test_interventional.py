@@ -348,6 +348,25 @@ def test_datasets_of_every_kind_of_folder(tmp_path, streaming):
     assert Features(test.rows.features)["context"] == Value("string")
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "columns"), [("torch", None), ("numpy", None), ("torch", ["label"]), (None, ["label"])]
+)
+def test_a_format_that_a_dataset_was_saved_with_changes_nothing(root, tmp_path, kind, columns, streaming):
+    images = [str(path) for path in sorted(root.rglob("*.png"))][:2]
+    rows = Dataset.from_dict({"image": images, "label": [3, 4], "context": ["obs", "a"]}).cast_column("image", Image())
+    rows.with_format(kind, columns=columns).save_to_disk(tmp_path / "saved")
+    data = from_dataset(open_dataset(str(tmp_path / "saved"), streaming=streaming), concepts=("a",))
+    row = next(iter(data.rows))
+    assert isinstance(row["image"], PIL.Image.Image)
+    assert (type(row["label"]), row["label"], row["context"]) == (int, 3, "")
+
+
+def test_a_transform_of_the_users_own_is_kept():
+    rows = table(["obs", "a"]).with_transform(lambda batch: batch | {"image": [7]})
+    assert from_dataset(rows).rows[0] == {"image": 7, "context": ""}
+
+
 def test_no_concept_of_new_data_is_called_like_the_empty_context(tmp_path):
     write_folders(tmp_path, {"plain": 1, "obs": 1, "thick": 1})
     for concepts in (None, ["obs", "thick"]):
