@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
+import torch
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.error import NoMatchingPeftModuleError
@@ -32,6 +33,11 @@ _DIFFUSERS_ATTENTION = (
 _DIFFUSERS_CONVOLUTIONS = ("conv1", "conv2")  # of residual blocks, for networks without attention
 _TRANSFORMERS_ATTENTION = ("q_proj", "v_proj")  # what PEFT's table holds for most architectures
 _T5_ATTENTION = ("q", "v")  # also of its kin that the table lacks, such as UMT5
+# In the source of a class that computes with the weight of a child: beside a call, and in general. `init.zeros_(...)`
+# does not compute. What is used otherwise than by its weight may be called.
+_READ_BESIDE = re.compile(r"self\.(\w+)\.weight(?:\.squeeze\(| @|\[:, 0)")
+_READ = re.compile(r"(?<!_\()self\.(\w+)\.weight(?=[],)]|\.(?:t|unsqueeze|type)\()")
+_USED = r"self\.{}\b(?!\.(?:weight|bias)\b)(?!\s*=[^=])"
 _TOWER = re.compile("vision|visual|image|audio")  # in the paths of what reads, beside what writes
 # What fused experts were before, where their names differ.
 _FUSED_EXPERTS = {"gate_up_proj": ("gate_up_proj", "gate_proj", "up_proj")}
@@ -103,6 +109,14 @@ def check_targets(model: nn.Module, config: CausalContextConfig, adapted: Sequen
             "calls them and the adapter would act in part only. Call unfuse_qkv_projections() of the model or the "
             "pipeline first, and leave them apart."
         )
+    fast = [path for path in adapted if _is_on_fast_path(model, path)]
+    if fast:
+        raise UserValueError(
+            f"At inference, torch computes with the weight of {fast[0]!r} and does not call the module (the fast path "
+            "of nn.TransformerEncoderLayer), so an adapter on it would have no effect. Call "
+            "torch.backends.mha.set_fastpath_enabled(False) first, or leave out "
+            f"{quoted(sorted({path.rpartition('.')[2] for path in fast}))}."
+        )
     if config.inference_mode:  # a stored adapter acts as it did in its training: its weights name its modules
         return
     read = [path for path in adapted if _is_only_read(model, path)]
@@ -163,6 +177,12 @@ def _in_two_places(model: nn.Module, adapted: Sequence[str]) -> list[str]:
     return []
 
 
+def _is_on_fast_path(model: nn.Module, path: str) -> bool:
+    parent = model.get_submodule(path.rpartition(".")[0])
+    inside = parent is not model  # which has hooks, and layers with hooks do not take the path
+    return inside and isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled()
+
+
 def _is_only_read(model: nn.Module, path: str) -> bool:
     parent, _, name = path.rpartition(".")
     return name in _read_weights(type(model.get_submodule(parent)))
@@ -170,12 +190,13 @@ def _is_only_read(model: nn.Module, path: str) -> bool:
 
 @lru_cache
 def _read_weights(parent: type[nn.Module]) -> frozenset[str]:
-    """Names of children whose weight a class computes with, as Mamba and its kin hand it to their kernels."""
+    """Names of children whose weight a class computes with, in place of a call or, as Mamba and its kin, beside it."""
     try:
         source = inspect.getsource(parent)
     except (OSError, TypeError):  # of classes without a file
         return frozenset()
-    return frozenset(re.findall(r"self\.(\w+)\.weight(?:\.squeeze\(| @|\[:, 0)", source))
+    in_place = {name for name in _READ.findall(source) if not re.search(_USED.format(name), source)}
+    return frozenset(_READ_BESIDE.findall(source)) | in_place
 
 
 def _experts(model: nn.Module) -> Iterator[str]:

@@ -6,6 +6,8 @@ import diffusers
 import pytest
 import torch
 import transformers
+from diffusers.models.downsampling import FirDownsample2D
+from diffusers.models.embeddings import HunyuanDiTAttentionPool
 from peft import PeftModel, get_peft_model
 from torch import nn
 
@@ -129,6 +131,32 @@ class TestWeightsThatAreOnlyRead:
             attach(model, ["in_proj", name])
         assert not adapted_paths(model)
 
+    @pytest.mark.parametrize(
+        ("build", "names"),
+        [
+            (lambda: transformers.WavLMModel(_wavlm()), ["q_proj", "v_proj"]),
+            (lambda: HunyuanDiTAttentionPool(4, 8, 2), ["q_proj", "c_proj"]),
+            (lambda: FirDownsample2D(4, use_conv=True), ["Conv2d_0"]),
+        ],
+    )
+    def test_so_are_those_that_a_function_of_torch_gets(self, build, names):
+        with pytest.raises(ValueError, match=rf"computes with the weight of '.*{names[0]}'"):
+            attach(build(), names)
+
+    def test_the_fast_path_of_torchs_encoder_is_to_be_switched_off(self):
+        torch.manual_seed(0)
+        layer, x = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval(), torch.randn(2, 5, 16)
+        with pytest.raises(ValueError, match=r"of nn.TransformerEncoderLayer.*set_fastpath_enabled\(False\) first"):
+            attach(torch.nn.TransformerEncoder(layer, 1), ["linear1"])
+        enabled = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            model = attach(torch.nn.TransformerEncoder(layer, 1), ["linear1"])
+            with torch.no_grad():
+                assert not torch.equal(model(x, context="thick"), model(x))
+        finally:
+            torch.backends.mha.set_fastpath_enabled(enabled)
+
     @pytest.mark.parametrize("name", ["in_proj", "x_proj", "out_proj"])
     def test_what_mamba_calls_acts(self, name):
         torch.manual_seed(0)
@@ -152,6 +180,12 @@ class TestWeightsThatAreOnlyRead:
         monkeypatch.undo()
         model = PeftModel.from_pretrained(build(), tmp_path)
         assert {path.rpartition(".")[2] for path in adapted_paths(model)} == {"in_proj", "dt_proj"}
+
+
+def _wavlm():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    convolutions = {"conv_dim": [8, 8], "conv_stride": [2, 2], "conv_kernel": [2, 2]}
+    return transformers.WavLMConfig(**sizes, **convolutions, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
 
 
 def _mamba2():
