@@ -7,8 +7,9 @@ knows, and the reload would draw those weights at random.
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -50,15 +51,23 @@ class SavedWithoutAdapters(WrappedMethod):
                 "cannot be saved as it was. Call unmerge_adapter() (of a pipeline, unfuse_lora()) first, or "
                 "merge_and_unload() to keep the merged weights for good."
             )
+        call = inspect.signature(self.original).bind(save_directory, *args, **kwargs)
+        if call.arguments.get("push_to_hub"):
+            raise UserValueError(
+                "save_pretrained(push_to_hub=True) would upload the base alone, before the adapter is written beside "
+                "it. Call save_pretrained(folder), and upload the folder (`hf upload`), or push_to_hub(repository)."
+            )
+        if (state := call.arguments.get("state_dict")) is not None:  # which Accelerate has gathered, under our names
+            call.arguments["state_dict"] = _without_adapters(model, state)
         if integrated:
             model._hf_peft_config_loaded = False
         try:
             with named_as_without_adapters(model):
-                result = self.original(save_directory, *args, **kwargs)
+                result = self.original(*call.args, **call.kwargs)
         finally:
             if integrated:
                 model._hf_peft_config_loaded = True
-        for name in names:
+        for name in names if call.arguments.get("is_main_process", True) else ():
             folder = Path(save_directory) / name
             with complete_or_absent(folder) as unfinished:
                 write_adapter_of(model, name, unfinished)
@@ -130,6 +139,13 @@ def _is_ours(config: object) -> bool:
 def _weights(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     weights = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     return {PEFT_PREFIX + key.removeprefix(PEFT_PREFIX): weight.contiguous() for key, weight in weights.items()}
+
+
+def _without_adapters(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    state = dict(state)
+    if any(".base_layer." in name for name in state):  # else the names are the base's already
+        _rename(model, state, "", None)
+    return state
 
 
 def _rename(model: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
