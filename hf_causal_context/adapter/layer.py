@@ -40,7 +40,7 @@ class CausalContextLayer(ConvertsToLora, HoldsMergedContexts, BaseTunerLayer):
         "causal_context_causal",
         "causal_context_up",
     )
-    other_param_names = ("r", "scaling", "concepts", "merged_strengths", "set_aside")
+    other_param_names = ("r", "scaling", "concepts", "merged_strengths", "merged_scaling", "set_aside")
     cast_input_dtype_enabled = True  # PEFT and diffusers switch it off around forwards
 
     base_layer: nn.Module
@@ -56,6 +56,7 @@ class CausalContextLayer(ConvertsToLora, HoldsMergedContexts, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.concepts: dict[str, ConceptSet] = {}
         self.merged_strengths: dict[str, Tensor] = {}
+        self.merged_scaling: dict[str, float] = {}  # which may have been set anew since
         self.set_aside: dict[str, Tensor] = {}
         self._default_scaling: dict[str, float] = {}
         self._disable_adapters = False
@@ -139,9 +140,9 @@ class CausalContextLayer(ConvertsToLora, HoldsMergedContexts, BaseTunerLayer):
         matrix = self.conditioning.causal_matrix(self, adapter_name, len(z))
         if matrix is None:
             c = self.causal(adapter_name)(z, self.conditioning.repeated(strengths, adapter_name, z))
-            c = c if (scaling := self.scaling[adapter_name]) == 1 else c * scaling
         else:
             c = row_linear(z, matrix)
+        c = c if (scaling := self.scaling[adapter_name]) == 1 else c * scaling
         result = up(in_regions(self, adapter_name, z, c), partial(self._add, result))
         return result if batched else result[0]
 
@@ -168,12 +169,13 @@ class CausalContextLayer(ConvertsToLora, HoldsMergedContexts, BaseTunerLayer):
             return "its mechanism is not linear (expressive_depth > 0)"
         return None
 
-    def lora_weights(self, adapter_name: str, strengths: Tensor) -> tuple[Tensor, Tensor]:
+    def lora_weights(self, adapter_name: str, strengths: Tensor, scaling: float | None = None) -> tuple[Tensor, Tensor]:
         """lora_A (S, in, *kernel) and lora_B (out, S), with the scale in B, for one context; float32.
 
         Args:
             adapter_name: one on this layer.
             strengths: (1, 1 + K), see `ConceptSet.strengths`; or a mask (1, K), with the observational part at 1.
+            scaling: in place of the present one.
 
         Raises:
             ValueError: for a mechanism that is not linear.
@@ -185,16 +187,21 @@ class CausalContextLayer(ConvertsToLora, HoldsMergedContexts, BaseTunerLayer):
             down = cast(RepresentationLayer, self.causal_context_down[adapter_name]).weight.float()
             up = cast(OutputLayer, self.causal_context_up[adapter_name]).weight.float()
             mixing = self.matrix(adapter_name, strengths.to(down)).float()
-            return (mixing @ down.flatten(1)).view_as(down), up * self.scaling[adapter_name]
+            scaling = self.scaling[adapter_name] if scaling is None else scaling
+            return (mixing @ down.flatten(1)).view_as(down), up * scaling
 
-    def get_delta_weight(self, adapter_name: str, strengths: Tensor | None = None) -> Tensor:
+    def get_delta_weight(
+        self, adapter_name: str, strengths: Tensor | None = None, scaling: float | None = None
+    ) -> Tensor:
         """Return the change of the base weight for one context, in the base weight's shape and dtype.
 
         Args:
             adapter_name: one on this layer.
             strengths: as of `lora_weights`; None takes the context that is set.
+            scaling: as of `lora_weights`.
         """
-        a, b = self.lora_weights(adapter_name, self.active_strengths(adapter_name) if strengths is None else strengths)
+        strengths = self.active_strengths(adapter_name) if strengths is None else strengths
+        a, b = self.lora_weights(adapter_name, strengths, scaling)
         return self._as_base_weight((b @ a.flatten(1)).view(-1, *a.shape[1:]))
 
     def _as_base_weight(self, delta: Tensor) -> Tensor:
@@ -223,6 +230,7 @@ class CausalContextLayer(ConvertsToLora, HoldsMergedContexts, BaseTunerLayer):
 
     def merged_weight(self, adapter_name: str, strengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weight = self._mergeable_weight(adapter_name)
+        self.merged_scaling[adapter_name] = self.scaling[adapter_name]
         merged = weight.data + self.get_delta_weight(adapter_name, strengths).to(weight)
         return weight, merged, merged
 
@@ -236,7 +244,8 @@ class CausalContextLayer(ConvertsToLora, HoldsMergedContexts, BaseTunerLayer):
             name = self.merged_adapters.pop()
             if name in self.causal_context_down:
                 weight = self._mergeable_weight(name)
-                weight.data = weight.data - self.get_delta_weight(name, self.merged_strengths.pop(name)).to(weight)
+                strengths, scaling = self.merged_strengths.pop(name), self.merged_scaling.pop(name)
+                weight.data = weight.data - self.get_delta_weight(name, strengths, scaling).to(weight)
 
     def _mergeable_weight(self, adapter_name: str) -> nn.Parameter:
         weight = self.get_base_layer().weight

@@ -270,6 +270,22 @@ def test_scaling_as_diffusers_does_it():
     assert torch.equal(model(x, context="thick"), full)
 
 
+def test_what_was_merged_comes_out_whole_whatever_the_scale_is_by_then():
+    x, model = inputs(), adapted(alpha=2.0)
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with intervene(model, "thick"):
+        model.merge_adapter()
+    for layer in (model.get_base_model().first, model.get_base_model().second):
+        layer.set_scale("default", 0.25)
+    model.unmerge_adapter()
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, weights[name])
+    with intervene(model, "thick"):
+        expected = model(x)
+        model.merge_adapter()
+        torch.testing.assert_close(model(x), expected)
+
+
 def test_effects_are_linear_in_the_strength():
     model, x = adapted(target_modules=["second"]), inputs()
     base = model(x, context=())

@@ -17,8 +17,10 @@ from peft import get_peft_model
 
 from hf_causal_context import CausalContextConfig, intervene
 from hf_causal_context.adapter import followed_pipeline
+from hf_causal_context.adapter.lookup import adapted_layers
 
 from ..architectures import ARCHITECTURES
+from ..training.tiny_pipelines import PIPELINES
 from .small import CONCEPTS, adapted
 
 CONTEXTS = [("thick",), {"slant": -0.5, "size": 2.0}]
@@ -202,3 +204,29 @@ def test_an_adapter_can_come_back_after_unload_lora():
             assert torch.equal(unet(**inputs).sample, base)
             with pytest.raises(TypeError, match="context"):
                 unet(**inputs, context="thick")
+
+
+@pytest.mark.parametrize("mechanism", ["independent", "reduced", "structural"])
+def test_a_scale_in_attention_arguments_acts_in_every_mechanism(mechanism):
+    torch.manual_seed(0)
+    pipe = PIPELINES["stable_diffusion"]()
+    pipe.set_progress_bar_config(disable=True)
+    config = CausalContextConfig(
+        concepts=CONCEPTS, mechanism=mechanism, target_modules=["to_q", "to_v"], init_weights=False, alpha=2.0
+    )
+    get_peft_model(pipe.unet.eval(), config)
+    layers = adapted_layers(pipe.unet).values()
+    inputs = torch.randn(2, 4, 8, 8), 10, torch.randn(2, 5, 16)
+
+    def outputs(scale):
+        arguments = {"cross_attention_kwargs": {"scale": scale}}
+        with torch.no_grad(), intervene(pipe, "thick"):
+            generator = torch.Generator().manual_seed(0)
+            images = pipe(["a"], num_inference_steps=2, generator=generator, output_type="pt", **arguments).images
+            return torch.cat([pipe.unet(*inputs, **arguments).sample.flatten(), images.flatten()])
+
+    given, full = outputs(0.25), outputs(1.0)
+    for layer in layers:
+        layer.set_scale("default", 0.25)
+    torch.testing.assert_close(given, outputs(1.0), rtol=1e-5, atol=1e-5)
+    assert (given - full).abs().max() > 1e-2

@@ -165,7 +165,7 @@ class Conditioning:
         return match_layer_rows(strengths.to(x.device), num_rows, layer.name, *rows_in_doubt(frame, x))
 
     def causal_matrix(self, layer: AdaptedLayer, adapter_name: str, num_rows: int) -> Tensor | None:
-        """Return what mixes the features of a layer's n rows, (1 or n, S, S), scaled; None if it is to mix them itself.
+        """Return what mixes the features of a layer's n rows, (1 or n, S, S); None if it is to mix them itself.
 
         It is there inside a forward of the model, for the mechanisms that mix.
         """
@@ -183,8 +183,7 @@ class Conditioning:
         if request.call is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return causal_matrices(layers, name, strengths, frame.tokens)
         # Nothing is trained during a call of a pipeline or of `generate`, which runs the model again and again.
-        scales = tuple(layer.scaling[name] for layer in layers)
-        key = name, strengths.shape, strengths.device, autocast_dtype(strengths.device), scales
+        key = name, strengths.shape, strengths.device, autocast_dtype(strengths.device)
         if key not in request.matrices:
             request.matrices[key] = causal_matrices(layers, name, strengths)
         return request.matrices[key]

@@ -22,7 +22,6 @@ class MixingLayer(Protocol):
     """What is asked of an adapted layer."""
 
     name: str  # path in the base model
-    scaling: dict[str, float]
 
     def causal(self, adapter_name: str) -> CausalLayer: ...
 
@@ -30,22 +29,23 @@ class MixingLayer(Protocol):
 def causal_matrices(
     layers: Iterable[MixingLayer], adapter_name: str, strengths: Tensor, tokens: float = math.inf
 ) -> dict[str, Tensor]:
-    """Name of a layer -> scaling x M(m)^T of an adapter, (N, S, S), for strengths (N, 1 + K).
+    """Name of a layer -> M(m)^T of an adapter, (N, S, S), for strengths (N, 1 + K).
+
+    Without the layer's scale, which models of diffusers set inside their forward (`scale` of attention arguments).
 
     Left out are layers whose mechanism needs no matrix, and those whose weights are elsewhere or in pieces now, as of
     a model that is offloaded or sharded. Left out as well are those whose own steps are less work than matrices for
     about so many `tokens`, of all rows that they serve: on a CPU, where launches cost nothing.
     """
     device = strengths.device
-    groups: defaultdict[tuple[object, float], list[MixingLayer]] = defaultdict(list)
+    groups: defaultdict[object, list[MixingLayer]] = defaultdict(list)
     for layer in layers:
         weight = next(layer.causal(adapter_name).parameters(), None)
         if type(weight) is nn.Parameter and weight.device == device:
-            kind = (*layer.causal(adapter_name).kind, weight.dtype)
-            groups[kind, layer.scaling[adapter_name]].append(layer)
+            groups[*layer.causal(adapter_name).kind, weight.dtype].append(layer)
     found = {}
     dtype = autocast_dtype(device)
-    for (_, scaling), alike in groups.items():
+    for alike in groups.values():
         causals = [layer.causal(adapter_name) for layer in alike]
         first = causals[0]
         features = first.observational_rank + first.num_concepts * first.width
@@ -57,8 +57,6 @@ def causal_matrices(
         with torch.autocast(device.type, enabled=False) if dtype else nullcontext():
             mask = for_mechanism(strengths, first.num_concepts, first.observational_rank)
             matrices = type(first).matrices(causals, mask)
-            if scaling != 1:
-                matrices = matrices * scaling
         matrices = matrices if dtype is None else matrices.to(dtype)
         found |= dict(zip((layer.name for layer in alike), matrices.unbind(0), strict=True))
     return found
