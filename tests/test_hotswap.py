@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 from hf_causal_context import AdapterError, intervene, load_context_adapter, unload_context_adapter
 from hf_causal_context.adapter.layer import CausalContextLayer
+from hf_causal_context.adapter.lookup import conditionings
 
 from .test_pipelines import build, run, write_adapter
 
@@ -59,6 +60,26 @@ def test_the_other_adapter_is_in_place_as_if_it_had_been_loaded(first, second, t
         assert torch.equal(run("ddim", pipe), before)
     unload_context_adapter(pipe)
     assert torch.equal(run("ddim", pipe), run("ddim", build("ddim")))
+
+
+def test_between_two_steps_of_a_call_the_rest_is_of_the_other_adapter(first, second):
+    def sampled(swap):
+        pipe, steps = load_context_adapter(build("ddim"), first), []
+
+        def before_a_step(*_):
+            steps.append(None)
+            if len(steps) == 2:
+                swap(pipe)
+
+        pipe.unet.register_forward_pre_hook(before_a_step, prepend=True)
+        return images(pipe)
+
+    def afresh(pipe):
+        load_context_adapter(pipe, second, hotswap=True)
+        for conditioning in conditionings(pipe):
+            conditioning.request().matrices.clear()
+
+    assert torch.equal(sampled(lambda pipe: load_context_adapter(pipe, second, hotswap=True)), sampled(afresh))
 
 
 def test_a_dial_turns_by_the_calibration_of_the_adapter_that_came(first, tmp_path):

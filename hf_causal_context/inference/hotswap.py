@@ -8,6 +8,7 @@ from typing import Any, cast
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from ..adapter.conditioning.hooks import Conditioning
 from ..adapter.config import CausalContextConfig
 from ..adapter.lookup import adapted_layers, conditionings
 from ..errors import UserValueError
@@ -65,6 +66,7 @@ def swap(modules: Mapping[str, nn.Module], parts: Parts, adapter_name: str) -> N
         set_peft_model_state_dict(module, weights, adapter_name)
         config.inference_mode = True
         cast(Any, module).peft_config[adapter_name] = config
+        Conditioning.changes += 1
         for conditioning in conditionings(module):
             conditioning.calibrations[adapter_name] = config.knots()
 

@@ -516,3 +516,42 @@ class TestSeveralAdapters:
         assert torch.equal(model(x, context="thick"), expected)
         with pytest.raises(ValueError, match="Unknown adapter 'other'. This model has: 'default'"):
             intervene(model, "size", adapter_name="other")
+
+
+class TestAnAdapterThatIsReplacedInTheBlock:
+    def replace(self, model, concepts):
+        model.delete_adapter("default")
+        model.add_adapter("default", config(concepts=concepts, target_modules=["first", "second"]))
+        model.set_adapter("default")
+        model.eval()
+
+    @pytest.mark.parametrize("concepts", [("slant", "size", "thick"), ("thick", "slant", "size", "hue"), ("hue",)])
+    @pytest.mark.parametrize("named", [{}, {"adapter_name": "default"}])
+    def test_by_one_with_other_concepts_needs_another_context(self, concepts, named):
+        model, x = adapted(), inputs()
+        with intervene(model, "thick", **named):
+            self.replace(model, concepts)
+            with pytest.raises(ValueError, match="for an adapter 'default' with the concepts 'thick', 'slant', 'size'"):
+                model(x)
+        with intervene(model, concepts[0], **named):
+            assert not torch.equal(model(x), Mlp()(x))
+
+    def test_by_one_with_the_same_has_the_context(self):
+        model, x = adapted(), inputs()
+        with intervene(model, "thick"):
+            self.replace(model, CONCEPTS)
+            assert torch.equal(model(x), model(x, context="thick"))
+            assert not torch.equal(model(x), model(x, context=()))
+
+
+def test_a_context_for_an_adapter_by_name_that_is_off_is_refused_inside_another_too():
+    model, x = adapted(), inputs()
+    model.add_adapter("other", config(concepts=("hue",), target_modules=["first"]))
+    model.set_adapter("default")
+    model.eval()
+    with (
+        intervene(model, "thick"),
+        intervene(model, "hue", adapter_name="other"),
+        pytest.raises(ValueError, match="adapters it is for, 'other', are not active"),
+    ):
+        model(x)

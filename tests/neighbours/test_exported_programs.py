@@ -42,3 +42,14 @@ def test_exporting_without_a_context_is_told():
     with pytest.warns(UserWarning, match="exported without a context, so as the base for good"):
         exported = torch.export.export(model, (inputs(),)).module()
     assert torch.equal(exported(inputs()), model(inputs()))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_so_is_tracing():
+    model = adapted()
+    with pytest.warns(UserWarning, match="exported without a context, so as the base for good"):
+        torch.jit.trace(model.get_base_model(), inputs())
+    with intervene(model, "thick"):
+        traced = torch.jit.trace(model.get_base_model(), inputs())
+    torch.testing.assert_close(traced(inputs()), model(inputs(), context="thick"))

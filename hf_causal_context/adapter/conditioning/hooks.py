@@ -16,8 +16,6 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -32,6 +30,7 @@ from .frame import Frame, rows_in_doubt
 from .in_force import STATE, innermost_request
 from .matrices import MixingLayer, autocast_dtype, causal_matrices
 from .presence import check_active, check_known, check_observational_part, check_unasked, holds
+from .recomputation import carry_frames_into_recomputation, in_backward, unknown_recomputation
 from .regions import places
 from .request import (
     AdapterContext,
@@ -68,7 +67,7 @@ _ATTENTION_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attent
 class Conditioning:
     """The pair of hooks on one base model, and the adapters that its layers carry."""
 
-    changes = 0  # how often adapters or hooks were put on a model or taken off, in this process
+    changes = 0  # how often adapters or hooks were put on a model, swapped or taken off, in this process
 
     def __init__(self, layer: AdaptedLayer) -> None:
         # Any of them: PEFT activates and deactivates adapters on all layers alike. Weak: see `alive`.
@@ -183,7 +182,8 @@ class Conditioning:
         if request.call is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return causal_matrices(layers, name, strengths, frame.tokens)
         # Nothing is trained during a call of a pipeline or of `generate`, which runs the model again and again.
-        key = name, strengths.shape, strengths.device, autocast_dtype(strengths.device)
+        changes = Conditioning.changes  # of adapters, which may be swapped between two steps
+        key = name, strengths.shape, strengths.device, autocast_dtype(strengths.device), changes
         if key not in request.matrices:
             request.matrices[key] = causal_matrices(layers, name, strengths)
         return request.matrices[key]
@@ -216,8 +216,8 @@ class Conditioning:
         self, adapter_name: str, concepts: ConceptSet, x: Tensor, num_rows: int
     ) -> Tensor | None:
         # An encoder that generate() calls, or vae.decode(): a part of the model runs without the model's forward.
-        if _in_backward():
-            raise _unknown_recomputation()
+        if in_backward():
+            raise unknown_recomputation()
         request = self.request()
         if request is None:
             return None
@@ -254,9 +254,9 @@ class Conditioning:
             frame.request = self.make_request(context)
         else:
             frame.request = self.request()
-            if frame.request is not None and torch.is_grad_enabled() and _in_backward():
-                raise _unknown_recomputation()
-        if frame.request is None and torch.compiler.is_exporting():
+            if frame.request is not None and torch.is_grad_enabled() and in_backward():
+                raise unknown_recomputation()
+        if frame.request is None and _is_exporting():
             warnings.warn(
                 "The model is exported without a context, so as the base for good: what is exported keeps the context "
                 "of this moment. Export inside `with intervene(model, context):`, or let a mask be one of the inputs.",
@@ -273,7 +273,7 @@ class Conditioning:
                     if strengths is not None:
                         frame.matrices[name] = self._matrices(frame, frame.request, name, strengths)
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                _carry_frames_into_recomputation(model)
+                carry_frames_into_recomputation(model)
         return args, kwargs  # whether they changed or not: older compilers cannot trace a comparison of the two
 
     def _leave_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -283,8 +283,8 @@ class Conditioning:
 
     def _check_still_valid(self, request: Request) -> None:
         # Adapters may have been activated or merged since the context was set.
-        if request.checked_for is None:
-            check_active(request.adapters, self.layer.active_adapters)
+        if request.named is not None:
+            check_active([request.named], self.layer.active_adapters)
         elif request.checked_for != tuple(self.layer.active_adapters):
             check_active(self.concepts, self.layer.active_adapters)
             self._check_names(request.contexts, self.active_adapters())
@@ -334,15 +334,17 @@ class Conditioning:
                 strengths = concepts.check_mask(mask)
                 if observational is not None:
                     strengths = completed(strengths, len(concepts), observational)
-                return AdapterContext(strengths, len(strengths) == 1, images_per_prompt, guidance_copies, True)
+                return AdapterContext(
+                    concepts, strengths, len(strengths) == 1, images_per_prompt, guidance_copies, True
+                )
             own = [restricted(context, concepts) for context in contexts]
-            uniform = len(set(own)) == 1
-            return AdapterContext(concepts.strengths(own), uniform, images_per_prompt, guidance_copies, False)
+            strengths, uniform = concepts.strengths(own), len(set(own)) == 1
+            return AdapterContext(concepts, strengths, uniform, images_per_prompt, guidance_copies, False)
 
         adapters = {name: encode(concepts) for name, concepts in addressed.items()}
         self.layer.check_merged_context({name: context.strengths for name, context in adapters.items()})
         if adapter_name is not None:
-            return Request(self, adapters, None, None, named=True)
+            return Request(self, adapters, None, None, named=adapter_name)
         return Request(self, adapters, None, encode, contexts, tuple(self.layer.active_adapters))
 
 
@@ -356,44 +358,5 @@ def take_context(arguments: Mapping[str, Any]) -> tuple[ContextBatch | None, dic
     return None, cast(dict, arguments)
 
 
-def _in_backward() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _unknown_recomputation() -> RuntimeError:
-    return RuntimeError(
-        "A layer is computed again inside backward (gradient checkpointing), where it cannot be known which context "
-        "the forward had. Use the model's own gradient_checkpointing_enable() or enable_gradient_checkpointing(), "
-        "which are supported, or checkpoint the whole model with context= as one of its arguments."
-    )
-
-
-class _CheckpointWithFrame:
-    """A model's checkpointing function that gives the recomputation the frame of its forward."""
-
-    def __init__(self, checkpoint: Callable[..., Any]) -> None:
-        self.checkpoint = checkpoint
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        frame = STATE.box.frame
-        settings = {**getattr(self.checkpoint, "keywords", {}), **kwargs}
-        if frame is not None and settings.get("use_reentrant") is not False:
-            # Its backward would go once for each segment through what was made outside, so segments make their own.
-            frame = replace(frame, matrices={})
-        return self.checkpoint(partial(_run_in_frame, frame, function), *args, **kwargs)
-
-
-def _run_in_frame(frame: Frame | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    box = STATE.box
-    outer, box.frame = box.frame, frame
-    try:
-        return function(*args, **kwargs)
-    finally:
-        box.frame = outer
-
-
-def _carry_frames_into_recomputation(model: nn.Module) -> None:
-    for module in model.modules():
-        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
-        if checkpoint is not None and not isinstance(checkpoint, _CheckpointWithFrame):
-            module._gradient_checkpointing_func = _CheckpointWithFrame(checkpoint)  # type: ignore[assignment]
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and torch.jit.is_tracing())

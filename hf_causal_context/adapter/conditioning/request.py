@@ -28,6 +28,7 @@ from .rows import Call, match_samples
 class AdapterContext:
     """The context of one adapter, as asked for: strengths or a mask, and how the model's callers multiply samples."""
 
+    concepts: ConceptSet
     strengths: Tensor
     uniform: bool  # known without looking at values: every sample has the same context
     images_per_prompt: int
@@ -84,9 +85,9 @@ class Request:
     outer: Request | None
     encode: Callable[[ConceptSet], AdapterContext] | None  # for adapters added later; None if one adapter was named
     contexts: tuple[Context, ...] = ()
-    checked_for: tuple[str, ...] | None = None  # the active adapters whose concepts the names were checked against
+    checked_for: tuple[str, ...] = ()  # the active adapters whose concepts the names were checked against
     call: Call | None = None  # what runs the model now
-    named: bool = False  # it is for one adapter by name: the others keep their contexts
+    named: str | None = None  # the one adapter that it is for: the others keep their contexts
     matrices: dict[tuple, dict[str, Tensor]] = field(default_factory=dict)  # of this call: see `causal_matrices`
     ended: bool = False  # tasks that were started inside may still hold it
     token: Token | None = None  # of the task or thread that opened it
@@ -98,7 +99,7 @@ class Request:
             outer: the request in force, of whatever model.
             same_owner: the innermost one of this model.
         """
-        if not self.named or same_owner is None:
+        if self.named is None or same_owner is None:
             return replace(self, outer=outer)
         adapters = same_owner.adapters | self.adapters
         return replace(self, adapters=adapters, encode=same_owner.encode, outer=outer)
@@ -124,8 +125,18 @@ class Request:
         return [context.regions for context in self.adapters.values() if context.regions is not None]
 
     def find(self, adapter_name: str, concepts: ConceptSet) -> AdapterContext | None:
-        """Return the context of an adapter; one that was added after the request was made gets its own encoding."""
+        """Return the context of an adapter; one that was added after the request was made gets its own encoding.
+
+        Raises:
+            ValueError: for one in whose place there is another one since, with other concepts.
+        """
         found = self.adapters.get(adapter_name)
+        if found is not None and found.concepts.names != concepts.names:
+            raise UserValueError(
+                f"The context that is set is for an adapter {adapter_name!r} with the concepts "
+                f"{quoted(found.concepts)}, and in its place there is one with {quoted(concepts)} since. Set the "
+                "context again: open the `with intervene(...)` block after the adapter is there."
+            )
         if found is None and self.encode is not None:
             found = self.adapters[adapter_name] = self.encode(concepts)
         return found
