@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch import nn
@@ -25,6 +26,7 @@ from hf_causal_context.training.autoencoder.objective import (
 )
 from hf_causal_context.training.autoencoder.train import make_autoencoder, mean_loss, train_autoencoder
 from hf_causal_context.training.loop.early_stopping import EarlyStopping
+from hf_causal_context.training.loop.processes import make_accelerator
 from hf_causal_context.training.loop.trainer import TrainingDivergedError
 
 from .small import write_folders
@@ -377,6 +379,15 @@ class TestRuns:
     def test_trains_in_half_precision(self, tmp_path, changes):
         folder = train_autoencoder(arguments(tmp_path / "out", mixed_precision="bf16", **changes), images())
         assert {tensor.dtype for tensor in weights(folder).values()} <= {torch.float32, torch.int64}
+
+    def test_a_run_does_not_have_the_precision_of_an_earlier_one(self, tmp_path):
+        given = ("bf16", None, "no", "bf16")
+        made = [make_accelerator(arguments(tmp_path, mixed_precision=each)).mixed_precision for each in given]
+        assert made == ["bf16", "no", "no", "bf16"]
+
+    def test_the_precision_of_the_callers_own_accelerator_is_kept(self, tmp_path):
+        Accelerator(mixed_precision="bf16")
+        assert make_accelerator(arguments(tmp_path)).mixed_precision == "bf16"
 
     def test_ignored_contexts_have_no_effect(self, tmp_path):
         model = ContextAutoencoder.from_pretrained(

@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, LoggerType, ProjectConfiguration, broadcast
 from torch import Tensor
 from torch.distributed import DistError
@@ -23,6 +24,9 @@ from .sharding import check_configuration, check_processes
 
 # How gloo, whose errors have no class of their own, says that a process is gone or silent.
 _GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Timed out waiting|[Ss]ocket [Tt]imeout")
+
+# Marks Accelerate's state as that of a run, and not of an Accelerator that the caller made.
+_OF_A_RUN = "of_a_causal_context_run"
 
 
 class ProcessLostError(ConnectionError):
@@ -42,6 +46,9 @@ def make_accelerator(arguments: OptimizationArguments) -> Accelerator:
         raise UserValueError(f"--report_to={arguments.report_to} is unknown. Allowed: {', '.join(trackers)}.")
     check_writable(Path(arguments.output_dir))
     check_configuration(arguments)
+    # Accelerate keeps what the first run of a process was told for all that follow, in a notebook say: its precision.
+    if AcceleratorState._shared_state.get(_OF_A_RUN):
+        AcceleratorState._reset_state()
     # Under torchrun without an accelerator, Accelerate runs every process on its own unless told to use the CPU.
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     accelerator = Accelerator(
@@ -55,6 +62,7 @@ def make_accelerator(arguments: OptimizationArguments) -> Accelerator:
             arguments.output_dir, str(Path(arguments.output_dir, arguments.logging_dir))
         ),
     )
+    AcceleratorState._shared_state[_OF_A_RUN] = True
     check_processes(arguments)
     if arguments.report_to and not accelerator.log_with:
         raise UserValueError(
