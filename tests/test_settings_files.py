@@ -98,6 +98,12 @@ def test_words_stay_as_written_and_switches_and_numbers_are_those_of_yaml(tmp_pa
     assert (parsed.use_ema, parsed.dry_run, parsed.max_grad_norm, parsed.seed) == (True, False, float("inf"), 16)
 
 
+def test_json_may_be_indented_by_tabs(tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps(TINY | {"output_dir": "o"}, indent="\t"))
+    required = ["--pretrained_model_name_or_path", "base"]
+    assert parse("train", Arguments, ["--config", str(tmp_path / "settings.json"), *required]).max_train_steps == 2
+
+
 def test_a_folder_is_no_file_of_options(tmp_path, capsys):
     assert main(["train", "--config", str(tmp_path)]) == 1
     assert f"error: --config: {tmp_path} is a folder. Give a file of options" in capsys.readouterr().err

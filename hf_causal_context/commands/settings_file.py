@@ -80,7 +80,9 @@ def _read(file: str) -> tuple[Any, dict[str, yaml.Node]]:
         OSError, UnicodeDecodeError, yaml.YAMLError: for a file that cannot be read.
         ValueError: for an option that is there twice, of which YAML would take the last.
     """
-    loader = yaml.SafeLoader(Path(file).read_text(encoding="utf-8"))
+    text = Path(file).read_text(encoding="utf-8")
+    # JSON may be indented by tabs, and YAML not; within JSON's strings there are none.
+    loader = yaml.SafeLoader(text.expandtabs() if text.lstrip().startswith("{") else text)
     root = loader.get_single_node()
     if root is None:
         return None, {}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hf_causal_context._markdown import table
 from hf_causal_context.evaluation import classifiers, metrics
 from hf_causal_context.evaluation import report as report_module
 from hf_causal_context.evaluation.evaluator import evaluate_samples
@@ -44,6 +45,11 @@ def test_all_files_are_written_and_agree(found, tmp_path):
     image = Image.open(paths[2])
     assert image.width > 1000
     assert len(image.convert("RGB").getcolors(10**6)) > 50
+
+
+def test_names_do_not_end_the_cells_of_tables():
+    lines = list(table(("do(a|b)", r"c\|d"), [("a|b", "1")]))
+    assert lines == [r"| do(a\|b) | c\|d |", "|---|---|", r"| a\|b | 1 |"]
 
 
 def test_json_holds_null_where_nothing_could_be_measured(tmp_path):
