@@ -277,6 +277,7 @@ class TestTextEncoders:
     def folder(self, tmp_path):
         pipe = build("stable_diffusion")
         write_adapter(pipe.unet, tmp_path / "adapter")
+        write_adapter(pipe.unet, tmp_path / "denoiser")
         write_adapter(pipe.text_encoder, tmp_path / "adapter" / "text_encoder", target_modules=["q_proj", "v_proj"])
         return tmp_path / "adapter"
 
@@ -299,6 +300,19 @@ class TestTextEncoders:
             pytest.raises(ValueError, match="4 contexts were given, but the model's input has 2 rows"),
         ):
             run("stable_diffusion", pipe, images=2)
+
+    def test_a_context_that_would_reach_the_denoiser_alone_is_refused(self, folder):
+        pipe = load_context_adapter(build("stable_diffusion"), folder)
+        other = diffusers.StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+        other.set_progress_bar_config(disable=True)
+        given = {"cross_attention_kwargs": {"context": "thick"}}
+        with pytest.raises(ValueError, match=r"'default' has a part in 'text_encoder', too.*with intervene\(pipe"):
+            run("stable_diffusion", other, **given)
+        with intervene(other, "thick"):
+            assert torch.equal(run("stable_diffusion", other), run("stable_diffusion", pipe, **given))
+        unload_context_adapter(pipe)
+        load_context_adapter(pipe, folder.parent / "denoiser")
+        run("stable_diffusion", other, **given)
 
     def test_both_are_saved_and_unloaded(self, folder, tmp_path):
         pipe = load_context_adapter(build("stable_diffusion"), folder)

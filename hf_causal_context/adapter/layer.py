@@ -98,7 +98,7 @@ class CausalContextLayer(ConvertsToLora, HoldsMergedContexts, BaseTunerLayer):
         """Take an adapter off this layer; whoever does so does it on all of them."""
         super().delete_adapter(adapter_name)
         known_of = self.conditioning
-        for known in (known_of.concepts, known_of.observational_ranks, known_of.calibrations):
+        for known in (known_of.concepts, known_of.observational_ranks, known_of.calibrations, known_of.elsewhere):
             known.pop(adapter_name, None)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:

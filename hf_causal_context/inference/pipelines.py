@@ -147,6 +147,9 @@ def attach(pipe: Pipeline, folder: Path, source: str, adapter_name: str = "defau
         for component, (config, weights) in chosen.items():
             attached.append(modules[component])
             _attach(modules[component], config, weights, adapter_name, source)
+            if others := [name for name in chosen if name != component]:
+                for owner in conditionings(modules[component]):
+                    owner.elsewhere[adapter_name] = others
     except BaseException:
         for module in attached:
             _detach(module, adapter_name)

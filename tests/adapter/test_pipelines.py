@@ -128,6 +128,26 @@ def test_dit_with_guidance(vae):
     assert (together - sample([3, 4])).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("rows", [1, 3, 4, 8])
+def test_pieces_of_what_a_pipeline_decodes_need_one_context(rows):
+    pipe = PIPELINES["stable_diffusion"]()
+    pipe.set_progress_bar_config(disable=True)
+    adapt(pipe.unet)
+    adapt(pipe.vae)
+    latents, decoded = torch.randn(8, 4, 8, 8), []
+
+    def decode_frames(pipe, step, time, inputs):
+        decoded.append(pipe.vae.decode(latents[:rows]).sample)  # as pipelines of videos do
+        return inputs
+
+    options = {"num_inference_steps": 1, "callback_on_step_end": decode_frames, "output_type": "latent"}
+    with torch.no_grad(), intervene(pipe, CONTEXTS), pytest.raises(ValueError, match=f"called with {rows} rows by a p"):
+        pipe(["a", "b"], **options)
+    with torch.no_grad(), intervene(pipe, CONTEXTS[0]):
+        pipe(["a", "b"], **options)
+        torch.testing.assert_close(decoded[0], pipe.vae.decode(latents[:rows]).sample)
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_an_encoder_that_generate_calls_by_itself(beams):
     model = adapted(ARCHITECTURES["t5"].build(), target_modules="all-linear")

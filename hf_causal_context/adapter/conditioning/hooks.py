@@ -29,7 +29,7 @@ from ..calibration import Calibration
 from .frame import Frame, rows_in_doubt
 from .in_force import STATE, innermost_request
 from .matrices import MixingLayer, autocast_dtype, causal_matrices
-from .presence import check_active, check_known, check_observational_part, check_unasked, holds
+from .presence import check_active, check_known, check_observational_part, check_unasked, check_whole, holds
 from .recomputation import carry_frames_into_recomputation, in_backward, unknown_recomputation
 from .regions import places
 from .request import (
@@ -76,6 +76,7 @@ class Conditioning:
         self.open_requests = 0  # in all tasks and threads
         self.observational_ranks: dict[str, int] = {}
         self.calibrations: dict[str, Calibration] = {}
+        self.elsewhere: dict[str, list[str]] = {}  # adapter -> components of a pipeline that have parts of it, too
         self._model: weakref.ref[nn.Module] | None = None
         # The number of changes when the model was looked through, and its adapted layers.
         self._found: tuple[int, list[weakref.ref[AdaptedLayer]]] = -1, []
@@ -222,7 +223,7 @@ class Conditioning:
         if request is None:
             return None
         context = request.find(adapter_name, concepts)
-        return None if context is None else context.to(x.device).outside_forward().rows(num_rows, request.call)
+        return None if context is None else context.to(x.device).outside_forward(num_rows, request.call)
 
     def _resolve(self, frame: Frame, request: Request, adapter_name: str, concepts: ConceptSet) -> Tensor | None:
         context = request.find(adapter_name, concepts)
@@ -247,6 +248,8 @@ class Conditioning:
         # First of all, so that the other hook finds its frame whatever is raised below.
         box.frame = frame = Frame(self, model, box.frame)
         context, kwargs = take_context(kwargs)
+        if context is not None:
+            check_whole(self.elsewhere)
         if self._takes_context and "context" in kwargs:
             context = kwargs["context"]
             kwargs = {name: value for name, value in kwargs.items() if name != "context"}

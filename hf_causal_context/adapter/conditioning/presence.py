@@ -34,6 +34,16 @@ def check_unasked(request: object | None) -> None:
         )
 
 
+def check_whole(elsewhere: Mapping[str, Collection[str]]) -> None:
+    """Refuse (ValueError) a context that came to a denoiser past its pipeline, and so to one part of an adapter."""
+    for name, components in elsewhere.items():
+        raise UserValueError(
+            f"The context in the attention arguments came to the denoiser alone, and adapter {name!r} has a part in "
+            f"{quoted(components)}, too. So it is where a pipeline was made of another one (from_pipe). Open "
+            "`with intervene(pipe, context):` around the call instead."
+        )
+
+
 def check_active(addressed: Iterable[str], active: Iterable[str]) -> None:
     """Refuse (ValueError) a context for adapters that are all switched off."""
     if not set(addressed) & set(active):

@@ -51,15 +51,21 @@ class AdapterContext:
             self.strengths = self.strengths.to(device)
         return self
 
-    def outside_forward(self) -> AdapterContext:
-        """Return itself, for a part of a model that runs on its own; refuses (ValueError) contexts of regions."""
+    def outside_forward(self, num_rows: int, call: Call | None) -> Tensor:
+        """Return the strengths for N rows of a part of a model that runs on its own, such as a VAE's decoder.
+
+        Raises:
+            ValueError: for contexts of regions, and pieces of what a pipeline makes, such as some of a clip's frames.
+        """
         if self.regions is not None:
             raise UserValueError(
                 "Contexts per region were given, and a part of an adapted model runs without the model's own call (as "
                 "a VAE's decoder does), so it cannot be known which tokens it sees. Use one context for the whole "
                 "image."
             )
-        return self
+        if call is not None and not self.uniform:
+            call.check_part(num_rows)
+        return self.rows(num_rows, call)
 
     def rows(self, num_rows: int, call: Call | None) -> Tensor:
         """Return the strengths for N rows of the model's input: (1, 1 + K) or (N, 1 + K); see `rows.match_samples`."""

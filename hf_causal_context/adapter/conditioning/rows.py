@@ -55,6 +55,15 @@ class Call:
             f"or rows). Pass one context, or one per prompt ({self.prompts}){per_image}."
         )
 
+    def check_part(self, num_rows: int) -> None:
+        """Refuse (ValueError) rows of a part of a pipeline's model that are neither one per prompt nor per image."""
+        if self.copies is not None and num_rows not in (self.prompts, self.prompts * self.copies):
+            raise UserValueError(
+                f"A part of an adapted model (such as a VAE's decoder) was called with {num_rows} rows by a pipeline "
+                f"that makes {self.prompts * self.copies} images or clips, so it cannot be known which row belongs to "
+                "which prompt: frames of clips are decoded piece by piece. Use one context for all prompts."
+            )
+
     def rows(self, strengths: Tensor, num_rows: int) -> Tensor | None:
         """Strengths (S, 1 + K) for N rows of the model, or of a text encoder; None where they do not divide."""
         self.check(strengths.shape[0])
