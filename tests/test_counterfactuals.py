@@ -318,6 +318,22 @@ def test_refusals(arguments, error, message):
         counterfactual(base, **given)
 
 
+def test_a_denoiser_with_a_cache_is_refused():
+    base = build("flux")
+    denoiser: Any = base.denoiser
+    denoiser.enable_cache(
+        diffusers.PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=(-1, 1001),
+            current_timestep_callback=lambda: 500,
+        )
+    )
+    with pytest.raises(ValueError, match=r"has a cache enabled.*Call pipe\.transformer\.disable_cache\(\) first"):
+        edit(base, images(base), "thick")
+    denoiser.disable_cache()
+    edit(base, images(base), "thick")
+
+
 def test_a_sampler_without_a_step_from_more_than_noise():
     base = build("ddim")
     options = {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing", "clip_sample": False}

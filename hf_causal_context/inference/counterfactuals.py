@@ -97,7 +97,8 @@ def counterfactual(
 
     Raises:
         TypeError: for something that is no image or no context.
-        ValueError: without an adapter, for unknown concepts, or images, masks or conditions that do not fit the base.
+        ValueError: without an adapter, for unknown concepts, or images, masks or conditions that do not fit the base,
+            and while the denoiser has a cache.
 
     Example:
         >>> edit = counterfactual(pipe, image, "thickness", strengths=[0.5, 1])   # doctest: +SKIP
@@ -134,6 +135,7 @@ def counterfactuals(
     """Return the `counterfactual` of each of several contexts, which share one abduction."""
     base = pipe if isinstance(pipe, DiffusionBase) else as_base(pipe)
     base.require_images("counterfactual")
+    _check_no_cache(base)
     check_conditions(base, prompt, class_label, None, None)
     if len(strengths) == 0 or not np.isfinite(strengths).all():
         raise UserValueError(f"strengths={list(strengths)} must be one or more finite numbers, such as [0.5, 1.0].")
@@ -164,6 +166,14 @@ def counterfactuals(
                 images = weights * images + (1 - weights) * pixels
             found.append(Counterfactual(images, reconstruction, error, noise))
     return found
+
+
+def _check_no_cache(base: DiffusionBase) -> None:
+    if getattr(base.denoiser, "is_cache_enabled", False):
+        raise UserValueError(
+            f"The {type(base.denoiser).__name__} has a cache enabled, which would give an edit outputs of other steps "
+            f"and of other contexts. Call pipe.{base.denoiser_name}.disable_cache() first."
+        )
 
 
 def doubt(reconstruction_error: float) -> str:
