@@ -184,6 +184,7 @@ def causal_effects(model: nn.Module, adapter_name: str = "default") -> CausalEff
             raise UserValueError(
                 f"Adapter {adapter_name!r} is not linear (expressive_depth > 0), so effects have no one size."
             )
+        layer.weights(adapter_name)  # refuses those that are elsewhere
         concepts = layer.concepts[adapter_name].names
         names.append(name.removeprefix(PEFT_PREFIX))
         nothing, *each = torch.cat([torch.zeros(1, len(concepts)), torch.eye(len(concepts))])[:, None]

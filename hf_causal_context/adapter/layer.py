@@ -184,8 +184,7 @@ class CausalContextLayer(ConvertsToLora, HoldsMergedContexts, BaseTunerLayer):
         if refusal:
             raise UserValueError(f"Adapter {adapter_name!r} cannot be baked or merged: {refusal}.")
         with torch.no_grad():
-            down = cast(RepresentationLayer, self.causal_context_down[adapter_name]).weight.float()
-            up = cast(OutputLayer, self.causal_context_up[adapter_name]).weight.float()
+            down, up = (weight.float() for weight in self.weights(adapter_name))
             mixing = self.matrix(adapter_name, strengths.to(down)).float()
             scaling = self.scaling[adapter_name] if scaling is None else scaling
             return (mixing @ down.flatten(1)).view_as(down), up * scaling

@@ -33,6 +33,21 @@ class ConvertsToLora:
             warnings.warn(f"Adapter {adapter_name!r} cannot be converted to LoRA: {refusal}.", stacklevel=2)
         return refusal is None
 
+    def weights(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """Return the weights of Down and Up.
+
+        Raises:
+            ValueError: while they are elsewhere.
+        """
+        layer: Any = self
+        down, up = (parts[adapter_name].weight for parts in (layer.causal_context_down, layer.causal_context_up))
+        if down.is_meta or up.is_meta:
+            raise UserValueError(
+                f"The weights of adapter {adapter_name!r} on {layer.name!r} are offloaded now, so they cannot be read. "
+                "Do this before the offloading is enabled, or take it off first (of a pipeline, remove_all_hooks())."
+            )
+        return down, up
+
     def active_strengths(self, adapter_name: str) -> Tensor:
         """Return the strengths (1, 1 + K) of the context that is set.
 

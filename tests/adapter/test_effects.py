@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import get_peft_model
 from torch import nn
 
-from hf_causal_context import CausalContextConfig, causal_effects
+from hf_causal_context import CausalContextConfig, bake, causal_effects
 from hf_causal_context.adapter.effects import CausalEffects, _blocks_and_kinds, _mixing
 from hf_causal_context.adapter.lookup import adapted_layers
 
@@ -30,6 +31,14 @@ def test_changes_are_those_of_the_weights(build, variant):
         for value, mask in zip(row, torch.eye(3), strict=True):
             change = layer.get_delta_weight("default", mask[None]) - nothing
             torch.testing.assert_close(value, (change.norm() / frozen).detach(), rtol=1e-4, atol=1e-7)
+
+
+def test_weights_that_are_offloaded_cannot_be_read():
+    model = adapted(gpt2(), target_modules=["c_attn"])
+    cpu_offload(model.get_base_model(), execution_device=torch.device("cpu"))
+    for read in (causal_effects, lambda model: bake(model, "thick")):
+        with pytest.raises(ValueError, match="are offloaded now, so they cannot be read"):
+            read(model)
 
 
 def test_one_layer_by_hand():
