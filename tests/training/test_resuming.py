@@ -96,6 +96,18 @@ def test_what_came_after_the_checkpoint_is_given_up(given, tmp_path):
     assert not list(out.glob(".*"))
 
 
+def test_a_folder_with_checkpoints_of_its_own_does_not_go_on_from_those_of_another(given, tmp_path):
+    elsewhere = {
+        "output_dir": str(tmp_path / "other"),
+        "resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-1"),
+    }
+    train(TrainingArguments(**given | elsewhere | {"max_train_steps": 3}))
+    assert list(checkpoint_steps(tmp_path / "other")) == [2, 3]
+    with pytest.raises(FileExistsError, match="holds checkpoints of another run"):
+        train(TrainingArguments(**given | elsewhere))
+    assert list(checkpoint_steps(tmp_path / "other")) == [2, 3]
+
+
 def test_a_base_with_label_dropout_resumes_bit_for_bit(pipeline_folder, tmp_path):
     root = write_folders(tmp_path / "data")
     files = sorted(root.rglob("*.png"))

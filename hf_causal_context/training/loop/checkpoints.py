@@ -196,6 +196,7 @@ def find_checkpoint(output_dir: Path, wanted: str, say: Callable[[str], object])
 
     Raises:
         FileNotFoundError: for a checkpoint that does not exist.
+        FileExistsError: for one of another folder, where `output_dir` has some of its own.
         CheckpointError: for a damaged one, or if all are.
     """
     checkpoints = checkpoint_steps(output_dir)
@@ -223,6 +224,8 @@ def find_checkpoint(output_dir: Path, wanted: str, say: Callable[[str], object])
             f"--resume_from_checkpoint={wanted} is damaged ({found}). In {output_dir} there are: {there}. Give another "
             "one, or latest, which takes the newest that is whole."
         )
+    if path.parent.resolve() != output_dir.resolve():
+        check_unused(output_dir)  # its later checkpoints would be removed
     return int(match[1]), path
 
 
