@@ -13,7 +13,7 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from .._files import CONFIG
+from .._files import CONFIG, in_one_spelling
 from ..contexts import ConceptSet, Context, refuse_obs
 from ..errors import UserTypeError, UserValueError
 from ..layers import (
@@ -161,6 +161,8 @@ class CausalContextConfig(PeftConfig):
         self._check_graph()
         self._check_modules()
         self._check_tokens()
+        if isinstance(self.calibration, Mapping):
+            self.calibration = {in_one_spelling(name): knots for name, knots in self.calibration.items()}
         check_calibration(self.calibration, self.concepts)
 
     def _check_rank(self, name: str, width: object) -> None:
@@ -178,9 +180,9 @@ class CausalContextConfig(PeftConfig):
     def _check_graph(self) -> None:
         if self.concept_graph is not None:
             edges = fields.check_list("concept_graph", self.concept_graph, "pairs (cause, effect)")
-            self.concept_graph = tuple(fields.check_names("an edge of concept_graph", edge) for edge in edges)
+            self.concept_graph = tuple(_names("an edge of concept_graph", edge) for edge in edges)
         if self.concept_order is not None:
-            self.concept_order = fields.check_names("concept_order", self.concept_order)
+            self.concept_order = _names("concept_order", self.concept_order)
         if self.concept_graph is None and self.concept_order is None:
             return
         if self.mechanism == "independent":
@@ -335,6 +337,11 @@ class CausalContextConfig(PeftConfig):
 
 def _adapts(config: CausalContextConfig, module: str) -> bool:
     return bool(check_target_module_exists(config, module))
+
+
+def _names(name: str, value: object) -> tuple[str, ...]:
+    """Names of concepts, as `ConceptSet` keeps them."""
+    return tuple(map(in_one_spelling, fields.check_names(name, value)))
 
 
 @lru_cache(maxsize=8)  # every layer asks for it

@@ -32,6 +32,18 @@ def test_round_trip_through_a_file(tmp_path):
     assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
 
 
+def test_accents_that_were_stored_apart_from_their_letters_are_the_same_names():
+    apart, whole = "e\u0301", "\u00e9"
+    knots = {apart: [[0.0, 0.0], [1.0, 1.0]]}
+    config = CausalContextConfig(
+        concepts=(apart, "b"), mechanism="structural", concept_order=("b", apart), calibration=knots
+    )
+    assert (config.concepts, config.concept_order) == ((whole, "b"), ("b", whole))
+    assert config.knots()[whole] == knots[apart]
+    edges = CausalContextConfig(concepts=(apart, "b"), mechanism="structural", concept_graph=((apart, "b"),))
+    assert edges.concept_graph == ((whole, "b"),)
+
+
 def test_a_graph_is_shared_by_layers_and_lies_on_the_cpu():
     options = {"concepts": ("first", "second"), "mechanism": "reduced"}
     for order in (("second", "first"), None):
