@@ -175,6 +175,8 @@ def visible_files(folder: Path, suffixes: Collection[str] | None = None) -> Iter
 
     Links that lead nowhere, or to folders, which are not entered, count as files: what is skipped is named.
 
+    None where there is no folder.
+
     Raises:
         OSError: for a folder that cannot be read, whose files would be missing.
     """
@@ -187,7 +189,8 @@ def visible_files(folder: Path, suffixes: Collection[str] | None = None) -> Iter
 
 
 def _stop(error: OSError) -> None:
-    raise error
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 def skipped(files: Sequence[Path], root: Path) -> Iterator[str]:

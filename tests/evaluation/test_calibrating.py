@@ -134,6 +134,7 @@ def test_the_command_evaluates_at_strengths_of_the_data_and_calibrates(adapter, 
 def test_an_adapter_of_the_hub_is_not_calibrated_in_place(tmp_path, capsys, monkeypatch):
     stored = SimpleNamespace(is_of_language_model=False)
     monkeypatch.setattr(StoredAdapter, "open", lambda *args, **options: stored)
-    arguments = ["--adapter=user/x", f"--train_data_dir={tmp_path}", f"--output_dir={tmp_path / 'out'}"]
+    (tmp_path / "data").mkdir()
+    arguments = ["--adapter=user/x", f"--train_data_dir={tmp_path / 'data'}", f"--output_dir={tmp_path / 'out'}"]
     assert main(["evaluate", *arguments, "--calibrate"]) == 1
     assert "user/x is on the Hub. Download it first" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from datasets import Image
 
 from hf_causal_context.data import load_text_folders
 from hf_causal_context.data.arguments import AnyDataArguments, TextDataArguments
@@ -67,11 +68,16 @@ def test_images_and_texts_are_told_apart(tmp_path, shape):
     assert load_any_data(AnyDataArguments(dataset_name=str(tmp_path / "rows"))).content_column == shape
     table("text").save_to_disk(tmp_path / "unnamed")
     assert load_any_data(AnyDataArguments(dataset_name=str(tmp_path / "unnamed"))).content_column == "text"
-    table("text").add_column("image", [1] * 11).save_to_disk(tmp_path / "captioned")
+    images = [str(tmp_path / "images" / "obs" / "0.png")] * 11
+
+    def with_images(rows):
+        return rows.add_column("image", images).cast_column("image", Image())
+
+    with_images(table("text")).save_to_disk(tmp_path / "captioned")
     captioned = str(tmp_path / "captioned")
     assert load_any_data(AnyDataArguments(dataset_name=captioned)).content_column == "image"
     assert load_any_data(AnyDataArguments(dataset_name=captioned, text_column="text")).content_column == "text"
-    table(shape).add_column("image", [1] * 11).save_to_disk(tmp_path / "seen")
+    with_images(table(shape)).save_to_disk(tmp_path / "seen")
     assert load_any_data(AnyDataArguments(dataset_name=str(tmp_path / "seen"))).content_column == "image"
 
 

@@ -290,7 +290,10 @@ class TestErrorsBeforeTraining:
             ({"concepts": ["slant", "thick", "size"]}, "The data cannot be trained on:\n- .*size"),
             ({"train_data_dir": None}, "either --train_data_dir .* or --dataset_name"),
             ({"dataset_name": "a/b"}, "either --train_data_dir .* or --dataset_name .*received '.*data' and 'a/b'"),
-            ({"class_column": "digit"}, "--class_column=digit was given, but this DDPMPipeline takes no classes"),
+            (
+                {"class_column": "digit"},
+                "--class_column='digit' is for datasets, and has no effect beside --train",
+            ),
             ({"context_weights": ["size=2"]}, "--context_weights names 'size', which is not trained on"),
             ({"context_weights": ["obs"]}, "--context_weights 'obs' must be a context and a number"),
             ({"validation_contexts": ["obs", "thick+size"]}, "Unknown concept 'size' in context 'size\\+thick'"),
@@ -333,12 +336,18 @@ class TestErrorsBeforeTraining:
         with pytest.raises(ValueError, match="The column 'image' holds .*, not images. Name another --image_column"):
             run(rows=from_dataset(Dataset.from_dict(columns)))
 
-    def test_a_base_with_classes_needs_their_column(self, run):
-        for changes in ({}, {"class_column": "digit"}):
+    def test_a_base_with_classes_needs_their_column(self, run, data):
+        rows = from_dataset(labeled(data, [0, 1, 2, 3]))
+        for changes in ({}, {"class_column": "number"}):
             with pytest.raises(
-                ValueError, match="conditioned on classes, but --class_column=(None|digit) names no col"
+                ValueError, match="conditioned on classes, but --class_column=(None|number) names no col"
             ):
-                run("ddpm_classes", **changes)
+                run("ddpm_classes", rows=rows, **changes)
+
+    def test_a_base_without_classes_takes_no_column_of_them(self, run, data):
+        message = "--class_column=digit was given, but this DDPMPipeline takes no classes"
+        with pytest.raises(ValueError, match=message):
+            run(rows=from_dataset(labeled(data, [0, 1, 2, 3])), class_column="digit")
 
     @pytest.mark.parametrize(
         ("labels", "held_out", "message"),
