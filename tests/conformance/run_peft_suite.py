@@ -56,7 +56,7 @@ import torch
 from hf_causal_context.adapter.conditioning import hooks as c
 _request = c.Conditioning.request
 def _ambient(concepts):
-    return c.AdapterContext(torch.full((1, 1 + len(concepts)), 0.5), True, 1, 1, False)
+    return c.AdapterContext(concepts, torch.full((1, 1 + len(concepts)), 0.5), True, 1, 1, False)
 def request(self):
     if not self.concepts:  # its adapters were deleted
         return _request(self)
