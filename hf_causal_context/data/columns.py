@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
-from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value, Video
 from pyarrow import ArrowInvalid
 
 from ..errors import UserTypeError, UserValueError
@@ -66,6 +66,20 @@ def require_columns(features: Features, columns: dict[str, str]) -> None:
                 f"The dataset has no column {column!r} ({reason}). Its columns: {quoted(features)}. "
                 "Name one of them, or add the column."
             )
+
+
+def require_images(features: Features, column: str) -> None:
+    """Check that a column holds images or videos; one that is missing is left to `require_columns`.
+
+    Raises:
+        ValueError: for something else.
+    """
+    feature = features.get(column)
+    if feature is not None and not isinstance(feature, Image | Video):
+        raise UserValueError(
+            f"The column {column!r} holds {feature}, not images. Name another --image_column, or cast it: "
+            "dataset.cast_column(name, datasets.Image())."
+        )
 
 
 def has_no_label(feature: object, value: object) -> bool:

@@ -6,8 +6,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Image, Video
-
 from ..errors import UserValueError
 from ..media.videos import VIDEO_SUFFIXES
 from . import (
@@ -30,7 +28,7 @@ from .arguments import (
     refuse_useless,
 )
 from .captions import METADATA
-from .columns import Rows, known_features, require_columns
+from .columns import Rows, known_features, require_columns, require_images
 from .folders import IMAGE_SUFFIXES, skipped, visible_files
 from .text_rows import TEXT_SUFFIXES, text_columns
 
@@ -132,12 +130,7 @@ def _open_images(arguments: DataArguments) -> Rows:
     dataset, features = known_features(_open(arguments))
     if (classes := arguments.class_column) is not None:
         require_columns(features, {classes: "--class_column"})
-    column = arguments.image_column  # if it is missing, it is refused with the others
-    if column in features and not isinstance(features[column], Image | Video):
-        raise UserValueError(
-            f"The column {column!r} holds {features[column]}, not images. Name another --image_column, or cast it: "
-            "dataset.cast_column(name, datasets.Image())."
-        )
+    require_images(features, arguments.image_column)
     return dataset
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, cast
 
-from datasets import ClassLabel, Dataset, Image, Value, Video
+from datasets import ClassLabel, Dataset, Features, Value
 
 from ...bases.diffusion_base import DiffusionBase
 from ...data import InterventionalData
+from ...data.columns import require_images
 from ...errors import UserValueError
 from ..arguments import TrainingArguments
 
@@ -20,12 +21,7 @@ def check_conditions(base: DiffusionBase, data: InterventionalData, arguments: T
         ValueError: naming what does not fit.
     """
     column, name = arguments.class_column, type(base.pipe).__name__
-    feature = (data.rows.features or {}).get(data.content_column)
-    if feature is not None and not isinstance(feature, Image | Video):
-        raise UserValueError(
-            f"The column {data.content_column!r} holds {feature}, not images. Name another "
-            "--image_column, or cast it: dataset.cast_column(name, datasets.Image())."
-        )
+    require_images(data.rows.features or Features(), data.content_column)
     if data.has_masks and base.is_video:
         raise UserValueError(f"The data has masks, which are for bases of images; {name} makes videos. Remove them.")
     for argument in ("aspect_ratio_buckets", "class_data_dir"):
