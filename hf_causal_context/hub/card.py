@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import EvalResult
 
 from .._files import ARGUMENTS, CARD, CONFIG, DATA_RECORD, REPORT, RESULTS, RESULTS_IMAGE, complete_or_absent
+from .._markdown import table
 from ..adapter.plain_card import is_replaceable
 from ..bases.gap import BaseGap
 from ..bases.names import is_folder, is_packaged
@@ -165,13 +166,10 @@ def _concepts(concepts: tuple[str, ...], contents: CardContents) -> str:
     described = [f"- {markdown_text(name)}: {markdown_text(text)}" for name, text in contents.descriptions.items()]
     if not contents.samples:
         return "\n".join(described) or "The concepts: " + ", ".join(markdown_text(name) for name in concepts) + "."
-    rows = [
-        f"| {markdown_text(context) or 'no intervention'} | {_sample(context, contents)} |"
-        for context in contents.samples
-    ]
-    table = ["| context | sample, from the same seed |", "|---|---|", *rows]
+    rows = [(markdown_text(context) or "no intervention", _sample(context, contents)) for context in contents.samples]
+    lines = list(table(("context", "sample, from the same seed"), rows))
     prompt = ["", f"The prompt: {markdown_text(contents.prompt)}"] if contents.prompt else []
-    return "\n".join([*described, "", *table, *prompt] if described else [*table, *prompt])
+    return "\n".join([*described, "", *lines, *prompt] if described else [*lines, *prompt])
 
 
 def _sample(context: str, contents: CardContents) -> str:
@@ -179,8 +177,7 @@ def _sample(context: str, contents: CardContents) -> str:
     sample = contents.samples[context]
     if contents.library == "transformers":
         return markdown_text(sample)
-    alt = html.escape(context or "no intervention").replace("|", "&#124;")  # which would end the cell
-    return f'<img src="{_url(sample)}" alt="{alt}" width="128">'
+    return f'<img src="{_url(sample)}" alt="{html.escape(context or "no intervention")}" width="128">'
 
 
 def _grid_note(contents: CardContents, data: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from ..._markdown import text_cell
+from ..._markdown import table, text_cell
 from ...bases.language import ONE_TEXT
 from ...bases.tokens import Tokenization, filler, room_after
 from ...contexts import Context
@@ -98,15 +98,11 @@ def write_texts(
     if not accelerator.is_main_process:
         return
     lines = [f"Prompt: {text_cell(prompt)}", ""] if prompt else []
-    lines += [
-        f"| context |{''.join(f' {n} |' for n in range(1, len(texts[0]) + 1))}",
-        "|---" * (1 + len(texts[0])) + "|",
-    ]
-    for label, row in zip(labels, texts, strict=True):
-        lines.append(f"| {label} |{''.join(f' {text_cell(text)} |' for text in row)}")
-    table = "\n".join(lines) + "\n"
+    header = ("context", *map(str, range(1, len(texts[0]) + 1)))
+    lines += table(header, [(label, *map(text_cell, row)) for label, row in zip(labels, texts, strict=True)])
+    content = "\n".join(lines) + "\n"
     path = Path(output_dir, samples_name(step))
-    write_file(path, Path(output_dir), lambda unfinished: unfinished.write_text(table, encoding="utf-8"))
+    write_file(path, Path(output_dir), lambda unfinished: unfinished.write_text(content, encoding="utf-8"))
     for tracker in accelerator.trackers:
         if tracker.name in _LOGGED_AS_TEXT:
-            tracker.log({"samples": table}, step=step)
+            tracker.log({"samples": content}, step=step)
