@@ -81,11 +81,11 @@ def run(world: World, method: str, seed: int, folder: Path, changes: dict[str, A
     results, begun = run_folder / "results.json", run_folder / "begun.json"
     made_by = {"world": world.name, "settings": json.loads(json.dumps(settings))}
     # A run that was interrupted goes on, so it must be the same one, too.
-    for record in (results, begun):
-        done = json.loads(record.read_text()) if record.exists() else made_by
+    for record in filter(Path.exists, (results, begun)):
+        done = json.loads(record.read_text())
         if before := {name: done[name] for name in made_by if done[name] != made_by[name]}:
             raise SystemExit(f"{record} was made with {before}, not {made_by}. Change --output_dir.")
-        if record == results and record.exists():
+        if record == results:
             return done
     everything = world.training()
     images = everything.select(np.flatnonzero(everything.contexts == "")) if method == "base" else everything

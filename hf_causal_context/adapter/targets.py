@@ -115,16 +115,15 @@ def check_targets(model: nn.Module, config: CausalContextConfig, adapted: Sequen
             f"At inference, torch computes with the weight of {fast[0]!r} and does not call the module (the fast path "
             "of nn.TransformerEncoderLayer), so an adapter on it would have no effect. Call "
             "torch.backends.mha.set_fastpath_enabled(False) first, or leave out "
-            f"{quoted(sorted({path.rpartition('.')[2] for path in fast}))}."
+            f"{_leaves(fast)}."
         )
     if config.inference_mode:  # a stored adapter acts as it did in its training: its weights name its modules
         return
     read = [path for path in adapted if _is_only_read(model, path)]
     if read:
-        leaves = sorted({path.rpartition(".")[2] for path in read})
         raise UserValueError(
             f"{name} computes with the weight of {read[0]!r} and does not call the module, so an adapter on it would "
-            f"have no effect. Leave out {quoted(leaves)}."
+            f"have no effect. Leave out {_leaves(read)}."
         )
     if places := _in_two_places(model, adapted):
         raise UserValueError(
@@ -175,6 +174,11 @@ def _in_two_places(model: nn.Module, adapted: Sequence[str]) -> list[str]:
         if len(places) > 1:
             return list(places.values())[:2]
     return []
+
+
+def _leaves(paths: Iterable[str]) -> str:
+    """Return the last names of modules, as target_modules may name them, for a message."""
+    return quoted(sorted({path.rpartition(".")[2] for path in paths}))
 
 
 def _is_on_fast_path(model: nn.Module, path: str) -> bool:

@@ -57,7 +57,7 @@ def train_autoencoder(
     check_start(arguments, accelerator.num_processes)
     set_seed(arguments.seed)  # the initial weights
     source = _load_images(arguments) if images is None else images
-    concepts, held_out = source.concepts, tuple(getattr(source, "held_out", ()))
+    concepts, held_out = source.concepts, () if isinstance(source, ImageSet) else tuple(source.held_out)
     model = model or make_autoencoder(arguments, concepts)
     # Before images are read, which takes long.
     _check_settings(model, arguments)
