@@ -132,11 +132,20 @@ class TestObjective:
     def test_squared_means_multiply_each_sample_with_the_others_of_its_context(self):
         mean = torch.tensor([[[1.0, 2.0]], [[3.0, 0.0]], [[5.0, 4.0]], [[9.0, 9.0]]])  # two coordinates, B = 4
         contexts = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
-        # Row 0 with the mean of rows 2 and 3, (7, 6.5): 7 + 13; row 1 is alone; row 2 with (5, 5.5); row 3 with (3, 3).
-        assert squared_means(mean, contexts).tolist() == [20.0, 0.0, 47.0, 54.0]
+        # Pairs of rows 0, 2 and 3: 5 + 8, 9 + 18, 45 + 36. Row 1 is alone.
+        expected = torch.tensor([121 / 3, 0, 121 / 3, 121 / 3])
+        torch.testing.assert_close(squared_means(mean, contexts), expected)
         # On average it is the square of the mean.
         many = torch.randn(60, 1, 2, generator=torch.Generator().manual_seed(0)) + torch.tensor([3.0, 4.0])
         assert squared_means(many, torch.zeros(60, 2)).mean().item() == pytest.approx(25, rel=0.1)
+
+    def test_squared_means_do_not_reward_samples_that_cancel_each_other(self):
+        """As batch norm lets them; with few samples of a context this outweighed the KL divergence, without a bound."""
+        mean = torch.tensor([[[3.0]], [[-3.0]], [[2.0]], [[4.0]]], requires_grad=True)
+        penalties = squared_means(mean, torch.tensor([[0.0], [0.0], [1.0], [1.0]]))
+        assert penalties.tolist() == [0, 0, 8, 8]
+        penalties.sum().backward()
+        assert mean.grad.flatten().tolist() == [0, 0, 8, 4]
 
     def test_the_penalty_of_means_is_on_where_contexts_act(self, tmp_path):
         assert arguments(tmp_path).mean_penalty == 10

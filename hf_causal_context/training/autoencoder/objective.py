@@ -111,13 +111,15 @@ def squared_means(mean: Tensor, context: Tensor) -> Tensor:
     concept that is intervened on, whose posterior knows the context. So this keeps it there, from the first step on,
     where the KL divergence alone would let it settle anywhere.
 
-    Each sample (B, K, N) is multiplied with the mean of the *others* of its context (B, K), which is unbiased, and may
-    be negative; 0 where there are none.
+    It is the mean product of two different samples (B, K, N) of a context, which is unbiased; 0 where there is only
+    one. It never falls below 0, for batch norm lets an encoder make the samples of a batch cancel each other: a
+    negative penalty would reward that, and outweigh the KL divergence where a batch has few samples of a context.
     """
     z_BR = mean.flatten(1)
-    same_BB = (context[:, None] == context).all(-1).to(z_BR).fill_diagonal_(0)
-    others_BR = same_BB @ z_BR / same_BB.sum(1, keepdim=True).clamp(min=1)
-    return (z_BR * others_BR).sum(1)
+    same_BB = (context[:, None] == context).all(-1).to(z_BR)
+    count_B = same_BB.sum(1)
+    products_B = (same_BB @ z_BR).square().sum(1) - same_BB @ z_BR.square().sum(1)
+    return (products_B / (count_B * (count_B - 1)).clamp(min=1)).relu()
 
 
 class TrainingMode(StepHooks):
