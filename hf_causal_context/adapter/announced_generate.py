@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .conditioning.in_force import during_call
+from .conditioning.media import has_ragged_media
 from .conditioning.rows import Call
 from .lookup import known_conditionings
 from .wrapped_methods import WrappedMethod
@@ -27,7 +28,10 @@ class AnnouncedGenerate(WrappedMethod):
             super().put_on(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = Call(_prompts(self.model, args, kwargs), None, _repeats(self.model, args, kwargs))
+        prompts = _prompts(self.model, args, kwargs)
+        inputs = {"input_ids": next(iter(args), kwargs.get("inputs")), **kwargs}
+        ragged = has_ragged_media(self.model, inputs, prompts)
+        call = Call(prompts, None, _repeats(self.model, args, kwargs), ragged)
         with during_call(known_conditionings(self.model), call):
             return self.original(*args, **kwargs)
 

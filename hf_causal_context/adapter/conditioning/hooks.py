@@ -153,7 +153,7 @@ class Conditioning:
             if strengths is None and frame.request is not None:
                 strengths = self._resolve(frame, frame.request, adapter_name, concepts)
         else:
-            strengths = self._strengths_outside_forward(adapter_name, concepts, x, num_rows)
+            strengths = self._strengths_outside_forward(layer, adapter_name, x, num_rows)
         if strengths is None:
             if layer.training:
                 raise UserValueError(
@@ -214,7 +214,7 @@ class Conditioning:
         return per_feature(for_mechanism(strengths, num_concepts, part), z_nTS, part)
 
     def _strengths_outside_forward(
-        self, adapter_name: str, concepts: ConceptSet, x: Tensor, num_rows: int
+        self, layer: AdaptedLayer, adapter_name: str, x: Tensor, num_rows: int
     ) -> Tensor | None:
         # An encoder that generate() calls, or vae.decode(): a part of the model runs without the model's forward.
         if in_backward():
@@ -222,8 +222,8 @@ class Conditioning:
         request = self.request()
         if request is None:
             return None
-        context = request.find(adapter_name, concepts)
-        return None if context is None else context.to(x.device).outside_forward(num_rows, request.call)
+        context = request.find(adapter_name, layer.concepts[adapter_name])
+        return None if context is None else context.to(x.device).outside_forward(num_rows, request.call, layer.name)
 
     def _resolve(self, frame: Frame, request: Request, adapter_name: str, concepts: ConceptSet) -> Tensor | None:
         context = request.find(adapter_name, concepts)

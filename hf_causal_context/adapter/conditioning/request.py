@@ -21,7 +21,7 @@ from ...contexts import ConceptSet, Context, as_context, as_contexts
 from ...errors import UserTypeError, UserValueError
 from ...messages.wording import quoted
 from .regions import Regions
-from .rows import Call, match_samples
+from .rows import Call, match_layer_rows, match_samples
 
 
 @dataclass
@@ -51,11 +51,12 @@ class AdapterContext:
             self.strengths = self.strengths.to(device)
         return self
 
-    def outside_forward(self, num_rows: int, call: Call | None) -> Tensor:
-        """Return the strengths for N rows of a part of a model that runs on its own, such as a VAE's decoder.
+    def outside_forward(self, num_rows: int, call: Call | None, layer_name: str) -> Tensor:
+        """Return the strengths for N rows of a layer in a part that runs on its own, such as a VAE's decoder.
 
         Raises:
-            ValueError: for contexts of regions, and pieces of what a pipeline makes, such as some of a clip's frames.
+            ValueError: for contexts of regions, for pieces of what a pipeline makes, such as some of a clip's frames,
+                and for prompts of `generate` with different numbers of images.
         """
         if self.regions is not None:
             raise UserValueError(
@@ -65,6 +66,8 @@ class AdapterContext:
             )
         if call is not None and not self.uniform:
             call.check_part(num_rows)
+            if call.encodes_media(layer_name):  # once for each prompt: `generate` repeats what comes out
+                return match_layer_rows(self.rows(call.prompts, call), num_rows, layer_name, call.ragged)
         return self.rows(num_rows, call)
 
     def rows(self, num_rows: int, call: Call | None) -> Tensor:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserValueError
+from .media import has_ragged_media, is_tower, may_see_media
 
 # Where the rows of a model's input are counted, first match first; otherwise the first tensor is taken.
 _INPUT_NAMES = ("sample", "hidden_states", "input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values")
 _TOKENS = 128  # of a small image or a short text: how many a layer sees is not known before it runs
-_VISION = re.compile("vision|visual|image")
 _ROUTED = re.compile("(?<!shared_)expert")  # such layers see some of the tokens, of any samples
 # Architectures of transformers that transpose to (time, rows, features) before their layers.
 _SEQUENCE_FIRST = ("longformer", "led", "xlnet", "fsmt")
@@ -32,11 +32,13 @@ class Call:
         prompts: how many it was given.
         copies: how many images a pipeline makes of each; None for `generate`.
         repeats: how often `generate` repeats every prompt in place, where it does (beams, returned sequences).
+        ragged: whether prompts of `generate` have different numbers or sizes of images, videos or sounds.
     """
 
     prompts: int
     copies: int | None
     repeats: int = 1
+    ragged: bool = False
 
     def check(self, samples: int) -> None:
         """Refuse (ValueError) a number of contexts that is neither one per prompt nor one per image."""
@@ -63,6 +65,10 @@ class Call:
                 f"that makes {self.prompts * self.copies} images or clips, so it cannot be known which row belongs to "
                 "which prompt: frames of clips are decoded piece by piece. Use one context for all prompts."
             )
+
+    def encodes_media(self, layer_name: str) -> bool:
+        """Whether rows of a layer that runs before the model are those of media that stand beside the prompts."""
+        return self.copies is None and may_see_media(layer_name) and (self.ragged or is_tower(layer_name))
 
     def rows(self, strengths: Tensor, num_rows: int) -> Tensor | None:
         """Strengths (S, 1 + K) for N rows of the model, or of a text encoder; None where they do not divide."""
@@ -123,7 +129,7 @@ def match_layer_rows(strengths: Tensor, num_rows: int, layer_name: str, ragged: 
         strengths: (1 or N, 1 + K).
         num_rows: n.
         layer_name: its path in the model; experts see the tokens routed to them, vision towers see images.
-        ragged: samples differ in length or in their number of images.
+        ragged: samples differ in length, or in the images, videos or sounds that they have.
         flat: tokens cannot be told from samples, so that as many may have come to an expert by accident.
 
     Raises:
@@ -133,14 +139,14 @@ def match_layer_rows(strengths: Tensor, num_rows: int, layer_name: str, ragged: 
     if model_rows == 1:
         return strengths
     routed = _ROUTED.search(layer_name) is not None
-    if model_rows == num_rows and not (routed and flat) and not (ragged and _VISION.search(layer_name)):
+    if model_rows == num_rows and not (routed and flat) and not (ragged and may_see_media(layer_name)):
         return strengths
     if num_rows % model_rows or ragged or routed:
         raise UserValueError(
             f"Layer {layer_name!r} sees {num_rows} rows while the model's input has {model_rows} with different "
             "contexts, so it cannot be known which context belongs to which row (the layer's rows do not depend on the "
-            "batch, or samples are ragged: of different lengths, or with different numbers of images). Use one context "
-            "for the whole batch, or leave the layer out with exclude_modules."
+            "batch, or samples are ragged: of different lengths, or with different numbers of images, videos or "
+            "sounds). Use one context for the whole batch, or leave the layer out with exclude_modules."
         )
     # Inside the models of diffusers and transformers flattening (frames, pixels, windows, tokens) is sample-major.
     return strengths.repeat_interleave(num_rows // model_rows, 0)
@@ -167,24 +173,9 @@ def input_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         if isinstance(value, Tensor) and value.ndim > 0:
             rows = value.shape[0]
             tokens = rows if value.ndim == 2 and value.is_floating_point() else rows * _TOKENS  # vectors have one
-            return value.device, rows, _has_ragged_images(model, kwargs, rows), tokens
+            return value.device, rows, has_ragged_media(model, kwargs, rows), tokens
         if isinstance(value, list | tuple) and value and all(isinstance(item, Tensor) for item in value):
             return value[0].device, len(value), True, len(value) * _TOKENS  # tensors of their own lengths
     raise UserValueError(
         "The model was called without a tensor, so its rows cannot be matched to contexts. Pass the inputs as tensors."
     )
-
-
-def _has_ragged_images(model: nn.Module, kwargs: dict[str, Any], num_rows: int) -> bool:
-    """Whether some samples of a vision-language model have another number of images or patches than others."""
-    grid, images, ids = (kwargs.get(name) for name in ("image_grid_thw", "pixel_values", "input_ids"))
-    if isinstance(grid, Tensor):  # all patches of all images in one row
-        return grid.shape[0] != num_rows or bool((grid != grid[:1]).any())
-    if not isinstance(images, Tensor) or not isinstance(ids, Tensor):
-        return False
-    config = getattr(model, "config", None)
-    token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
-    if images.shape[0] != num_rows or token is None:
-        return images.shape[0] != num_rows
-    per_sample = (ids == token).sum(-1)
-    return bool((per_sample != per_sample[:1]).any())
