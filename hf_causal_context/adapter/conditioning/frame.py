@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .regions import Places
 from .request import Owner, Request
+from .rows import is_stacked
 
 
 @dataclass
@@ -29,7 +30,9 @@ class Frame:
     repeated: dict[tuple, Tensor] = field(default_factory=dict)  # strengths per feature, for layers alike
 
 
-def rows_in_doubt(frame: Frame | None, x: Tensor) -> tuple[bool, bool]:
-    """Whether samples are ragged, and whether a layer's input may hold tokens where it could hold samples."""
+def rows_in_doubt(frame: Frame | None, layer_name: str, x: Tensor) -> tuple[bool, bool, bool]:
+    """Whether samples are ragged, a layer's input may hold tokens where it could hold samples, copies are stacked."""
     flat = x.ndim == 2 and (frame is None or frame.tokens > frame.num_rows)  # else samples are vectors themselves
-    return frame is not None and frame.ragged, flat
+    if frame is None:
+        return False, flat, False
+    return frame.ragged, flat, is_stacked(frame.model, layer_name)

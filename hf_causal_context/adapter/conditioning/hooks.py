@@ -42,7 +42,7 @@ from .request import (
     normalize,
     restricted,
 )
-from .rows import input_rows, match_layer_rows, refuse_sequence_first
+from .rows import input_rows, is_stacked, match_layer_rows, refuse_other_orders
 
 
 class AdaptedLayer(MixingLayer, Protocol):
@@ -162,7 +162,7 @@ class Conditioning:
                     "For inference call model.eval()."
                 )
             return None
-        return match_layer_rows(strengths.to(x.device), num_rows, layer.name, *rows_in_doubt(frame, x))
+        return match_layer_rows(strengths.to(x.device), num_rows, layer.name, *rows_in_doubt(frame, layer.name, x))
 
     def causal_matrix(self, layer: AdaptedLayer, adapter_name: str, num_rows: int) -> Tensor | None:
         """Return what mixes the features of a layer's n rows, (1 or n, S, S); None if it is to mix them itself.
@@ -176,7 +176,7 @@ class Conditioning:
         without = torch.is_grad_enabled() and not matrix.requires_grad
         if without and next(layer.causal(adapter_name).parameters()).requires_grad:
             return None  # it was made without gradients, by a forward that computes without them at first
-        return match_layer_rows(matrix, num_rows, layer.name, frame.ragged)
+        return match_layer_rows(matrix, num_rows, layer.name, frame.ragged, stacked=is_stacked(frame.model, layer.name))
 
     def _matrices(self, frame: Frame, request: Request, name: str, strengths: Tensor) -> dict[str, Tensor]:
         layers = [layer for layer in self._layers(frame.model) if name in layer.concepts]
@@ -231,8 +231,9 @@ class Conditioning:
             return None
         assert frame.device is not None
         frame.strengths[adapter_name] = strengths = context.to(frame.device).rows(frame.num_rows, request.call)
-        if len(strengths) > 1:
-            refuse_sequence_first(frame.model)
+        if len(strengths) > 1 and not request.looked_at:
+            refuse_other_orders(frame.model)
+            request.looked_at = True
         return strengths
 
     def _enter_forward(

@@ -98,6 +98,7 @@ class Request:
     call: Call | None = None  # what runs the model now
     named: str | None = None  # the one adapter that it is for: the others keep their contexts
     matrices: dict[tuple, dict[str, Tensor]] = field(default_factory=dict)  # of this call: see `causal_matrices`
+    looked_at: bool = False  # the model, for how it orders rows
     ended: bool = False  # tasks that were started inside may still hold it
     token: Token | None = None  # of the task or thread that opened it
 
@@ -118,7 +119,7 @@ class Request:
         for context in self.adapters.values():
             if not context.uniform and context.regions is None:
                 call.check(len(context.strengths))
-        return replace(self, call=call, matrices={})
+        return replace(self, call=call, matrices={}, looked_at=False)
 
     def over(self, regions: Regions) -> Request:
         """Return the same contexts as those of the background and of regions, for all rows."""

@@ -20,6 +20,8 @@ from .media import has_ragged_media, is_tower, may_see_media
 _INPUT_NAMES = ("sample", "hidden_states", "input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values")
 _TOKENS = 128  # of a small image or a short text: how many a layer sees is not known before it runs
 _ROUTED = re.compile("(?<!shared_)expert")  # such layers see some of the tokens, of any samples
+# Where Qwen-Image embeds the times of the image and of those that it edits, all rows of the one after all of the other.
+_STACKED = re.compile(r"^time_text_embed\.|\.img_mod\.")
 # Architectures of transformers that transpose to (time, rows, features) before their layers.
 _SEQUENCE_FIRST = ("longformer", "led", "xlnet", "fsmt")
 
@@ -122,7 +124,9 @@ def match_samples(
     )
 
 
-def match_layer_rows(strengths: Tensor, num_rows: int, layer_name: str, ragged: bool, flat: bool = False) -> Tensor:
+def match_layer_rows(
+    strengths: Tensor, num_rows: int, layer_name: str, ragged: bool, flat: bool = False, stacked: bool = False
+) -> Tensor:
     """Turn strengths for the model's rows, (1 or N, 1 + K), into those for the n rows of a layer, (1 or n, 1 + K).
 
     Args:
@@ -131,6 +135,7 @@ def match_layer_rows(strengths: Tensor, num_rows: int, layer_name: str, ragged: 
         layer_name: its path in the model; experts see the tokens routed to them, vision towers see images.
         ragged: samples differ in length, or in the images, videos or sounds that they have.
         flat: tokens cannot be told from samples, so that as many may have come to an expert by accident.
+        stacked: copies of the batch follow each other; else what belongs to one sample stands together.
 
     Raises:
         ValueError: when n is no multiple of N, or rows need not be whole multiples per sample.
@@ -148,18 +153,39 @@ def match_layer_rows(strengths: Tensor, num_rows: int, layer_name: str, ragged: 
             "batch, or samples are ragged: of different lengths, or with different numbers of images, videos or "
             "sounds). Use one context for the whole batch, or leave the layer out with exclude_modules."
         )
-    # Inside the models of diffusers and transformers flattening (frames, pixels, windows, tokens) is sample-major.
+    if stacked:
+        return strengths.repeat(num_rows // model_rows, *(1,) * (strengths.ndim - 1))
+    # Else flattening (frames, pixels, windows, tokens) is sample-major in the models of diffusers and transformers.
     return strengths.repeat_interleave(num_rows // model_rows, 0)
 
 
-def refuse_sequence_first(model: nn.Module) -> None:
-    """Raise ValueError for an architecture whose layers see time steps before samples, under different contexts."""
+def is_stacked(model: nn.Module, layer_name: str) -> bool:
+    """Whether a layer sees copies of the batch one after the other."""
+    return getattr(model, "zero_cond_t", False) is True and _STACKED.search(layer_name) is not None
+
+
+def refuse_other_orders(model: nn.Module) -> None:
+    """Raise ValueError for a model whose layers see time steps before samples, or pieces of the batch one by one.
+
+    A piece may have as many rows as the whole, where each sample has several (frames, pixels).
+    """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type in _SEQUENCE_FIRST:
         raise UserValueError(
             f"Layers of {type(model).__name__} see time steps before samples, so different contexts in one batch "
             "cannot be told apart. Use one context for the whole batch."
         )
+    # Only such models run in pieces. Compilers would look at all modules of others, too.
+    if torch.compiler.is_compiling() or not hasattr(model, "enable_forward_chunking"):
+        return
+    for module in model.modules():
+        chunked = module.__dict__.get("_chunk_size") is not None and module.__dict__.get("_chunk_dim") == 0
+        if chunked or module.__dict__.get("split_dim") == 0:
+            raise UserValueError(
+                f"{type(model).__name__} runs pieces of the batch one by one (enable_forward_chunking, or "
+                "enable_free_noise_split_inference of its pipeline), so different contexts in one batch cannot be told "
+                "apart. Use one context for the whole batch, or enable_forward_chunking(..., dim=1)."
+            )
 
 
 def input_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.device, int, bool, int]:
