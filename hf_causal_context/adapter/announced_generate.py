@@ -1,15 +1,18 @@
 """Tells the hooks with how many prompts `generate` of transformers was called.
 
-It repeats every prompt in place (beams, returned sequences), and nothing in the model's inputs tells how often.
+It repeats every prompt in place (beams, returned sequences), and nothing in the model's inputs tells how often. That of
+Whisper leaves out those that are done with a window of sound, and nothing tells which.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
 
-from .conditioning.in_force import during_call
+from ..errors import UserValueError
+from .conditioning.in_force import during_call, innermost_request
 from .conditioning.media import has_ragged_media
 from .conditioning.rows import Call
 from .lookup import known_conditionings
@@ -26,6 +29,7 @@ class AnnouncedGenerate(WrappedMethod):
         """Replace `generate` of a model of transformers; others may mean something else by that name."""
         if hasattr(model, "main_input_name"):
             super().put_on(model)
+            WholeBatches.put_on(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         prompts = _prompts(self.model, args, kwargs)
@@ -34,6 +38,25 @@ class AnnouncedGenerate(WrappedMethod):
         call = Call(prompts, None, _repeats(self.model, args, kwargs), ragged)
         with during_call(known_conditionings(self.model), call):
             return self.original(*args, **kwargs)
+
+
+class WholeBatches(WrappedMethod):
+    """What writes down one window of each sound of a batch with Whisper, again where it turned out badly."""
+
+    name = "generate_with_fallback"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(self.original).bind(*args, **kwargs).arguments
+        if not given["is_shortform"] or len(given["temperatures"]) > 1:
+            requests = [innermost_request(owner) for owner in known_conditionings(self.model)]
+            if any(request.is_mixed for request in requests if request is not None):
+                raise UserValueError(
+                    "Whisper goes on with some of the sounds of a batch alone, where they are longer than its window "
+                    "or several temperatures are tried, and does not tell with which. So they cannot have different "
+                    "contexts. Pass one context, and call generate() once for each; or pass sounds of one window "
+                    "and one temperature."
+                )
+        return self.original(*args, **kwargs)
 
 
 def _prompts(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..contexts import ContextBatch
 from ..errors import UserValueError
 from ..layers import StructuralLayer
-from .announced_generate import AnnouncedGenerate
+from .announced_generate import AnnouncedGenerate, WholeBatches
 from .batched_generate import BatchedGenerate, CheckedBatching
 from .conditioning.in_force import in_force
 from .config import CausalContextConfig
@@ -35,6 +35,7 @@ _METHODS = (
     SavedWithoutAdapters,
     SavesLoraOnly,
     AnnouncedGenerate,
+    WholeBatches,
     BatchedGenerate,
     CheckedBatching,
     KeepsProjections,

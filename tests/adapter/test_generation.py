@@ -152,6 +152,56 @@ def test_copies_for_guidance_that_a_model_makes_itself(ids):
     torch.testing.assert_close(logits(ids[:2], CONTEXTS[:2], guidance_copies=2), apart, rtol=1e-4, atol=1e-4)
 
 
+class TestWhisper:
+    """It drops sounds from the batch that are done, and repeats windows that turned out badly, without a word."""
+
+    @pytest.fixture
+    def model(self):
+        sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+        heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
+        lengths = {"num_mel_bins": 4, "max_source_positions": 8, "max_target_positions": 30}
+        torch.manual_seed(0)
+        config = transformers.WhisperConfig(vocab_size=80, **sizes, **heads, **tokens, **lengths, init_std=0.5)
+        whisper = transformers.WhisperForConditionalGeneration(config).eval()
+        options = {"no_timestamps_token_id": 60, "is_multilingual": False, "max_initial_timestamp_index": None}
+        options |= {"begin_suppress_tokens": None, "suppress_tokens": None, "max_length": 8}
+        for name, value in options.items():
+            setattr(whisper.generation_config, name, value)
+        return adapted(whisper, target_modules=["decoder.layers.0.self_attn.q_proj", "fc1", "fc2"], alpha=8.0)
+
+    @staticmethod
+    def write(model, rows, context, windows=1, **options):
+        sounds = torch.randn(4, 4, 48, generator=torch.Generator().manual_seed(1))[rows, :, : 16 * windows]
+        mask = torch.ones(4, 16 * windows, dtype=torch.long)
+        mask[:2, 16:] = 0  # the first two end first, and the others with two beams are as many rows as all
+        with intervene(model, context):
+            return model.generate(input_features=sounds, attention_mask=mask[rows], return_timestamps=True, **options)
+
+    @pytest.mark.parametrize("beams", [1, 2])
+    def test_one_window_has_the_context_of_its_sound(self, model, beams):
+        together = self.write(model, slice(0, 4), CONTEXTS, num_beams=beams)
+        for i, context in enumerate(CONTEXTS):
+            (alone,) = self.write(model, slice(i, i + 1), context, num_beams=beams)
+            assert torch.equal(together[i, : len(alone)], alone)
+        assert differing(together) > 1
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"windows": 2, "num_beams": 2},
+            {"windows": 2, "cache_implementation": "static"},
+            {"temperature": (0.0, 0.2), "compression_ratio_threshold": 1.3, "logprob_threshold": -0.5},
+        ],
+    )
+    def test_other_sounds_need_one_context(self, model, options):
+        self.write(model, slice(0, 4), "thick", **options)
+        with pytest.raises(ValueError, match="Whisper goes on with some of the sounds of a batch alone"):
+            self.write(model, slice(0, 4), CONTEXTS, **options)
+        base = model.unload()
+        assert not {"generate", "generate_with_fallback"} & vars(base).keys()
+
+
 class Sampler(nn.Module):
     """A model of somebody's own, whose generate() takes a number."""
 

@@ -130,6 +130,11 @@ class Request:
             encode=encode and (lambda concepts: replace(encode(concepts), regions=regions)),
         )
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether samples may have different contexts."""
+        return any(not context.uniform and context.regions is None for context in self.adapters.values())
+
     def regions(self) -> list[Regions]:
         """Return those that adapters have contexts for."""
         return [context.regions for context in self.adapters.values() if context.regions is not None]
