@@ -353,7 +353,7 @@ def test_sequence_first_architectures_take_one_context(build, targets):
     torch.manual_seed(0)
     model = adapted(build(), target_modules=targets)
     ids = torch.randint(3, 20, (2, 8))  # as many time steps as four times the samples
-    with pytest.raises(ValueError, match=f"Layers of {build().__class__.__name__} see time steps before samples"):
+    with pytest.raises(ValueError, match=f"{build().__class__.__name__} has layers that see time steps before samples"):
         model(ids, context=["thick", "slant"])
     assert not torch.equal(model(ids, context="thick")[0], model(ids, context="slant")[0])
 

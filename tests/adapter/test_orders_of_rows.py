@@ -8,7 +8,7 @@ from torch import nn
 from hf_causal_context import intervene
 
 from ..architectures import ARCHITECTURES
-from ..training.tiny_parts import _clip, _clip_tokenizer, _vae
+from ..training.tiny_parts import _clip, _clip_tokenizer, _t5, _t5_tokenizer, _vae
 from ..training.tiny_pipelines import TEXT_UNET
 from .small import adapted
 
@@ -60,10 +60,7 @@ def test_chunks_of_the_batch_need_one_context():
     torch.testing.assert_close(model(**values, context=CONTEXTS).sample, expected, **CLOSE)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("split", ["chunks", "free noise"])
-def test_pieces_that_have_as_many_rows_as_the_whole_need_one_context(split):
-    """Frames are folded into the batch, so a piece of it may have a row for each sample."""
+def animatediff():
     sizes = {"block_out_channels": (16, 16), "motion_layers_per_block": 1, "motion_norm_num_groups": 2}
     pipe = diffusers.AnimateDiffPipeline(
         _vae(),
@@ -73,21 +70,67 @@ def test_pieces_that_have_as_many_rows_as_the_whole_need_one_context(split):
         diffusers.MotionAdapter(**sizes, motion_num_attention_heads=4),
         diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False),
     )
-    pipe.set_progress_bar_config(disable=True)
     adapted(randomized(pipe.unet), target_modules="all-linear")
-    latents = torch.randn(2, 4, 4, 8, 8)
+    return pipe
 
-    def run(context, rows=slice(0, 2)):
-        options = {"num_frames": 4, "num_inference_steps": 1, "latents": latents[rows], "output_type": "latent"}
-        with intervene(pipe, context):
-            return pipe(["a cat", "two dogs"][rows], **options).frames
 
-    apart = torch.cat([run(context, slice(row, row + 1)) for row, context in enumerate(CONTEXTS)])
-    torch.testing.assert_close(run(CONTEXTS), apart, **CLOSE)
-    if split == "chunks":
-        pipe.unet.enable_forward_chunking(4)
-    else:
-        pipe.enable_free_noise_split_inference(spatial_split_size=64, temporal_split_size=4)
-    with pytest.raises(ValueError, match=f"UNetMotionModel {PIECES}"):
-        run(CONTEXTS)
-    run("thick")
+def latte():
+    sizes = {"sample_size": 8, "num_layers": 1, "patch_size": 2, "attention_head_dim": 8, "num_attention_heads": 2}
+    sizes |= {"in_channels": 4, "out_channels": 8, "caption_channels": 32, "cross_attention_dim": 16}
+    kind = {"norm_type": "ada_norm_single", "norm_elementwise_affine": False, "num_embeds_ada_norm": 1000}
+    transformer = diffusers.LatteTransformer3DModel(**sizes, **kind, video_length=4)
+    adapted(randomized(transformer), target_modules=["to_q", "to_v"])
+    return diffusers.LattePipeline(_t5_tokenizer(), _t5(), _vae(), transformer, diffusers.DDIMScheduler())
+
+
+def clips(pipe, context, rows=slice(0, 2), **options):
+    """Latents of some of two clips of four frames, each with noise of its own."""
+    pipe.set_progress_bar_config(disable=True)
+    latents = torch.randn(2, 4, 4, 8, 8, generator=torch.Generator().manual_seed(1))[rows]
+    frames = {"video_length" if isinstance(pipe, diffusers.LattePipeline) else "num_frames": 4}
+    options = {"num_inference_steps": 1, "output_type": "latent"} | frames | options
+    with torch.no_grad(), intervene(pipe, context):
+        return pipe(["a cat", "two dogs"][rows], latents=latents, **options).frames
+
+
+class TestParts:
+    """Frames are folded into the batch, so a part of it may have a row for each sample."""
+
+    @pytest.mark.parametrize("split", ["chunks", "free noise"])
+    def test_pieces_need_one_context(self, split):
+        pipe = animatediff()
+        apart = torch.cat([clips(pipe, context, slice(row, row + 1)) for row, context in enumerate(CONTEXTS)])
+        torch.testing.assert_close(clips(pipe, CONTEXTS), apart, **CLOSE)
+        if split == "chunks":
+            pipe.unet.enable_forward_chunking(4)
+        else:
+            pipe.enable_free_noise_split_inference(spatial_split_size=64, temporal_split_size=4)
+        with pytest.raises(ValueError, match=f"UNetMotionModel {PIECES}"):
+            clips(pipe, CONTEXTS)
+        clips(pipe, "thick")
+
+    def test_perturbed_attention_needs_one_context(self):
+        pipe = diffusers.AnimateDiffPAGPipeline(**animatediff().components, pag_applied_layers=["down_blocks.0"])
+        clips(pipe, CONTEXTS, pag_scale=0.0)
+        with pytest.raises(ValueError, match="UNetMotionModel has attention that runs parts of the batch one by one"):
+            clips(pipe, CONTEXTS, guidance_scale=1.0, pag_scale=2.0)
+        clips(pipe, "thick", guidance_scale=1.0, pag_scale=2.0)
+
+    @pytest.mark.filterwarnings("ignore:torch.meshgrid")
+    def test_rows_that_faster_cache_leaves_out_need_one_context(self):
+        pipe = latte()
+        options = {"num_inference_steps": 4, "height": 64, "width": 64, "clean_caption": False, "mask_feature": False}
+        apart = [clips(pipe, context, slice(row, row + 1), **options) for row, context in enumerate(CONTEXTS)]
+        torch.testing.assert_close(clips(pipe, CONTEXTS, **options), torch.cat(apart), **CLOSE)
+        pipe.transformer.enable_cache(
+            diffusers.FasterCacheConfig(
+                unconditional_batch_skip_range=2,
+                unconditional_batch_timestep_skip_range=(-1, 901),
+                attention_weight_callback=lambda _: 0.5,
+                tensor_format="BCFHW",
+                current_timestep_callback=lambda: pipe._current_timestep,
+            )
+        )
+        with pytest.raises(ValueError, match=r"LatteTransformer3DModel leaves the rows without a prompt out.*FasterC"):
+            clips(pipe, CONTEXTS, **options)
+        clips(pipe, "thick", **options)

@@ -165,27 +165,38 @@ def is_stacked(model: nn.Module, layer_name: str) -> bool:
 
 
 def refuse_other_orders(model: nn.Module) -> None:
-    """Raise ValueError for a model whose layers see time steps before samples, or pieces of the batch one by one.
+    """Raise ValueError for a model whose layers see time steps before samples, or parts of the batch.
 
-    A piece may have as many rows as the whole, where each sample has several (frames, pixels).
+    A part may have as many rows as the whole, where each sample has several (frames, pixels).
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type in _SEQUENCE_FIRST:
+    if reason := _other_order(model):
         raise UserValueError(
-            f"Layers of {type(model).__name__} see time steps before samples, so different contexts in one batch "
-            "cannot be told apart. Use one context for the whole batch."
+            f"{type(model).__name__} {reason}, so different contexts in one batch cannot be told apart. Use one "
+            "context for the whole batch."
         )
-    # Only such models run in pieces. Compilers would look at all modules of others, too.
-    if torch.compiler.is_compiling() or not hasattr(model, "enable_forward_chunking"):
-        return
+
+
+def _other_order(model: nn.Module) -> str | None:
+    if getattr(getattr(model, "config", None), "model_type", None) in _SEQUENCE_FIRST:
+        return "has layers that see time steps before samples"
+    if torch.compiler.is_compiling():
+        return None
+    hooks: Any = getattr(model, "_diffusers_hook", None)
+    faster = hooks and hooks.get_hook("faster_cache_denoiser")
+    if faster and not faster.is_guidance_distilled:
+        return "leaves the rows without a prompt out of some steps (FasterCache)"
+    if not hasattr(model, "enable_forward_chunking"):  # no other model runs in pieces
+        return None
     for module in model.modules():
-        chunked = module.__dict__.get("_chunk_size") is not None and module.__dict__.get("_chunk_dim") == 0
-        if chunked or module.__dict__.get("split_dim") == 0:
-            raise UserValueError(
-                f"{type(model).__name__} runs pieces of the batch one by one (enable_forward_chunking, or "
-                "enable_free_noise_split_inference of its pipeline), so different contexts in one batch cannot be told "
-                "apart. Use one context for the whole batch, or enable_forward_chunking(..., dim=1)."
+        own = module.__dict__
+        if own.get("split_dim") == 0 or (own.get("_chunk_size") is not None and own.get("_chunk_dim") == 0):
+            return (
+                "runs pieces of the batch one by one (enable_free_noise_split_inference of its pipeline, or "
+                "enable_forward_chunking, which may have dim=1)"
             )
+        if "PAG" in type(own.get("processor")).__name__ and any(hasattr(m, "conditioning") for m in module.modules()):
+            return "has attention that runs parts of the batch one by one (perturbed-attention guidance)"
+    return None
 
 
 def input_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.device, int, bool, int]:
