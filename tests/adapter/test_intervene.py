@@ -7,7 +7,14 @@ import threading
 import pytest
 import torch
 from torch import nn
-from transformers import FSMTConfig, FSMTModel, LongformerConfig, LongformerModel
+from transformers import (
+    FSMTConfig,
+    FSMTModel,
+    LongformerConfig,
+    LongformerModel,
+    SegGptConfig,
+    SegGptForImageSegmentation,
+)
 
 from hf_causal_context import ConceptSet, Context, intervene
 from hf_causal_context.adapter.conditioning.in_force import STATE
@@ -356,6 +363,35 @@ def test_sequence_first_architectures_take_one_context(build, targets):
     with pytest.raises(ValueError, match=f"{build().__class__.__name__} has layers that see time steps before samples"):
         model(ids, context=["thick", "slant"])
     assert not torch.equal(model(ids, context="thick")[0], model(ids, context="slant")[0])
+
+
+def test_other_time_steps_before_samples_are_found_by_their_shape():
+    class Transposing(nn.Module):
+        main_input_name = "x"  # as models of transformers have it
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(10, 4)
+
+        def forward(self, x):
+            return self.layer(x.transpose(0, 1)).transpose(0, 1)
+
+    model, x = adapted(Transposing(), target_modules=["layer"]), torch.randn(2, 8, 10)
+    with pytest.raises(ValueError, match="Layer 'layer' sees 8 rows while .*2 with .*time steps come before samples"):
+        model(x, context=["thick", "slant"])
+    model(x, context="thick")
+
+
+@torch.no_grad()
+def test_samples_whose_parts_are_put_one_after_the_other_need_one_context():
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": [16, 8]}
+    layers = {"patch_size": 2, "merge_index": 0, "intermediate_hidden_state_indices": [0], "decoder_hidden_size": 4}
+    model = adapted(SegGptForImageSegmentation(SegGptConfig(**sizes, **layers)), target_modules=["qkv"])
+    names = ("pixel_values", "prompt_pixel_values", "prompt_masks")
+    values = {name: torch.randn(2, 3, 8, 8) for name in names}
+    with pytest.raises(ValueError, match="SegGptForImageSegmentation puts parts of all samples one after the other"):
+        model(**values, context=["thick", "slant"])
+    model(**values, context="thick")
 
 
 def test_images_that_belong_to_one_sample_only_are_an_error():

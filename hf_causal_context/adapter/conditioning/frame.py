@@ -31,8 +31,10 @@ class Frame:
 
 
 def rows_in_doubt(frame: Frame | None, layer_name: str, x: Tensor) -> tuple[bool, bool, bool]:
-    """Whether samples are ragged, a layer's input may hold tokens where it could hold samples, copies are stacked."""
+    """What `match_layer_rows` asks: ragged, flat, stacked."""
     flat = x.ndim == 2 and (frame is None or frame.tokens > frame.num_rows)  # else samples are vectors themselves
     if frame is None:
         return False, flat, False
-    return frame.ragged, flat, is_stacked(frame.model, layer_name)
+    # In models of transformers only: in those of diffusers there are often as many frames as samples.
+    transposed = x.ndim == 3 and x.shape[0] != frame.num_rows == x.shape[1] and hasattr(frame.model, "main_input_name")
+    return frame.ragged or transposed, flat, is_stacked(frame.model, layer_name)

@@ -23,7 +23,9 @@ _ROUTED = re.compile("(?<!shared_)expert")  # such layers see some of the tokens
 # Where Qwen-Image embeds the times of the image and of those that it edits, all rows of the one after all of the other.
 _STACKED = re.compile(r"^time_text_embed\.|\.img_mod\.")
 # Architectures of transformers that transpose to (time, rows, features) before their layers.
-_SEQUENCE_FIRST = ("longformer", "led", "xlnet", "fsmt")
+_SEQUENCE_FIRST = ("longformer", "led", "xlnet", "fsmt", "mask2former", "oneformer", "bros")
+# Those that put parts of all samples (the prompt's image, groups of queries) one after the other; some in training.
+_STACKING, _STACKING_IN_TRAINING = ("seggpt",), ("lw_detr", "rf_detr")
 
 
 @dataclass(frozen=True)
@@ -150,8 +152,9 @@ def match_layer_rows(
         raise UserValueError(
             f"Layer {layer_name!r} sees {num_rows} rows while the model's input has {model_rows} with different "
             "contexts, so it cannot be known which context belongs to which row (the layer's rows do not depend on the "
-            "batch, or samples are ragged: of different lengths, or with different numbers of images, videos or "
-            "sounds). Use one context for the whole batch, or leave the layer out with exclude_modules."
+            "batch or time steps come before samples, or samples are ragged: of different lengths, or with different "
+            "numbers of images, videos or sounds). Use one context for the whole batch, or leave the layer out with "
+            "exclude_modules."
         )
     if stacked:
         return strengths.repeat(num_rows // model_rows, *(1,) * (strengths.ndim - 1))
@@ -177,8 +180,11 @@ def refuse_other_orders(model: nn.Module) -> None:
 
 
 def _other_order(model: nn.Module) -> str | None:
-    if getattr(getattr(model, "config", None), "model_type", None) in _SEQUENCE_FIRST:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type in _SEQUENCE_FIRST:
         return "has layers that see time steps before samples"
+    if model_type in _STACKING or (model.training and model_type in _STACKING_IN_TRAINING):
+        return "puts parts of all samples one after the other"
     if torch.compiler.is_compiling():
         return None
     hooks: Any = getattr(model, "_diffusers_hook", None)
