@@ -253,6 +253,24 @@ class TestVariants:
         assert (together - run((0, 1))).abs().max() > 1e-3
         assert type(other) is stock
 
+    def test_rows_for_guidance_are_no_images_in_a_pipeline_that_is_not_followed_either(self, pipe):
+        other = diffusers.AutoPipelineForText2Image.from_pipe(pipe)
+        other.set_progress_bar_config(disable=True)
+        sample = partial(run, "stable_diffusion", other)
+        four = [*CONTEXTS, "thick+slant", ()]
+        with pytest.raises(ValueError, match="4 contexts were given, but the pipeline was called with 2 prompts"):
+            sample(cross_attention_kwargs={"context": four})
+        with intervene(pipe.unet, four), pytest.raises(ValueError, match="4 contexts were given, but the pipeline was"):
+            sample()
+        for guidance in (1.0, 3.0):
+            with intervene(other, four):
+                expected = sample(images=2, guidance=guidance)
+            with intervene(pipe.unet, four, guidance_copies=2):
+                assert torch.equal(sample(images=2, guidance=guidance), expected)
+        given = {"cross_attention_kwargs": {"context": CONTEXTS}}
+        with intervene(other, CONTEXTS):
+            assert torch.equal(sample(guidance=1.0), run("stable_diffusion", other, guidance=1.0, **given))
+
     def test_of_two_threads_the_last_stops_following_them(self, pipe):
         other = diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
         stock = type(other)

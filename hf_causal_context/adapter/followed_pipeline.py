@@ -21,7 +21,7 @@ from ..contexts import ContextBatch
 from ..errors import UserValueError
 from .conditioning.hooks import take_context
 from .conditioning.in_force import during_call, in_force
-from .conditioning.rows import Call
+from .conditioning.rows import COPIES, Call
 from .lookup import known_conditionings
 from .saving import named_as_without_adapters
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 # What says how many prompts a call has, first match first; some pipelines call their embeddings otherwise.
 _EMBEDS = ("prompt_embeds", "prompt_embeds_t5", "prompt_embeds_qwen", "image_embeds")
 _PROMPTS = ("prompt", *_EMBEDS, "class_labels", "batch_size", "image")
-_COPIES = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 
 _LOCK = Lock()
 _VISITS: WeakKeyDictionary[AnyPipeline, int] = WeakKeyDictionary()  # by how many each is followed for a while
@@ -138,7 +137,7 @@ def _call(bound: inspect.BoundArguments) -> Call | None:
     given |= state if isinstance(state, dict) else {}
     given |= bound.arguments | bound.arguments.get("kwargs", {})
     prompts = next((n for name in _PROMPTS if (n := _count(given.get(name))) is not None), None)
-    copies: Any = next((given[name] for name in _COPIES if given.get(name) is not None), 1)
+    copies: Any = next((given[name] for name in COPIES if given.get(name) is not None), 1)
     return None if prompts is None else Call(prompts, copies)
 
 

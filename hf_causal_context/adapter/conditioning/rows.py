@@ -7,6 +7,7 @@ input, K concepts. Strengths have 1 + K columns: of the observational part, then
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from .media import has_ragged_media, is_tower, may_see_media
 
 # Where the rows of a model's input are counted, first match first; otherwise the first tensor is taken.
 _INPUT_NAMES = ("sample", "hidden_states", "input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values")
+# What pipelines of diffusers call the number of images of each prompt.
+COPIES = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 _TOKENS = 128  # of a small image or a short text: how many a layer sees is not known before it runs
 _ROUTED = re.compile("(?<!shared_)expert")  # such layers see some of the tokens, of any samples
 # Where Qwen-Image embeds the times of the image and of those that it edits, all rows of the one after all of the other.
@@ -106,7 +109,8 @@ def match_samples(
         call: what runs the model, and knows how it multiplies samples.
 
     Raises:
-        ValueError: when it cannot be known which row belongs to which sample.
+        ValueError: when it cannot be known which row belongs to which sample, and for another number of contexts than
+            of a pipeline's prompts or images: its rows for guidance are no images.
     """
     samples = strengths.shape[0]
     if samples == 1:
@@ -114,6 +118,8 @@ def match_samples(
     if call is not None and (expanded := call.rows(strengths, num_rows)) is not None:
         return expanded
     if samples == num_rows:
+        if call is None and (running := _unfollowed_pipeline()) is not None:
+            running.check(samples)
         return strengths
     images = samples * images_per_prompt
     if num_rows in (images, images * guidance_copies):
@@ -124,6 +130,19 @@ def match_samples(
         "context, one per row, or say how a pipeline multiplies samples: intervene(pipe, contexts), or "
         "intervene(model, contexts, images_per_prompt=n, guidance_copies=2)."
     )
+
+
+def _unfollowed_pipeline() -> Call | None:
+    """How many images a pipeline of diffusers makes that runs this model now, but was not given to `intervene`."""
+    running = None if torch.compiler.is_compiling() else sys._getframe()
+    while running is not None:
+        if running.f_code.co_name == "__call__":
+            known = running.f_locals
+            if hasattr(type(known.get("self")), "from_pipe") and isinstance(known.get("batch_size"), int):
+                copies = [known[name] for name in COPIES if isinstance(known.get(name), int)]
+                return Call(known["batch_size"], *(copies or [1])[:1])
+        running = running.f_back
+    return None
 
 
 def match_layer_rows(
