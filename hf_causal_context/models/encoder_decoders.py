@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
+import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
@@ -127,6 +128,8 @@ class KLAutoencoder(EncoderDecoder):
     """
 
     output = "pixels"
+    scale: float | Tensor
+    shift: float | Tensor
 
     def __init__(self, size: int, vae: AutoencoderKL | Mapping[str, Any]) -> None:
         super().__init__()
@@ -140,8 +143,12 @@ class KLAutoencoder(EncoderDecoder):
         self.size, self.channels = size, settings["in_channels"]
         self.latent_shape = (settings["latent_channels"], size // reduction, size // reduction)
         self.features = settings["latent_channels"] * (size // reduction) ** 2
-        self.scale = float(settings["scaling_factor"])
-        self.shift = float(settings.get("shift_factor") or 0)
+        scale, mean, std = (settings.get(name) for name in ("scaling_factor", "latents_mean", "latents_std"))
+        if mean is None or std is None:
+            self.scale, self.shift = float(scale), float(settings.get("shift_factor") or 0)
+        else:  # in place of the shift, as in diffusers' pipelines; with the model they move to its device
+            self.register_buffer("scale", scale / _per_channel(std), persistent=False)
+            self.register_buffer("shift", _per_channel(mean), persistent=False)
         self.vae = vae
 
     def encode(self, images: Tensor) -> Tensor:
@@ -151,6 +158,11 @@ class KLAutoencoder(EncoderDecoder):
     def decode(self, features: Tensor) -> Tensor:
         latents = features.unflatten(1, self.latent_shape) / self.scale + self.shift
         return (cast(Any, self.vae).decode(latents).sample + 1) / 2
+
+
+def _per_channel(values: Sequence[float]) -> Tensor:
+    """One number for each channel -> what latents (B, C, h, w) are computed with."""
+    return torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
 
 
 BASES: dict[str, type[nn.Module]] = {base.__name__: base for base in (LightweightVAE, KLAutoencoder, HierarchicalVAE)}

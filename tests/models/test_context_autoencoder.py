@@ -34,7 +34,7 @@ class TwoLines(EncoderDecoder):
         return self.to_images(features).unflatten(1, (2, self.size, self.size))
 
 
-def kl_autoencoder():
+def kl_autoencoder(**settings):
     vae = AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -43,6 +43,7 @@ def kl_autoencoder():
         norm_num_groups=4,
         scaling_factor=0.7,
         shift_factor=0.1,
+        **settings,
     )
     return KLAutoencoder(16, vae)
 
@@ -569,6 +570,27 @@ class TestStrictness:
     def test_concepts(self):
         with pytest.raises(ValueError, match="Duplicate concepts: 'a'"):
             ContextAutoencoder(("a", "a"), BASES["custom"]())
+
+
+def test_latents_of_a_diffusers_autoencoder_have_unit_variance_where_it_knows_their_statistics(tmp_path):
+    mean, std = [0.5, -2.0], [3.0, 0.25]
+    torch.manual_seed(0)
+    plain, base = kl_autoencoder(), kl_autoencoder(latents_mean=mean, latents_std=std)
+    base.vae.load_state_dict(plain.vae.state_dict())
+    images = images_for(ContextAutoencoder(CONCEPTS, base))
+    latents = plain.encode(images).unflatten(1, plain.latent_shape) / plain.scale + plain.shift
+    features = base.encode(images)
+    # As the pipelines of Stable Diffusion XL compute them, of which one of Playground has such a VAE.
+    shape = (1, 2, 1, 1)
+    expected = (latents - torch.tensor(mean).view(shape)) * 0.7 / torch.tensor(std).view(shape)
+    torch.testing.assert_close(features, expected.flatten(1))
+    torch.testing.assert_close(base.decode(features), plain.decode(plain.encode(images)))
+    ContextAutoencoder(CONCEPTS, base).save_pretrained(tmp_path)
+    loaded = ContextAutoencoder.from_pretrained(tmp_path).backbone
+    assert torch.equal(loaded.encode(images), features)
+    assert loaded.to(torch.bfloat16).encode(images.bfloat16()).dtype == torch.bfloat16
+    one_alone = kl_autoencoder(latents_mean=mean)
+    assert (one_alone.scale, one_alone.shift) == (0.7, 0.1)
 
 
 def test_settings_reach_the_context_module():
