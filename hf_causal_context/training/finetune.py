@@ -158,7 +158,9 @@ class DenoiserFineTuning(FineTuning[TrainingArguments]):
 
     def make_batches(self, num_batches: int) -> DenoiserBatches:
         device = self.accelerator.device
-        self.batches = DenoiserBatches(self.base, self.data, self.arguments, num_batches, device, *self.process)
+        self.batches = DenoiserBatches(
+            self.base, self.data, self.arguments, num_batches, device, *self.process, self.begun_steps
+        )
         return self.batches
 
     def objective(self) -> Objective:

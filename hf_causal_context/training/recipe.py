@@ -36,6 +36,7 @@ from .dry_run import dry_run, num_taken
 from .gap_report import record_gap, report_gap
 from .grids import validation_contexts
 from .loop.checkpoints import check_start
+from .loop.corruption import begun_steps
 from .loop.loss_record import kinds_of_contexts
 from .loop.memory import memory_for_base
 from .loop.objective import Objective
@@ -68,11 +69,13 @@ class FineTuning(ABC, Generic[AnyArguments]):
         model: the base with its adapter, once it is attached.
         trained: what steps are taken with: that model, or one with further parts of the pipeline.
         num_steps: optimizer steps of the whole run, once the data is known.
+        begun_steps: those that it was to have when it began.
     """
 
     model: PeftModel
     trained: nn.Module
     num_steps: int
+    begun_steps: int
 
     def __init__(self, accelerator: Accelerator, arguments: AnyArguments, data: InterventionalData | None) -> None:
         self.accelerator, self.arguments, self._data = accelerator, arguments, data
@@ -234,14 +237,14 @@ class FineTuning(ABC, Generic[AnyArguments]):
             base, self.data, arguments, self.task_type, component=self.component, token_indices=self.token_indices()
         )
         self.trained = self.trained_model()
-        if not arguments.dry_run:
-            check_start(arguments, accelerator.num_processes, self.trained)
+        goes_on = None if arguments.dry_run else check_start(arguments, accelerator.num_processes, self.trained)
         if arguments.reweighted_contexts and not arguments.dry_run:  # their rows are as large as others
             with main_process_first(accelerator, output_dir):  # it estimates what the others read
                 self._data = add_reweighted_contexts(self.data, arguments, accelerator, *self.feature_extractor())
         self.num_steps = num_steps = arguments.max_train_steps or (
             arguments.num_train_epochs * arguments.steps_per_epoch(self.num_rows(), accelerator.num_processes)
         )
+        self.begun_steps = begun_steps(goes_on, num_steps)
         self.arguments = arguments = settle_observational_steps(arguments, num_steps)
         with main_process_first(accelerator, output_dir):  # it fills the cache that the others read
             steps = num_steps + (num_taken(arguments) if arguments.dry_run else 0)

@@ -292,7 +292,7 @@ class TestModes:
         base, whole = self.trained(tmp_path, "fine-tune", 5)
         assert differing(backbone(base, buffers=False), whole)
         model = ContextAutoencoder.from_pretrained(tmp_path / "base")
-        mode = TrainingMode(model, "fine-tune", num_steps=10)
+        mode = TrainingMode(model, "fine-tune", begun_steps=10)
         model.train()
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
@@ -306,6 +306,21 @@ class TestModes:
         mode.start_step(2)
         assert not model.backbone_is_frozen
         assert model.backbone.training
+
+    def test_a_base_stays_thawed_where_its_run_is_made_longer(self, tmp_path):
+        self.trained(tmp_path, "fine-tune", 5)
+        frozen = []
+
+        class Seen(AutoencoderObjective):
+            def __call__(self, model, batch):
+                frozen.append(model.backbone_is_frozen)
+                return super().__call__(model, batch)
+
+        given = {"mode": "fine-tune", "base": str(tmp_path / "base"), "resume_from_checkpoint": "latest"}
+        folder = tmp_path / "fine-tune-5-False"
+        for steps in (30, 32):  # a fifth of 30 are 6
+            train_autoencoder(arguments(folder, **given, max_train_steps=steps), images(), objective_class=Seen)
+        assert frozen == [False] * 27
 
     @pytest.mark.parametrize("mode", ["frozen", "fine-tune"])
     def test_nothing_is_frozen_after_a_run(self, tmp_path, mode):

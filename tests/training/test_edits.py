@@ -187,6 +187,15 @@ def test_a_run_learns_from_pairs_after_its_first_steps_and_resumes_bit_for_bit(
     assert all(torch.equal(value, whole[key]) for key, value in adapter_weights(again).items())
 
 
+def test_a_run_that_is_made_longer_goes_on_with_its_edits(pipeline_folder, folders, tmp_path, capsys):
+    given = settings(pipeline_folder("ddpm"), folders, tmp_path / "out", paired_files=True, observational_steps=0)
+    train(TrainingArguments(**given | {"max_train_steps": 4}))
+    assert "After 25% of the steps" in capsys.readouterr().out
+    for steps in (8, 10):
+        train(TrainingArguments(**given | {"max_train_steps": steps, "resume_from_checkpoint": "latest"}))
+        assert f"After {1 / steps:.0%} of the steps" in capsys.readouterr().out
+
+
 def test_accumulated_batches_learn_as_whole_ones_do(pipeline_folder, tmp_path):
     folders, trained = write_folders(tmp_path / "data", images=8), []
     for size in (8, 1):

@@ -197,6 +197,16 @@ def test_a_resumed_run_gives_the_same_adapter(name, shape, changes, tmp_path, al
         assert rounds(tmp_path, f"half-{stop}") == written
 
 
+def test_a_run_that_is_made_longer_keeps_its_rounds(tmp_path, all_found):
+    run(tmp_path, world(), **SHORT)
+    written = rounds(tmp_path)
+    again = SHORT | {"resume_from_checkpoint": "latest"}
+    folder = run(tmp_path, world(), **again | {"max_train_steps": 40})  # whose own would begin at 17, 24 and 32
+    assert rounds(tmp_path) == written
+    record = json.loads((folder / "training_data.json").read_text())
+    assert record["self_composed"] == {"formal+loud": len(written["round-3.jsonl"])}
+
+
 @contextmanager
 def interrupted_after(monkeypatch, step):
     """Ctrl-C comes during a step."""

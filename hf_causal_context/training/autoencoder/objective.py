@@ -125,12 +125,13 @@ def squared_means(mean: Tensor, context: Tensor) -> Tensor:
 class TrainingMode(StepHooks):
     """End-to-end; frozen: only the context module learns; fine-tune: frozen for the first fifth of the run, then all.
 
-    Published causal weights are brought back to [0, 1] after every step.
+    The fifth is that of the run as it began. Published causal weights are brought back to [0, 1] after every step.
     """
 
-    def __init__(self, model: ContextAutoencoder, mode: str, num_steps: int) -> None:
-        self.model, self.num_steps = model, num_steps
-        self.frozen_steps = {"end-to-end": 0, "frozen": num_steps, "fine-tune": round(FROZEN_SHARE * num_steps)}[mode]
+    def __init__(self, model: ContextAutoencoder, mode: str, begun_steps: int) -> None:
+        self.model = model
+        thawed = round(FROZEN_SHARE * begun_steps)
+        self.frozen_steps = {"end-to-end": 0, "frozen": math.inf, "fine-tune": thawed}[mode]
         self._frozen: list[nn.Parameter] = []
         if mode == "frozen":
             self._frozen = [p for p in cast(nn.Module, model.backbone).parameters() if p.requires_grad]

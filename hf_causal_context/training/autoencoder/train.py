@@ -20,6 +20,7 @@ from ...models.context_autoencoder import ContextAutoencoder
 from ...models.encoder_decoders import KLAutoencoder
 from ..grids import validation_contexts, write_grid
 from ..loop.checkpoints import check_start
+from ..loop.corruption import begun_steps
 from ..loop.early_stopping import EarlyStopping
 from ..loop.loss_record import kinds_of_contexts
 from ..loop.processes import make_accelerator
@@ -54,7 +55,7 @@ def train_autoencoder(
         TrainingDivergedError, TrainingMemoryError, TrainingInterrupted, CheckpointError, FileNotFoundError: see `fit`.
     """
     accelerator = make_accelerator(arguments)
-    check_start(arguments, accelerator.num_processes)
+    goes_on = check_start(arguments, accelerator.num_processes)
     set_seed(arguments.seed)  # the initial weights
     source = _load_images(arguments) if images is None else images
     concepts, held_out = source.concepts, () if isinstance(source, ImageSet) else tuple(source.held_out)
@@ -118,7 +119,7 @@ def train_autoencoder(
     if arguments.early_stopping_patience is not None:
         stopping = EarlyStopping(arguments.early_stopping_patience, arguments.early_stopping_min_delta)
     kinds = kinds_of_contexts(images.concepts, images.names, arguments.observational_name)
-    mode = TrainingMode(model, arguments.mode, num_steps)
+    mode = TrainingMode(model, arguments.mode, begun_steps(goes_on, num_steps))
     try:
         return fit(accelerator, model, objective, batches, arguments, num_steps, validate, stopping, mode, kinds=kinds)
     finally:

@@ -47,6 +47,7 @@ class DenoiserBatches:
         num_batches: micro-batches of the whole run, per process.
         device: where batches go.
         rank, world_size: of this process.
+        begun_steps: optimizer steps that the run was to have when it began; by default those of its batches.
 
     Raises:
         ValueError: for a base whose captions or classes the data lacks, or bad weights of contexts.
@@ -61,6 +62,7 @@ class DenoiserBatches:
         device: torch.device,
         rank: int = 0,
         world_size: int = 1,
+        begun_steps: int | None = None,
     ) -> None:
         self._base, self._data, self._arguments, self._device = base, data, arguments, device
         self._num_batches, self._rank, self._world_size = num_batches, rank, world_size
@@ -88,7 +90,7 @@ class DenoiserBatches:
             elif data.has_pairs:
                 # A dry run measures the steps after its first, and most steps of the run have edits.
                 accumulation = arguments.gradient_accumulation_steps
-                steps = 1 if arguments.dry_run else int(BEGIN * (num_batches // accumulation))
+                steps = 1 if arguments.dry_run else int(BEGIN * (begun_steps or num_batches // accumulation))
                 self._pairs = Pairs(data, arguments, steps * accumulation, self._weights)
                 if rank == 0:
                     say(self._pairs.told(BEGIN if arguments.dry_run else steps * accumulation / num_batches))

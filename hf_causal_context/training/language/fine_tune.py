@@ -231,7 +231,7 @@ class LanguageFineTuning(FineTuning[TextArguments]):
         assert self.rows is not None  # the arguments refuse streams
         model, arguments = self.model, self.arguments
         return SelfComposition(
-            self.accelerator, model, contexts, self.data, self.rows, self.tokenize, arguments, self.num_steps
+            self.accelerator, model, contexts, self.data, self.rows, self.tokenize, arguments, self.begun_steps
         )
 
     @cached_property

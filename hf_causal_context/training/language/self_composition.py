@@ -79,7 +79,7 @@ class SelfComposition(StepHooks):
         tokens: those of all its rows.
         tokenize: row -> tokens.
         arguments: of the run, with settled observational steps.
-        num_steps: of the run.
+        begun_steps: of the run, when it began.
 
     Attributes:
         begins: the steps at which rounds begin.
@@ -97,12 +97,12 @@ class SelfComposition(StepHooks):
         tokens: Sequence[TokenRow],
         tokenize: Tokenization,
         arguments: TextArguments,
-        num_steps: int,
+        begun_steps: int,
     ) -> None:
         self._accelerator, self._model, self._contexts, self._data = accelerator, model, contexts, data
         self._tokens, self._tokenize, self._arguments = tokens, tokenize, arguments
         before = arguments.observational_steps or 0
-        self.begins = sorted({before + int(share * (num_steps - before)) for share in ROUNDS} - {num_steps})
+        self.begins = sorted({before + int(share * (begun_steps - before)) for share in ROUNDS} - {begun_steps})
         if not self._prompts:
             raise UserValueError(
                 "--self_composed_contexts lets the model write after observational prompts, and all of them fill its "
@@ -155,8 +155,9 @@ class SelfComposition(StepHooks):
     @property
     def counts(self) -> dict[str, int]:
         """How many rows each combination has in the last round; 0 before that."""
-        last = self._path(len(self.begins) - 1)
-        written = Counter(entry["context"] for entry in _entries(last)) if last.is_file() else Counter[str]()
+        # Of a run that was made shorter, the last rounds did not begin.
+        there = [path for number in range(len(self.begins)) if (path := self._path(number)).is_file()]
+        written = Counter(entry["context"] for path in there[-1:] for entry in _entries(path))
         return {str(context): written[str(context)] for context in self._contexts}
 
     def _write(self, number: int, context: Context) -> list[dict[str, Any]]:

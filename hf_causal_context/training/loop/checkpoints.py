@@ -147,8 +147,10 @@ def check_unused(output_dir: Path) -> None:
         )
 
 
-def check_start(arguments: OptimizationArguments, num_processes: int, model: nn.Module | None = None) -> None:
+def check_start(arguments: OptimizationArguments, num_processes: int, model: nn.Module | None = None) -> Path | None:
     """Refuse what a run cannot begin in or go on from, as far as it is known, before anything that takes long.
+
+    Return the checkpoint that it goes on from.
 
     Raises:
         FileNotFoundError, FileExistsError, CheckpointError, ValueError: see `open_output_dir`.
@@ -160,6 +162,8 @@ def check_start(arguments: OptimizationArguments, num_processes: int, model: nn.
         check_same_run(found[1], arguments, model, num_processes)
         if arguments.max_train_steps is not None:
             check_length(*found, arguments.max_train_steps)
+        return found[1]
+    return None
 
 
 def open_output_dir(
@@ -316,7 +320,7 @@ def remove_checkpoint(folder: Path) -> None:
     shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.removed")))
 
 
-def save_checkpoint(accelerator: Accelerator, arguments: OptimizationArguments, step: int) -> None:
+def save_checkpoint(accelerator: Accelerator, arguments: OptimizationArguments, step: int, begun_steps: int) -> None:
     """Write `checkpoint-<step>` and remove the oldest ones beyond `checkpoints_total_limit`.
 
     Raises:
@@ -329,7 +333,7 @@ def save_checkpoint(accelerator: Accelerator, arguments: OptimizationArguments, 
     def finish() -> None:
         if accelerator.is_main_process:
             arguments.save(unfinished)
-            write_record(unfinished, accelerator.num_processes)
+            write_record(unfinished, accelerator.num_processes, begun_steps)
             unfinished.rename(folder)
 
     stages = (lambda: unfinished.mkdir(exist_ok=True), lambda: accelerator.save_state(str(unfinished)), finish)

@@ -21,16 +21,34 @@ _WEIGHTS = ((WEIGHTS, CONFIG), (SAFETENSORS_WEIGHTS_NAME, "config.json"))
 RECORD = "checkpoint.json"
 
 
-def write_record(folder: Path, num_processes: int) -> None:
-    """Write checkpoint.json: the number of processes, and checksums of the weights, whose format has none."""
+def write_record(folder: Path, num_processes: int, begun_steps: int) -> None:
+    """Write checkpoint.json: what the arguments do not say, and checksums of the weights, whose format has none.
+
+    Args:
+        folder: of the checkpoint.
+        num_processes: of the run.
+        begun_steps: see `begun_steps`.
+    """
     files = sorted(folder.rglob("*.safetensors"))  # those of text encoders are in sub-folders
     checksums = {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
-    (folder / RECORD).write_text(json.dumps({"num_processes": num_processes, "sha256": checksums}, indent=2) + "\n")
+    record = {"num_processes": num_processes, "begun_steps": begun_steps, "sha256": checksums}
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
     """Return what `write_record` wrote; empty for a checkpoint that is older."""
     return json.loads((folder / RECORD).read_text()) if (folder / RECORD).exists() else {}
+
+
+def begun_steps(checkpoint: Path | None, num_steps: int) -> int:
+    """Return how many steps a run was to have when it began, which may go on from a checkpoint to have `num_steps`.
+
+    What begins at a share of the run is a share of that, for what has begun shall not end when a run is made longer.
+    """
+    if checkpoint is None:
+        return num_steps
+    stored = json.loads((checkpoint / ARGUMENTS).read_text())["max_train_steps"]  # of an older one all that is known
+    return read_record(checkpoint).get("begun_steps") or stored or num_steps
 
 
 def find_corruption(folder: Path) -> str | None:

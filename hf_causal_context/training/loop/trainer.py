@@ -27,6 +27,7 @@ from .checkpoints import (
     save_checkpoint,
     save_model,
 )
+from .corruption import begun_steps
 from .early_stopping import EarlyStopping
 from .interruption import noted_interruptions
 from .loss_record import LossRecord
@@ -166,13 +167,13 @@ class Run:
         # Of the steps that `synchronize` has not seen: the learning rates before and after each, its loss and norm.
         self.rates: list[tuple[list[float], list[float]]] = []
         self.losses, self.norms = torch.zeros(2, STEPS_PER_SYNC, device=accelerator.device)
-        self.done, self.steps_per_sync, self.steps_per_second = 0, 1, 0.0
+        self.done, self.begun_steps, self.steps_per_sync, self.steps_per_second = 0, num_steps, 1, 0.0
         self.record = LossRecord(kinds or {}, num_steps, STEPS_PER_SYNC, accelerator.device)
 
     def resume(self, step: int, checkpoint: Path) -> None:
         """Go on from a checkpoint; those that came after it belong to a run that is given up."""
         self.accelerator.load_state(str(checkpoint))
-        self.done = step
+        self.done, self.begun_steps = step, begun_steps(checkpoint, self.num_steps)
         self.record.load(checkpoint.parent, step)
         if self.ema is not None:
             self.ema.to(self.accelerator.device)
@@ -197,10 +198,9 @@ class Run:
                 at_end.callback(lambda: self.record.save(self.output_dir, self.done))
             while self.done < self.num_steps and not stopping:
                 self.train_until_sync()
-                interrupted = self.synchronize()
-                if interrupted or self.checkpoint_is_due():
+                if (interrupted := self.synchronize()) or self.checkpoint_is_due():
                     with averaged_by(self.optimizer):
-                        save_checkpoint(self.accelerator, self.arguments, self.done)
+                        save_checkpoint(self.accelerator, self.arguments, self.done, self.begun_steps)
                     if self.accelerator.is_main_process:
                         self.record.save(self.output_dir, self.done)
                 if interrupted and self.done < self.num_steps:
