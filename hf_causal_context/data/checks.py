@@ -54,11 +54,12 @@ class ContextCount:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What `check_data` found."""
+    """What `check_data` found; the digest is of what is trained on, in its order, as far as that was read."""
 
     rows: tuple[ContextCount, ...]
     errors: tuple[str, ...]
     warnings: tuple[str, ...]
+    digest: str
 
     def table(self) -> str:
         """Contexts and counts, then errors and warnings, as text."""
@@ -127,7 +128,7 @@ def check_data(data: InterventionalData, *, decode: bool = True, num_frames: int
     counts += [(context, HELD_OUT, count) for context, count in sorted(held_out.items())]
     paired = seen.partners.count() if data.has_pairs else None
     table = (ContextCount(*row, None if paired is None else paired[row[0]]) for row in counts)
-    return DataReport(tuple(table), tuple(errors), tuple(warnings))
+    return DataReport(tuple(table), tuple(errors), tuple(warnings), seen.trained.hexdigest())
 
 
 def check_pairs(data: InterventionalData) -> None:
@@ -164,9 +165,12 @@ class _Seen:
         self.first: dict[bytes, Place] = {}
         self.pairs: list[tuple[Place, Place]] = []
         self.again = Counter[tuple[str, str]]()  # role and context -> rows that are there already
+        self.trained = hashlib.blake2b(digest_size=16)
 
-    def add(self, content: bytes, place: Place, image: PIL.Image.Image | None) -> None:
+    def add(self, content: bytes, place: Place, image: PIL.Image.Image | None, beside: str = "") -> None:
         digest = hashlib.blake2b(content, digest_size=16).digest()
+        if place[0] == TRAIN:
+            self.trained.update(digest + repr((place[1], beside)).encode())
         first = self.first.setdefault(digest, place)
         if first[:2] != place[:2]:
             self.pairs.append((first, place))
@@ -213,7 +217,7 @@ def _read(
                     seen.remarks[remark].append(name)
                 if (mask := columns.get("mask")) is not None:
                     plain_mask(opener.decode_example({"bytes": _content(mask), "path": None}), image)
-            seen.add(content, (role, context, whole), image)
+            seen.add(content, (role, context, whole), image, columns.get("caption", ""))
             if data.has_pairs:
                 size = None if image is None else plain(image).size
                 seen.partners.add(columns["pair"], (role, context, whole), size)

@@ -11,12 +11,40 @@ from datasets import Dataset
 
 from .._files import DATA_RECORD
 from ..data import InterventionalData
+from ..messages.progress import say
 from .loop.checkpoints import write_file
 
 
-def record_data(data: InterventionalData, folder: Path, self_composed: Mapping[str, int]) -> None:
+def tell_changed_data(data: InterventionalData, digest: str, earlier: Path | None) -> None:
+    """Say that the data is not what an earlier run, which is gone on with, was trained on, where that is known.
+
+    Args:
+        data: what is trained on now.
+        digest: of the report on it.
+        earlier: folder of that run.
+    """
+    if earlier is None or not (earlier / DATA_RECORD).is_file():
+        return
+    record = json.loads((earlier / DATA_RECORD).read_text(encoding="utf-8"))
+    if record.get("digest", digest) == digest:  # older records have none
+        return
+    then, now = (
+        ", ".join(f"{c or 'obs'}: {n}" for c, n in sorted((counts or {}).items()))
+        for counts in (record["trained"], data.counts)
+    )
+    how = f"rows then: {then}; now: {now}" if then != now else "as many rows, but others, or in another order"
+    said = (
+        f"Warning: the data is not what this run was trained on until now ({how}). It goes on, but not as a run that "
+        "was never interrupted would. Put back what was there, or start anew in another --output_dir, unless that is "
+        "meant."
+    )
+    say(said, said)
+
+
+def record_data(data: InterventionalData, digest: str, folder: Path, self_composed: Mapping[str, int]) -> None:
     """Write training_data.json: rows per context, and which were held out, drawn from others, or the adapter's own.
 
+    `digest`: of the report on the data.
     `self_composed`: how many texts of each combination the adapter wrote in the last round of its training.
     Counts of streams are null. "chat" says whether texts are messages.
 
@@ -32,6 +60,7 @@ def record_data(data: InterventionalData, folder: Path, self_composed: Mapping[s
         "held_out": held_out,
         "reweighted": {name: len(rows) for name, rows in data.reweighted.items()},
         "self_composed": dict(self_composed),
+        "digest": digest,
     }
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     write_file(folder / DATA_RECORD, folder, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))

@@ -31,15 +31,16 @@ from ..layers import Mechanism
 from ..messages.progress import say
 from .arguments import AdapterArguments
 from .context_losses import ContextLosses
-from .data_record import record_data
+from .data_record import record_data, tell_changed_data
 from .dry_run import dry_run, num_taken
 from .gap_report import record_gap, report_gap
 from .grids import validation_contexts
-from .loop.checkpoints import check_start
+from .loop.checkpoints import check_start, earlier_run
 from .loop.corruption import begun_steps
 from .loop.loss_record import kinds_of_contexts
 from .loop.memory import memory_for_base
 from .loop.objective import Objective
+from .loop.optimization import unfinished_warm_up
 from .loop.processes import main_process_first
 from .loop.sharding import shard_base
 from .loop.trainer import Run, StepHooks, fit
@@ -220,10 +221,12 @@ class FineTuning(ABC, Generic[AnyArguments]):
         self._data = self._data if self._data is not None else self.load_data()
         if self.data.streaming and arguments.max_train_steps is None:
             raise UserValueError("A stream has no known length, so it has no epochs. Give --max_train_steps.")
+        digest = ""
         if accelerator.is_main_process:
             report = check_data(self.data, num_frames=getattr(arguments, "num_frames", None))
             say(report.table(), report.remarks())
             report.raise_for_errors()
+            digest = report.digest
         self.check_names()
         base = self.load_base()
         if accelerator.is_main_process and not arguments.gradient_checkpointing and keeps_unpacked(base):
@@ -244,6 +247,8 @@ class FineTuning(ABC, Generic[AnyArguments]):
         self.num_steps = num_steps = arguments.max_train_steps or (
             arguments.num_train_epochs * arguments.steps_per_epoch(self.num_rows(), accelerator.num_processes)
         )
+        if accelerator.is_main_process and (problem := unfinished_warm_up(arguments, num_steps)):
+            say(f"Warning: {problem}", f"Warning: {problem}")
         self.begun_steps = begun_steps(goes_on, num_steps)
         self.arguments = arguments = settle_observational_steps(arguments, num_steps)
         with main_process_first(accelerator, output_dir):  # it fills the cache that the others read
@@ -259,8 +264,12 @@ class FineTuning(ABC, Generic[AnyArguments]):
         losses = self.losses()
         self.prepare_steps(base)
 
+        earlier = earlier_run(arguments)
+
         def begin(first: int) -> dict[str, float]:
             losses.begin(first)
+            tell_changed_data(self.data, digest, earlier)
+            record_data(self.data, digest, output_dir, self.own_rows)
             return record_gap(gap, output_dir)
 
         seconds: list[float] = []  # of validations
@@ -274,7 +283,7 @@ class FineTuning(ABC, Generic[AnyArguments]):
 
         def finish(folder: Path) -> None:
             self.write_beside(folder)
-            record_data(self.data, folder, self.own_rows)
+            record_data(self.data, digest, folder, self.own_rows)
             self._write_card(folder)
             if self.validates:
                 known = f"; the one before took {seconds[-1]:.0f} seconds" if seconds else ""

@@ -94,3 +94,10 @@ def test_a_missing_package_is_named_before_anything_is_loaded(given, monkeypatch
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
     with pytest.raises(ImportError, match="--optimizer=prodigy needs prodigyopt: pip install prodigyopt"):
         given("out", optimizer="prodigy", learning_rate=1.0)
+
+
+def test_a_run_that_ends_within_its_warm_up_is_told(given, capsys):
+    for steps, told in ((1, False), (2, True)):
+        train(given(f"out-{steps}", lr_scheduler="cosine", lr_warmup_steps=steps))
+        warning = f"Warning: The run has 2 optimizer steps, all of them within --lr_warmup_steps={steps}. Lower it"
+        assert (warning in capsys.readouterr().out) == told

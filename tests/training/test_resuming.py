@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
+from PIL import Image
 
 from hf_causal_context._files import checkpoint_steps
 from hf_causal_context.data import from_dataset
@@ -106,6 +107,22 @@ def test_a_folder_with_checkpoints_of_its_own_does_not_go_on_from_those_of_anoth
     with pytest.raises(FileExistsError, match="holds checkpoints of another run"):
         train(TrainingArguments(**given | elsewhere))
     assert list(checkpoint_steps(tmp_path / "other")) == [2, 3]
+
+
+def test_data_that_changed_since_the_run_began_is_told(given, tmp_path, capsys):
+    def go_on(steps):
+        capsys.readouterr()
+        train(TrainingArguments(**given | {"max_train_steps": steps}))
+        return capsys.readouterr().out
+
+    assert "the data is not what" not in go_on(3)
+    extra = tmp_path / "data" / "thick" / "extra.png"
+    Image.new("RGB", (16, 16), "red").save(extra)
+    then_now = "rows then: obs: 4, slant: 4, thick: 4; now: obs: 4, slant: 4, thick: 5"
+    assert f"Warning: the data is not what this run was trained on until now ({then_now}). It goes on" in go_on(4)
+    Image.new("RGB", (16, 16), "blue").save(extra)
+    assert "(as many rows, but others, or in another order)" in go_on(5)
+    assert "the data is not what" not in go_on(6)
 
 
 def test_a_base_with_label_dropout_resumes_bit_for_bit(pipeline_folder, tmp_path):

@@ -23,6 +23,7 @@ from ..loop.checkpoints import check_start
 from ..loop.corruption import begun_steps
 from ..loop.early_stopping import EarlyStopping
 from ..loop.loss_record import kinds_of_contexts
+from ..loop.optimization import unfinished_warm_up
 from ..loop.processes import make_accelerator
 from ..loop.trainer import fit
 from ..weights import parse_weights
@@ -89,12 +90,8 @@ def train_autoencoder(
         accelerator.process_index,
         accelerator.num_processes,
     )
-    if arguments.lr_scheduler != "constant" and arguments.lr_warmup_steps >= num_steps:
-        raise UserValueError(
-            f"The run has {num_steps} optimizer steps, all of them within --lr_warmup_steps="
-            f"{arguments.lr_warmup_steps}. Lower it or --train_batch_size, or train longer (--num_train_epochs, "
-            "--max_train_steps)."
-        )
+    if problem := unfinished_warm_up(arguments, num_steps):
+        raise UserValueError(problem)
 
     def validate(step: int) -> float:
         error, kl = mean_loss(objective, model, validation)

@@ -49,6 +49,16 @@ def make_optimizer(
     return optimizer_by_name(arguments.optimizer, groups, arguments.optimizer_args, **settings)
 
 
+def unfinished_warm_up(arguments: OptimizationArguments, num_steps: int) -> str:
+    """Say that a run ends before its learning rate has risen to what was asked for; empty where it does not."""
+    if arguments.lr_scheduler == "constant" or arguments.lr_warmup_steps < num_steps:
+        return ""
+    return (
+        f"The run has {num_steps} optimizer steps, all of them within --lr_warmup_steps={arguments.lr_warmup_steps}. "
+        "Lower it or --train_batch_size, or train longer (--num_train_epochs, --max_train_steps)."
+    )
+
+
 def make_schedule(optimizer: torch.optim.Optimizer, arguments: OptimizationArguments, num_steps: int) -> LambdaLR:
     """Make the schedule of the learning rate; the cosine with a minimum ends at a hundredth of the peak."""
     if arguments.lr_scheduler == "cosine_with_min_lr":
