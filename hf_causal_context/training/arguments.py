@@ -87,9 +87,9 @@ class OptimizationArguments:
             value = getattr(self, name, None)
             if value is not None and not value >= minimum:
                 raise UserValueError(f"--{name}={value} must be at least {minimum}.")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise UserValueError(f"--{name}={getattr(self, name)} must be positive.")
+        for name, most in (("learning_rate", torch.finfo(torch.float32).max), ("max_grad_norm", math.inf)):
+            if not 0 < getattr(self, name) <= most:
+                raise UserValueError(f"--{name}={getattr(self, name)} must be positive, and at most {most:g}.")
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserValueError(f"--{name}={getattr(self, name)} must be at least 0 and below 1.")
@@ -286,8 +286,8 @@ class TrainingArguments(AdapterArguments, DataArguments, ImageReadingArguments):
                     f"--{name}={getattr(self, name)} is for text encoders that are trained. Add --train_text_encoder, "
                     "or leave it out."
                 )
-        if rate is not None and not rate > 0:
-            raise UserValueError(f"--text_encoder_learning_rate={rate} must be positive.")
+        if rate is not None and not 0 < rate < math.inf:
+            raise UserValueError(f"--text_encoder_learning_rate={rate} must be positive, and finite.")
         if rate not in (None, self.learning_rate) and self.optimizer == "prodigy":
             raise UserValueError(
                 f"--optimizer=prodigy finds one learning rate for all, so --text_encoder_learning_rate={rate} cannot "

@@ -47,7 +47,10 @@ def optimizer_by_name(
         raise MissingPackageError(
             f"--optimizer={name} needs {package}: pip install {package}, or all of them: {installation('optimizers')}"
         ) from error
-    settings |= dict(_setting(each) for each in given)
+    own = dict(_setting(each) for each in given)
+    if "lr" in own:  # the groups of parameters have rates of their own, so that this one would do nothing
+        raise UserValueError(f"--optimizer_args: lr={own['lr']} has an option of its own. Give --learning_rate.")
+    settings |= own
     known = list(inspect.signature(optimizer).parameters)[1:]
     if unknown := settings.keys() - set(known):
         raise UserValueError(

@@ -46,7 +46,7 @@ from .loop.sharding import shard_base
 from .loop.trainer import Run, StepHooks, fit
 from .observational import AnyArguments, check_observational_set, observational_samples, settle_observational_steps
 from .reweighting import add_reweighted_contexts
-from .weights import check_weights, parse_weights
+from .weights import check_all_trained, check_weights, parse_weights
 
 T = TypeVar("T")
 # Of the frozen weights; the adapter's are float32.
@@ -104,6 +104,7 @@ class FineTuning(ABC, Generic[AnyArguments]):
         reweighted = wanted_combinations(arguments.reweighted_contexts, data.concepts)
         weights = parse_weights(arguments.context_weights, arguments.observational_name)
         check_weights(weights, (*data.contexts, *map(str, reweighted)), arguments.observational_name)
+        check_all_trained(weights, data.contexts, data.concepts)
 
     @abstractmethod
     def load_base(self) -> nn.Module:

@@ -47,6 +47,21 @@ def parse_weights(items: list[str], observational_name: str) -> dict[str, float]
     return weights
 
 
+def check_all_trained(given: Mapping[str, float], contexts: Collection[str], concepts: Collection[str]) -> None:
+    """Refuse weights that leave out all rows in which a concept alone was intervened on: it could not be learned.
+
+    Raises:
+        ValueError: naming the concept.
+    """
+    for concept in concepts:
+        own = [context for context in contexts if Context.parse(context).targets == (concept,)]
+        if own and all(given.get(context) == 0 for context in own):
+            raise UserValueError(
+                f"--context_weights {' '.join(f'{context}=0' for context in own)} leaves out the set of {concept!r}, "
+                "which would not be learned. Leave it out, make it small, such as 0.1, or remove the set."
+            )
+
+
 def check_weights(given: Mapping[str, float], contexts: Collection[str], observational_name: str) -> None:
     """Refuse weights of contexts that are not trained on, and numbers that are no shares.
 

@@ -19,6 +19,8 @@ BASE = {"pretrained_model_name_or_path": "base", "output_dir": "out"}
         ({"mechanism": "magic"}, "--mechanism=magic is unknown. Allowed: independent, reduced, structural"),
         ({"concept_rank": 0}, "--concept_rank=0 must be at least 1"),
         ({"learning_rate": 0.0}, "--learning_rate=0.0 must be positive"),
+        ({"learning_rate": float("inf")}, "--learning_rate=inf must be positive, and at most 3.4"),
+        ({"optimizer": "adafactor", "optimizer_args": ["lr=1"]}, "lr=1 has an option of its own. Give --learning_rate"),
         ({"adam_beta2": 1.0}, "--adam_beta2=1.0 must be at least 0 and below 1"),
         ({"adam_epsilon": -1.0}, "--adam_epsilon=-1.0 must be at least 0"),
         ({"lr_warmup_steps": 5}, "constant_with_warmup warms a constant rate up, so --lr_warmup_steps would have no"),

@@ -295,6 +295,7 @@ class TestErrorsBeforeTraining:
                 "--class_column='digit' is for datasets, and has no effect beside --train",
             ),
             ({"context_weights": ["size=2"]}, "--context_weights names 'size', which is not trained on"),
+            ({"context_weights": ["slant=0"]}, "--context_weights slant=0 leaves out the set of 'slant', which would"),
             ({"context_weights": ["obs"]}, "--context_weights 'obs' must be a context and a number"),
             ({"validation_contexts": ["obs", "thick+size"]}, "Unknown concept 'size' in context 'size\\+thick'"),
             ({"held_out_contexts": ["size"]}, "names 'size', which has no rows"),
