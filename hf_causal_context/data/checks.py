@@ -17,7 +17,7 @@ from datasets import Image, IterableDataset
 
 from ..contexts import Context
 from ..errors import UserError, UserValueError
-from ..media.pixels import plain, remarks
+from ..media.pixels import plain, remarks, upright_size
 from ..media.videos import frame_files, frames
 from ..messages.progress import ProgressBar
 from ..messages.wording import quoted
@@ -26,6 +26,7 @@ from .interventional import InterventionalData
 from .look_alikes import LookAlikes, Place, examples, same
 from .masks import plain_mask
 from .pairs import Partners
+from .sizes import Sizes
 from .text_rows import columns_of, is_answered, row_problem
 
 TINY = 50
@@ -165,6 +166,7 @@ class _Seen:
         self.first: dict[bytes, Place] = {}
         self.pairs: list[tuple[Place, Place]] = []
         self.again = Counter[tuple[str, str]]()  # role and context -> rows that are there already
+        self.sizes = Sizes()
         self.trained = hashlib.blake2b(digest_size=16)
 
     def add(self, content: bytes, place: Place, image: PIL.Image.Image | None, beside: str = "") -> None:
@@ -178,6 +180,8 @@ class _Seen:
             self.again[place[0], place[1]] += 1
         if image is not None:
             self.look_alikes.add(image, digest, place)
+            if place[0] == TRAIN:
+                self.sizes.add(place[1], upright_size(image))
 
     def leaks(self) -> list[tuple[Place, Place]]:
         """Pairs of which one row is trained on and the other held out."""
@@ -379,6 +383,7 @@ def _image_warnings(seen: _Seen) -> Iterator[str]:
         )
     for remark, names in seen.remarks.items():
         yield f"{len(names)} images ({examples(names)}) {remark}"
+    yield from seen.sizes.warnings()
 
 
 def _unanswered_warnings(seen: _Seen) -> Iterator[str]:

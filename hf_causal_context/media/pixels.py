@@ -10,6 +10,8 @@ from PIL import Image, ImageOps
 from ..errors import UserValueError
 
 BACKGROUND = "white"
+LONGEST = 4  # times the width; the bounds of aspect-ratio buckets
+_ORIENTATION = 0x0112  # of EXIF; from 5 on, width and height are exchanged
 _NO_RANGE = "and nothing says which of them is black and which is white. Save it with 8 or 16 bits per channel."
 _UNREAD = {
     "F": f"holds floating point numbers, {_NO_RANGE}",  # Pillow would cut them off at 255
@@ -37,6 +39,12 @@ def plain(image: Image.Image) -> Image.Image:
     return background
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return the width and height of an image as one sees it; it is not decoded."""
+    width, height = image.size
+    return (height, width) if image.getexif().get(_ORIENTATION, 1) >= 5 else (width, height)
+
+
 def is_transparent(image: Image.Image) -> bool:
     """Return whether an image is transparent anywhere, not only able to be."""
     return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255)
@@ -53,6 +61,8 @@ def remarks(image: Image.Image) -> Iterator[str]:
         yield "have 16 bits per channel. They are scaled to 8."
     elif is_transparent(image):
         yield f"are transparent in places. These are {BACKGROUND}; put the images on another background if it is wrong."
+    if max(image.size) > LONGEST * min(image.size):
+        yield f"are over {LONGEST} times as long as wide. Only their middle is used; cut them to what is to be learned."
     if getattr(image, "is_animated", False):
         yield "have several frames. Only the first is used."
 

@@ -196,6 +196,23 @@ def test_images_that_look_alike_in_two_contexts(root, streaming):
 
 
 @pytest.mark.slow
+def test_sets_of_another_size_than_the_observational_one(tmp_path):
+    root, generator = tmp_path / "data", np.random.default_rng(0)
+    sizes = {"obs": (30, 20), "a": (30, 20), "b": (20, 20), "c": (12, 8), "c=0.5": (8, 8), "few": (8, 8), "a+b": (8, 8)}
+    for context, (width, height) in sizes.items():
+        (root / context).mkdir(parents=True)
+        for number in range(9 if context == "few" else 50):
+            image = Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+            turned = context == "a" and number % 2  # as a phone saves it
+            exif = Image.Exif()
+            exif[0x0112] = 6 if turned else 1
+            image.rotate(90 * turned, expand=True).save(root / context / f"{number}.png", exif=exif)
+    warnings = [warning for warning in check_data(load_folders(root)).warnings if "another size" in warning]
+    assert [warning.partition(" Scaled")[0] for warning in warnings] == [
+        "Images of another size than the observational ones (30 x 20): b (20 x 20), c (12 x 8), c=0.5 (8 x 8)."
+    ]
+
+
 def test_digits_of_a_kind_do_not_look_alike():
     data = digit_data(40, 0)
     assert not [text for text in check_data(data).warnings if "look like" in text]

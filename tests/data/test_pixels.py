@@ -84,10 +84,16 @@ def test_check_data_says_it_once_with_a_count(tmp_path, streaming):
     Image.fromarray(np.full((2, 2, 4), 255, np.uint8)).save(root / "obs" / "opaque.png")
     frames = [Image.fromarray(np.full((4, 4), level, np.uint8)) for level in (0, 200)]
     frames[0].save(root / "a" / "moving.gif", save_all=True, append_images=frames[1:])
+    for size in ((1, 5), (16, 4)):
+        Image.new("RGB", size, "red").save(root / "a" / f"{size[0]}.png")
     report = check_data(load_folders(root, streaming=streaming))
     assert report.errors == ()
     warnings = {warning.partition(" (")[0]: warning for warning in report.warnings}
-    deep, clear, moving = (warnings[f"{count} images"] for count in (3, 6, 1))
+    deep, clear = (warnings[f"{count} images"] for count in (3, 6))
+    long, moving = (warning for warning in report.warnings if warning.startswith("1 images"))
+    assert long.endswith(
+        "1.png) are over 4 times as long as wide. Only their middle is used; cut them to what is to be learned."
+    )
     assert deep.endswith("deep2.png) have 16 bits per channel. They are scaled to 8.")
     assert clear.endswith(
         "clear4.png and 1 more) are transparent in places. These are white; put the images on another background if it "

@@ -19,6 +19,7 @@ from PIL import Image
 
 from ...data import ContextSampler, slots_of
 from ...data.sampling import schedule, shares_of
+from ...media.pixels import upright_size
 from ...messages.progress import ProgressBar
 from ...messages.wording import quoted
 
@@ -26,7 +27,6 @@ Size = tuple[int, int]  # width, height
 
 _MOST = 2  # times the resolution, of a side
 _STEPS = 16  # of the resolution, between the sides of buckets
-_ORIENTATION = 0x0112  # of EXIF; from 5 on, width and height are exchanged
 
 
 def bucket_sizes(resolution: int, multiple: int) -> list[Size]:
@@ -56,9 +56,8 @@ def upright_sizes(rows: Dataset, image_column: str) -> Iterator[Size]:
     for row in ProgressBar(images, desc="look at sizes"):
         value = row[image_column]  # type: ignore[index, call-overload]
         with Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])) as image:
-            width, height = image.size
-            turned = image.getexif().get(_ORIENTATION, 1) >= 5
-        yield (height, width) if turned else (width, height)
+            size = upright_size(image)
+        yield size
 
 
 def told(buckets: Sequence[tuple[Size, NDArray[np.int64]]], contexts: Sequence[str], batch_size: int) -> str:
