@@ -557,6 +557,15 @@ class TestErrors:
         with pytest.raises(ValueError, match="holds a UNet2DModel. It must be a ContextAutoencoder or a diffusers"):
             train_autoencoder(arguments(tmp_path / "out", mode="frozen", base=str(tmp_path)), images())
 
+    def test_a_base_that_is_not_there_or_a_whole_pipeline(self, tmp_path):
+        (tmp_path / "pipeline").mkdir()
+        for name, error, message in (
+            ("missing", FileNotFoundError, "There is no base '.*missing': such a folder does not exist"),
+            ("pipeline", ValueError, "no autoencoder's config.json. .* of a pipeline's folder, its folder vae"),
+        ):
+            with pytest.raises(error, match=message):
+                train_autoencoder(arguments(tmp_path / "out", mode="frozen", base=str(tmp_path / name)), images())
+
     def test_images_of_another_shape_than_the_bases(self, tmp_path):
         base = tmp_path / "base"
         autoencoder(with_context_module=False).save_pretrained(base)

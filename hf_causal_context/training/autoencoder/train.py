@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
 
+from ...bases.names import check_there, why_unread
 from ...contexts import ConceptSet
 from ...data import InterventionalData, check_data
 from ...data.arguments import refuse_useless
@@ -165,7 +166,15 @@ def make_autoencoder(arguments: AutoencoderArguments, concepts: ConceptSet) -> C
             "one trained with --without_context_module."
         )
     if arguments.base is not None:
-        kind = cast(dict[str, Any], ContextAutoencoder.load_config(arguments.base)).get("_class_name")
+        check_there(arguments.base)
+        try:
+            config = cast(dict[str, Any], ContextAutoencoder.load_config(arguments.base))
+        except (OSError, ValueError) as error:
+            raise UserValueError(
+                f"--base={arguments.base} has no autoencoder's config.json. {why_unread(arguments.base, error)} Give a "
+                "ContextAutoencoder or a diffusers AutoencoderKL; of a pipeline's folder, its folder vae."
+            ) from error
+        kind = config.get("_class_name")
         if kind == "ContextAutoencoder":
             pretrained = ContextAutoencoder.from_pretrained(arguments.base)
             base, latent_module = pretrained.backbone, pretrained.latent_module
