@@ -1,28 +1,21 @@
-"""Names <-> masks: the vocabulary of concepts and the contexts that intervene on them.
-
-Shapes: B rows (samples), K concepts.
-"""
+"""What a context is, and how it is written: names of concepts, each with a strength."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
 from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from ._files import in_one_spelling
-from .errors import UserTypeError, UserValueError
-from .messages.wording import nearest, quoted, short_repr
+from .._files import in_one_spelling
+from ..errors import UserTypeError, UserValueError
+from ..messages.wording import short_repr
 
 RESERVED_CHARACTERS = "+=,"
 OBSERVATIONAL = "observational"  # the name, in contexts, of the strength of an adapter's observational part
 OBS = "obs"  # what texts call the empty context; a concept of that name, which old adapters may have, is "obs=1"
-MAX_CONCEPTS = 1_000
 MAX_NAME_LENGTH = 100
 MAX_STRENGTH = torch.finfo(torch.float32).max  # the dtype of masks
 # Letters and symbols by their category, but they show as nothing (fillers of Hangul and Khmer, an empty Braille cell).
@@ -79,7 +72,7 @@ class Context:
             >>> Context.parse("thick=0.5,slant").strengths
             {'slant': 1.0, 'thick': 0.5}
         """
-        return cls() if text.strip() == OBS else cls(*({name: strength} for name, strength in _parsed(text)))
+        return cls() if text.strip() == OBS else cls(*({name: strength} for name, strength in parse_items(text)))
 
     @property
     def strengths(self) -> dict[str, float]:
@@ -174,138 +167,14 @@ def as_contexts(value: object) -> tuple[Context, ...] | None:
     return tuple(as_context(item) for item in value)
 
 
-@dataclass(frozen=True)
-class ConceptSet:
-    """The concepts of one adapter, in their fixed order.
-
-    Raises:
-        TypeError: for a name that is not a string.
-        ValueError: for no names or more than MAX_CONCEPTS, duplicates, or names that are empty, padded, too long,
-            unprintable or contain "+", "=" or ",".
-
-    Example:
-        >>> ConceptSet(("thick", "slant")).mask([Context("slant"), Context({"thick": 0.5})])
-        tensor([[0.0000, 1.0000],
-                [0.5000, 0.0000]])
-    """
-
-    names: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        if isinstance(self.names, str) or not isinstance(self.names, Iterable):
-            raise UserTypeError(
-                f"concepts={short_repr(self.names)} must be a sequence of names, such as ('thick', 'slant')."
-            )
-        object.__setattr__(self, "names", tuple(islice(self.names, MAX_CONCEPTS + 1)))
-        if not self.names:
-            raise UserValueError("No concepts given. Name at least one, for example concepts=('thick', 'slant').")
-        if len(self.names) > MAX_CONCEPTS:
-            raise UserValueError(f"More than {MAX_CONCEPTS:,} concepts given. Divide them among several adapters.")
-        object.__setattr__(self, "names", tuple(map(_checked_name, self.names)))
-        if OBSERVATIONAL in self.names:
-            raise UserValueError(
-                f"{OBSERVATIONAL!r} cannot be the name of a concept: in contexts it is the strength of the adapter's "
-                f"observational part, as in '{OBSERVATIONAL}=0.5+thick'. Rename the concept."
-            )
-        duplicates = [name for name, count in Counter(self.names).items() if count > 1]
-        if duplicates:
-            raise UserValueError(f"Duplicate concepts: {quoted(duplicates)}. Every concept needs a name of its own.")
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and in_one_spelling(name) in self.names
-
-    def index(self, name: str, where: str = "") -> int:
-        """Position of a concept; ValueError for an unknown name, and `where` says in what it occurred."""
-        try:
-            return self.names.index(in_one_spelling(name))
-        except ValueError:
-            words = name.split()
-            meant = ["+".join(words)] if set(words) <= set(self.names) else self.names
-            raise UserValueError(
-                f"Unknown concept {name!r}{f' in {where}' if where else ''}. Known concepts: {quoted(self.names)}."
-                f"{nearest(name, meant)} Correct the name, or add it to the concepts."
-            ) from None
-
-    def check_words(self, names: Iterable[str], words: Iterable[str]) -> None:
-        """Refuse names that are almost one of the words for several contexts (ValueError), such as 'pair'."""
-        allowed = (*words, *self)
-        for name in names:
-            plain = not set(RESERVED_CHARACTERS).intersection(name)
-            if plain and name not in allowed and nearest(name, words):
-                raise UserValueError(f"Unknown context {name!r}.{nearest(name, allowed)} Allowed: {quoted(allowed)}.")
-
-    def mask(self, contexts: Sequence[Context]) -> Tensor:
-        """Intervention mask (B, K), float32 on the CPU: 0 not intervened, 1 intervened, other values are strengths.
-
-        Raises:
-            ValueError: for a concept that is not in this set, or another strength of the observational part than 1,
-                which a mask has no column for: see `strengths`.
-        """
-        for context in contexts:
-            if context.observational != 1:
-                raise UserValueError(
-                    f"Context {str(context)!r} sets the strength of the observational part, which belongs to an "
-                    "adapter at inference, not to data or masks. Leave it out here."
-                )
-        return self.strengths(contexts)[:, 1:].contiguous()
-
-    def strengths(self, contexts: Sequence[Context]) -> Tensor:
-        """Strengths (B, 1 + K), float32 on the CPU: of the observational part, then of the concepts as in `mask`.
-
-        Raises:
-            ValueError: for a concept that is not in this set.
-        """
-        rows = [[context.observational, *[0.0] * len(self)] for context in contexts]
-        for row, context in zip(rows, contexts, strict=True):
-            for name, strength in context.strengths.items():
-                row[1 + self.index(name, f"context {str(context)!r}")] = strength
-        return torch.tensor(rows, dtype=torch.float32).view(-1, 1 + len(self))
-
-    def contexts(self, mask: Tensor) -> tuple[Context, ...]:
-        """Return the context of every row of a mask (B, K), or of strengths (B, 1 + K); the inverse of the two."""
-        names = self.names if mask.shape[1] == len(self) else (OBSERVATIONAL, *self.names)
-        return tuple(Context(dict(zip(names, row, strict=True))) for row in mask.tolist())
-
-    def check_mask(self, mask: Tensor) -> Tensor:
-        """Return a mask (B, K) as it is, and (K,) as (1, K).
-
-        Raises:
-            TypeError: for a dtype that is not floating point.
-            ValueError: for another shape, the meta device, or values that are not finite.
-        """
-        if not mask.is_floating_point():
-            raise UserTypeError(
-                f"The intervention mask has dtype {mask.dtype}; it must be floating point. Call .float()."
-            )
-        if mask.ndim not in (1, 2) or mask.shape[-1] != len(self) or mask.shape[0] == 0:
-            raise UserValueError(
-                f"The intervention mask has shape {tuple(mask.shape)}; it must be (rows, {len(self)}), one column for "
-                f"each of the concepts {quoted(self.names)}."
-            )
-        if mask.device.type == "meta":
-            raise UserValueError("The intervention mask lies on the device 'meta'. Move it to the device of the model.")
-        # A value check waits for the device and cannot be part of a compiled graph.
-        if not torch.compiler.is_compiling() and not bool(torch.isfinite(mask).all()):
-            raise UserValueError(
-                "The intervention mask contains NaN or infinite values. Strengths must be finite numbers."
-            )
-        return mask if mask.ndim == 2 else mask[None]
-
-
 def _strength_items(part: object) -> Iterator[tuple[str, float]]:
     if isinstance(part, Context):
         yield from part._strengths.items()
     elif isinstance(part, str):
-        yield _checked_name(part), 1.0
+        yield checked_name(part), 1.0
     elif isinstance(part, Mapping):
         for name, strength in part.items():
-            name = _checked_name(name)
+            name = checked_name(name)
             if not isinstance(strength, Real) or not abs(cast(float, strength)) <= MAX_STRENGTH:
                 raise UserValueError(
                     f"Strength {short_repr(strength)} of concept {name!r} must be a finite number (in float32), such "
@@ -320,7 +189,13 @@ def _strength_items(part: object) -> Iterator[tuple[str, float]]:
         )
 
 
-def _checked_name(name: object) -> str:
+def checked_name(name: object) -> str:
+    """Return the name of a concept in one spelling.
+
+    Raises:
+        TypeError: for something that is not text.
+        ValueError: for a name that is empty, padded, too long, not shown, or holds what separates concepts.
+    """
     if not isinstance(name, str):
         raise UserTypeError(f"Concept name {short_repr(name)} is of type {type(name).__name__}; it must be a string.")
     if len(name) > MAX_NAME_LENGTH:
@@ -339,7 +214,12 @@ def _checked_name(name: object) -> str:
     return in_one_spelling(name)
 
 
-def _parsed(text: str) -> Iterator[tuple[str, float]]:
+def parse_items(text: str) -> Iterator[tuple[str, float]]:
+    """Yield the names in a text such as "thick=0.5+slant", with their strengths, as they stand there.
+
+    Raises:
+        ValueError: for an empty name or a strength that is not a number.
+    """
     for item in _split_concepts(text) if text.strip() else ():
         name, equals, number = (piece.strip() for piece in item.partition("="))
         if not name:
@@ -361,39 +241,3 @@ def _split_concepts(text: str) -> Iterator[str]:
             yield text[start:position]
             start = position + 1
     yield text[start:]
-
-
-def refuse_obs(names: Iterable[str]) -> None:
-    """Refuse a new concept with the name of the empty context (ValueError); stored adapters may have one."""
-    if OBS in names:
-        raise UserValueError(
-            f"A concept {OBS!r} would be hidden by the empty context, which has this name. Rename it; if it is your "
-            f"observational set, leave observational_name= at {OBS!r}."
-        )
-
-
-def context_text(value: object, observational_name: str) -> str:
-    """Return the printed form of a context as a dataset writes it: text, a list of names, or a mapping to strengths.
-
-    Raises:
-        TypeError: for another type.
-        ValueError: for None, names and strengths that are not valid, 0 in a text, or one of the observational part.
-    """
-    if value is None:
-        raise UserValueError(f"The context is missing (None). Observational rows say {observational_name!r} or ''.")
-    if isinstance(value, dict):
-        value = {name: strength for name, strength in value.items() if strength is not None}
-    elif value == observational_name or value == [observational_name]:
-        return ""
-    context = Context(OBS) if value == OBS else as_context(value)
-    if isinstance(value, str) and (zero := [name for name, s in _parsed(value) if s == 0 and name != OBSERVATIONAL]):
-        raise UserValueError(
-            f"The context {value!r} names {zero[0]!r} at strength 0, which is no intervention. Leave the name out; "
-            f"rows with no other are observational: call them {observational_name!r}."
-        )
-    if context.observational != 1:
-        raise UserValueError(
-            f"The context {str(context)!r} of the data sets the strength of the observational part, which is for "
-            "inference only: all data belong to the observational world. Leave it out."
-        )
-    return str(context)
