@@ -12,7 +12,7 @@ import pytest
 PACKAGE = "hf_causal_context"
 ROOT = Path(__file__).parents[1]
 ROWS = (
-    ("errors", "messages", "_files", "_markdown"),
+    ("errors", "messages", "_files", "_markdown", "_random"),
     ("contexts", "functional", "media"),
     ("layers", "context_module", "collating"),
     ("adapter", "bases", "data", "models"),

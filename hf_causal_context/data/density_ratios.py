@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from .._files import complete_or_absent, first_line
+from .._random import seeded
 from ..errors import UserValueError
 from ..messages.progress import ProgressBar
 
@@ -83,8 +84,7 @@ def estimate_log_ratios(
     with ProgressBar(total=total, desc="estimate density ratios", unit="step") as bar:
         for number, (model, fold) in enumerate(jobs):
             training = folds[model] != fold
-            with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
-                torch.manual_seed(seed * len(jobs) + number)
+            with seeded(seed * len(jobs) + number, device):
                 network = MechanismRatios(inputs.shape[1], num_concepts, dropout).to(device)
                 fit = _Fit(network, scaled[training], codes[training], input_noise)
                 if number < kept.finished:

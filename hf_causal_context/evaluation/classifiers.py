@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._random import seeded
 from ..contexts import ConceptSet, Context
 from ..messages.progress import ProgressBar
 
@@ -88,8 +89,7 @@ def train_classifier(
     of_row = torch.cat([torch.full((len(part),), number) for number, part in enumerate(rows.values())])
     chances = torch.cat([torch.full((len(part),), 1 / len(part)) for part in rows.values()])
     steps = int(min(_MAX_STEPS, max(_MIN_STEPS, _EPOCHS * len(values) / _BATCH_SIZE)))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         classifier = ConceptClassifier(values, len(concepts), linear)
         optimizer = torch.optim.AdamW(
             classifier.parameters(), weight_decay=_LINEAR_WEIGHT_DECAY if linear else _WEIGHT_DECAY

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from .._random import seeded
 from ..errors import MissingPackageError, UserValueError
 from ..messages.installation import installation
 
@@ -37,8 +38,7 @@ def frechet_and_kernel_distance(samples: Tensor, reference: Tensor) -> tuple[flo
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        torch.manual_seed(0)
+    with seeded(0), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that KID keeps features: they are in memory anyway
         subset = min(_LARGEST_SUBSET, len(samples), len(reference))
         fid = FrechetInceptionDistance(feature=_Identity(samples.shape[1]))

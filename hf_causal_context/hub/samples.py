@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .._files import file_name
+from .._random import seeded
 from ..adapter.baking import adapter_config, save_baked
 from ..adapter.effects import causal_effects
 from ..bases.tokens import Tokenization
@@ -138,8 +139,7 @@ def show_texts(
     call: dict[str, Any] = {"do_sample": True, "max_new_tokens": max_new_tokens}
     texts = {}
     for context in ProgressBar(contexts, desc="write", unit="context"):
-        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-            torch.manual_seed(seed)
+        with seeded(seed, model.device):
             tokens = cast(Any, model).generate(**inputs, context=context, **call)
         written = tokens[0] if encoder_decoder else tokens[0, inputs["input_ids"].shape[1] :]
         texts[str(context)] = cast(str, tokenizer.decode(written, skip_special_tokens=True))

@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .._random import seeded
 from ..adapter.intervene import intervene
 from ..bases.language import ONE_TEXT
 from ..bases.tokens import Prompt, Tokenization, filler, known_positions, room_after
@@ -104,9 +105,7 @@ def texts_of_seeds(
     batches = [own[start : start + size] for own in alike for start in range(0, len(own), size)]
     for seed in seeds:
         texts: list[str] = []
-        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-            if seed is not None:
-                torch.manual_seed(seed)
+        with seeded(seed, model.device):
             for some in batches:
                 batch, mask = _padded([ids for ids, _ in some], filling, left=not encoder_decoder)
                 with intervene(model, [context for _, context in some]):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ..._random import seeded
 from ...bases.diffusion_base import DiffusionBase
 from ...bases.images import read_image
 from ...errors import UserValueError
@@ -81,8 +82,7 @@ def principal_components(features: Tensor) -> Tensor:
         )
     centered = features - features.mean(0)
     centered = centered / centered.std(0).clamp(min=1e-6)
-    with torch.random.fork_rng(devices=()):
-        torch.default_generator.manual_seed(0)
+    with seeded(0):
         _, _, directions = torch.pca_lowrank(centered, q=min(NUM_FEATURES, *centered.shape), center=False, niter=3)
     projected = centered @ directions
     return projected / projected.std(0).clamp(min=1e-6).sqrt()

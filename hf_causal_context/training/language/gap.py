@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..._random import seeded
 from ...bases.gap import BaseGap
 from ...bases.likelihoods import negative_log_likelihoods
 from ...bases.token_batches import TextBatch
@@ -50,10 +51,8 @@ def text_gap(
         end: the token that ends a text.
         seed: of the own texts.
     """
-    devices = [model.device] if model.device.type == "cuda" else []
     log_likelihoods = np.zeros((2, 2))  # of the set and of own texts: sums, and numbers of tokens
-    with eval_mode(model), torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    with eval_mode(model), seeded(seed, model.device):
         for start in ProgressBar(range(0, len(rows), _AT_ONCE), desc="compare with the base", unit="batch"):
             some = [_shortened(row, model) for row in rows[start : start + _AT_ONCE]]
             for own, texts in enumerate((some, _own_texts(model, some, end))):

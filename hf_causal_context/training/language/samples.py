@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..._markdown import table, text_cell
+from ..._random import seeded
 from ...bases.language import ONE_TEXT
 from ...bases.tokens import Tokenization, filler, room_after
 from ...contexts import Context
@@ -65,8 +66,7 @@ def sample_texts(
     room = min(arguments.max_new_tokens, room_after(model, prompt))
     texts = []
     for context in ProgressBar(contexts, desc="write", unit="context", delay=0):
-        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-            torch.manual_seed(arguments.seed)
+        with seeded(arguments.seed, model.device):
             output = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),

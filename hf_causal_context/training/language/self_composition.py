@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftModel
 
+from ..._random import seeded
 from ...adapter.intervene import intervene
 from ...bases.token_batches import TextBatch
 from ...bases.tokens import IGNORED, Ids, Tokenization, TokenRow
@@ -198,15 +199,13 @@ class SelfComposition(StepHooks):
         alike = [prompt for prompt in self._prompts if len(prompt) == length]  # some models would read what fills up
         prompts = [alike[n] for n in generator.integers(len(alike), size=_AT_ONCE)]
         room = self._room_after(prompts[0])
-        devices = [self._model.device] if self._model.device.type == "cuda" else []
         with (
             torch.no_grad(),
             eval_mode(self._model),
-            torch.random.fork_rng(devices=devices),
+            seeded(int(generator.integers(2**31)), self._model.device),
             self._accelerator.autocast(),
             intervene(self._model, Context(dict.fromkeys(context.targets, strength))),
         ):
-            torch.manual_seed(int(generator.integers(2**31)))
             end = cast("int | None", self._tokenize.tokenizer.eos_token_id)
             return prompts, continuations(self._model, prompts, [room] * len(prompts), end)
 
