@@ -11,9 +11,9 @@ import argparse
 from pathlib import Path
 
 from hf_causal_context import Context
+from hf_causal_context.bases.images import side_by_side
 from hf_causal_context.inference.adapted import StoredAdapter
 from hf_causal_context.inference.sampling import generate
-from hf_causal_context.quickstart import side_by_side
 
 from .benchmarks.image_worlds import type_world
 

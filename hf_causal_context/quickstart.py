@@ -23,11 +23,12 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from diffusers import DDPMPipeline, DPMSolverMultistepScheduler
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from ._files import ARGUMENTS, RESULTS, RESULTS_IMAGE, checkpoint_steps
-from .bases.images import image_grid
+from ._markdown import table
+from .bases.images import image_grid, side_by_side
 from .bases.loading import as_base, load_base
 from .contexts import Context
 from .data import InterventionalData, from_dataset
@@ -119,8 +120,8 @@ def drawn_data(
         images += [Image.fromarray(image) for image in draw(rows_per_context, context, 100 * seed + number)]
         names += [str(context)] * rows_per_context
     features = Features({"image": ImageFeature(), "context": Value("string")})
-    table = Dataset.from_dict({"image": images, "context": names}, features=features)
-    return from_dataset(table, concepts=concepts, training_contexts=training_contexts)
+    dataset = Dataset.from_dict({"image": images, "context": names}, features=features)
+    return from_dataset(dataset, concepts=concepts, training_contexts=training_contexts)
 
 
 @cache
@@ -208,10 +209,10 @@ def quickstart(output_dir: Path, seed: int = 0, *, fast: bool = False) -> None:
     trained = time.perf_counter()
     say(f"\nTrained in {trained - start:.0f} s. Sampling {len(CONTEXTS)} contexts ...")
     samples = sample(output_dir, CONTEXTS, num)
-    table = results_table(samples)
-    print("\n" + table, flush=True)
+    results = results_table(samples)
+    print("\n" + results, flush=True)
     draw(samples).save(output_dir / RESULTS_IMAGE)
-    (output_dir / RESULTS).write_text(table + "\n")
+    (output_dir / RESULTS).write_text(results + "\n")
     write_card(output_dir)
     again = load_base(str(BASE))
     load_context_adapter(again.pipe, output_dir)
@@ -249,32 +250,35 @@ def results_table(samples: Mapping[Context, Tensor]) -> str:
     }
     if num < NUM_SAMPLES:
         del columns["stacked LoRAs"]  # fewer samples are farther from any truth
-    lines = [
-        "Sliced Wasserstein distance to real images of unseen glyphs (lower is better):",
-        "",
-        f"| context | data | {' | '.join(columns)} |",
-        "|---" * (2 + len(columns)) + "|",
+    distances = [
+        (
+            str(context) or "(observational)",
+            "yes" if len(context.targets) < 2 else "none",
+            *(f"{column[context]:.4f}" if context in column else "" for column in columns.values()),
+        )
+        for context in samples
     ]
-    for context in samples:
-        data = "yes" if len(context.targets) < 2 else "none"
-        distances = [f"{column[context]:.4f}" if context in column else "" for column in columns.values()]
-        lines.append(f"| {str(context) or '(observational)'} | {data} | {' | '.join(distances)} |")
-    means = [np.mean([column[pair] for pair in PAIRS]) for column in columns.values()]
-    lines += ["| **mean of the pairs** | none | " + " | ".join(f"{mean:.4f}" for mean in means) + " |", ""]
-    if "stacked LoRAs" in columns:
-        lines += [f"Stacked LoRAs: measured beforehand by `{peers['command']}`.", ""]
-    lines += [
-        "Attributes read from the images, real / this adapter:",
-        "",
-        "| context | thickness (px) | darkness (0-1) | slant | size (px) |",
-        "|---|---|---|---|---|",
-    ]
+    means = (f"{np.mean([column[pair] for pair in PAIRS]):.4f}" for column in columns.values())
+    distances.append(("**mean of the pairs**", "none", *means))
+    attributes = []
     for context, images in samples.items():
         real = np.nanmean(read_attributes(reference_images(context, 4 * NUM_SAMPLES)), axis=0)
         read = np.nanmean(read_attributes((255 * images[:, 0]).round().byte().numpy()), axis=0)
-        pairs_of_numbers = " | ".join(f"{a:.2f} / {b:.2f}" for a, b in zip(real, read, strict=True))
-        lines.append(f"| {str(context) or '(observational)'} | {pairs_of_numbers} |")
-    return "\n".join(lines)
+        cells = (f"{a:.2f} / {b:.2f}" for a, b in zip(real, read, strict=True))
+        attributes.append((str(context) or "(observational)", *cells))
+    of_peers = [f"Stacked LoRAs: measured beforehand by `{peers['command']}`.", ""] if num >= NUM_SAMPLES else []
+    return "\n".join(
+        [
+            "Sliced Wasserstein distance to real images of unseen glyphs (lower is better):",
+            "",
+            *table(("context", "data", *columns), distances),
+            "",
+            *of_peers,
+            "Attributes read from the images, real / this adapter:",
+            "",
+            *table(("context", "thickness (px)", "darkness (0-1)", "slant", "size (px)"), attributes),
+        ]
+    )
 
 
 def real_images(columns: int = 8) -> list[Tensor]:
@@ -287,18 +291,3 @@ def draw(samples: Mapping[Context, Tensor]) -> Image.Image:
     real = real_images()
     titles = ("real images", "samples; there was no data of pairs")
     return side_by_side(real, [images[: len(real[0])] for images in samples.values()], LABELS, titles)
-
-
-def side_by_side(
-    real: Sequence[Tensor], samples: Sequence[Tensor], labels: Sequence[str], titles: tuple[str, str]
-) -> Image.Image:
-    """Return two grids with a title each; a label is that of a row (S, C, H, W) in both."""
-    left, right = image_grid(real, labels), image_grid(samples, [" "] * len(samples))
-    heading = 26
-    both = Image.new("RGB", (left.width + right.width, left.height + heading), "white")
-    both.paste(left, (0, heading))
-    both.paste(right, (left.width, heading))
-    font = ImageFont.load_default(size=16)
-    for x, title in zip((left.width - len(real[0]) * 68, left.width + 20), titles, strict=True):
-        ImageDraw.Draw(both).text((x, 5), title, fill="black", font=font)
-    return both

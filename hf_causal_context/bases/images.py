@@ -19,6 +19,7 @@ _MARGIN = 4
 _SHOWN_FRAMES = 5
 
 _SMALLEST_SIDE = 64
+_HEADING = 26
 
 
 def image_grid(rows: Sequence[Tensor], labels: Sequence[str], scale: int | None = None) -> Image.Image:
@@ -59,6 +60,22 @@ def image_grid(rows: Sequence[Tensor], labels: Sequence[str], scale: int | None 
             image = to_image(image).resize((width, height), Image.Resampling.NEAREST)
             grid.paste(image, (label_width + j * (width + _MARGIN), top))
     return grid
+
+
+def side_by_side(
+    left: Sequence[Tensor], right: Sequence[Tensor], labels: Sequence[str], titles: tuple[str, str]
+) -> Image.Image:
+    """Return two grids beside each other, with a title each; a label is that of a row (S, C, H, W) in both."""
+    grids = image_grid(left, labels), image_grid(right, [""] * len(right))
+    width, height = sum(grid.width for grid in grids), max(grid.height for grid in grids)
+    both = Image.new("RGB", (width, height + _HEADING), "white")
+    draw, font = ImageDraw.Draw(both), ImageFont.load_default(size=16)
+    end = 0
+    for grid, title in zip(grids, titles, strict=True):
+        both.paste(grid, (end, _HEADING))
+        end += grid.width
+        draw.text((end - 6, _HEADING / 2), title, fill="black", font=font, anchor="rm")
+    return both
 
 
 def strips(clips: Tensor) -> Tensor:

@@ -8,16 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from .._files import complete_or_absent
-from ..bases.images import image_grid
+from ..bases.images import side_by_side
 from .figure import draw_report
 from .markdown import markdown
 from .results import EvaluationReport
 
 _SHOWN_REAL = 4
-_HEADING = 26
 
 
 def write_report(report: EvaluationReport, folder: Path) -> list[Path]:
@@ -55,14 +54,7 @@ def samples_grid(report: EvaluationReport) -> Image.Image | None:
         # Rows of a context without real images are left white.
         real.append(own.new_ones(_SHOWN_REAL, *own.shape[1:]) if truth is None else truth[:_SHOWN_REAL])
         samples.append(own)
-    left, right = image_grid(real, labels), image_grid(samples, [""] * len(samples))
-    grid = Image.new("RGB", (left.width + right.width, left.height + _HEADING), "white")
-    grid.paste(left, (0, _HEADING))
-    grid.paste(right, (left.width, _HEADING))
-    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(size=16)
-    for end, title in ((left.width, "real images"), (grid.width, "samples")):
-        draw.text((end - 6, _HEADING / 2), title, fill="black", font=font, anchor="rm")
-    return grid
+    return side_by_side(real, samples, labels, ("real images", "samples"))
 
 
 def _write(path: Path, save: Callable[[Path], Any]) -> Path:
