@@ -178,7 +178,16 @@ def test_errors_of_use_are_told(adapted, call, message):
     assert not caught.value.print_exception
 
 
-def test_a_file_without_a_image_is_told(tmp_path):
+def test_a_bug_is_told_and_keeps_its_traceback_for_whoever_serves_the_page():
+    def handler():
+        raise ValueError("not enough values to unpack")
+
+    with pytest.raises(gr.Error, match="not enough values") as caught:
+        warned(handler)()
+    assert caught.value.print_exception
+
+
+def test_a_file_without_an_image_is_told(tmp_path):
     class Upload:
         path = str(tmp_path / "image.png")
 

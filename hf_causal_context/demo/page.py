@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..errors import MissingPackageError, UserValueError
+from ..errors import MissingPackageError, UserError, UserValueError
 from ..messages.installation import installation
 
 try:
@@ -164,7 +164,7 @@ class DemoBackend:
         try:
             figure = causal_effects(self.base.denoiser, self.adapter_name).plot()
             return figure_html(figure, "Learned influence of each concept on each concept")
-        except (ValueError, ImportError) as error:
+        except UserError as error:
             return note(f"No read-out: {error}")
 
     def _settings(self, values: Sequence[Any]) -> Settings:
@@ -207,30 +207,30 @@ def build_demo(base: DiffusionBase, title: str = "hf_causal_context") -> gr.Bloc
         ValueError: for a base without an adapter.
     """
     base.require_images("The demo")
-    studio = DemoBackend(base)
-    concepts = studio.concepts
+    backend = DemoBackend(base)
+    concepts = backend.concepts
     base_name = Path(str(base.pipe.config.get("_name_or_path") or type(base.pipe).__name__))
     with _page(title) as demo:
         # Of a folder the last part only: pages are public.
         gr.HTML(header_html(title, concepts, base_name.name if base_name.exists() else str(base_name)))
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=280):
-                sliders = strength_sliders(concepts, studio.has_part)
-                dials = [gr.Checkbox(True, label=CALIBRATED)] if studio.has_calibration else []
+                sliders = strength_sliders(concepts, backend.has_part)
+                dials = [gr.Checkbox(True, label=CALIBRATED)] if backend.has_calibration else []
                 values = [*sliders, *dials, *further_controls(base)]
             with gr.Column(scale=5, min_width=320), gr.Tabs():
                 with gr.Tab("Intervene"):
-                    _intervene_tab(studio, sliders, values)
+                    _intervene_tab(backend, sliders, values)
                 with gr.Tab("Combinations"):
-                    _combinations_tab(studio, values)
+                    _combinations_tab(backend, values)
                 with gr.Tab("Strength sweep"):
-                    _sweep_tab(studio, values)
+                    _sweep_tab(backend, values)
                 with gr.Tab("Counterfactual"):
-                    _counterfactual_tab(studio, values)
+                    _counterfactual_tab(backend, values)
                 with gr.Tab("Read-out") as tab:
                     gr.HTML(hint("How strongly each concept acts on each concept: learned influence, no causal graph."))
                     heat_maps = gr.HTML(note("…"))
-                    tab.select(warned(studio.read_out), None, heat_maps, **_QUEUE)
+                    tab.select(warned(backend.read_out), None, heat_maps, **_QUEUE)
     return demo
 
 
@@ -292,46 +292,46 @@ def _page(title: str) -> gr.Blocks:
     return gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600), fill_width=True)
 
 
-def _intervene_tab(studio: DemoBackend, sliders: list[gr.Slider], values: list[Any]) -> None:
+def _intervene_tab(backend: DemoBackend, sliders: list[gr.Slider], values: list[Any]) -> None:
     gr.HTML(hint("The same seeds without an intervention and in the context that the sliders say."))
-    first = studio.concepts[:2]
+    first = backend.concepts[:2]
     examples = [Context(), *map(Context, first), *([Context(*first), Context({first[0]: -1.0})] if first[1:] else [])]
     with gr.Row(elem_classes="cc-examples"):
         run = gr.Button("Draw", variant="primary", size="sm", min_width=110)
         buttons = [gr.Button(legible(context), size="sm", min_width=60) for context in examples]
     images = gr.HTML(note("Move a slider and press “Draw”."))
-    run.click(warned(studio.intervene), values, images, **_QUEUE)
+    run.click(warned(backend.intervene), values, images, **_QUEUE)
     for button, context in zip(buttons, examples, strict=True):
-        strengths = [context.strengths.get(name, 0.0) for name in studio.concepts]
+        strengths = [context.strengths.get(name, 0.0) for name in backend.concepts]
         of_concepts = sliders[: len(strengths)]
         chosen = button.click(partial(_constant, strengths), None, of_concepts, queue=False, api_visibility="private")
-        chosen.then(warned(studio.intervene), values, images, **_QUEUE, api_visibility="private")
+        chosen.then(warned(backend.intervene), values, images, **_QUEUE, api_visibility="private")
 
 
-def _combinations_tab(studio: DemoBackend, values: list[Any]) -> None:
+def _combinations_tab(backend: DemoBackend, values: list[Any]) -> None:
     gr.HTML(
         hint(f"Up to {MOST_COMBINED} concepts: each alone, and all pairs, at strength 1, whatever the sliders say.")
     )
     chosen = gr.CheckboxGroup(
-        list(studio.concepts), value=list(studio.concepts[:3]), label="Concepts", show_label=False, container=False
+        list(backend.concepts), value=list(backend.concepts[:3]), label="Concepts", show_label=False, container=False
     )
     run = gr.Button("Draw combinations", variant="primary", size="sm", elem_classes="cc-run")
     images = gr.HTML()
-    run.click(warned(studio.combinations), [chosen, *values], images, **_QUEUE)
+    run.click(warned(backend.combinations), [chosen, *values], images, **_QUEUE)
 
 
-def _sweep_tab(studio: DemoBackend, values: list[Any]) -> None:
+def _sweep_tab(backend: DemoBackend, values: list[Any]) -> None:
     gr.HTML(hint("One concept from weak to strong, in the same seeds. Those that were not trained follow from others."))
     with gr.Row():
-        concept = gr.Dropdown(list(studio.concepts), value=studio.concepts[0], label="Concept", min_width=140)
+        concept = gr.Dropdown(list(backend.concepts), value=backend.concepts[0], label="Concept", min_width=140)
         strengths = gr.Textbox("-1, -0.5, 0, 0.5, 1, 1.5, 2", label="Strengths", min_width=200)
     on_top = gr.Checkbox(False, label="Keep the other concepts as the sliders say", container=False)
     run = gr.Button("Draw sweep", variant="primary", size="sm", elem_classes="cc-run")
     images = gr.HTML()
-    run.click(warned(studio.sweep), [concept, strengths, on_top, *values], images, **_QUEUE)
+    run.click(warned(backend.sweep), [concept, strengths, on_top, *values], images, **_QUEUE)
 
 
-def _counterfactual_tab(studio: DemoBackend, values: list[Any]) -> None:
+def _counterfactual_tab(backend: DemoBackend, values: list[Any]) -> None:
     gr.HTML(
         hint("What would this very image have been, had the concepts been as the sliders say, all else being equal?")
     )
@@ -339,7 +339,7 @@ def _counterfactual_tab(studio: DemoBackend, values: list[Any]) -> None:
         with gr.Column(min_width=200):
             image = gr.Image(
                 type="pil", image_mode=None, sources=["upload", "clipboard"], label="Image", height=220, buttons=[],
-                elem_classes="cc-image" if studio.base.is_latent else "cc-image cc-tiny",
+                elem_classes="cc-image" if backend.base.is_latent else "cc-image cc-tiny",
             )  # fmt: skip
             # Its own decoding would end in a traceback for a file that holds no image.
             image.preprocess = decoded
@@ -348,13 +348,13 @@ def _counterfactual_tab(studio: DemoBackend, values: list[Any]) -> None:
             made_in = gr.Textbox(
                 label="The image was made in",
                 placeholder="no intervention",
-                info=f"Leave empty, or write for example {quoted(studio.concepts[:1])[1:-1]}=0.5",
+                info=f"Leave empty, or write for example {quoted(backend.concepts[:1])[1:-1]}=0.5",
             )
             strengths = gr.Textbox("0.5, 1, 1.5", label="How far to go: 0 nowhere, 1 to the sliders")
             run = gr.Button("Ask what if", variant="primary", size="sm")
     answer = gr.HTML()
-    draw.click(warned(studio.sample), [made_in, *values], image, **_QUEUE)
-    run.click(warned(studio.counterfactual), [image, made_in, strengths, *values], answer, **_QUEUE)
+    draw.click(warned(backend.sample), [made_in, *values], image, **_QUEUE)
+    run.click(warned(backend.counterfactual), [image, made_in, strengths, *values], answer, **_QUEUE)
 
 
 def _constant(values: list[float]) -> list[float] | float:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..bases.diffusion_base import DiffusionBase
 from ..bases.images import to_image
 from ..contexts import OBSERVATIONAL, Context
+from ..errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -186,7 +187,7 @@ def decoded(payload: Any) -> Image.Image | None:
 
 
 def warned(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a handler that shows visitors errors of use, without a traceback."""
+    """Return a handler that shows visitors what went wrong; a bug keeps its traceback, where the page is served."""
 
     @wraps(handler)
     def at_once(*values: Any) -> Any:
@@ -206,8 +207,9 @@ def _shown_as_warnings() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError, torch.OutOfMemoryError) as error:
+        bug = not isinstance(error, UserError | OSError | torch.OutOfMemoryError)
         # Messages are shown as HTML, and may hold what a visitor or an adapter wrote.
-        raise gr.Error(escape(str(error), quote=False), print_exception=False) from error
+        raise gr.Error(escape(str(error), quote=False), print_exception=bug) from error
 
 
 def _img(image: Image.Image, alt: str) -> str:
