@@ -27,7 +27,7 @@ from ..contexts import Context
 from ..messages.installation import installation
 from .card_code import python_literal, usage_code
 from .card_tables import data_table, evaluation_results, evaluation_table, markdown_text, settings_table
-from .contents import STRENGTHS, CardContents
+from .contents import STRENGTHS, CardContents, read_json
 
 _TEMPLATE = str(files("hf_causal_context.hub") / "card.md.jinja")
 _SEAL = "<!-- Written by hf_causal_context, which replaces this text only while it is as it was written: {} -->"
@@ -66,7 +66,7 @@ def render_card(folder: Path, repo_id: str | None = None, branch: str | None = N
     contents = CardContents.load(folder)
     stored = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     concepts = tuple(stored["concepts"])
-    arguments, data, report = (_read(folder / name) for name in (ARGUMENTS, DATA_RECORD, REPORT))
+    arguments, data, report = (read_json(folder / name) for name in (ARGUMENTS, DATA_RECORD, REPORT))
     name = repo_id or contents.name
     title = name.rpartition("/")[2]
     local = is_folder(contents.base) or is_packaged(contents.base)
@@ -260,10 +260,6 @@ def _image(path: str | None, alt: str, note: str) -> str:
 
 def _url(path: str) -> str:
     return quote(path, safe="/+=.-_")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _digest(text: str) -> str:

@@ -32,7 +32,7 @@ from ..inference.adapted import StoredAdapter
 from ..inference.shown_contexts import shown_contexts
 from ..messages.wording import quoted
 from .card import is_edited, render_card
-from .contents import CHAT_PROMPT, CardContents
+from .contents import CHAT_PROMPT, CardContents, read_json
 from .samples import show_images, show_texts
 
 _EVALUATION = ("report.json", "report.md", "report.png", "samples.png")
@@ -105,15 +105,11 @@ def save(
     images_only = {"class_label": class_label, "num_inference_steps": num_inference_steps, "variant": variant}
     images_only |= {"guidance_scale": guidance_scale, "resolution": resolution, "num_frames": num_frames}
     texts_only = {"chat": chat or None, "max_new_tokens": max_new_tokens}
-    if useless := [name for name, value in (images_only if language else texts_only).items() if value is not None]:
-        raise UserValueError(
-            f"{adapter} is an adapter of a {'language model' if language else 'diffusers pipeline'}, so "
-            f"{', '.join(f'--{name}' for name in useless)} would have no effect. Leave it out."
-        )
+    _refuse_useless(adapter, images_only if language else texts_only, language)
     ConceptSet(config.concepts).mask([Context(name) for name in descriptions or ()])  # refuses unknown names
     _check_output(adapter, output_dir)
     report = _read_evaluation(evaluation, config.concepts) if evaluation is not None else {}
-    arguments, data = _read_json(adapter / ARGUMENTS), _read_json(adapter / DATA_RECORD)
+    arguments, data = read_json(adapter / ARGUMENTS), read_json(adapter / DATA_RECORD)
     shown = shown_contexts(ConceptSet(config.concepts), contexts or data.get("held_out", ()))
     base_name, revision = stored.base
     # One that was named for this command may be given as a folder; the card and the config then say so, too.
@@ -121,32 +117,24 @@ def save(
     default_prompt, chat = str(arguments.get("validation_prompt", "")), chat or data.get("chat", False)
     with complete_or_absent(output_dir) as folder:
         folder.mkdir()
+        weights: dict[str, Any] = {"dtype": dtype, "quantization": quantization, "gguf_file": gguf_file}
         if language:
-            model, tokenizer = stored.language_model(dtype=dtype, quantization=quantization, gguf_file=gguf_file)
+            model, tokenizer = stored.language_model(**weights)
             tokenizer.save_pretrained(folder)
+            begin = (default_prompt if prompt is None else prompt) or (CHAT_PROMPT if chat else "")
+            length = max_new_tokens or 40
             made = show_texts(
-                model,
-                tokenizer,
-                folder,
-                shown,
-                seed=seed,
-                prompt=(default_prompt if prompt is None else prompt) or (CHAT_PROMPT if chat else ""),
-                chat=chat,
-                max_new_tokens=max_new_tokens or 40,
+                model, tokenizer, folder, shown, seed=seed, prompt=begin, chat=chat, max_new_tokens=length
             )
         else:
-            base = stored.pipeline(variant=variant, dtype=dtype, quantization=quantization, gguf_file=gguf_file)
+            base = stored.pipeline(variant=variant, **weights)
             call: dict[str, Any] = {"prompt": default_prompt if prompt is None and base.takes_captions else prompt}
             call |= {"num_inference_steps": num_inference_steps or 25}
             call |= {"guidance_scale": guidance_scale, "resolution": resolution}
-            call |= {"num_frames": num_frames or _read_json(adapter / CARD_CONTENTS).get("call", {}).get("num_frames")}
+            call |= {"num_frames": num_frames or read_json(adapter / CARD_CONTENTS).get("call", {}).get("num_frames")}
             label = class_label if class_label is not None else 0 if base.takes_classes else None
             made = show_images(base, folder, shown, seed=seed, class_label=label, call=call)
-        for name in (RESULTS, RESULTS_IMAGE, DATA_RECORD, BASE_GAP):
-            if (adapter / name).exists():
-                shutil.copyfile(adapter / name, folder / name)
-        if arguments:
-            _write_json(folder / ARGUMENTS, _public_arguments(arguments, public))
+        _copy_record(adapter, folder, arguments, public)
         _copy_adapter(adapter, folder, {"base_model_name_or_path": public, "revision": revision})
         _name_base_of_loras(folder / "loras", public)
         if report:
@@ -162,12 +150,7 @@ def save(
             descriptions=dict(descriptions or {}),
         )
         made.save(folder)
-        old = output_dir / CARD
-        if old.exists() and is_edited(old.read_text(encoding="utf-8")):
-            shutil.copyfile(old, folder / CARD)
-            print(f"{old} was edited and is kept. Remove it to get a new one.", flush=True)
-        else:
-            (folder / CARD).write_text(render_card(folder), encoding="utf-8", newline="\n")
+        _write_card(folder, output_dir / CARD)
     return output_dir
 
 
@@ -202,6 +185,33 @@ def _check_output(adapter: Path, output_dir: Path) -> None:
         raise FileExistsError(f"{output_dir} exists and holds other things. Choose another --output_dir.")
 
 
+def _refuse_useless(adapter: Path, options: Mapping[str, object], language: bool) -> None:
+    """Refuse options that are for the other kind of base (ValueError), unless they are None."""
+    if useless := [name for name, value in options.items() if value is not None]:
+        raise UserValueError(
+            f"{adapter} is an adapter of a {'language model' if language else 'diffusers pipeline'}, so "
+            f"{', '.join(f'--{name}' for name in useless)} would have no effect. Leave it out."
+        )
+
+
+def _copy_record(adapter: Path, folder: Path, arguments: Mapping[str, Any], base: str) -> None:
+    """Copy what is known of the training and of results."""
+    for name in (RESULTS, RESULTS_IMAGE, DATA_RECORD, BASE_GAP):
+        if (adapter / name).exists():
+            shutil.copyfile(adapter / name, folder / name)
+    if arguments:
+        _write_json(folder / ARGUMENTS, _public_arguments(arguments, base))
+
+
+def _write_card(folder: Path, earlier: Path) -> None:
+    """Write the card, unless there was one that was edited, which is kept."""
+    if earlier.exists() and is_edited(earlier.read_text(encoding="utf-8")):
+        shutil.copyfile(earlier, folder / CARD)
+        print(f"{earlier} was edited and is kept. Remove it to get a new one.", flush=True)
+    else:
+        (folder / CARD).write_text(render_card(folder), encoding="utf-8", newline="\n")
+
+
 def _copy_adapter(adapter: Path, folder: Path, changes: dict[str, Any]) -> None:
     """Weights and configs: at the top, and those of further components (text encoders) in sub-folders."""
     inner = [path.parent.name for path in adapter.glob(f"*/{CONFIG}") if not path.parent.name.startswith("checkpoint-")]
@@ -209,12 +219,12 @@ def _copy_adapter(adapter: Path, folder: Path, changes: dict[str, Any]) -> None:
         target = folder / place
         target.mkdir(exist_ok=True)
         shutil.copyfile(adapter / place / WEIGHTS, target / WEIGHTS)
-        _write_json(target / CONFIG, _read_json(adapter / place / CONFIG) | changes)
+        _write_json(target / CONFIG, read_json(adapter / place / CONFIG) | changes)
 
 
 def _name_base_of_loras(loras: Path, base: str) -> None:
     for path in loras.rglob(CONFIG):
-        config = _read_json(path)
+        config = read_json(path)
         # PEFT writes a set: in another order each time, so that every push would have something new.
         targets = sorted(config["target_modules"])
         _write_json(path, config | {"base_model_name_or_path": base, "target_modules": targets})
@@ -231,7 +241,7 @@ def _read_evaluation(folder: str | Path, concepts: Sequence[str]) -> dict[str, A
         raise FileNotFoundError(
             f"There is no {path}. Give the folder that `hf-causal-context evaluate --output_dir` wrote."
         )
-    report = _read_json(path)
+    report = read_json(path)
     if report.get("concepts") != list(concepts):
         raise UserValueError(
             f"{path} is about the concepts {report.get('concepts')}, and the adapter has {list(concepts)}. Evaluate "
@@ -254,10 +264,6 @@ def _copy_evaluation(source: Path, report: dict[str, Any], target: Path) -> None
                 for folder, short in folders.items():
                     text = text.replace(folder, short)
                 (target / name).write_text(text, encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -77,7 +77,7 @@ def show_images(
     wanted = [str(context) for context in contexts if context]
     try:
         loras = export_contexts(base, wanted, folder / "loras", file_format="diffusers" if can_load else "peft")
-    except ValueError as error:  # not every adapter is linear
+    except UserValueError as error:  # not every adapter is linear
         reason = str(error)
     by_hook = class_label is not None and base.condition_argument is None  # no stock call passes the class
     given = {key: value for key, value in call.items() if value is not None}
@@ -150,7 +150,7 @@ def show_texts(
             path = f"loras/{name}"
             save_baked(model, context, folder / path)
             loras[str(context)] = path
-    except ValueError as error:  # not every adapter is linear
+    except UserValueError as error:  # not every adapter is linear
         reason = str(error)
     return CardContents(
         name="",

@@ -288,6 +288,16 @@ def test_a_mechanism_without_loras_says_why(tmp_path, pipeline_folder):  # noqa:
     assert "None: The adapter cannot be baked or merged" in (folder / "README.md").read_text()
 
 
+def test_a_bug_while_loras_are_made_is_no_reason_on_the_card(tmp_path, pipeline_folder, monkeypatch):  # noqa: F811
+    def broken(*args, **kwargs):
+        raise ValueError("not enough values to unpack")
+
+    monkeypatch.setattr("hf_causal_context.inference.export.export_contexts", broken)
+    adapter = adapter_of(pipeline_folder("ddim"), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="not enough values"):
+        save(adapter, tmp_path / "out", num_inference_steps=1)
+
+
 def test_adapters_of_text_encoders_come_along(tmp_path, pipeline_folder):  # noqa: F811
     base = pipeline_folder("stable_diffusion")
     adapter = adapter_of(base, tmp_path / "both")
