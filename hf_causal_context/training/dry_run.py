@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import OptimizationArguments
-from .loop.trainer import Run, StepHooks
+from .loop.hooks import StepHooks
+from .loop.trainer import Run
 
 MEASURED_STEPS = 3  # after one that warms up
 MEASURED_ROWS = 8  # at least: with pairs, one row in so many is edited, and takes much longer

@@ -37,13 +37,14 @@ from .gap_report import record_gap, report_gap
 from .grids import validation_contexts
 from .loop.checkpoints import check_start, earlier_run
 from .loop.corruption import begun_steps
+from .loop.hooks import StepHooks
 from .loop.loss_record import kinds_of_contexts
 from .loop.memory import memory_for_base
 from .loop.objective import Objective
 from .loop.optimization import unfinished_warm_up
 from .loop.processes import main_process_first
 from .loop.sharding import shard_base
-from .loop.trainer import Run, StepHooks, fit
+from .loop.trainer import Run, fit
 from .observational import AnyArguments, check_observational_set, observational_samples, settle_observational_steps
 from .reweighting import add_reweighted_contexts
 from .weights import check_all_trained, check_weights, parse_weights

@@ -16,8 +16,8 @@ from ...context_module import ContextModule
 from ...errors import UserValueError
 from ...functional import group_norm
 from ...models.context_autoencoder import ContextAutoencoder
+from ..loop.hooks import StepHooks
 from ..loop.objective import Objective
-from ..loop.trainer import StepHooks
 
 # Of the pixels, under the Gaussian likelihood.
 GAUSSIAN_STANDARD_DEVIATION = 0.1

@@ -30,8 +30,8 @@ from ...messages.wording import quoted
 from ..arguments import TextArguments
 from ..context_losses import ContextLosses
 from ..loop.checkpoints import write_files
+from ..loop.hooks import StepHooks
 from ..loop.processes import make_accelerator
-from ..loop.trainer import StepHooks
 from ..publishing import train_and_publish
 from ..recipe import DTYPES, FineTuning
 from .batches import TextBatches

@@ -39,8 +39,8 @@ from ...messages.wording import quoted
 from ..arguments import TextArguments
 from ..few_rows import few_rows
 from ..loop.checkpoints import earlier_run, write_file
+from ..loop.hooks import StepHooks
 from ..loop.processes import main_process_first
-from ..loop.trainer import StepHooks
 from .batches import TextBatches
 from .own_texts import continuations, row_of
 

@@ -29,6 +29,7 @@ from .checkpoints import (
 )
 from .corruption import begun_steps
 from .early_stopping import EarlyStopping
+from .hooks import StepHooks
 from .interruption import noted_interruptions
 from .loss_record import LossRecord
 from .memory import TrainingMemoryError, explain_oom, less_memory, validation_without_memory
@@ -54,19 +55,6 @@ class UnreadableDataError(UserValueError):
 
 class TrainingInterrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM came; a checkpoint was saved."""
-
-
-class StepHooks:
-    """What a model needs around the steps of its training; does nothing unless a subclass does."""
-
-    def start_step(self, step: int) -> None:
-        """Before the forward passes of an optimizer step, counted from 0."""
-
-    def end_backward(self) -> None:
-        """When the gradients of a step are complete, before they are clipped."""
-
-    def end_step(self) -> None:
-        """After the optimizer changed the parameters."""
 
 
 def fit(
