@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from ..messages.progress import ProgressBar, say
 from .arguments import AdapterArguments
-from .loop.checkpoints import earlier_run, write_file
+from .loop.checkpoints import earlier_run, write_text
 
 LOSSES = "validation_losses.json"
 
@@ -64,7 +64,7 @@ class ContextLosses:
         self._accelerator.log({f"{tag}/{context}": loss for context, loss in losses.items()}, step=step)
         self._history = {known: self._history[known] for known in earlier} | {step: losses}
         text = json.dumps(self._history, indent=2, ensure_ascii=False) + "\n"
-        write_file(self._path, self._path.parent, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+        write_text(self._path, self._path.parent, text)
 
     def _table(self, step: int, losses: Mapping[str, float], earlier: int | None) -> str:
         which = "held-out contexts" if self._held_out else "contexts that are trained on (none is held out)"

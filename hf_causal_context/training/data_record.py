@@ -12,7 +12,7 @@ from datasets import Dataset
 from .._files import DATA_RECORD
 from ..data import InterventionalData
 from ..messages.progress import say
-from .loop.checkpoints import write_file
+from .loop.checkpoints import write_text
 
 
 def tell_changed_data(data: InterventionalData, digest: str, earlier: Path | None) -> None:
@@ -62,5 +62,4 @@ def record_data(data: InterventionalData, digest: str, folder: Path, self_compos
         "self_composed": dict(self_composed),
         "digest": digest,
     }
-    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    write_file(folder / DATA_RECORD, folder, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+    write_text(folder / DATA_RECORD, folder, json.dumps(record, indent=2, ensure_ascii=False) + "\n")

@@ -13,7 +13,7 @@ from ..bases.gap import BaseGap
 from ..errors import is_out_of_memory
 from ..messages.progress import say
 from .arguments import AdapterArguments
-from .loop.checkpoints import earlier_run, write_file
+from .loop.checkpoints import earlier_run, write_text
 
 
 class NotMeasuredError(Exception):
@@ -69,5 +69,5 @@ def record_gap(gap: BaseGap | None, folder: Path) -> dict[str, float]:
     """
     if gap is None:
         return {}
-    write_file(folder / BASE_GAP, folder, lambda unfinished: unfinished.write_text(gap.json(), encoding="utf-8"))
+    write_text(folder / BASE_GAP, folder, gap.json())
     return {"base_gap/on_set": gap.on_set, "base_gap/on_own_samples": gap.on_samples, "base_gap/times": gap.times}

@@ -23,7 +23,7 @@ from ..errors import UserValueError
 from ..messages.progress import say
 from ..messages.wording import quoted
 from .arguments import AdapterArguments
-from .loop.checkpoints import write_file
+from .loop.checkpoints import write_text
 
 FILE = "reweighted_contexts.json"
 RATIOS = "density_ratios.pt"
@@ -135,8 +135,7 @@ def add_reweighted_contexts(
         doubted = [d for d in drawn if d.doubt]
         say(table(drawn), table(doubted) if doubted else "")
         stored = {"made_from": key, "contexts": {str(d.context): _to_json(d) for d in drawn}}
-        text = json.dumps(stored) + "\n"
-        write_file(path, output_dir, lambda unfinished: unfinished.write_text(text))
+        write_text(path, output_dir, json.dumps(stored) + "\n")
     rows = {name: np.array(entry["rows"], np.int64) for name, entry in stored["contexts"].items() if entry["rows"]}
     return dataclasses.replace(data, reweighted=rows)
 

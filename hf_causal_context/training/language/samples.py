@@ -23,7 +23,7 @@ from ...data.text_rows import prompt_of
 from ...errors import UserValueError
 from ...messages.progress import ProgressBar
 from ..arguments import TextArguments
-from ..loop.checkpoints import write_file
+from ..loop.checkpoints import write_text
 
 _LOGGED_AS_TEXT = ("tensorboard", "wandb")  # trackers
 
@@ -101,8 +101,7 @@ def write_texts(
     header = ("context", *map(str, range(1, len(texts[0]) + 1)))
     lines += table(header, [(label, *map(text_cell, row)) for label, row in zip(labels, texts, strict=True)])
     content = "\n".join(lines) + "\n"
-    path = Path(output_dir, samples_name(step))
-    write_file(path, Path(output_dir), lambda unfinished: unfinished.write_text(content, encoding="utf-8"))
+    write_text(Path(output_dir, samples_name(step)), Path(output_dir), content)
     for tracker in accelerator.trackers:
         if tracker.name in _LOGGED_AS_TEXT:
             tracker.log({"samples": content}, step=step)

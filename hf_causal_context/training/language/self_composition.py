@@ -38,7 +38,7 @@ from ...messages.progress import ProgressBar, say
 from ...messages.wording import quoted
 from ..arguments import TextArguments
 from ..few_rows import few_rows
-from ..loop.checkpoints import earlier_run, write_file
+from ..loop.checkpoints import earlier_run, write_file, write_text
 from ..loop.hooks import StepHooks
 from ..loop.processes import main_process_first
 from .batches import TextBatches
@@ -140,7 +140,7 @@ class SelfComposition(StepHooks):
                 text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
                 path = self._path(number)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_file(path, output_dir, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+                write_text(path, output_dir, text)
 
     def rows(self, number: int) -> Rows:
         """Return the rows of a round that has begun, perhaps before the run was interrupted.

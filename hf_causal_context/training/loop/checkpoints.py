@@ -118,6 +118,11 @@ def write_file(path: Path, output_dir: Path, save: Callable[[Path], object]) -> 
         save(unfinished)
 
 
+def write_text(path: Path, output_dir: Path, text: str) -> None:
+    """Write a text as a file of the run; see `write_file`."""
+    write_file(path, output_dir, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+
+
 @contextmanager
 def writing(path: Path, output_dir: Path) -> Iterator[None]:
     """Within the body, `path` is written for the run in `output_dir`.

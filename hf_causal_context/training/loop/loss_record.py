@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..._files import checkpoint_steps
 from ...contexts import ConceptSet, Context
-from .checkpoints import CheckpointError, write_file
+from .checkpoints import CheckpointError, write_file, write_text
 from .loss_image import loss_image
 
 LOSSES, IMAGE = "training_losses.json", "training.png"
@@ -92,7 +92,7 @@ class LossRecord:
         self._sums = {known: self._sums[known] for known in checkpoint_steps(folder) if known in self._sums}
         text = json.dumps({"points": self._points, "sums": self._sums}, ensure_ascii=False) + "\n"
         try:
-            write_file(folder / LOSSES, folder, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+            write_text(folder / LOSSES, folder, text)
             if any(point["losses"] for point in self._points):
                 write_file(folder / IMAGE, folder, loss_image(self.names, self._points).save)
         except CheckpointError as error:  # no reason to end a training; without room its checkpoints will say so
