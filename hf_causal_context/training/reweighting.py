@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from accelerate import Accelerator
@@ -117,27 +117,40 @@ def add_reweighted_contexts(
     elif not accelerator.is_main_process:
         raise FileNotFoundError(f"{path} is not here. All processes must share the folder --output_dir.")
     else:
-        output_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is found now
-        with accelerator.autocast():
-            features = extract_features(data.rows)
-        with _told_interruption(ratios := output_dir / RATIOS):
-            drawn = reweight(
-                features,
-                contexts,
-                data.concepts,
-                wanted,
-                seed=arguments.seed,
-                input_noise=_INPUT_NOISE,
-                dropout=_DROPOUT,
-                device=accelerator.device,
-                keep_in=ratios,
-            )
+        drawn = _drawn(data, contexts, wanted, arguments, accelerator, extract_features)
         doubted = [d for d in drawn if d.doubt]
         say(table(drawn), table(doubted) if doubted else "")
         stored = {"made_from": key, "contexts": {str(d.context): _to_json(d) for d in drawn}}
         write_text(path, output_dir, json.dumps(stored) + "\n")
     rows = {name: np.array(entry["rows"], np.int64) for name, entry in stored["contexts"].items() if entry["rows"]}
     return dataclasses.replace(data, reweighted=rows)
+
+
+def _drawn(
+    data: InterventionalData,
+    contexts: list[str],
+    wanted: Sequence[Context],
+    arguments: AdapterArguments,
+    accelerator: Accelerator,
+    extract_features: Callable[[Dataset], Tensor],
+) -> list[ReweightedContext]:
+    """Estimate the density ratios, kept in the output folder, and draw rows of the wanted combinations by them."""
+    output_dir = Path(arguments.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is found now
+    with accelerator.autocast():
+        features = extract_features(cast(Dataset, data.rows))
+    with _told_interruption(ratios := output_dir / RATIOS):
+        return reweight(
+            features,
+            contexts,
+            data.concepts,
+            wanted,
+            seed=arguments.seed,
+            input_noise=_INPUT_NOISE,
+            dropout=_DROPOUT,
+            device=accelerator.device,
+            keep_in=ratios,
+        )
 
 
 @contextmanager
