@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from ...bases.diffusion_base import DiffusionBase
 from ...data import InterventionalData
-from ...data.look_alikes import EXAMPLES
+from ...data.look_alikes import examples
 from ...errors import UserValueError
 from ...media.videos import count_frames
 from ...messages.progress import ProgressBar
@@ -53,8 +53,7 @@ def check_clips(data: InterventionalData, num_frames: int | None) -> None:
             if (frames := count_frames(clip)) < num_frames:
                 short.append(f"{clip['path'] or f'row {number}'} ({frames})")
     if short:
-        more = f" and {len(short) - EXAMPLES} more" if len(short) > EXAMPLES else ""
         raise UserValueError(
-            f"{len(short)} clips have fewer frames than num_frames={num_frames}: {', '.join(short[:EXAMPLES])}{more}. "
+            f"{len(short)} clips have fewer frames than num_frames={num_frames}: {examples(short)}. "
             "Lower --num_frames, or remove them."
         )
