@@ -15,9 +15,9 @@ from peft import PeftModel, get_peft_model
 
 from hf_causal_context import CausalContextConfig, Context, intervene, load_context_adapter, unload_context_adapter
 from hf_causal_context.adapter.conditioning.in_force import STATE
-from hf_causal_context.training.arguments import OptimizationArguments
 from hf_causal_context.training.loop.processes import make_accelerator
 from hf_causal_context.training.loop.trainer import StepHooks, fit
+from hf_causal_context.training.optimization_arguments import OptimizationArguments
 
 from .adapter.small import CONCEPTS, adapted, gpt2, inputs
 from .training.conftest import on_cpu  # noqa: F401 (a fixture)

@@ -13,7 +13,8 @@ from .._files import checkpoint_steps
 from ..data.arguments import AnyDataArguments
 from ..hub.contents import CardContents
 from ..messages.progress import say
-from ..training.arguments import AdapterArguments, OptimizationArguments
+from ..training.arguments import AdapterArguments
+from ..training.optimization_arguments import OptimizationArguments
 
 
 def say_where(what: str, folder: Path) -> None:

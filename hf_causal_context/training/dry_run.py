@@ -14,9 +14,9 @@ from weakref import finalize
 import torch
 from torch import Tensor, nn
 
-from .arguments import OptimizationArguments
 from .loop.hooks import StepHooks
 from .loop.trainer import Run
+from .optimization_arguments import OptimizationArguments
 
 MEASURED_STEPS = 3  # after one that warms up
 MEASURED_ROWS = 8  # at least: with pairs, one row in so many is edited, and takes much longer

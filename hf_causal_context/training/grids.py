@@ -15,8 +15,8 @@ from ..bases.images import image_grid
 from ..contexts import ConceptSet, Context
 from ..errors import UserValueError
 from ..inference.shown_contexts import shown_contexts
-from .arguments import OptimizationArguments
 from .loop.checkpoints import write_file
+from .optimization_arguments import OptimizationArguments
 
 
 def validation_contexts(

@@ -12,10 +12,10 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from hf_causal_context import CausalContextConfig, intervene, load_context_adapter, unload_context_adapter
-from hf_causal_context.training.arguments import OptimizationArguments
 from hf_causal_context.training.loop.processes import make_accelerator
 from hf_causal_context.training.loop.trainer import fit
 from hf_causal_context.training.loop.untrained import Untrained
+from hf_causal_context.training.optimization_arguments import OptimizationArguments
 
 from ..adapter.small import CONCEPTS, VARIANTS
 from ..architectures import ARCHITECTURES, LLAMA

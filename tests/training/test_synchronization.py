@@ -9,10 +9,10 @@ import torch
 from accelerate import Accelerator
 
 from hf_causal_context._files import checkpoint_steps
-from hf_causal_context.training.arguments import OptimizationArguments
 from hf_causal_context.training.loop import trainer
 from hf_causal_context.training.loop.processes import make_accelerator
 from hf_causal_context.training.loop.trainer import TrainingDivergedError, fit
+from hf_causal_context.training.optimization_arguments import OptimizationArguments
 
 from ..adapter.small import adapted
 from .run_tiny import Faults

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ...data.arguments import DataArguments, argument, refuse_useless
 from ...errors import UserValueError
-from ..arguments import LR_SCHEDULERS, OptimizationArguments
+from ..optimization_arguments import LR_SCHEDULERS, OptimizationArguments
 
 MODES = ("end-to-end", "frozen", "fine-tune")
 ARCHITECTURES = ("LightweightVAE", "HierarchicalVAE")
@@ -110,4 +110,14 @@ class AutoencoderArguments(OptimizationArguments, DataArguments):
             "mode": MODES,
             "reconstruction": ("bce", "gaussian"),
             **super()._choices(),
+        }
+
+    def _minima(self) -> dict[str, float]:
+        return {
+            "resolution": 1,
+            "num_frames": 1,
+            "channels": 1,
+            "num_validation_images": 0,
+            "early_stopping_patience": 1,
+            **super()._minima(),
         }

@@ -28,7 +28,8 @@ from ..._files import ARGUMENTS, CHECKPOINT_NAME, PARTIAL, WEIGHTS, checkpoint_s
 from ...adapter.config import CausalContextConfig
 from ...errors import UserError, UserValueError
 from ...inference.pipelines import remove_other_parts
-from ..arguments import OLDER_RUNS, AdapterArguments, OptimizationArguments
+from ..arguments import OLDER_RUNS, AdapterArguments
+from ..optimization_arguments import OptimizationArguments
 from .corruption import find_corruption, read_record, write_record
 from .parts import adapted_models
 

@@ -10,7 +10,7 @@ import torch
 
 from ..._files import first_line
 from ...errors import UserError, is_out_of_memory
-from ..arguments import OptimizationArguments
+from ..optimization_arguments import OptimizationArguments
 from .checkpoints import last_checkpoint
 
 

@@ -13,7 +13,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..arguments import OptimizationArguments
+from ..optimization_arguments import OptimizationArguments
 from ..optimizers import optimizer_by_name
 from .parts import adapted_models
 

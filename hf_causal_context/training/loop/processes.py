@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import DistError
 
 from ...errors import UserValueError
-from ..arguments import OptimizationArguments
+from ..optimization_arguments import OptimizationArguments
 from .checkpoints import check_writable, last_checkpoint
 from .sharding import check_configuration, check_processes
 

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.nn.parallel import DistributedDataParallel
 
 from ...errors import UserValueError
-from ..arguments import OptimizationArguments
+from ..optimization_arguments import OptimizationArguments
 
 _OTHERS = {
     "ACCELERATE_USE_FSDP": "FSDP",

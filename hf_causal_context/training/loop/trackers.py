@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from ..arguments import OptimizationArguments
+from ..optimization_arguments import OptimizationArguments
 from .checkpoints import last_checkpoint
 
 

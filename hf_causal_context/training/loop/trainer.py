@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..._files import checkpoint_steps
 from ...errors import UserError, UserValueError, is_out_of_memory
 from ...messages.progress import ProgressBar, say
-from ..arguments import OptimizationArguments
+from ..optimization_arguments import OptimizationArguments
 from .checkpoints import (
     last_checkpoint,
     open_output_dir,
