@@ -220,28 +220,9 @@ class FineTuning(ABC, Generic[AnyArguments]):
         if not arguments.dry_run:
             check_start(arguments, accelerator.num_processes)
         self.check_base()
-        self._data = self._data if self._data is not None else self.load_data()
-        if self.data.streaming and arguments.max_train_steps is None:
-            raise UserValueError("A stream has no known length, so it has no epochs. Give --max_train_steps.")
-        digest = ""
-        if accelerator.is_main_process:
-            report = check_data(self.data, num_frames=getattr(arguments, "num_frames", None))
-            say(report.table(), report.remarks())
-            report.raise_for_errors()
-            digest = report.digest
-        self.check_names()
+        digest = self._check_data()
         base = self.load_base()
-        if accelerator.is_main_process and not arguments.gradient_checkpointing and keeps_unpacked(base):
-            say(KEPT_UNPACKED, KEPT_UNPACKED)
-        with memory_for_base(accelerator.device, arguments):
-            self.place_base()
-            if not arguments.shard_base:  # else a device may be too small for it
-                base.to(accelerator.device)
-        set_seed(arguments.seed)  # the adapter's initial weights
-        self.model = attach_adapter(
-            base, self.data, arguments, self.task_type, component=self.component, token_indices=self.token_indices()
-        )
-        self.trained = self.trained_model()
+        self._attach_to(base)
         goes_on = None if arguments.dry_run else check_start(arguments, accelerator.num_processes, self.trained)
         if arguments.reweighted_contexts and not arguments.dry_run:  # their rows are as large as others
             with main_process_first(accelerator, output_dir):  # it estimates what the others read
@@ -261,11 +242,44 @@ class FineTuning(ABC, Generic[AnyArguments]):
             run = Run(accelerator, self.trained, self.objective(), arguments, num_steps)
             print(f"\n{dry_run(run, batches(0), self.parts(), self.idle_parts)}", flush=True)
             return output_dir
+        return self._fit(base, batches, digest)
+
+    def _check_data(self) -> str:
+        """Load the data, unless it is there, refuse what cannot be trained on, and return its digest, where known."""
+        self._data = self._data if self._data is not None else self.load_data()
+        if self.data.streaming and self.arguments.max_train_steps is None:
+            raise UserValueError("A stream has no known length, so it has no epochs. Give --max_train_steps.")
+        digest = ""
+        if self.accelerator.is_main_process:
+            report = check_data(self.data, num_frames=getattr(self.arguments, "num_frames", None))
+            say(report.table(), report.remarks())
+            report.raise_for_errors()
+            digest = report.digest
+        self.check_names()
+        return digest
+
+    def _attach_to(self, base: nn.Module) -> None:
+        """Give a base, moved to where it is trained, a fresh adapter."""
+        arguments, device = self.arguments, self.accelerator.device
+        if self.accelerator.is_main_process and not arguments.gradient_checkpointing and keeps_unpacked(base):
+            say(KEPT_UNPACKED, KEPT_UNPACKED)
+        with memory_for_base(device, arguments):
+            self.place_base()
+            if not arguments.shard_base:  # else a device may be too small for it
+                base.to(device)
+        set_seed(arguments.seed)  # the adapter's initial weights
+        self.model = attach_adapter(
+            base, self.data, arguments, self.task_type, component=self.component, token_indices=self.token_indices()
+        )
+        self.trained = self.trained_model()
+
+    def _fit(self, base: nn.Module, batches: Callable[..., Iterator[Any]], digest: str) -> Path:
+        """Take the steps, with what is measured, shown and written around them, and return the adapter's folder."""
+        arguments, accelerator, output_dir = self.arguments, self.accelerator, Path(self.arguments.output_dir)
         with main_process_first(accelerator, output_dir):  # it measures, and the others wait
             gap = report_gap(accelerator, arguments, self.measure_gap)
         losses = self.losses()
         self.prepare_steps(base)
-
         earlier = earlier_run(arguments)
 
         def begin(first: int) -> dict[str, float]:
@@ -297,7 +311,7 @@ class FineTuning(ABC, Generic[AnyArguments]):
             self.objective(),
             partial(batches, num_observational=observational_samples(arguments, accelerator.num_processes)),
             arguments,
-            num_steps,
+            self.num_steps,
             validate if self.validates else None,
             finish=finish,
             begin=begin,
