@@ -27,6 +27,7 @@ from hf_causal_context import intervene
 from hf_causal_context.bases.language import ONE_TEXT
 from hf_causal_context.bases.tokens import filler, room_after
 from hf_causal_context.inference.adapted import StoredAdapter
+from hf_causal_context.inference.texts import padded_prompts
 
 MOST_ROWS = 128  # of a batch
 WAIT = 0.01  # seconds for requests to join a batch
@@ -56,12 +57,10 @@ class Writer:
 
     def batch(self, prompts: Sequence[list[int]], contexts: list[str]) -> list[str]:
         """Answer requests in one call of `generate`, a row for each."""
-        width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        ids, mask = padded_prompts(prompts, filler(self.tokenizer), left=True)
         with intervene(self.model, contexts):
             output = self._generate(ids, mask)
-        return self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+        return self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
 
     def stream(self, prompt: list[int], context: str) -> Iterator[str]:
         """Answer one request a few words at a time, from a thread of its own."""

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .._random import seeded
 from ..adapter.intervene import intervene
 from ..bases.language import ONE_TEXT
-from ..bases.tokens import Prompt, Tokenization, filler, known_positions, room_after
+from ..bases.tokens import Ids, Prompt, Tokenization, filler, known_positions, room_after
 from ..contexts import Context
 from ..errors import UserValueError
 
@@ -82,32 +82,18 @@ def texts_of_seeds(
         raise UserValueError(f"batch_size={batch_size} must be at least 1.")
     check_draws(temperature, top_p)
     encoder_decoder = bool(cast(Any, model).config.is_encoder_decoder)
-    column = "prompt" if encoder_decoder else "text"
-    tokenize = Tokenization(tokenizer, column, encoder_decoder=encoder_decoder, max_length=sys.maxsize)
-    prompt_ids: list[list[int]] = []
-    for prompt in prompts:
-        try:
-            ids = tokenize.beginning(prompt)
-            _check_room(model, ids, max_new_tokens, encoder_decoder)
-        except UserValueError as error:
-            if len(prompts) == 1:
-                raise
-            raise UserValueError(f"Prompt {len(prompt_ids) + 1} of {len(prompts)}: {error}") from error
-        prompt_ids.append(ids)
+    prompt_ids = _prompt_ids(model, tokenizer, prompts, max_new_tokens)
     options: dict[str, Any] = {**ONE_TEXT, "max_new_tokens": max_new_tokens, "tokenizer": tokenizer}
     options |= {name: value for name, value in (("temperature", temperature), ("top_p", top_p)) if value is not None}
     # What follows the end of shorter texts, and what stands before shorter prompts.
     filling = filler(tokenizer)
-    rows = [(ids, context) for ids in prompt_ids for context in contexts]
     together = _ignores_padding(model, prompt_ids, filling, left=not encoder_decoder)
-    size = batch_size or max(1, len(rows))
-    alike = [list(own) for _, own in groupby(rows, key=lambda row: 0 if together else len(row[0]))]
-    batches = [own[start : start + size] for own in alike for start in range(0, len(own), size)]
+    batches = _batches([(ids, context) for ids in prompt_ids for context in contexts], batch_size, together)
     for seed in seeds:
         texts: list[str] = []
         with seeded(seed, model.device):
             for some in batches:
-                batch, mask = _padded([ids for ids, _ in some], filling, left=not encoder_decoder)
+                batch, mask = padded_prompts([ids for ids, _ in some], filling, left=not encoder_decoder)
                 with intervene(model, [context for _, context in some]):
                     output = cast(Any, model).generate(
                         input_ids=batch.to(model.device),
@@ -130,6 +116,35 @@ def check_draws(temperature: float | None, top_p: float | None) -> None:
         raise UserValueError(f"top_p={top_p} must be from 0 to 1.")
 
 
+def _prompt_ids(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], new: int
+) -> list[list[int]]:
+    """Return the tokens of each prompt; of several, an error says which it is about."""
+    encoder_decoder = bool(cast(Any, model).config.is_encoder_decoder)
+    column = "prompt" if encoder_decoder else "text"
+    tokenize = Tokenization(tokenizer, column, encoder_decoder=encoder_decoder, max_length=sys.maxsize)
+    found: list[list[int]] = []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            ids = tokenize.beginning(prompt)
+            _check_room(model, ids, new, encoder_decoder)
+        except UserValueError as error:
+            if len(prompts) == 1:
+                raise
+            raise UserValueError(f"Prompt {number} of {len(prompts)}: {error}") from error
+        found.append(ids)
+    return found
+
+
+def _batches(
+    rows: Sequence[tuple[list[int], Context]], batch_size: int | None, together: bool
+) -> list[list[tuple[list[int], Context]]]:
+    """Rows in batches, of prompts of one length unless others may stand `together` with them."""
+    size = batch_size or max(1, len(rows))
+    alike = [list(own) for _, own in groupby(rows, key=lambda row: 0 if together else len(row[0]))]
+    return [own[start : start + size] for own in alike for start in range(0, len(own), size)]
+
+
 def _ignores_padding(
     model: PreTrainedModel | PeftModel, prompts: Sequence[Sequence[int]], filling: int, left: bool
 ) -> bool:
@@ -144,16 +159,16 @@ def _ignores_padding(
         inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
         return cast(Any, model).generate(**inputs, pad_token_id=filling, **options).logits[0][0].float()
 
-    ids, mask = _padded([short, long], filling, left)
+    ids, mask = padded_prompts([short, long], filling, left)
     with intervene(model, Context()):
-        alone = logits(*_padded([short], filling, left))
+        alone = logits(*padded_prompts([short], filling, left))
         padded, as_text = logits(ids, mask), logits(ids, torch.ones_like(mask))
     # What is left of the influence that the filling has without a mask: rounding.
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
     return bool((padded - alone).abs().max() <= tolerance * (as_text - alone).abs().max())
 
 
-def _padded(prompts: Sequence[Sequence[int]], value: int, left: bool) -> tuple[Tensor, Tensor]:
+def padded_prompts(prompts: Sequence[Sequence[int] | Ids], value: int, left: bool) -> tuple[Tensor, Tensor]:
     """Tokens (B, P) and their mask; what is written goes on at the right, where a causal model reads the prompt."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), value)

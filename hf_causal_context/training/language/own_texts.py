@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
-import torch
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...bases.language import ONE_TEXT
 from ...bases.tokens import IGNORED, Ids, TokenRow
+from ...inference.texts import padded_prompts
 
 # Draws from the model's own distribution, whatever its generation_config.json prefers.
 _PLAIN: dict[str, Any] = {
@@ -45,7 +44,7 @@ def continuations(
         room: how many tokens each may write at most.
         end: the token that ends a text; it is kept. So are others at which the model stops.
     """
-    ids, mask = _padded_on_the_left(prompts)
+    ids, mask = padded_prompts(prompts, 0, left=True)
     stops: Any = cast(Any, model).generation_config.eos_token_id
     ends = sorted({*(stops if isinstance(stops, list) else [stops]), end} - {None})
     output = cast(Any, model).generate(
@@ -78,12 +77,3 @@ def _until(text: Ids, ends: Sequence[int]) -> Ids:
     """Return the tokens up to the first of those that end a text: what follows only fills up."""
     found = np.flatnonzero(np.isin(text, ends))
     return (text[: found[0] + 1] if len(found) else text).astype(np.int32)
-
-
-def _padded_on_the_left(rows: Sequence[Sequence[int] | Ids]) -> tuple[Tensor, Tensor]:
-    """Tokens (B, T) and their mask: what is generated follows on the right."""
-    width = max(map(len, rows))
-    ids, mask = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
-    for number, row in enumerate(rows):
-        ids[number, width - len(row) :], mask[number, width - len(row) :] = row, 1
-    return torch.from_numpy(ids), torch.from_numpy(mask)
