@@ -59,17 +59,16 @@ def load_folders(
         ValueError: for no folders, folders without images, two folders of one context, bad metadata, captions of some
             images only, and what `from_dataset` raises.
     """
+    if paired_files and streaming:
+        raise UserValueError(
+            "paired_files= looks for rows of one sample, which a stream does not find. Leave it out, or do not stream."
+        )
     root = Path(root)
     folders = context_folders(root, observational_name, joint_separator, "images")
     files = {context: sorted(visible_files(folder)) for context, folder in folders.items()}
     images = {context: _images(folders[context], own, frame_folders) for context, own in files.items()}
     captionable = {image for own in images.values() for image in own}
-    for file in (file for own in files.values() for file in own):
-        if file.parent in captionable and file.suffix.lower() not in IMAGE_SUFFIXES:
-            raise UserValueError(
-                f"{str(file)!r} lies among the frames of a clip, and is no image. Remove it; a caption of the clip "
-                f"lies beside its folder, as {file.parent.name + '.txt'!r}."
-            )
+    _check_frames(captionable, (file for own in files.values() for file in own))
     masks = masks_of(captionable, (file for own in files.values() for file in own if is_mask(file)))
     read = captionable.union(masks.values())
     others = [file for own in [files_in(root), *files.values()] for file in own if read.isdisjoint((file, file.parent))]
@@ -82,37 +81,11 @@ def load_folders(
             f"{METADATA[0]}, or leave it out."
         )
 
-    paths = [image for own in images.values() for image in own]
-    videos = [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
-    if videos:
-        video_package()
-    content = "video" if videos or any(path.is_dir() for path in paths) else "image"
-    columns: dict[str, list[Any]] = {
-        content: [str(image) for image in paths],
-        "context": [context for context, own in images.items() for _ in own],
-    }
-    features = {content: Image() if content == "image" else Video(decode=False), "context": Value("string")}
-    if captions:
-        columns["caption"] = [captions[image] for image in paths]
-        features["caption"] = Value("string")
-    if masks:
-        columns["mask"] = [str(masks[image]) if image in masks else None for image in paths]
-        features["mask"] = Image()
-    if paired_files:
-        columns["pair"] = [
-            in_one_spelling(stem_of(image).relative_to(folders[context]).as_posix())
-            for context, own in images.items()
-            for image in own
-        ]
-        features["pair"] = Value("string")
-    if paired_files and streaming:
-        raise UserValueError(
-            "paired_files= looks for rows of one sample, which a stream does not find. Leave it out, or do not stream."
-        )
+    rows = _table(images, captions, masks, folders if paired_files else {})
     data = from_dataset(
-        Dataset.from_dict(columns, features=Features(features)),
+        rows,
         concepts=concepts,
-        content_column=content,
+        content_column=rows.column_names[0],
         caption_column="caption" if captions else None,
         mask_column="mask" if masks else None,
         pair_column="pair" if paired_files else None,
@@ -130,6 +103,48 @@ def load_folders(
     assert isinstance(data.rows, Dataset)
     held_out = {context: rows.to_iterable_dataset() for context, rows in data.held_out.items()}  # type: ignore[union-attr]
     return replace(data, rows=data.rows.to_iterable_dataset(), held_out=held_out)
+
+
+def _check_frames(clips: Collection[Path], files: Iterable[Path]) -> None:
+    """Refuse other files than images in the folder of a clip."""
+    for file in files:
+        if file.parent in clips and file.suffix.lower() not in IMAGE_SUFFIXES:
+            raise UserValueError(
+                f"{str(file)!r} lies among the frames of a clip, and is no image. Remove it; a caption of the clip "
+                f"lies beside its folder, as {file.parent.name + '.txt'!r}."
+            )
+
+
+def _table(
+    images: Mapping[str, Sequence[Path]],
+    captions: Mapping[Path, str],
+    masks: Mapping[Path, Path],
+    paired_in: Mapping[str, Path],
+) -> Dataset:
+    """Return a row for each image or video of each context, its content first.
+
+    `paired_in` are the folders of the contexts where files of the same name show one sample, else nothing.
+    """
+    paths = [image for own in images.values() for image in own]
+    if videos := any(path.suffix.lower() in VIDEO_SUFFIXES for path in paths):
+        video_package()
+    content = "video" if videos or any(path.is_dir() for path in paths) else "image"
+    columns: dict[str, list[Any]] = {
+        content: [str(image) for image in paths],
+        "context": [context for context, own in images.items() for _ in own],
+    }
+    if captions:
+        columns["caption"] = [captions[image] for image in paths]
+    if masks:
+        columns["mask"] = [str(masks[image]) if image in masks else None for image in paths]
+    if paired_in:
+        columns["pair"] = [
+            in_one_spelling(stem_of(image).relative_to(paired_in[context]).as_posix())
+            for context, own in images.items()
+            for image in own
+        ]
+    media = {"image": Image(), "video": Video(decode=False), "mask": Image()}
+    return Dataset.from_dict(columns, features=Features({name: media.get(name, Value("string")) for name in columns}))
 
 
 def context_folders(root: Path, observational_name: str, joint_separator: str, held: str) -> dict[str, Path]:
@@ -175,7 +190,7 @@ def visible_files(folder: Path, suffixes: Collection[str] | None = None) -> Iter
 
     Links that lead nowhere, or to folders, which are not entered, count as files: what is skipped is named.
 
-    None where there is no folder.
+    Nothing is found where there is no folder.
 
     Raises:
         OSError: for a folder that cannot be read, whose files would be missing.
