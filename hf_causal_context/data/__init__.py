@@ -7,7 +7,8 @@ if TYPE_CHECKING:
     from .attributes import SELECTION_WARNING, contexts_from_attributes, from_attributes, texts_from_attributes
     from .checks import ContextCount, DataReport, check_data
     from .folders import load_folders
-    from .interventional import InterventionalData, from_dataset, open_dataset
+    from .interventional import InterventionalData, from_dataset
+    from .opening import open_dataset
     from .sampling import ContextSampler, slots_of, stream_batches
     from .texts import load_text_folders, texts_from_dataset
 
@@ -29,7 +30,7 @@ __all__ = [
     "texts_from_attributes",
     "texts_from_dataset",
 ]
-_MODULES = ("attributes", "checks", "folders", "interventional", "sampling", "texts")
+_MODULES = ("attributes", "checks", "folders", "interventional", "opening", "sampling", "texts")
 
 
 def __getattr__(name: str) -> Any:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -17,13 +16,9 @@ from datasets import (
     IterableDataset,
     Value,
     Video,
-    load_dataset,
-    load_from_disk,
 )
-from datasets.exceptions import DatasetsError
 from numpy.typing import NDArray
 
-from .._files import first_line
 from ..contexts import ConceptSet, Context, ContextLike, context_text, refuse_obs
 from ..errors import UserTypeError, UserValueError
 from ..messages.wording import nearest, quoted
@@ -127,45 +122,15 @@ def from_dataset(
     """
     dataset, features = known_features(dataset)
     dataset = unformatted(dataset)
-    columns = {context_column: "context_column=", content_column: "content_column="}
-    given = {"caption_column=": caption_column, "mask_column=": mask_column, "pair_column=": pair_column}
-    optional = {argument: column for argument, column in given.items() if column is not None}
-    columns |= {column: argument for argument, column in optional.items()}
-    require_columns(features, columns)
-    if len(columns) < 2 + len(optional):
+    named = {"context": context_column, "caption": caption_column, "mask": mask_column, "pair": pair_column}
+    _check_columns(features, content_column, named)
+    if pair_column is not None and isinstance(dataset, IterableDataset):
         raise UserValueError(
-            "context_column=, content_column=, pair_column=, caption_column= and mask_column= must be different "
-            "columns."
+            f"pair_column={pair_column!r} looks for rows of one sample, which a stream does not find. Leave it out, or "
+            "do not stream."
         )
-    if mask_column is not None and not isinstance(features[mask_column], Image):
-        raise UserValueError(
-            f"The column {mask_column!r} holds {features[mask_column]}, not masks. Name another mask_column=, or cast "
-            "it: dataset.cast_column(name, datasets.Image())."
-        )
-    if pair_column is not None:
-        check_names(features, pair_column)
-        if isinstance(dataset, IterableDataset):
-            raise UserValueError(
-                f"pair_column={pair_column!r} looks for rows of one sample, which a stream does not find. Leave it "
-                "out, or do not stream."
-            )
-    ours = {"context": context_column, "caption": caption_column, "mask": mask_column, "pair": pair_column}
-    if content_column != "context" and is_text(features[content_column]):
-        del columns[content_column]  # texts get another name afterwards
-    for name, own in ours.items():
-        if name in columns and name not in (own, context_column):
-            raise UserValueError(
-                f"The column {name!r} was named as {columns[name]}, and a column {name!r} is for {_MEANINGS[name]}. "
-                f"Rename it: dataset.rename_column({name!r}, ...)."
-            )
-    if isinstance(features[content_column], Video):  # decoded when read, without another package than for files
-        dataset, features = known_features(dataset.cast_column(content_column, Video(decode=False)))
-    for column in (content_column, mask_column):
-        feature = None if column is None else features[column]
-        # The mode "RGB" would make 16 bits white before they are read.
-        if column is not None and isinstance(feature, Image) and (feature.mode == "RGB" or not feature.decode):
-            mode = None if feature.mode == "RGB" else feature.mode
-            dataset, features = known_features(dataset.cast_column(column, Image(mode=mode)))
+    dataset = _as_stored(dataset, [content_column, *([mask_column] if mask_column is not None else [])])
+    _, features = known_features(dataset)
     known = None if concepts is None else _concept_set(concepts)
     if known is not None and observational_name in known:
         raise UserValueError(
@@ -198,42 +163,51 @@ def from_dataset(
     return _table_data(rows, known, named_training, named_held_out, content_column, observational_name)
 
 
-def open_dataset(
-    name_or_path: str, *, config_name: str | None = None, split: str = "train", streaming: bool = False
-) -> Rows:
-    """One split of a dataset of the Hub, of a folder of data files, or of what `save_to_disk` wrote.
+def _check_columns(features: Features, content_column: str, named: Mapping[str, str | None]) -> None:
+    """Refuse columns that are missing, hold something else, or have two uses.
 
-    Raises:
-        FileNotFoundError: for an unknown name.
-        ValueError: for an unknown configuration or split, or files that cannot be read.
+    Args:
+        features: of the dataset.
+        content_column: the column with what is trained on.
+        named: our name for each other column that is read -> its name in the dataset, None where there is none.
     """
-    try:
-        return _open_dataset(name_or_path, config_name, split, streaming)
-    except OSError:
-        raise
-    except (ValueError, KeyError, DatasetsError) as error:
-        why = first_line(error.__cause__ or error)
-        raise UserValueError(f"The dataset {name_or_path!r} cannot be read: {why}") from error
+    given = {"context": named["context"], "content": content_column, **named}
+    asked = [(column, f"{name}_column=") for name, column in given.items() if column is not None]
+    columns = dict(asked)
+    require_columns(features, columns)
+    if len(columns) < len(asked):
+        raise UserValueError(
+            "context_column=, content_column=, pair_column=, caption_column= and mask_column= must be different "
+            "columns."
+        )
+    if (mask_column := named["mask"]) is not None and not isinstance(features[mask_column], Image):
+        raise UserValueError(
+            f"The column {mask_column!r} holds {features[mask_column]}, not masks. Name another mask_column=, or cast "
+            "it: dataset.cast_column(name, datasets.Image())."
+        )
+    if (pair_column := named["pair"]) is not None:
+        check_names(features, pair_column)
+    if content_column != "context" and is_text(features[content_column]):
+        del columns[content_column]  # texts get another name afterwards
+    for name, own in named.items():
+        if name in columns and name not in (own, named["context"]):
+            raise UserValueError(
+                f"The column {name!r} was named as {columns[name]}, and a column {name!r} is for {_MEANINGS[name]}. "
+                f"Rename it: dataset.rename_column({name!r}, ...)."
+            )
 
 
-def _open_dataset(name_or_path: str, config_name: str | None, split: str, streaming: bool) -> Rows:
-    path = Path(name_or_path)
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        if config_name is not None:
-            raise UserValueError(
-                f"dataset_config_name={config_name!r} is for datasets of files, and save_to_disk wrote this one, which "
-                "has no configurations. Leave it out."
-            )
-        saved = load_from_disk(name_or_path)
-        if not isinstance(saved, Dataset) and split not in saved:
-            raise UserValueError(
-                f"it has no split {split!r}, only {quoted(map(str, saved))}. Save that under this name."
-            )
-        dataset = saved if isinstance(saved, Dataset) else saved[split]
-        dataset = cast(Dataset, unformatted(dataset)).to_iterable_dataset() if streaming else dataset
-    else:
-        dataset = load_dataset(name_or_path, config_name, split=split, streaming=streaming)
-    return cast(Rows, dataset)
+def _as_stored(dataset: Rows, columns: Iterable[str]) -> Rows:
+    """Return a dataset whose images are decoded as their files have them, and whose videos are not decoded yet."""
+    for column in columns:
+        _, features = known_features(dataset)
+        feature = features[column]
+        if isinstance(feature, Video):  # decoded when read, without another package than for files
+            dataset = dataset.cast_column(column, Video(decode=False))
+        # The mode "RGB" would make 16 bits white before they are read.
+        elif isinstance(feature, Image) and (feature.mode == "RGB" or not feature.decode):
+            dataset = dataset.cast_column(column, Image(mode=None if feature.mode == "RGB" else feature.mode))
+    return dataset
 
 
 def _concept_set(concepts: Sequence[str] | ConceptSet) -> ConceptSet:
