@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -19,6 +20,8 @@ from .replaced import told_replacements
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from ..contexts import Context
 
 
 @dataclass(kw_only=True)
@@ -65,21 +68,7 @@ def edit_files(arguments: Arguments) -> list[Path]:
     (source,) = parse_contexts([arguments.from_context or arguments.observational_name], arguments.observational_name)
     remarked: defaultdict[str, list[str]] = defaultdict(list)
     images = {path.stem: _opened(path, "--images", remarked) for path in arguments.images}
-    labels = {context: file_name(str(context) or arguments.observational_name) for context in contexts}
-    edits = {
-        (name, context, strength): f"{name}-{labels[context]}{'' if strength == 1 else f'-{strength:g}'}.png"
-        for name, context, strength in product(images, contexts, strengths)
-    }
-    reconstructions = {name: f"{name}-reconstruction.png" for name in images}
-    files = [arguments.output_dir / file for file in [*edits.values(), *reconstructions.values()]]
-    # Some file systems do not tell cases apart.
-    uses = Counter(os.path.realpath(path).casefold() for path in [*arguments.images, *files])
-    if twice := [path for path in files if uses[os.path.realpath(path).casefold()] > 1]:
-        raise UserValueError(
-            f"{', '.join(map(str, dict.fromkeys(twice)))}: an edit would be written over another one, over a "
-            "reconstruction, or over an image. Rename the images, or edit them one by one, or in one context at a "
-            "time, into another --output_dir."
-        )
+    edits, reconstructions = _files(arguments, product(images, contexts, strengths))
     for name, image in images.items():
         if (side := min(image.size)) < max(image.size):
             say(
@@ -111,17 +100,47 @@ def edit_files(arguments: Arguments) -> list[Path]:
             )
             arguments.output_dir.mkdir(parents=True, exist_ok=True)
             for row, name in enumerate(batch):
-                for context, of_context in zip(contexts, found, strict=True):
-                    for strength, made in zip(strengths, of_context.images, strict=True):
-                        paths.append(arguments.output_dir / edits[name, context, strength])
-                        to_image(made[row]).save(paths[-1])
-                paths.append(arguments.output_dir / reconstructions[name])
-                to_image(found[0].reconstruction[row]).save(paths[-1])
+                made = {
+                    edits[name, context, strength]: edited[row]
+                    for context, of_context in zip(contexts, found, strict=True)
+                    for strength, edited in zip(strengths, of_context.images, strict=True)
+                }
+                made[reconstructions[name]] = found[0].reconstruction[row]
+                for path, image in made.items():
+                    paths.append(path)
+                    to_image(image).save(path)
                 error = float(found[0].reconstruction_error[row])
                 print(f"{name}: reconstruction error {error:.4f} (root mean square; images go from 0 to 1)")
                 if doubted := doubt(error):
-                    warnings.warn(f"{name}: {doubted} See {paths[-1]}.", stacklevel=2)
+                    warnings.warn(f"{name}: {doubted} See {reconstructions[name]}.", stacklevel=2)
     return paths
+
+
+def _files(
+    arguments: Arguments, edits: Iterable[tuple[str, Context, float]]
+) -> tuple[dict[tuple[str, Context, float], Path], dict[str, Path]]:
+    """Return where each edit (of an image, to a context, at a strength) and each image's reconstruction are written.
+
+    Raises:
+        ValueError: if one would be written over another, or over an image.
+    """
+    folder, empty = arguments.output_dir, arguments.observational_name
+    places = {
+        (name, context, strength): folder
+        / f"{name}-{file_name(str(context) or empty)}{'' if strength == 1 else f'-{strength:g}'}.png"
+        for name, context, strength in edits
+    }
+    reconstructions = {path.stem: folder / f"{path.stem}-reconstruction.png" for path in arguments.images}
+    files = [*places.values(), *reconstructions.values()]
+    # Some file systems do not tell cases apart.
+    uses = Counter(os.path.realpath(path).casefold() for path in [*arguments.images, *files])
+    if twice := [path for path in files if uses[os.path.realpath(path).casefold()] > 1]:
+        raise UserValueError(
+            f"{', '.join(map(str, dict.fromkeys(twice)))}: an edit would be written over another one, over a "
+            "reconstruction, or over an image. Rename the images, or edit them one by one, or in one context at a "
+            "time, into another --output_dir."
+        )
+    return places, reconstructions
 
 
 def _opened(path: Path, option: str, remarked: dict[str, list[str]]) -> Image.Image:
