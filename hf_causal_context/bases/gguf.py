@@ -146,6 +146,6 @@ def load_language_weights(auto_class: Any, gguf_file: str, base: str, **options:
 
 def _unfit(gguf_file: str, base: str, reason: str) -> UserValueError:
     return UserValueError(
-        f"--gguf_file={gguf_file} cannot be read as the weights of {base}: {reason} Give a file of that model, or the "
-        "base that it was made from."
+        f"--gguf_file={gguf_file} cannot be read as the weights of {base}: {reason.rstrip('.')}. Give a file of that "
+        "model, or the base that it was made from."
     )

@@ -214,7 +214,7 @@ def _read(
             if columns.get("caption", "") is None:
                 raise UserValueError("its caption is missing; write '' for an empty one")
             if data.has_videos and num_decoded and not sum(1 for _ in islice(frames(value), num_decoded)):
-                raise UserValueError("The clip has no frames.")
+                raise UserValueError("the clip has no frames")
             if opener is not None:
                 image = opener.decode_example({"bytes": content, "path": None})
                 for remark in remarks(image):
