@@ -143,9 +143,9 @@ class KLAutoencoder(EncoderDecoder):
         self.size, self.channels = size, settings["in_channels"]
         self.latent_shape = (settings["latent_channels"], size // reduction, size // reduction)
         self.features = settings["latent_channels"] * (size // reduction) ** 2
-        scale, mean, std = (settings.get(name) for name in ("scaling_factor", "latents_mean", "latents_std"))
+        scale, mean, std = float(settings["scaling_factor"]), settings.get("latents_mean"), settings.get("latents_std")
         if mean is None or std is None:
-            self.scale, self.shift = float(scale), float(settings.get("shift_factor") or 0)
+            self.scale, self.shift = scale, float(settings.get("shift_factor") or 0)
         else:  # in place of the shift, as in diffusers' pipelines; with the model they move to its device
             self.register_buffer("scale", scale / _per_channel(std), persistent=False)
             self.register_buffer("shift", _per_channel(mean), persistent=False)
