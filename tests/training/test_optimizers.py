@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_causal_context.training.arguments import OPTIMIZERS, TrainingArguments
+from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.finetune import train
+from hf_causal_context.training.optimizers import OPTIMIZERS
 
 from .small import adapter_weights, settings, write_folders
 
