@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import UserValueError
+from .conditioning.hooks import Conditioning
 from .conditioning.in_force import during_call, innermost_request
 from .conditioning.media import has_ragged_media
-from .conditioning.rows import Call
+from .conditioning.rows import Call, check_inputs
 from .lookup import known_conditionings
 from .wrapped_methods import WrappedMethod
 
@@ -36,7 +37,10 @@ class AnnouncedGenerate(WrappedMethod):
         inputs = {"input_ids": next(iter(args), kwargs.get("inputs")), **kwargs}
         ragged = has_ragged_media(self.model, inputs, prompts)
         call = Call(prompts, None, _repeats(self.model, args, kwargs), ragged)
-        with during_call(known_conditionings(self.model), call):
+        owners = known_conditionings(self.model)
+        with during_call(owners, call):
+            if _is_mixed(owners):
+                check_inputs(prompts)
             return self.original(*args, **kwargs)
 
 
@@ -47,16 +51,18 @@ class WholeBatches(WrappedMethod):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(self.original).bind(*args, **kwargs).arguments
-        if not given["is_shortform"] or len(given["temperatures"]) > 1:
-            requests = [innermost_request(owner) for owner in known_conditionings(self.model)]
-            if any(request.is_mixed for request in requests if request is not None):
-                raise UserValueError(
-                    "Whisper goes on with some of the sounds of a batch alone, where they are longer than its window "
-                    "or several temperatures are tried, and does not tell with which. So they cannot have different "
-                    "contexts. Pass one context, and call generate() once for each; or pass sounds of one window "
-                    "and one temperature."
-                )
+        whole = given["is_shortform"] and len(given["temperatures"]) == 1
+        if not whole and _is_mixed(known_conditionings(self.model)):
+            raise UserValueError(
+                "Whisper goes on with some of the sounds of a batch alone, where they are longer than its window or "
+                "several temperatures are tried, and does not tell with which. So they cannot have different contexts. "
+                "Pass one context, and call generate() once for each; or pass sounds of one window and one temperature."
+            )
         return self.original(*args, **kwargs)
+
+
+def _is_mixed(owners: list[Conditioning]) -> bool:
+    return any(request.is_mixed for owner in owners if (request := innermost_request(owner)) is not None)
 
 
 def _prompts(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

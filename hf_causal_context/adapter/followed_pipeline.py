@@ -19,9 +19,10 @@ from torch import Tensor
 
 from ..contexts import ContextBatch
 from ..errors import UserValueError
+from .conditioning.callers import COPIES
 from .conditioning.hooks import take_context
 from .conditioning.in_force import during_call, in_force
-from .conditioning.rows import COPIES, Call
+from .conditioning.rows import Call
 from .lookup import known_conditionings
 from .saving import named_as_without_adapters
 

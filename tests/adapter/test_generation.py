@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, TextStre
 
 from hf_causal_context import intervene, save_baked
 
-from ..architectures import ARCHITECTURES
+from ..architectures import ARCHITECTURES, LLAMA
 from .small import VARIANTS, adapted, config
 
 CONTEXTS = [("thick",), (), {"slant": 2.0, "size": -1.0}, "thick+slant"]
@@ -431,6 +431,33 @@ class TestPipeline:
         assert self.texts(pipe(PROMPTS, context=CONTEXTS, **kwargs)) == expected
         with intervene(model, CONTEXTS):
             assert self.texts(pipe(PROMPTS, **kwargs)) == expected
+
+    def test_batches_do_not_share_a_context_per_prompt(self, pipe, model):
+        message = "2 contexts were given to a pipeline of transformers that has 4 inputs"
+        with intervene(model, CONTEXTS[:2]), pytest.raises(ValueError, match=message):
+            pipe(PROMPTS, batch_size=2, **PIPELINE_OPTIONS)
+        with pytest.raises(ValueError, match=message):
+            pipe(PROMPTS, batch_size=2, context=CONTEXTS[:2], **PIPELINE_OPTIONS)
+        pipe(PROMPTS, batch_size=2, context="thick", **PIPELINE_OPTIONS)
+
+    @pytest.mark.parametrize("task", ["text-classification", "token-classification"])
+    def test_neither_do_those_of_a_classifier_or_pieces_of_a_text(self, tokenizer, task):
+        kind = {"text": "Sequence", "token": "Token"}[task.partition("-")[0]]
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(**LLAMA, pad_token_id=0)
+        model = getattr(transformers, f"LlamaFor{kind}Classification")(config).eval()
+        adapted(model, target_modules=["q_proj"])
+        classify = pipeline(task, model=model, tokenizer=tokenizer, device="cpu")
+        with intervene(model, CONTEXTS[:2]), pytest.raises(ValueError, match="to a pipeline of transformers that"):
+            classify(PROMPTS, batch_size=2)
+        with intervene(model, "thick"):
+            classify(PROMPTS, batch_size=2)
+        if kind == "Sequence":
+            with intervene(model, CONTEXTS):
+                together = classify(PROMPTS, batch_size=4)
+            for prompt, context, found in zip(PROMPTS, CONTEXTS, together, strict=True):
+                with intervene(model, context):
+                    assert classify(prompt)[0]["score"] == pytest.approx(found["score"], abs=1e-5)
 
     def test_prompts_one_by_one(self, pipe, model):
         message = r"4 contexts were given, but generate\(\) was called with 1 prompt\. .*batch_size=len\(prompts\)"

@@ -7,7 +7,6 @@ input, K concepts. Strengths have 1 + K columns: of the observational part, then
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserValueError
+from .callers import images_of_pipeline, inputs_of_pipeline
 from .media import has_ragged_media, is_tower, may_see_media
 
 # Where the rows of a model's input are counted, first match first; otherwise the first tensor is taken.
 _INPUT_NAMES = ("sample", "hidden_states", "input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values")
-# What pipelines of diffusers call the number of images of each prompt.
-COPIES = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 _TOKENS = 128  # of a small image or a short text: how many a layer sees is not known before it runs
 _ROUTED = re.compile("(?<!shared_)expert")  # such layers see some of the tokens, of any samples
 # Where Qwen-Image embeds the times of the image and of those that it edits, all rows of the one after all of the other.
@@ -118,8 +116,9 @@ def match_samples(
     if call is not None and (expanded := call.rows(strengths, num_rows)) is not None:
         return expanded
     if samples == num_rows:
-        if call is None and (running := _unfollowed_pipeline()) is not None:
-            running.check(samples)
+        if call is None and (images := images_of_pipeline()) is not None:
+            Call(*images).check(samples)
+        check_inputs(samples)
         return strengths
     images = samples * images_per_prompt
     if num_rows in (images, images * guidance_copies):
@@ -132,17 +131,19 @@ def match_samples(
     )
 
 
-def _unfollowed_pipeline() -> Call | None:
-    """How many images a pipeline of diffusers makes that runs this model now, but was not given to `intervene`."""
-    running = None if torch.compiler.is_compiling() else sys._getframe()
-    while running is not None:
-        if running.f_code.co_name == "__call__":
-            known = running.f_locals
-            if hasattr(type(known.get("self")), "from_pipe") and isinstance(known.get("batch_size"), int):
-                copies = [known[name] for name in COPIES if isinstance(known.get(name), int)]
-                return Call(known["batch_size"], *(copies or [1])[:1])
-        running = running.f_back
-    return None
+def check_inputs(samples: int) -> None:
+    """Refuse (ValueError) another number of contexts than of the inputs of a pipeline of transformers that runs this.
+
+    It puts so many of them into a batch, or pieces of them, and each batch would have the same contexts.
+    """
+    inputs = inputs_of_pipeline()
+    if inputs not in (None, samples):
+        what = "cuts its inputs into pieces" if inputs == 0 else f"has {inputs} inputs, and runs some of them at once"
+        raise UserValueError(
+            f"{samples} contexts were given to a pipeline of transformers that {what}, so it cannot be known which "
+            "context belongs to which. Pass one context; or one per input, with batch_size=len(inputs), to a pipeline "
+            "that does not cut them."
+        )
 
 
 def match_layer_rows(
