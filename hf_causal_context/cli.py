@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from .commands import COMMANDS
-from .errors import UserError
+from .errors import FULL_DISK, UserError, is_full_disk
 from .messages.wording import in_options, nearest
 
 # They may stand anywhere.
@@ -64,10 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print(f"\n{str(error) or 'Interrupted.'}", file=sys.stderr)
         return 130
-    except (UserError, OSError, MemoryError) as error:
-        if debug:
+    except Exception as error:
+        full = is_full_disk(error)
+        if debug or not (full or isinstance(error, UserError | OSError | MemoryError)):
             raise
-        print(f"\nerror: {in_options(str(error), options) or type(error).__name__}", file=sys.stderr)
+        said = in_options(str(error), options) or type(error).__name__
+        if full and not isinstance(error, UserError):  # which says what to do
+            said = f"{said.rstrip('.')}. {FULL_DISK}"
+        print(f"\nerror: {said}", file=sys.stderr)
         return 1
     return 0
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+
 import torch
+
+FULL_DISK = (
+    "A disk is full: that of the output, of temporary files (TMPDIR), or of what the Hub's client and datasets keep "
+    "(HF_HOME). Make room there, or choose another."
+)
 
 
 class UserError(Exception):
@@ -27,3 +34,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
     )
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a disk had no space left, as the system or safetensors say it."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "No space left on device" in str(error)

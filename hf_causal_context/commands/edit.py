@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .._files import file_name, first_line
+from .._files import complete_or_absent, file_name, first_line
 from ..data.arguments import argument
 from ..errors import UserValueError
 from ..messages.progress import say
@@ -108,7 +108,8 @@ def edit_files(arguments: Arguments) -> list[Path]:
                 made[reconstructions[name]] = found[0].reconstruction[row]
                 for path, image in made.items():
                     paths.append(path)
-                    to_image(image).save(path)
+                    with complete_or_absent(path) as unfinished:
+                        to_image(image).save(unfinished)
                 error = float(found[0].reconstruction_error[row])
                 print(f"{name}: reconstruction error {error:.4f} (root mean square; images go from 0 to 1)")
                 if doubted := doubt(error):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .._files import complete_or_absent
 from ..data.arguments import argument
 from .adapter_arguments import ContextArguments, ImageArguments, RevisionArguments
 from .replaced import told_replacements
@@ -54,14 +55,16 @@ def generate_files(arguments: Arguments) -> list[Path]:
     with told_replacements(output_dir) as paths:
         if arguments.grid:
             paths.append(output_dir / "grid.png")
-            image_grid(rows, labels).save(paths[0])
+            with complete_or_absent(paths[0]) as unfinished:
+                image_grid(rows, labels).save(unfinished)
             return paths
         for context, row in zip(contexts, rows, strict=True):
             for seed, image in zip(seeds, row, strict=True):
                 clip = base.is_video and len(image) > 1
                 paths.append(output_dir / f"{names[context]}-seed{seed}.{'mp4' if clip else 'png'}")
-                if clip:
-                    save_video([to_image(frame) for frame in image], paths[-1], base.frame_rate)
-                else:
-                    to_image(image).save(paths[-1])
+                with complete_or_absent(paths[-1]) as unfinished:
+                    if clip:
+                        save_video([to_image(frame) for frame in image], unfinished, base.frame_rate)
+                    else:
+                        to_image(image).save(unfinished)
     return paths

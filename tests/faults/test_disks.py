@@ -4,8 +4,10 @@ import re
 import subprocess
 
 import pytest
+from PIL import Image
 
 from hf_causal_context._files import checkpoint_steps
+from hf_causal_context.cli import main
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.finetune import train
 from hf_causal_context.training.loop import trainer
@@ -82,3 +84,27 @@ def test_a_disk_that_a_tracker_finds_broken_first_is_said_by_the_checkpoint(smal
         with pytest.raises(CheckpointError, match=re.escape(f"Could not write {disk}/out/checkpoint-4")):
             train(TrainingArguments(**given))
     make_read_only(disk, False)
+
+
+@pytest.mark.filterwarnings("ignore:.*The reconstruction did not hold")
+def test_commands_on_a_full_disk_leave_whole_files_and_say_what_to_do(
+    small_disk, pipeline_folder, data, tmp_path, capsys
+):
+    adapter = train(TrainingArguments(**settings(pipeline_folder("ddpm"), data, tmp_path / "out")))
+    disk = small_disk("16k")  # of four pages, one for each file
+    steps = ["--num_inference_steps", "2"]
+    for command in (
+        ["generate", "--contexts", "obs", "slant", *steps],
+        ["edit", "--images", *map(str, sorted(data.rglob("*.png"))[:4]), "--contexts", "slant", *steps],
+        ["merge", "--context", "slant"],
+        ["export", "--contexts", "singles", "--format", "peft"],
+    ):
+        out = disk / command[0]
+        assert main([*command, "--adapter", str(adapter), "--output_dir", str(out)]) == 1
+        said = capsys.readouterr().err
+        assert re.search(r"error: .*No space left on device.*\. A disk is full: that of the output", said), command
+        made = [path for path in out.rglob("*") if path.is_file()]
+        for path in made:
+            Image.open(path).load()
+            path.unlink()
+        assert bool(made) == (command[0] in ("generate", "edit"))
