@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import tempfile
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 PARTIAL = ".partial-*"  # what a killed process leaves of what it was writing
@@ -83,3 +85,8 @@ def checkpoint_steps(output_dir: Path) -> dict[int, Path]:
         if (match := CHECKPOINT_NAME.fullmatch(path.name))
     }
     return dict(sorted(found.items()))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what a JSON file of a run or an adapter holds; nothing where it is not there."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

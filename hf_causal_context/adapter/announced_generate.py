@@ -30,7 +30,6 @@ class AnnouncedGenerate(WrappedMethod):
         """Replace `generate` of a model of transformers; others may mean something else by that name."""
         if hasattr(model, "main_input_name"):
             super().put_on(model)
-            WholeBatches.put_on(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         prompts = _prompts(self.model, args, kwargs)

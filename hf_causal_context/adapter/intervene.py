@@ -13,7 +13,7 @@ from torch import nn
 
 from ..contexts import ContextBatch, ContextLike, as_contexts
 from ..errors import UserTypeError, UserValueError
-from .announced_generate import AnnouncedGenerate
+from .announced_generate import AnnouncedGenerate, WholeBatches
 from .calibration import calibrated_context, calibrated_mask
 from .conditioning.hooks import Conditioning
 from .conditioning.in_force import in_force, is_inside
@@ -107,7 +107,8 @@ class intervene:  # noqa: N801 (reads like torch.no_grad)
             check_denoiser(owners)
             self._requests = [request.over(regions) for request in self._requests]
         if isinstance(model, nn.Module) and not isinstance(model, PeftModel | BaseTuner):  # these ask their base's
-            AnnouncedGenerate.put_on(model)  # of a model whose part has the adapter
+            for method in (AnnouncedGenerate, WholeBatches):  # of a model whose part has the adapter
+                method.put_on(model)
         self._entered: list[tuple[ExitStack, list[Request]]] = []  # by all threads and tasks that use this object
 
     def __enter__(self) -> None:

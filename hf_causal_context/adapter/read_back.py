@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from .._files import complete_or_absent
+from .._random import seeded
 from ..errors import UserValueError
 from ..messages.wording import quoted
 from .config import CausalContextConfig
@@ -66,7 +67,7 @@ def is_resized(base: nn.Module, config: CausalContextConfig) -> bool:
 
 
 def _check_reads_back(base: nn.Module, folder: Path, weights: Mapping[str, Tensor]) -> None:
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+    with warnings.catch_warnings(), seeded(None):
         warnings.simplefilter("ignore")  # they are for those who load it
         try:
             loaded = PeftModel.from_pretrained(cast(Any, _without_adapters(base)), str(folder))

@@ -18,7 +18,7 @@ from urllib.parse import quote
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import EvalResult
 
-from .._files import ARGUMENTS, CARD, CONFIG, DATA_RECORD, REPORT, RESULTS, RESULTS_IMAGE, complete_or_absent
+from .._files import ARGUMENTS, CARD, CONFIG, DATA_RECORD, REPORT, RESULTS, RESULTS_IMAGE, complete_or_absent, read_json
 from .._markdown import table
 from ..adapter.plain_card import is_replaceable
 from ..bases.gap import BaseGap
@@ -27,7 +27,7 @@ from ..contexts import Context
 from ..messages.installation import installation
 from .card_code import python_literal, usage_code
 from .card_tables import data_table, evaluation_results, evaluation_table, markdown_text, settings_table
-from .contents import STRENGTHS, CardContents, read_json
+from .contents import STRENGTHS, CardContents
 
 _TEMPLATE = str(files("hf_causal_context.hub") / "card.md.jinja")
 _SEAL = "<!-- Written by hf_causal_context, which replaces this text only while it is as it was written: {} -->"

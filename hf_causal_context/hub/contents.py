@@ -89,8 +89,3 @@ class CardContents:
                 f"{folder / CARD_CONTENTS} is not what this version writes ({error}). Make the folder again with "
                 "`hf-causal-context push`."
             ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return what a file in an adapter's folder holds; nothing where it is not there."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -24,6 +24,7 @@ from .._files import (
     RESULTS_IMAGE,
     WEIGHTS,
     complete_or_absent,
+    read_json,
 )
 from ..bases.names import portable_base_name
 from ..contexts import ConceptSet, Context
@@ -32,7 +33,7 @@ from ..inference.adapted import StoredAdapter
 from ..inference.shown_contexts import shown_contexts
 from ..messages.wording import quoted
 from .card import is_edited, render_card
-from .contents import CHAT_PROMPT, CardContents, read_json
+from .contents import CHAT_PROMPT, CardContents
 from .samples import show_images, show_texts
 
 _EVALUATION = ("report.json", "report.md", "report.png", "samples.png")

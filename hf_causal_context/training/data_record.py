@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from .._files import DATA_RECORD
+from .._files import DATA_RECORD, read_json
 from ..data import InterventionalData
 from ..messages.progress import say
 from .loop.checkpoints import write_text
@@ -23,9 +23,7 @@ def tell_changed_data(data: InterventionalData, digest: str, earlier: Path | Non
         digest: of the report on it.
         earlier: folder of that run.
     """
-    if earlier is None or not (earlier / DATA_RECORD).is_file():
-        return
-    record = json.loads((earlier / DATA_RECORD).read_text(encoding="utf-8"))
+    record = {} if earlier is None else read_json(earlier / DATA_RECORD)
     if record.get("digest", digest) == digest:  # older records have none
         return
     then, now = (

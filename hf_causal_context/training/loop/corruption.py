@@ -11,7 +11,7 @@ from typing import Any
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from ..._files import ARGUMENTS, CONFIG, WEIGHTS
+from ..._files import ARGUMENTS, CONFIG, WEIGHTS, read_json
 from ...errors import UserValueError
 
 _REQUIRED = (ARGUMENTS, "optimizer.bin", "custom_checkpoint_0.pkl", "random_states_0.pkl")
@@ -37,7 +37,7 @@ def write_record(folder: Path, num_processes: int, begun_steps: int) -> None:
 
 def read_record(folder: Path) -> dict[str, Any]:
     """Return what `write_record` wrote; empty for a checkpoint that is older."""
-    return json.loads((folder / RECORD).read_text()) if (folder / RECORD).exists() else {}
+    return read_json(folder / RECORD)
 
 
 def begun_steps(checkpoint: Path | None, num_steps: int) -> int:
