@@ -1,4 +1,4 @@
-"""What an adapter was trained on, kept beside it for its card: contexts and their rows, not the rows themselves."""
+"""What a run trains on, kept beside it: contexts and how many rows they have, not the rows; for cards and resuming."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ from ..messages.progress import say
 from .loop.checkpoints import write_text
 
 
-def tell_changed_data(data: InterventionalData, digest: str, earlier: Path | None) -> None:
+def tell_changed_data(counts: Mapping[str, int] | None, digest: str, earlier: Path | None) -> None:
     """Say that the data is not what an earlier run, which is gone on with, was trained on, where that is known.
 
     Args:
-        data: what is trained on now.
-        digest: of the report on it.
+        counts: rows of each context that is trained on now; None for a stream.
+        digest: of what is trained on now.
         earlier: folder of that run.
     """
     record = {} if earlier is None else read_json(earlier / DATA_RECORD)
     if record.get("digest", digest) == digest:  # older records have none
         return
     then, now = (
-        ", ".join(f"{c or 'obs'}: {n}" for c, n in sorted((counts or {}).items()))
-        for counts in (record["trained"], data.counts)
+        ", ".join(f"{c or 'obs'}: {n}" for c, n in sorted((rows or {}).items())) for rows in (record["trained"], counts)
     )
     how = f"rows then: {then}; now: {now}" if then != now else "as many rows, but others, or in another order"
     said = (
@@ -60,4 +59,17 @@ def record_data(data: InterventionalData, digest: str, folder: Path, self_compos
         "self_composed": dict(self_composed),
         "digest": digest,
     }
+    _write(record, folder)
+
+
+def record_images(counts: Mapping[str, int], digest: str, folder: Path) -> None:
+    """Write training_data.json of an autoencoder, which is given no more than rows per context and their digest.
+
+    Raises:
+        CheckpointError: when it cannot be written.
+    """
+    _write({"trained": dict(counts), "digest": digest}, folder)
+
+
+def _write(record: Mapping[str, Any], folder: Path) -> None:
     write_text(folder / DATA_RECORD, folder, json.dumps(record, indent=2, ensure_ascii=False) + "\n")

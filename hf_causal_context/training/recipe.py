@@ -284,7 +284,7 @@ class FineTuning(ABC, Generic[AnyArguments]):
 
         def begin(first: int) -> dict[str, float]:
             losses.begin(first)
-            tell_changed_data(self.data, digest, earlier)
+            tell_changed_data(self.data.counts, digest, earlier)
             record_data(self.data, digest, output_dir, self.own_rows)
             return record_gap(gap, output_dir)
 

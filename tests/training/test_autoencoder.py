@@ -399,6 +399,21 @@ class TestRuns:
         train_autoencoder(arguments(tmp_path / "parts", **changes, resume_from_checkpoint="latest"), images())
         assert not differing(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
+    def test_images_that_changed_since_the_run_began_are_told(self, tmp_path, capsys):
+        def go_on(steps, rows):
+            capsys.readouterr()
+            changes = {"checkpointing_steps": 1, "max_train_steps": steps, "resume_from_checkpoint": "latest"}
+            train_autoencoder(arguments(tmp_path, **changes), rows)
+            return capsys.readouterr().out
+
+        rows = images()
+        assert "the data is not what" not in go_on(1, rows) + go_on(2, rows)
+        fewer = rows.select(np.arange(len(rows.contexts) - 5))
+        then_now = "rows then: obs: 7, dark: 7, tall: 7; now: obs: 7, dark: 7, tall: 4"
+        assert f"not what this run was trained on until now ({then_now})" in go_on(3, fewer)
+        others = ImageSet(fewer.images // 2, fewer.contexts, fewer.concepts)
+        assert "(as many rows, but others, or in another order)" in go_on(4, others)
+
     @pytest.mark.parametrize("changes", [{}, {"published": True}])
     def test_trains_in_half_precision(self, tmp_path, changes):
         folder = train_autoencoder(arguments(tmp_path / "out", mixed_precision="bf16", **changes), images())

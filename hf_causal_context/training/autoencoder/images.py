@@ -5,6 +5,7 @@ Shapes: N rows, B samples, C channels, S x S pixels, K concepts.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -88,6 +89,18 @@ class ImageSet:
     def names(self) -> tuple[str, ...]:
         """The contexts that there are rows of, sorted."""
         return tuple(sorted(set(self.contexts)))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows of each context."""
+        return {name: int((self.contexts == name).sum()) for name in self.names}
+
+    @property
+    def digest(self) -> str:
+        """Of the images and their contexts, in their order."""
+        result = hashlib.blake2b(repr((self.images.shape, list(self.contexts))).encode(), digest_size=16)
+        result.update(self.images.contiguous().numpy().data)
+        return result.hexdigest()
 
     def masks(self) -> Tensor:
         """Return the intervention mask of every row, (N, K)."""

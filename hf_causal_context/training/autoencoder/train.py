@@ -19,8 +19,9 @@ from ...messages.progress import say
 from ...messages.wording import quoted
 from ...models.context_autoencoder import ContextAutoencoder
 from ...models.encoder_decoders import KLAutoencoder
+from ..data_record import record_images, tell_changed_data
 from ..grids import validation_contexts, write_grid
-from ..loop.checkpoints import check_start
+from ..loop.checkpoints import check_start, earlier_run
 from ..loop.corruption import begun_steps
 from ..loop.early_stopping import EarlyStopping
 from ..loop.loss_record import kinds_of_contexts
@@ -109,6 +110,13 @@ def train_autoencoder(
             write_grid(accelerator, arguments.output_dir, rows, labels, step)
         return error + arguments.beta * kl
 
+    earlier, counts, digest = earlier_run(arguments), images.counts, images.digest
+
+    def begin(first: int) -> dict[str, float]:
+        tell_changed_data(counts, digest, earlier)
+        record_images(counts, digest, Path(arguments.output_dir))
+        return {}
+
     if arguments.compile:
         for name, part in model.named_modules():
             if name.rpartition(".")[2] in ("encoder", "decoder", "context_module"):  # what is called as a whole
@@ -119,7 +127,19 @@ def train_autoencoder(
     kinds = kinds_of_contexts(images.concepts, images.names, arguments.observational_name)
     mode = TrainingMode(model, arguments.mode, begun_steps(goes_on, num_steps))
     try:
-        return fit(accelerator, model, objective, batches, arguments, num_steps, validate, stopping, mode, kinds=kinds)
+        return fit(
+            accelerator,
+            model,
+            objective,
+            batches,
+            arguments,
+            num_steps,
+            validate,
+            stopping,
+            begin=begin,
+            hooks=mode,
+            kinds=kinds,
+        )
     finally:
         mode.end()
 
