@@ -473,6 +473,30 @@ class TestSeveralAdapters:
             assert torch.equal(run("ddim", pipe), images)
 
 
+class TestOneInEachOfTwoComponents:
+    @pytest.fixture
+    def pipe(self, tmp_path):
+        pipe = build("stable_diffusion")
+        write_adapter(pipe.unet, tmp_path / "first")
+        write_adapter(pipe.text_encoder, tmp_path / "second" / "text_encoder", target_modules=["q_proj"])
+        load_context_adapter(pipe, tmp_path / "first", "first")
+        return load_context_adapter(pipe, tmp_path / "second", "second")
+
+    def test_the_last_one_of_a_component_stays_while_a_context_is_set_for_it(self, pipe):
+        with intervene(pipe, "thick", adapter_name="first"):
+            images = run("stable_diffusion", pipe)
+            with pytest.raises(ValueError, match="cannot be unloaded while a .with intervene"):
+                unload_context_adapter(pipe, "first")
+            unload_context_adapter(pipe, "second")
+            assert torch.equal(run("stable_diffusion", pipe), images)
+
+    def test_a_style_of_the_same_name_in_another_component_stays(self, pipe):
+        pipe.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["k_proj"]), adapter_name="first")
+        unload_context_adapter(pipe, "first")
+        assert pipe.text_encoder.peft_config.keys() == {"first", "second"}
+        assert not hasattr(pipe.unet, "peft_config")
+
+
 class TestRefusals:
     @pytest.fixture
     def pipe(self):

@@ -163,25 +163,25 @@ def unload_context_adapter(pipe: AnyPipeline, adapter_name: str | None = None) -
 
     Raises:
         ValueError: without such an adapter, while it is merged into the weights, or while a context is set for the last
-            one.
+            one of a component.
     """
     adapters = context_adapters(pipe)
-    owners = {component: module for parts in adapters.values() for component, module in parts.items()}
-    loaded = set(adapters)
-    if not loaded or (adapter_name is not None and adapter_name not in loaded):
+    if not adapters or (adapter_name is not None and adapter_name not in adapters):
         raise UserValueError(
             f"{type(pipe).__name__} has no causal context adapter"
-            + (f" {adapter_name!r}. It has: {quoted(sorted(loaded))}." if adapter_name else ".")
+            + (f" {adapter_name!r}. It has: {quoted(sorted(adapters))}." if adapter_name else ".")
         )
-    names = loaded if adapter_name is None else {adapter_name}
-    if names == loaded and any(owner.open_requests for module in owners.values() for owner in conditionings(module)):
+    leaving = adapters if adapter_name is None else {adapter_name: adapters[adapter_name]}
+    owners = {component: module for parts in leaving.values() for component, module in parts.items()}
+    hooks = [each for module in owners.values() for each in conditionings(module)]
+    if any(each.open_requests and each.concepts.keys() <= leaving.keys() for each in hooks):
         raise UserValueError(
             "The adapter cannot be unloaded while a `with intervene(...)` block is open for it, here or in another "
             "thread: its context would change nothing any more. End the block first."
         )
     for component, module in owners.items():
         for layer in adapted_layers(module).values():
-            if names & set(layer.merged_adapters):
+            if leaving.keys() & set(layer.merged_adapters):
                 owner, parts = (
                     ("pipe", f"[{component!r}]") if hasattr(pipe, "unfuse_lora") else (f"pipe.{component}", "")
                 )
@@ -189,10 +189,10 @@ def unload_context_adapter(pipe: AnyPipeline, adapter_name: str | None = None) -
                     f"Adapters {layer.merged_adapters} are merged into the weights of pipe.{component}. Call "
                     f"{owner}.unfuse_lora({parts}) first."
                 )
-    for module in owners.values():
-        for name in names:
+    for name, parts in leaving.items():
+        for module in parts.values():
             _detach(module, name)
-    if names == loaded:
+    if len(leaving) == len(adapters):
         unfollow(pipe)
 
 
