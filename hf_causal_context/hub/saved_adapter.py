@@ -60,7 +60,7 @@ class SavedAsAdapter(Followed):
 
         Raises:
             TypeError: for an option that `push_to_hub` does not have, such as those of a whole pipeline's files.
-            ValueError: with several adapters, for other files than safetensors, or a folder that holds a whole
+            ValueError: with several adapters or none, for other files than safetensors, or a folder that holds a whole
                 pipeline; what `push_to_hub` raises.
         """
         if unknown := sorted(options.keys() - inspect.signature(self.push_to_hub).parameters.keys()):
@@ -105,7 +105,7 @@ class SavedAsAdapter(Followed):
             create_pr: whether to open a pull request instead of writing to the branch.
 
         Raises:
-            ValueError: for a base that others cannot load, or no repository's name.
+            ValueError: with several adapters or none, for a base that others cannot load, or no repository's name.
             OSError: without the right to write, or when the Hub cannot be reached.
         """
         name, owners = self._adapter()
@@ -139,6 +139,12 @@ class SavedAsAdapter(Followed):
     def _adapter(self) -> tuple[str, dict[str, Any]]:
         """Name of the one adapter, and the components that have it."""
         adapters = context_adapters(cast("DiffusionPipeline", self))
+        if not adapters:  # diffusers' delete_adapters and unload_lora_weights leave the pipeline's class as it is
+            raise UserValueError(
+                "The pipeline has no causal context adapter any more, so there is none to save. Load one with "
+                "load_context_adapter(pipe, folder_or_repository), or save the base: "
+                "DiffusionPipeline.save_pretrained(pipe, folder)."
+            )
         if len(adapters) > 1:
             raise UserValueError(
                 f"The pipeline has several adapters ({quoted(adapters)}), and a folder holds one. Unload the others "

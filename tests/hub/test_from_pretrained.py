@@ -209,6 +209,13 @@ class TestSaving:
         with pytest.raises(ValueError, match="several adapters \\('default', 'other'\\), and a folder holds one"):
             pipe.save_pretrained(tmp_path / "saved")
 
+    def test_an_adapter_that_diffusers_took_off_is_told(self, pipe, tmp_path):
+        pipe.unload_lora_weights()
+        for save in (pipe.save_pretrained, pipe.push_to_hub):
+            with pytest.raises(ValueError, match="no causal context adapter any more.*Load one with load_context_adap"):
+                save(str(tmp_path / "saved"))
+        assert not (tmp_path / "saved").exists()
+
     def test_it_pushes_the_adapter_with_a_card(self, hub, base, adapter, expected):
         upload(base, BASE)
         pipe = CausalContextPipeline.from_pretrained(name_base(adapter, BASE))
