@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .._files import CARD_CONTENTS, CONFIG, DATA_RECORD, checkpoint_steps
+from .._files import CARD_CONTENTS, DATA_RECORD
 from ..data.arguments import argument
 from .adapter_arguments import ADAPTER
 
@@ -57,16 +57,16 @@ def describe(arguments: Arguments) -> dict[str, Any]:
         adapter_revision=arguments.adapter_revision,
     )
     config = stored.config
+    parts = stored.parts()
     tensors = [
         tensor
-        for folder, part, source in stored.parts().values()
+        for folder, part, source in parts.values()
         for tensor in read_header(folder, part.layout(), source).values()
     ]
     card, data = (stored.beside(name) for name in (CARD_CONTENTS, DATA_RECORD))
     given = card.get("descriptions")
     descriptions = given if isinstance(given, dict) else {}
     of_pipelines = "videos" if card.get("frame_rate") else "images"
-    checkpoints = checkpoint_steps(stored.folder).values()
     found: dict[str, Any] = {
         "adapter": stored.source,
         "concepts": {name: str(descriptions.get(name, "")) for name in config.concepts},
@@ -77,9 +77,7 @@ def describe(arguments: Arguments) -> dict[str, Any]:
         "concept_rank": config.concept_rank,
         "observational_rank": config.observational_rank or 0,
         "parameters": sum(math.prod(tensor.shape) for tensor in tensors),
-        "other_parts": sorted(
-            path.parent.name for path in stored.folder.glob(f"*/{CONFIG}") if path.parent not in checkpoints
-        ),
+        "other_parts": sorted(filter(None, parts)),
         "trained_on": data.get("trained"),
         "held_out": data.get("held_out"),
         "reweighted": data.get("reweighted"),

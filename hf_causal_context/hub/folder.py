@@ -26,19 +26,23 @@ from .._files import (
     complete_or_absent,
     read_json,
 )
-from ..bases.names import portable_base_name
+from ..bases.names import is_folder, portable_base_name
 from ..contexts import ConceptSet, Context
 from ..errors import UserValueError
 from ..inference.adapted import StoredAdapter
 from ..inference.shown_contexts import shown_contexts
-from ..messages.wording import quoted
+from ..messages.wording import quoted, short_repr
 from .card import is_edited, render_card
 from .contents import CHAT_PROMPT, CardContents
 from .samples import show_images, show_texts
 
+_OF_REPORTS = {"concepts", "contexts", "notes", "settings"}  # of all versions
 _EVALUATION = ("report.json", "report.md", "report.png", "samples.png")
 # Settings that are folders of a machine, where they are no ids of the Hub.
-_PATHS = ("gguf_file", "train_data_dir", "dataset_name", "output_dir", "resume_from_checkpoint")
+_PATHS = (
+    *("train_data_dir", "dataset_name", "class_data_dir", "gguf_file"),
+    *("output_dir", "logging_dir", "resume_from_checkpoint"),
+)
 
 
 def save(
@@ -110,7 +114,7 @@ def save(
     ConceptSet(config.concepts).mask([Context(name) for name in descriptions or ()])  # refuses unknown names
     _check_output(adapter, output_dir)
     report = _read_evaluation(evaluation, config.concepts) if evaluation is not None else {}
-    arguments, data = read_json(adapter / ARGUMENTS), read_json(adapter / DATA_RECORD)
+    arguments, data, card = (_read(adapter / name) for name in (ARGUMENTS, DATA_RECORD, CARD_CONTENTS))
     shown = shown_contexts(ConceptSet(config.concepts), contexts or data.get("held_out", ()))
     base_name, revision = stored.base
     # One that was named for this command may be given as a folder; the card and the config then say so, too.
@@ -132,11 +136,11 @@ def save(
             call: dict[str, Any] = {"prompt": default_prompt if prompt is None and base.takes_captions else prompt}
             call |= {"num_inference_steps": num_inference_steps or 25}
             call |= {"guidance_scale": guidance_scale, "resolution": resolution}
-            call |= {"num_frames": num_frames or read_json(adapter / CARD_CONTENTS).get("call", {}).get("num_frames")}
+            call |= {"num_frames": num_frames or card.get("call", {}).get("num_frames")}
             label = class_label if class_label is not None else 0 if base.takes_classes else None
             made = show_images(base, folder, shown, seed=seed, class_label=label, call=call)
         _copy_record(adapter, folder, arguments, public)
-        _copy_adapter(adapter, folder, {"base_model_name_or_path": public, "revision": revision})
+        _copy_adapter(stored, folder, {"base_model_name_or_path": public, "revision": revision})
         _name_base_of_loras(folder / "loras", public)
         if report:
             _copy_evaluation(Path(str(evaluation)), report, folder / "evaluation")
@@ -213,26 +217,25 @@ def _write_card(folder: Path, earlier: Path) -> None:
         (folder / CARD).write_text(render_card(folder), encoding="utf-8", newline="\n")
 
 
-def _copy_adapter(adapter: Path, folder: Path, changes: dict[str, Any]) -> None:
+def _copy_adapter(stored: StoredAdapter, folder: Path, changes: dict[str, Any]) -> None:
     """Weights and configs: at the top, and those of further components (text encoders) in sub-folders."""
-    inner = [path.parent.name for path in adapter.glob(f"*/{CONFIG}") if not path.parent.name.startswith("checkpoint-")]
-    for place in (".", *inner):
-        target = folder / place
-        target.mkdir(exist_ok=True)
-        shutil.copyfile(adapter / place / WEIGHTS, target / WEIGHTS)
-        _write_json(target / CONFIG, read_json(adapter / place / CONFIG) | changes)
+    for source, *_ in stored.parts().values():
+        target = folder / source.relative_to(stored.folder)
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
+        _write_json(target / CONFIG, _read(source / CONFIG) | changes)
 
 
 def _name_base_of_loras(loras: Path, base: str) -> None:
     for path in loras.rglob(CONFIG):
-        config = read_json(path)
+        config = _read(path)
         # PEFT writes a set: in another order each time, so that every push would have something new.
         targets = sorted(config["target_modules"])
         _write_json(path, config | {"base_model_name_or_path": base, "target_modules": targets})
 
 
 def _public_arguments(arguments: Mapping[str, Any], base: str) -> dict[str, Any]:
-    shown = {k: Path(v).name if k in _PATHS and v and Path(v).is_absolute() else v for k, v in arguments.items()}
+    shown = {k: Path(v).name if k in _PATHS and v and is_folder(v) else v for k, v in arguments.items()}
     return shown | {"pretrained_model_name_or_path": base}
 
 
@@ -242,10 +245,15 @@ def _read_evaluation(folder: str | Path, concepts: Sequence[str]) -> dict[str, A
         raise FileNotFoundError(
             f"There is no {path}. Give the folder that `hf-causal-context evaluate --output_dir` wrote."
         )
-    report = read_json(path)
-    if report.get("concepts") != list(concepts):
+    report = _read(path)
+    if lacking := sorted(_OF_REPORTS - report.keys()):
         raise UserValueError(
-            f"{path} is about the concepts {report.get('concepts')}, and the adapter has {list(concepts)}. Evaluate "
+            f"{path} is no report of `hf-causal-context evaluate`: it has no {quoted(lacking)}. Give the folder that "
+            "--output_dir named there."
+        )
+    if report["concepts"] != list(concepts):
+        raise UserValueError(
+            f"{path} is about the concepts {report['concepts']}, and the adapter has {list(concepts)}. Evaluate "
             "this adapter."
         )
     return report
@@ -264,7 +272,28 @@ def _copy_evaluation(source: Path, report: dict[str, Any], target: Path) -> None
                 text = path.read_text(encoding="utf-8")
                 for folder, short in folders.items():
                     text = text.replace(folder, short)
+                    text = text.replace(json.dumps(folder)[1:-1], json.dumps(short)[1:-1])  # as it stands in JSON
                 (target / name).write_text(text, encoding="utf-8")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return what a file of JSON holds; nothing where it is not there.
+
+    Raises:
+        ValueError: for something else.
+    """
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise UserValueError(
+            f"{path} cannot be read as JSON ({error}). Remove it, or put back what was there."
+        ) from error
+    if not isinstance(found, dict):
+        raise UserValueError(
+            f"{path} holds {short_repr(found)}, where names and their values are expected. Remove it, or put back what "
+            "was there."
+        )
+    return found
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,12 @@ from hf_causal_context import load_context_adapter
 from hf_causal_context.adapter.effects import causal_effects
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.cli import main
+from hf_causal_context.errors import UserValueError
 from hf_causal_context.hub import load, push, save
 from hf_causal_context.hub.card import is_edited
 from hf_causal_context.hub.contents import CardContents
 from hf_causal_context.inference.adapted import StoredAdapter
+from hf_causal_context.training.arguments import TextArguments, TrainingArguments
 
 from ..test_pipelines import write_adapter
 from ..training.conftest import pipeline_folder  # noqa: F401 (a fixture)
@@ -195,6 +198,27 @@ def test_the_folder_is_whole_and_says_nothing_of_the_machine(adapter, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_no_setting_of_a_training_names_a_folder(adapter, tmp_path):
+    places = {
+        field.name
+        for kind in (TrainingArguments, TextArguments)
+        for field in fields(kind)
+        if field.name.endswith(("_dir", "_file", "_name_or_path"))
+    }
+    assert len(places) > 5
+    stored = json.loads((adapter / "training_arguments.json").read_text())
+    (adapter / "training_arguments.json").write_text(json.dumps(stored | dict.fromkeys(places, str(tmp_path / "mine"))))
+    folder = save(adapter, tmp_path / "strokes-hub", num_inference_steps=1)
+    assert str(tmp_path) not in (folder / "training_arguments.json").read_text()
+
+
+def test_only_the_adapters_own_parts_are_copied(adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "copy")
+    shutil.move(tmp_path / "copy", adapter / "strokes-of-march")
+    folder = save(adapter, tmp_path / "strokes-hub", num_inference_steps=1)
+    assert not (folder / "strokes-of-march").exists()
+
+
 def test_the_same_adapter_gives_the_same_bytes(adapter, tmp_path):
     one, two = (save(adapter, tmp_path / name / "s", num_inference_steps=1) for name in ("one", "two"))
     for path in one.glob("loras/*/adapter_config.json"):  # sets come in another order in each process
@@ -209,9 +233,10 @@ def test_an_evaluation_comes_along_without_its_paths(adapter, tmp_path):
     evaluation = tmp_path / "report"
     evaluation.mkdir()
     report = {"concepts": list(CONCEPTS), "notes": [], "contexts": [], "trained": None, "unseen": None}
-    report["settings"] = {"adapter": str(adapter), "data": str(tmp_path / "my data"), "seed": 0}
+    data = tmp_path / "Jürgen" / "my data"  # in JSON the letter is another one
+    report["settings"] = {"adapter": str(adapter), "data": str(data), "seed": 0}
     (evaluation / "report.json").write_text(json.dumps(report))
-    (evaluation / "report.md").write_text(f"# Report\n\nadapter {adapter}, data {tmp_path / 'my data'}")
+    (evaluation / "report.md").write_text(f"# Report\n\nadapter {adapter}, data {data}")
     Image.new("RGB", (8, 8)).save(evaluation / "report.png")
     folder = save(adapter, tmp_path / "out", num_inference_steps=1, evaluation=evaluation)
     assert (folder / "evaluation/report.md").read_text() == "# Report\n\nadapter strokes, data my data"
@@ -222,6 +247,31 @@ def test_an_evaluation_comes_along_without_its_paths(adapter, tmp_path):
         save(adapter, tmp_path / "out2", evaluation=evaluation)
     with pytest.raises(FileNotFoundError, match="There is no .*report.json. Give the folder that"):
         save(adapter, tmp_path / "out2", evaluation=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"concepts', "cannot be read as JSON .*Remove it"),
+        ("[1, 2]", r"holds \[1, 2\], where names and their values are expected"),
+        (
+            '{"concepts": ["thick", "slant"]}',
+            "is no report of `hf-causal-context evaluate`: it has no 'contexts', 'notes'",
+        ),
+    ],
+)
+def test_a_report_of_another_kind_is_told(adapter, tmp_path, text, message):
+    (tmp_path / "report.json").write_text(text)
+    with pytest.raises(UserValueError, match=message):
+        save(adapter, tmp_path / "out", evaluation=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["training_arguments.json", "training_data.json", "card.json"])
+def test_damaged_records_of_a_training_are_told_before_anything_is_made(adapter, tmp_path, name):
+    (adapter / name).write_text('{"half')
+    with pytest.raises(UserValueError, match=f"{name} cannot be read as JSON"):
+        save(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_edited_card_of_the_folder_is_kept(adapter, tmp_path, capsys):
