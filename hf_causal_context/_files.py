@@ -44,6 +44,12 @@ def file_name(label: str) -> str:
     return f"{name.encode()[: _LONGEST - 9].decode(errors='ignore')}-{number}"
 
 
+def sibling(folder: Path, ending: str) -> Path:
+    """Return the place beside a folder, however that is written, of the same name with an ending."""
+    named = folder if folder.name not in ("", "..") else folder.resolve()  # "." and ".." are no names
+    return named.with_name(named.name + ending)
+
+
 def in_one_spelling(name: str | Path) -> str:
     """Return a name with accents as part of their letters: macOS takes them apart, and what people type does not."""
     return unicodedata.normalize("NFC", str(name))

@@ -1,8 +1,10 @@
 """Files and folders appear whole, or not at all."""
 
+from pathlib import Path
+
 import pytest
 
-from hf_causal_context._files import complete_files, complete_or_absent
+from hf_causal_context._files import complete_files, complete_or_absent, sibling
 
 
 @pytest.fixture
@@ -55,3 +57,11 @@ def test_missing_folders_are_made(tmp_path):
     with complete_or_absent(tmp_path / "deep" / "er" / "a.txt") as path:
         path.write_text("new")
     assert contents(tmp_path) == {"deep/er/a.txt": "new"}
+
+
+@pytest.mark.parametrize(("given", "found"), [("a", "a-hub"), ("x/a/", "x/a-hub"), (".", "a-hub"), ("b/..", "a-hub")])
+def test_a_place_beside_a_folder_is_never_in_it(given, found, tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a")
+    expected = Path(found) if given[0] in "ax" else tmp_path / found
+    assert sibling(Path(given), "-hub") == expected

@@ -1,6 +1,7 @@
 """The commands `info` and `merge`."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -143,6 +144,26 @@ def test_a_calibrated_strength_is_that_which_is_meant(images, tmp_path, capsys):
     for strength, same in ((0.25, True), (0.5, False)):
         with torch.no_grad(), intervene(images, {"thick": strength}):
             assert torch.allclose(unet(noise, 10).sample, images(noise, 10).sample, atol=1e-4) == same
+
+
+def test_options_that_would_do_nothing_are_told(texts, tmp_path, capsys):
+    adapter, base = str(tmp_path / "adapter"), str(tmp_path / "base")
+    out = ["--output_dir", str(tmp_path / "out"), "--variant", "fp16"]
+    of_texts = "is an adapter of a language model, so --variant would have no effect. Leave it out."
+    without = "so --revision, --variant would have no effect"
+    for command, message in (
+        (["info", adapter, "--revision", "old", "--variant", "fp16"], f"No base is given .*{without}"),
+        (["info", adapter, "--variant", "fp16", "--pretrained_model_name_or_path", base], of_texts),
+        (["merge", adapter, "--context", "thick", *out], of_texts),
+        (["export", adapter, "--contexts", "thick", "--format", "peft", *out], of_texts),
+        (
+            ["push", adapter, "--private", "--branch", "v2"],
+            r"No repository is given \(--repo_id\), so --private, --branch",
+        ),
+    ):
+        assert main(command) == 1
+        assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_concept_is_told_before_the_base_is_loaded(images, tmp_path, capsys, monkeypatch):

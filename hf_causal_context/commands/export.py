@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data.arguments import argument
+from ..data.arguments import argument, refuse_useless
 from ..errors import UserValueError
 from .adapter_arguments import CALIBRATED, RevisionArguments
 
@@ -45,6 +45,7 @@ def run(arguments: Arguments) -> None:
 
     stored = arguments.open()
     if stored.is_of_language_model:
+        refuse_useless(arguments, ["variant"], f"{arguments.adapter} is an adapter of a language model")
         file_format = check_text_format(arguments.format)
         files = lora_paths(stored.config, arguments.contexts, arguments.output_dir, file_format, arguments.calibrated)
         model, _ = stored.language_model(list(files.values()), **arguments.weights)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
-from .._files import checkpoint_steps
+from .._files import checkpoint_steps, sibling
 from ..data.arguments import AnyDataArguments
 from ..hub.contents import CardContents
 from ..messages.progress import say
@@ -40,7 +40,7 @@ def say_how_to_judge(arguments: AdapterArguments, folder: Path) -> None:
     }
     given |= {"prompt": prompt} if (prompt := getattr(arguments, "instance_prompt", "")) else {}
     words = ["evaluate", str(folder)]
-    for name, value in {**given, "output_dir": f"{folder}-report"}.items():
+    for name, value in {**given, "output_dir": sibling(folder, "-report")}.items():
         values = value if isinstance(value, list) else [] if value is True else [value]
         words += [f"--{name}", *map(str, values)]
     say(f"Does it compose? hf-causal-context {shlex.join(words)}")

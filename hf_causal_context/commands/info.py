@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .._files import CARD_CONTENTS, DATA_RECORD
-from ..data.arguments import argument
+from ..data.arguments import argument, refuse_useless
 from .adapter_arguments import ADAPTER
 
 if TYPE_CHECKING:
@@ -56,6 +56,10 @@ def describe(arguments: Arguments) -> dict[str, Any]:
         revision=arguments.revision,
         adapter_revision=arguments.adapter_revision,
     )
+    if arguments.pretrained_model_name_or_path is None:
+        refuse_useless(arguments, ["revision", "variant"], "No base is given (--pretrained_model_name_or_path)")
+    if stored.is_of_language_model:
+        refuse_useless(arguments, ["variant"], f"{arguments.adapter} is an adapter of a language model")
     config = stored.config
     parts = stored.parts()
     tensors = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..data.arguments import argument
+from ..data.arguments import argument, refuse_useless
 from .adapter_arguments import CALIBRATED, RevisionArguments, parse_contexts
 
 
@@ -27,6 +27,8 @@ def run(arguments: Arguments) -> None:
     from ..inference.merging import write_merged
 
     stored = arguments.open()
+    if stored.is_of_language_model:
+        refuse_useless(arguments, ["variant"], f"{arguments.adapter} is an adapter of a language model")
     contexts = parse_contexts([arguments.context], arguments.observational_name)
     [context] = stored.meant(contexts, arguments.calibrated)
     write_merged(stored, context, arguments.output_dir, variant=arguments.variant, **arguments.weights)

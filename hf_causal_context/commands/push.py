@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..data.arguments import argument
+from .._files import sibling
+from ..data.arguments import argument, refuse_useless
 from ..errors import UserValueError
 from ..messages.progress import say
 from .adapter_arguments import AdapterSource
@@ -15,6 +16,7 @@ from .adapter_arguments import AdapterSource
 class Arguments(AdapterSource):
     """Settings of the command."""
 
+    adapter: str = field(metadata={"help": "Folder of the adapter; may stand first, without --adapter."})
     variant: str | None = argument(None, "Of the base's files, such as fp16.")
     repo_id: str | None = argument(None, "user/name; without it the folder is only made, to look at.")
     private: bool = argument(False, "A repository that is made now is private.")
@@ -49,6 +51,8 @@ def run(arguments: Arguments) -> None:
     from ..hub.contents import CardContents
     from ..hub.repository import base_of_nobody_else, check_pushable
 
+    if arguments.repo_id is None:
+        refuse_useless(arguments, ["private", "branch"], "No repository is given (--repo_id)")
     settings = vars(arguments).copy()
     repo_id, private, branch = (settings.pop(name) for name in ("repo_id", "private", "branch"))
     adapter, output_dir = settings.pop("adapter"), settings.pop("output_dir")
@@ -58,7 +62,7 @@ def run(arguments: Arguments) -> None:
         raise UserValueError("--descriptions has a concept twice. Say what it means in one of them.")
     if repo_id is not None and Path(adapter).is_dir():  # before the samples are made
         check_pushable(repo_id, arguments.open().base[0], license=arguments.license)
-    target = Path(output_dir or f"{adapter.rstrip('/')}-hub")
+    target = output_dir or sibling(Path(adapter), "-hub")
     there = target.exists()
     folder = save(adapter, target, **settings)
     if there:
