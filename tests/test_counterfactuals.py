@@ -290,6 +290,7 @@ def test_half_precision_autoencoders_decode_in_single():
         ({"to_context": "dark"}, ValueError, "Unknown concept 'dark'"),
         ({"from_context": "dark"}, ValueError, "Unknown concept 'dark'"),
         ({"strengths": []}, ValueError, r"strengths=\[\] must be one or more finite numbers"),
+        ({"strengths": 0.5}, ValueError, "strengths=0.5 must be one or more finite numbers, such as"),
         ({"strengths": [float("nan")]}, ValueError, "must be one or more finite numbers"),
         ({"num_inference_steps": 0}, ValueError, "num_inference_steps=0 must be at least 1"),
         ({"num_inference_steps": 1001}, ValueError, "=1001, but the base was trained with 1000 levels of noise"),

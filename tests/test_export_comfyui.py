@@ -5,6 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 from hf_causal_context._files import WEIGHTS
+from hf_causal_context.adapter.baking import bake
+from hf_causal_context.inference.comfyui import lumina_state
 from hf_causal_context.inference.export import export_contexts
 
 from .test_export_formats import ATTENTION, CONTEXT, adapted
@@ -50,6 +52,13 @@ def test_comfyuis_lumina_2_has_query_key_and_value_in_one_layer(attention, tmp_p
                 assert torch.equal(found[f"{block}.{theirs}"], expected[f"{block}.{ours}"])
                 count += 1
     assert count == len(expected)
+
+
+def test_a_file_for_a_part_of_attention_is_of_one_dtype_and_made_where_the_weights_are():
+    denoiser = adapted("lumina2", target_modules=["to_q", "to_v"]).denoiser
+    weights = {key.removeprefix("base_model.model."): weight for key, weight in bake(denoiser, CONTEXT)[1].items()}
+    state = lumina_state(denoiser, {key: weight.to("meta", torch.bfloat16) for key, weight in weights.items()})
+    assert {(weight.device.type, weight.dtype) for weight in state.values()} == {("meta", torch.bfloat16)}
 
 
 def test_what_comfyui_does_not_read(tmp_path):

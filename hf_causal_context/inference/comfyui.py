@@ -74,7 +74,8 @@ def lumina_state(denoiser: nn.Module, weights: Mapping[str, Tensor]) -> dict[str
             )
     for block, parts in attentions.items():
         rows = [_rows(denoiser, f"{block}.attn.{part}") for part in _QKV]
-        ups = [parts[part][1] if part in parts else torch.zeros(n, 0) for part, n in zip(_QKV, rows, strict=True)]
+        some_up = next(iter(parts.values()))[1]  # of the same device and dtype
+        ups = [parts[part][1] if part in parts else some_up.new_zeros(n, 0) for part, n in zip(_QKV, rows, strict=True)]
         downs = [parts[part][0] for part in _QKV if part in parts]
         state |= _named(f"{block}.attention.qkv", torch.cat(downs), torch.block_diag(*ups))
     return state

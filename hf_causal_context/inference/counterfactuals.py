@@ -137,8 +137,8 @@ def counterfactuals(
     base.require_images("counterfactual")
     _check_no_cache(base)
     check_conditions(base, prompt, class_label, None, None)
-    if len(strengths) == 0 or not np.isfinite(strengths).all():
-        raise UserValueError(f"strengths={list(strengths)} must be one or more finite numbers, such as [0.5, 1.0].")
+    if np.ndim(strengths) != 1 or len(strengths) == 0 or not np.isfinite(strengths).all():
+        raise UserValueError(f"strengths={strengths!r} must be one or more finite numbers, such as [0.5, 1.0].")
     source = as_context(from_context)
     ways = [[_between(source, as_context(each), s) for s in strengths] for each in to_contexts]
     for contexts in ([source], *ways):

@@ -5,6 +5,7 @@ Shapes: S seeds, C channels, H x W pixels.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -56,7 +57,7 @@ def generate(
         sampling: as of `generate_jobs`.
 
     Raises:
-        TypeError: for a single context in place of a sequence of them, or something that is no context.
+        TypeError: for a single context or seed in place of a sequence of them, or something that is no context.
         ValueError: for no contexts or seeds, conditions that the base does not take or lacks, unknown concepts, or
             targets without an adapter.
     """
@@ -64,6 +65,8 @@ def generate(
         raise UserTypeError(
             f"contexts={contexts!r} is a single context. Pass a list of contexts, such as [(), 'thick']."
         )
+    if isinstance(seeds, int):
+        raise UserTypeError(f"seeds={seeds} is a single seed. Pass a list of seeds, such as [0, 1, 2].")
     batch_size = sampling.get("batch_size", BATCH_SIZE)
     if not contexts or not seeds or batch_size < 1:
         raise UserValueError(
@@ -111,8 +114,9 @@ def generate_jobs(
     check_conditions(base, prompt, class_label, guidance_scale, resolution)
     base.check_steps(num_inference_steps)
     base.check_frames(num_frames)
-    for name, number in (("num_inference_steps", num_inference_steps), ("batch_size", batch_size)):
-        if number < 1:
+    numbers = {"num_inference_steps": num_inference_steps, "batch_size": batch_size, "resolution": resolution}
+    for name, number in numbers.items():
+        if number is not None and number < 1:
             raise UserValueError(f"{name}={number} must be at least 1.")
     adapted = bool(conditionings(base.pipe))
     options = dict(base.sampling_options)
@@ -187,6 +191,8 @@ def check_conditions(
         )
     if guidance_scale is not None and not base.takes_guidance:
         raise UserValueError(f"guidance_scale={guidance_scale} was given, but {name} has no guidance. Leave it out.")
+    if guidance_scale is not None and not math.isfinite(guidance_scale):
+        raise UserValueError(f"guidance_scale={guidance_scale} must be a finite number, such as 7.5.")
     if base.fixed_size and resolution not in (None, base.default_resolution):
         raise UserValueError(
             f"resolution={resolution} was given, but {name} generates {base.default_resolution} pixels only. Leave it "

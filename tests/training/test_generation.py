@@ -1,5 +1,7 @@
 """Images in several contexts, and grids of them."""
 
+import math
+
 import numpy
 import pytest
 import torch
@@ -148,6 +150,8 @@ def test_a_base_without_an_adapter_knows_the_observational_context_only(pipeline
         ("ddpm", {"prompt": "a cat"}, "prompt='a cat' was given, but DDPMPipeline takes no captions"),
         ("ddpm", {"class_label": 1}, "class_label=1 was given, but this base has no classes"),
         ("ddpm", {"guidance_scale": 2.0}, "guidance_scale=2.0 was given, but DDPMPipeline has no guidance"),
+        ("flux", {"guidance_scale": math.nan}, "guidance_scale=nan must be a finite number"),
+        ("flux", {"resolution": 0}, "resolution=0 must be at least 1"),
         ("ddpm", {"resolution": 32}, "resolution=32 was given, but DDPMPipeline generates 16 pixels only"),
         ("flux", {"resolution": 18}, "resolution=18 was given, but FluxPipeline needs a multiple of 4"),
         ("ddpm_classes", {"class_label": None}, "class_label=None, but this base is conditioned on classes 0 to 4"),
@@ -172,6 +176,8 @@ def test_one_context_is_no_sequence_and_names_are_checked(adapted):
     base = adapted("ddpm")
     with pytest.raises(TypeError, match="contexts='thick' is a single context. Pass a list of contexts"):
         generate(base, "thick", **options(base))
+    with pytest.raises(TypeError, match="seeds=3 is a single seed. Pass a list of seeds"):
+        generate(base, ["thick"], **options(base, seeds=3))
     with pytest.raises(ValueError, match="Unknown concept 'large'"):
         generate(base, [("thick", "large")], **options(base))
 
