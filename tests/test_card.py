@@ -12,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id  # noqa: F401 (the client is 
 
 from hf_causal_context.bases.gap import BaseGap
 from hf_causal_context.bases.names import is_packaged, portable_base_name, resolve_base_name, unpacked
+from hf_causal_context.errors import UserValueError
 from hf_causal_context.hub.card import is_edited, render_card, write_card
 from hf_causal_context.hub.card_tables import markdown_text
 from hf_causal_context.hub.contents import CardContents
@@ -325,11 +326,12 @@ def test_markdown_text(text, expected):
     assert markdown_text(text) == expected
 
 
-def test_card_json_of_another_version_says_so(folder):
+def test_card_json_of_another_version_or_half_of_one_says_so(folder):
     stored = json.loads((folder / "card.json").read_text())
-    (folder / "card.json").write_text(json.dumps(stored | {"holograms": []}))
-    with pytest.raises(ValueError, match="is not what this version writes.*Make the folder again"):
-        render_card(folder)
+    for text in (json.dumps(stored | {"holograms": []}), '{"name": "dig'):
+        (folder / "card.json").write_text(text)
+        with pytest.raises(UserValueError, match="is not what this version writes.*Make the folder again"):
+            render_card(folder)
 
 
 def test_names_of_bases(tmp_path, monkeypatch):

@@ -525,6 +525,13 @@ class TestRefusals:
         with pytest.raises(ValueError, match="needs a UNet2DConditionModel, which DiTPipeline does not have"):
             load_context_adapter(build("dit"), folder)
 
+    def test_two_adapters_of_one_component_in_a_folder(self, pipe, folder):
+        write_adapter(pipe.unet, folder / "unet" / "default")  # as a saved pipeline has it
+        with pytest.raises(
+            AdapterError, match="two adapters of pipe.unet: one at the top, and one in unet/default. Rem"
+        ):
+            load_context_adapter(pipe, folder)
+
     def test_another_base_of_the_same_class(self, folder):
         other = build("stable_diffusion_xl")
         with pytest.raises(

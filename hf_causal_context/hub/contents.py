@@ -79,12 +79,11 @@ class CardContents:
 
         Raises:
             FileNotFoundError: without one.
-            ValueError: for one that another version wrote.
+            ValueError: for one that is damaged, or that another version wrote.
         """
-        stored = json.loads((folder / CARD_CONTENTS).read_text(encoding="utf-8"))
         try:
-            return cls(**stored)
-        except TypeError as error:
+            return cls(**json.loads((folder / CARD_CONTENTS).read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
             raise UserValueError(
                 f"{folder / CARD_CONTENTS} is not what this version writes ({error}). Make the folder again with "
                 "`hf-causal-context push`."

@@ -128,6 +128,11 @@ def attach(pipe: Pipeline, folder: Path, source: str, adapter_name: str = "defau
         part = source if name is None else f"{source} ({path.relative_to(folder)})"
         config = CausalContextConfig.read(path, part)
         component = name or _component_for(pipe, modules, config, part)
+        if component in chosen:
+            raise AdapterError(
+                f"{source} has two adapters of pipe.{component}: one at the top, and one in "
+                f"{path.relative_to(folder)}. Remove the one that is not meant, or move it to a folder of its own."
+            )
         if not hotswap:
             _check_name(modules[component], component, adapter_name)
             _check_order(modules[component], component, config, part)
