@@ -235,7 +235,9 @@ def _name_base_of_loras(loras: Path, base: str) -> None:
 
 
 def _public_arguments(arguments: Mapping[str, Any], base: str) -> dict[str, Any]:
-    shown = {k: Path(v).name if k in _PATHS and v and is_folder(v) else v for k, v in arguments.items()}
+    # A relative one could be taken for an id, as which cards would link a dataset.
+    folders = {k for k in _PATHS if (v := arguments.get(k)) and (is_folder(v) or Path(v).exists())}
+    shown = {k: Path(v).name if k in folders else v for k, v in arguments.items()}
     return shown | {"pretrained_model_name_or_path": base}
 
 

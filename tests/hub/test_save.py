@@ -212,6 +212,15 @@ def test_no_setting_of_a_training_names_a_folder(adapter, tmp_path):
     assert str(tmp_path) not in (folder / "training_arguments.json").read_text()
 
 
+def test_a_folder_that_is_called_like_a_dataset_of_the_hub_is_none(adapter, tmp_path):
+    Path("data/mine").mkdir(parents=True)
+    stored = json.loads((adapter / "training_arguments.json").read_text())
+    for name, expected in (("data/mine", None), ("user/faces", "user/faces")):
+        (adapter / "training_arguments.json").write_text(json.dumps(stored | {"dataset_name": name}))
+        folder = save(adapter, tmp_path / "strokes-hub", num_inference_steps=1)
+        assert ModelCard((folder / "README.md").read_text()).data.datasets == expected
+
+
 def test_only_the_adapters_own_parts_are_copied(adapter, tmp_path):
     shutil.copytree(adapter, tmp_path / "copy")
     shutil.move(tmp_path / "copy", adapter / "strokes-of-march")
