@@ -104,15 +104,19 @@ class Batches:
 
     async def _run(self) -> None:
         batch, self.waiting = self.waiting[:MOST_ROWS], self.waiting[MOST_ROWS:]
+        if not batch:  # those who wait are in one that is running, whose own request was cancelled
+            return
         prompts, contexts, answers = zip(*batch, strict=True)
         try:
             texts = await asyncio.to_thread(self.writer.batch, prompts, list(contexts))
         except Exception as error:
             for answer in answers:
-                answer.set_exception(error)
+                if not answer.done():  # a request that waited for it was cancelled
+                    answer.set_exception(error)
         else:
             for answer, text in zip(answers, texts, strict=True):
-                answer.set_result(text)
+                if not answer.done():
+                    answer.set_result(text)
 
 
 def make_app(writer: Writer) -> FastAPI:

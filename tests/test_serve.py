@@ -1,12 +1,14 @@
 """The web server of the examples: many requests at once, each in its own context."""
 
 import asyncio
+import threading
+from types import SimpleNamespace
 
 import httpx
 import pytest
 import torch
 
-from examples.serve import Writer, make_app
+from examples.serve import Batches, Writer, make_app
 
 from .adapter.test_generation import build, tokenizer  # noqa: F401 (a fixture)
 
@@ -98,6 +100,31 @@ def test_an_error_of_a_batch_reaches_all_who_wait_and_the_next_one_runs(model, t
         ask(app, [("/write", request) for request in REQUESTS[:3]])
     monkeypatch.setattr(writer, "batch", batch)
     assert ask(app, [("/write", REQUESTS[0])])[0].json()["text"] == expected[0]
+
+
+def test_requests_that_are_cancelled_take_nothing_from_others():
+    started, go = threading.Event(), threading.Event()
+
+    def batch(prompts, contexts):
+        started.set()
+        assert go.wait(60)
+        return [str(prompt) for prompt in prompts]
+
+    async def send():
+        batches = Batches(SimpleNamespace(batch=batch))
+        tasks = [asyncio.create_task(batches.answer([number], "")) for number in range(4)]
+        await asyncio.to_thread(started.wait)
+        tasks[0].cancel()  # the batch is its own, and runs on
+        await asyncio.sleep(0.1)
+        tasks[1].cancel()  # waits for its answer
+        await asyncio.sleep(0.1)
+        go.set()
+        return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
+
+    first, second, *others = asyncio.run(send())
+    assert isinstance(first, asyncio.CancelledError)
+    assert isinstance(second, asyncio.CancelledError)
+    assert others == ["[2]", "[3]"]
 
 
 def test_encoder_decoders_are_refused(tokenizer):  # noqa: F811
