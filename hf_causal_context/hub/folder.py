@@ -121,7 +121,7 @@ def save(
     public = portable_base_name(base_name)
     default_prompt, chat = str(arguments.get("validation_prompt", "")), chat or data.get("chat", False)
     with complete_or_absent(output_dir) as folder:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)  # of "." the place is there already
         weights: dict[str, Any] = {"dtype": dtype, "quantization": quantization, "gguf_file": gguf_file}
         if language:
             model, tokenizer = stored.language_model(**weights)

@@ -326,6 +326,12 @@ def test_options_that_do_not_fit(adapter, tmp_path, options, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_current_folder(adapter):
+    folder = save(adapter, ".", num_inference_steps=1)
+    assert CardContents.load(folder).samples.keys() == set(SHOWN)
+    assert not [path for path in Path().iterdir() if path.name.startswith(".")]
+
+
 def test_folders_that_cannot_be_written_to(adapter, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
