@@ -25,8 +25,8 @@ def leakage(
 ) -> Leakage:
     """Mean effects of every single concept on readings (N, J), in samples and in real rows."""
     ours, truth = _effects(concepts, samples), _effects(concepts, real)
-    # An effect the other way is none of the data's, so all of it is too much.
-    excess = torch.where(ours * truth < 0, ours.abs(), ours.abs() - truth.abs())
+    # An effect the other way is none of the data's, so all of it is too much. One that no row shows is not known.
+    excess = torch.where(ours * truth < 0, ours.abs(), ours.abs() - truth.abs()).nan_to_num(nan=-torch.inf)
     for i, cause in enumerate(concepts):
         for j, effect in enumerate(effects):
             if cause == effect:

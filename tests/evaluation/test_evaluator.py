@@ -151,6 +151,21 @@ def test_attributes_are_read_beside_real_ones_and_may_be_missing():
     assert np.array(leak.samples)[0] == pytest.approx([4, 4], abs=0.5)
 
 
+def test_the_largest_leak_is_one_of_those_that_could_be_read():
+    def read(rows):
+        attributes = rows[:, :2].clone()
+        attributes[rows[:, 3] > 50, 0] = torch.nan
+        return attributes
+
+    samples = {**right_samples(), A: groups(PAIR)}  # a leaks into b
+    for rows in samples[A]:
+        rows[:, 3] = 100
+    leak = report(samples, attributes=read, attribute_names=("ink", "b")).attribute_leakage
+    assert np.isnan(leak.samples[0][0])
+    assert (leak.worst_cause, leak.worst_effect) == ("a", "b")
+    assert leak.worst_excess == pytest.approx(4, abs=0.5)
+
+
 @pytest.mark.slow
 def test_intervals_over_seed_groups():
     found = result_of(report(right_samples(seeds=(1, 2, 3))), PAIR)
