@@ -18,6 +18,7 @@ from ..contexts import ConceptSet, Context, ContextLike, as_context
 from ..data import InterventionalData
 from ..data.text_rows import prompt_of
 from ..errors import UserValueError
+from ..inference.sampling import eval_mode
 from .asked import adapter_concepts, contexts_to_sample
 from .evidence import EvaluationInputs, check_real_rows
 from .judges import Judge, Judged
@@ -110,8 +111,9 @@ def evaluate_texts(
         model.device,
         decoder_inputs=base.prepare_decoder_input_ids_from_labels if encoder_decoder else None,
     )
-    scores = perplexities(model, real, collate, concepts, batch_size)
-    sampled = sample_all_texts(sampler, concepts, asked, num_samples, num_seeds)
+    with eval_mode(model):  # one that was just trained would drop features
+        scores = perplexities(model, real, collate, concepts, batch_size)
+        sampled = sample_all_texts(sampler, concepts, asked, num_samples, num_seeds)
     shown = {context: shortened(own.texts, tokenize, length) for context, own in real.items()}
     report = measure(_evidence(concepts, shown, sampled, trained, scores, judge), seed)
     settings = {

@@ -206,6 +206,14 @@ def test_it_is_deterministic_and_leaves_the_random_state_alone(quick):
     assert (again.to_dict(), again.texts) == (first.to_dict(), first.texts)
 
 
+def test_a_model_that_was_just_trained_is_measured_without_dropout(quick):
+    model, data = adapted(dropout=0.5), data_of()
+    expected = evaluate_texts(model, word_tokenizer(), data, **FAST)
+    found = evaluate_texts(model.train(), word_tokenizer(), data, **FAST)
+    assert (found.to_dict(), found.texts) == (expected.to_dict(), expected.texts)
+    assert model.training
+
+
 def test_an_adapter_that_writes_what_was_asked_for_works(judge, tmp_path):
     report = judge()
     assert report.verdict.works
