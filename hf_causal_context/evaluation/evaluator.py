@@ -149,6 +149,13 @@ def evaluate(
     asked, notes = contexts_to_sample(concepts, wanted, real, trained)
     if data.has_captions:
         notes.append(f"Real images have captions, all samples the prompt {prompt or ''!r}: distances hold that too.")
+    elif base.takes_captions and prompt is None:
+        notes.append("No prompt was given: all samples are of the empty one, whatever the adapter was trained with.")
+    if data.has_masks:
+        notes.append(
+            "The data has masks, and what they leave out is not learned: distances, classifiers and leakage compare "
+            "whole images, so they hold that too."
+        )
     if base.takes_classes:
         notes.append(f"All samples are of class {class_label}, real images of any: distances hold that too.")
     sampled = sample_all(

@@ -192,6 +192,15 @@ def test_without_held_out_rows_pairs_are_judged_by_the_classifiers(adapter, tmp_
     assert "Of 1 unseen pairs the first 0 were sampled; --contexts names others." in report.notes
 
 
+def test_what_samples_and_real_images_differ_in_besides_is_noted(adapter, images, base_folder):
+    (images / "obs" / "0.mask.png").write_bytes((images / "obs" / "0.png").read_bytes())
+    base = adapted(base_folder, adapter)
+    base.takes_captions = True
+    notes = " ".join(evaluate(base, load_folders(images), **FAST).notes)
+    assert "No prompt was given: all samples are of the empty one" in notes
+    assert "The data has masks, and what they leave out is not learned" in notes
+
+
 def test_contexts_choose_the_combinations(adapter, images, tmp_path):
     assert main(command(adapter, images, tmp_path / "out", "--contexts", "obs", "thick=0.5,slant")) == 0
     values = json.loads((tmp_path / "out" / "report.json").read_text())
