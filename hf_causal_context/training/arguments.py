@@ -183,6 +183,8 @@ class TrainingArguments(AdapterArguments, DataArguments, ImageReadingArguments):
                 "--shard_base cuts the denoiser only, and was not made to work with --train_text_encoder. Leave one of "
                 "them out."
             )
+        if self.snr_gamma is not None and not self.snr_gamma > 0:
+            raise UserValueError(f"--snr_gamma={self.snr_gamma} must be positive: with 0, every loss is 0. 5 is usual.")
         if not 0 <= self.caption_dropout < 1:
             raise UserValueError(
                 f"--caption_dropout={self.caption_dropout} must be at least 0 and below 1: the share of captions that "
@@ -220,7 +222,6 @@ class TrainingArguments(AdapterArguments, DataArguments, ImageReadingArguments):
             "num_frames": 1,
             "dataloader_num_workers": 0,
             "text_encoder_rank": 1,
-            "snr_gamma": 0,
             "num_validation_images": 0,
             "num_inference_steps": 1,
             **super()._minima(),

@@ -69,6 +69,7 @@ def test_images(settings, needed):
     [
         ({"prior_loss_weight": 5.0}, "--class_data_dir was not given, so --prior_loss_weight would have no effect"),
         ({"streaming": True, "dataloader_num_workers": 2}, "read in one process, so --dataloader_num_workers would"),
+        ({"snr_gamma": 0.0}, "--snr_gamma=0.0 must be positive: with 0, every loss is 0"),
     ],
 )
 def test_what_has_no_effect_on_images(changes, message):
