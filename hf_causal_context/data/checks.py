@@ -8,25 +8,24 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
-import fsspec
 import PIL.Image
 from datasets import Image, IterableDataset
 
 from ..contexts import Context
 from ..errors import UserError, UserValueError
 from ..media.pixels import plain, remarks, upright_size
-from ..media.videos import frame_files, frames
+from ..media.videos import frames
 from ..messages.progress import ProgressBar
 from ..messages.wording import quoted
 from .columns import BATCH_ROWS, Rows, known_features
 from .interventional import InterventionalData
 from .look_alikes import LookAlikes, Place, examples, same
-from .masks import plain_mask
+from .masks import check_mask
 from .pairs import Partners
 from .sizes import Sizes
+from .stored import stored_bytes
 from .text_rows import columns_of, is_answered, row_problem
 
 TINY = 50
@@ -169,10 +168,10 @@ class _Seen:
         self.sizes = Sizes()
         self.trained = hashlib.blake2b(digest_size=16)
 
-    def add(self, content: bytes, place: Place, image: PIL.Image.Image | None, beside: str = "") -> None:
+    def add(self, content: bytes, place: Place, image: PIL.Image.Image | None, beside: Sequence[str]) -> None:
         digest = hashlib.blake2b(content, digest_size=16).digest()
         if place[0] == TRAIN:
-            self.trained.update(digest + repr((place[1], beside)).encode())
+            self.trained.update(digest + repr((place[1], *beside)).encode())
         first = self.first.setdefault(digest, place)
         if first[:2] != place[:2]:
             self.pairs.append((first, place))
@@ -210,7 +209,7 @@ def _read(
                 if not is_answered(columns):
                     seen.unanswered.append(name)
             else:
-                content = _content(value)
+                content = stored_bytes(value)
             if columns.get("caption", "") is None:
                 raise UserValueError("its caption is missing; write '' for an empty one")
             if data.has_videos and num_decoded and not sum(1 for _ in islice(frames(value), num_decoded)):
@@ -219,9 +218,13 @@ def _read(
                 image = opener.decode_example({"bytes": content, "path": None})
                 for remark in remarks(image):
                     seen.remarks[remark].append(name)
-                if (mask := columns.get("mask")) is not None:
-                    plain_mask(opener.decode_example({"bytes": _content(mask), "path": None}), image)
-            seen.add(content, (role, context, whole), image, columns.get("caption", ""))
+            beside = [columns.get("caption", ""), *([columns["pair"]] if data.has_pairs else [])]
+            if columns.get("mask") is not None:
+                mask = stored_bytes(columns["mask"])
+                beside.append(hashlib.blake2b(mask, digest_size=16).hexdigest())
+                if image is not None:
+                    check_mask(mask, image)
+            seen.add(content, (role, context, whole), image, beside)
             if data.has_pairs:
                 size = None if image is None else plain(image).size
                 seen.partners.add(columns["pair"], (role, context, whole), size)
@@ -270,19 +273,6 @@ def _text(row: Mapping[str, Any]) -> bytes:
     if problem := row_problem(row):
         raise UserValueError(problem)
     return json.dumps(row).encode()
-
-
-def _content(value: Any) -> bytes:
-    if isinstance(value, dict) and "bytes" in value:
-        if value["bytes"] is not None:
-            return value["bytes"]
-        if Path(value["path"]).is_dir():  # of frames
-            return b"".join(path.read_bytes() for path in frame_files(Path(value["path"])))
-        with fsspec.open(value["path"], "rb") as file:
-            return file.read()  # type: ignore[union-attr]
-    if value is None:
-        raise UserValueError("no value")
-    return value if isinstance(value, bytes) else repr(value).encode()
 
 
 def _structure_errors(data: InterventionalData, train: Counter[str], noun: str) -> Iterator[str]:

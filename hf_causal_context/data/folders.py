@@ -194,13 +194,22 @@ def visible_files(folder: Path, suffixes: Collection[str] | None = None) -> Iter
 
     Raises:
         OSError: for a folder that cannot be read, whose files would be missing.
+        ValueError: for a name that is no text, which tables do not hold.
     """
     for place, folders, names in os.walk(folder, onerror=_stop):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(place, name) for name in [*folders, *names] if not name.startswith(".")):
             fits = suffixes is None or path.suffix.lower() in suffixes
             if fits and (path.is_file() or path.is_symlink()):
-                yield path
+                yield _named_as_text(path)
+
+
+def _named_as_text(path: Path) -> Path:
+    try:
+        path.name.encode()
+    except UnicodeEncodeError:
+        raise UserValueError(f"The name of the file {str(path)!a} is not UTF-8. Rename it.") from None
+    return path
 
 
 def _stop(error: OSError) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -52,3 +53,13 @@ def plain_mask(mask: Image.Image, image: Image.Image) -> Image.Image:
     if gray.getextrema() == (0, 0):
         raise UserValueError("its mask is black everywhere, so that nothing would be learned. Remove the image.")
     return gray
+
+
+def check_mask(content: bytes, image: Image.Image) -> None:
+    """Refuse a mask, as it is stored, that cannot be read or does not fit its image (ValueError)."""
+    try:
+        mask = Image.open(io.BytesIO(content))
+        mask.load()
+    except Exception as error:  # decoders raise whatever they like
+        raise UserValueError(f"its mask cannot be read: {type(error).__name__}") from error
+    plain_mask(mask, image)

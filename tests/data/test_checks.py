@@ -1,3 +1,4 @@
+import os
 import shutil
 from dataclasses import replace
 
@@ -238,3 +239,16 @@ def test_a_concept_that_is_misspelled_is_told_beside_what_the_data_says(root):
     shutil.rmtree(root / "a+b")
     with pytest.raises(ValueError, match=r"'glasses', and concepts= does not: one of the two is misspelled\.$"):
         load_folders(root, concepts=("glases", "b"))
+
+
+def test_a_name_that_looks_like_an_address_is_that_of_a_file(root):
+    (root / "a" / "000.png").rename(root / "a" / "12::30.png")
+    assert check_data(load_folders(root)).errors == ()
+
+
+@pytest.mark.parametrize("suffix", [b".png", b".txt"])
+def test_a_name_that_is_no_text_is_refused(root, suffix):
+    (root / "b" / os.fsdecode(b"caf\xe9" + suffix)).write_bytes(b"x")
+    load = load_folders if suffix == b".png" else load_text_folders
+    with pytest.raises(ValueError, match=r"The name of the file '.*b/caf\\udce9.*' is not UTF-8. Rename it."):
+        load(root)

@@ -105,7 +105,17 @@ def test_a_transparent_mask_is_named(root):
 def test_an_unreadable_mask_is_named(root):
     (root / "hat" / "000.mask.png").write_bytes(b"no image")
     (error,) = check_data(load_folders(root)).errors
-    assert "hat/000.png" in error
+    assert "hat/000.png (its mask cannot be read: UnidentifiedImageError)" in error
+
+
+def test_the_digest_of_data_is_that_of_its_masks_and_pairs_too(root):
+    mask = root / "hat" / "000.mask.png"
+    plain, paired = (check_data(load_folders(root, paired_files=value)).digest for value in (False, True))
+    digests = {plain, paired}
+    for left in (255, 254):
+        write_mask(mask, left=left)
+        digests.add(check_data(load_folders(root)).digest)
+    assert len(digests) == 4
 
 
 def test_a_photo_that_was_turned_and_its_upright_mask_fit(root):
