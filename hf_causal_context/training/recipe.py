@@ -35,6 +35,7 @@ from .data_record import record_data, tell_changed_data
 from .dry_run import dry_run, num_taken
 from .gap_report import record_gap, report_gap
 from .grids import validation_contexts
+from .leftovers import set_aside
 from .loop.checkpoints import check_start, earlier_run
 from .loop.corruption import begun_steps
 from .loop.hooks import StepHooks
@@ -283,6 +284,8 @@ class FineTuning(ABC, Generic[AnyArguments]):
         earlier = earlier_run(arguments)
 
         def begin(first: int) -> dict[str, float]:
+            if first < self.num_steps:
+                set_aside(output_dir, earlier)
             losses.begin(first)
             tell_changed_data(self.data.counts, digest, earlier)
             record_data(self.data, digest, output_dir, self.own_rows)

@@ -69,6 +69,30 @@ def test_concepts_that_the_data_names_otherwise_are_another_run(given, tmp_path,
     assert "The base" not in capsys.readouterr().out
 
 
+def test_what_belongs_to_an_earlier_adapter_is_not_taken_for_the_new_ones(given, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    (out / "results.md").write_text("of an earlier adapter")
+    train(TrainingArguments(**given))  # is finished: nothing is learned
+    assert "of an earlier adapter" in (out / "README.md").read_text()
+    for name in ("evaluation/report.json", "evaluation/report.png", "samples/step-000001.png"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("{}")
+    capsys.readouterr()
+    train(TrainingArguments(**given | {"max_train_steps": 3}))
+    assert f"What belongs to an earlier adapter in {out}, such as report.json, is now in" in capsys.readouterr().out
+    moved = sorted(str(path.relative_to(out / "earlier-1")) for path in (out / "earlier-1").rglob("*.*"))
+    assert moved == ["evaluation/report.json", "evaluation/report.png", "results.md"]
+    assert "of an earlier adapter" not in (out / "README.md").read_text()
+    assert json.loads((out / "card.json").read_text())["grid"] == "samples/step-000001.png"  # it is the same run
+    for checkpoint in checkpoint_steps(out).values():
+        shutil.rmtree(checkpoint)
+    monkeypatch.setattr("hf_causal_context.training.recipe.report_gap", lambda *args: None)
+    train(TrainingArguments(**given))  # anew
+    assert json.loads((out / "card.json").read_text())["grid"] is None
+    assert not (out / "base_gap.json").exists()
+    assert sorted(path.name for path in (out / "earlier-2").rglob("*.*")) == ["base_gap.json", "step-000001.png"]
+
+
 def test_length_and_learning_rate_may_change(given, tmp_path):
     train(TrainingArguments(**given | {"max_train_steps": 4, "learning_rate": 1e-3, "lr_scheduler": "cosine"}))
     peak, rate = learning_rates(tmp_path / "out" / "checkpoint-3")
