@@ -23,7 +23,7 @@ from ..errors import UserValueError
 from ..messages.progress import say
 from ..messages.wording import quoted
 from .arguments import AdapterArguments
-from .loop.checkpoints import write_text
+from .loop.checkpoints import earlier_run, write_text
 
 FILE = "reweighted_contexts.json"
 RATIOS = "density_ratios.pt"
@@ -102,16 +102,20 @@ def add_reweighted_contexts(
         **fingerprint,
         "combinations": [str(context) for context in wanted],
     }
-    if path.exists() and (checkpoint_steps(output_dir) or not accelerator.is_main_process):
-        stored = json.loads(path.read_text())
+    earlier = earlier_run(arguments) or (output_dir if checkpoint_steps(output_dir) else None)
+    known = path if earlier is None else earlier / FILE
+    if known.exists() and (earlier is not None or not accelerator.is_main_process):
+        stored = json.loads(known.read_text())
         if stored["made_from"] != key:
             raise UserValueError(
-                f"{path} was made from other data or settings ({stored['made_from']}) than this run's ({key}). Resume "
+                f"{known} was made from other data or settings ({stored['made_from']}) than this run's ({key}). Resume "
                 "with those, or choose another --output_dir."
             )
-    elif checkpoint_steps(output_dir):
+        if known != path and accelerator.is_main_process:
+            _write(stored, path)
+    elif earlier is not None:
         raise UserValueError(
-            f"{output_dir} holds checkpoints of a run without --reweighted_contexts. Leave the argument out, or choose "
+            f"{earlier} holds checkpoints of a run without --reweighted_contexts. Leave the argument out, or choose "
             "another --output_dir."
         )
     elif not accelerator.is_main_process:
@@ -121,9 +125,14 @@ def add_reweighted_contexts(
         doubted = [d for d in drawn if d.doubt]
         say(table(drawn), table(doubted) if doubted else "")
         stored = {"made_from": key, "contexts": {str(d.context): _to_json(d) for d in drawn}}
-        write_text(path, output_dir, json.dumps(stored) + "\n")
+        _write(stored, path)
     rows = {name: np.array(entry["rows"], np.int64) for name, entry in stored["contexts"].items() if entry["rows"]}
     return dataclasses.replace(data, reweighted=rows)
+
+
+def _write(stored: Mapping[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, path.parent, json.dumps(stored) + "\n")
 
 
 def _drawn(

@@ -76,7 +76,7 @@ def test_a_combination_gets_its_share_of_rows_of_single_interventions(given, wei
     assert len(seen) > 1
 
 
-def test_a_run_trains_on_the_combination_and_resumes_exactly(given, tmp_path, capsys):
+def test_a_run_trains_on_the_combination_and_resumes_exactly(given, tmp_path, capsys, monkeypatch):
     train(TrainingArguments(**given))
     assert "slant+thick" in capsys.readouterr().out.split("effective sample size")[1]
     stored = json.loads((tmp_path / "out" / FILE).read_text())
@@ -87,10 +87,15 @@ def test_a_run_trains_on_the_combination_and_resumes_exactly(given, tmp_path, ca
     half = given | {"output_dir": str(tmp_path / "half")}
     train(TrainingArguments(**half | {"max_train_steps": 1}))
     # drawn rows are read, not estimated again
-    density_ratios.FEWEST_STEPS = 3
+    monkeypatch.setattr("hf_causal_context.training.reweighting.reweight", lambda *a, **b: pytest.fail("estimated"))
     train(TrainingArguments(**half | {"resume_from_checkpoint": "latest"}))
     resumed = adapter_weights(tmp_path / "half")
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+
+    elsewhere = given | {"output_dir": str(tmp_path / "elsewhere"), "max_train_steps": 3}
+    for checkpoint in (tmp_path / "half" / "checkpoint-1", "latest"):
+        train(TrainingArguments(**elsewhere | {"resume_from_checkpoint": str(checkpoint)}))
+        assert json.loads((tmp_path / "elsewhere" / FILE).read_text()) == stored
 
     without = given | {"output_dir": str(tmp_path / "without"), "reweighted_contexts": []}
     train(TrainingArguments(**without))
