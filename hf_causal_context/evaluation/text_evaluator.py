@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..bases.token_batches import Collation
@@ -111,11 +112,14 @@ def evaluate_texts(
         model.device,
         decoder_inputs=base.prepare_decoder_input_ids_from_labels if encoder_decoder else None,
     )
+    shown = {context: shortened(own.texts, tokenize, length) for context, own in real.items()}
+    judged = None if judge is None else Judged(judge)
+    # Before samples are drawn: an answer that is of no use is an error.
+    of_real = {} if judged is None else {context: judged(_stripped(texts)) for context, texts in shown.items()}
     with eval_mode(model):  # one that was just trained would drop features
         scores = perplexities(model, real, collate, concepts, batch_size)
         sampled = sample_all_texts(sampler, concepts, asked, num_samples, num_seeds)
-    shown = {context: shortened(own.texts, tokenize, length) for context, own in real.items()}
-    report = measure(_evidence(concepts, shown, sampled, trained, scores, judge), seed)
+    report = measure(_evidence(concepts, shown, sampled, trained, scores, judged, of_real), seed)
     settings = {
         "num_samples": num_samples,
         "num_seeds": num_seeds,
@@ -145,21 +149,22 @@ def _evidence(
     sampled: SampledTexts,
     trained: frozenset[Context],
     scores: Mapping[Context, Perplexity],
-    judge: Judge | None,
+    judged: Judged | None,
+    of_real: Mapping[Context, Tensor],
 ) -> EvaluationInputs:
     # Of the base, too: what no real text holds tells its texts apart.
     ngrams = Ngrams(text for texts in (*real.values(), *sampled.base) for text in texts)
-    judged = None if judge is None else Judged(judge)
 
-    def read(texts: Sequence[str]) -> Measurements:
-        # The space between prompt and completion: some tokenizers lose it where they decode a completion alone.
-        texts = [text.lstrip(" ") for text in texts]
+    def read(texts: Sequence[str], attributes: Tensor | None = None) -> Measurements:
+        texts = _stripped(texts)
         values = ngrams(texts)
-        return Measurements(values, None if judged is None else judged(texts), None, values[:0])
+        if judged is not None and attributes is None:
+            attributes = judged(texts)
+        return Measurements(values, attributes, None, values[:0])
 
     return EvaluationInputs(
         concepts=concepts,
-        real={context: read(texts) for context, texts in real.items()},
+        real={context: read(texts, of_real.get(context)) for context, texts in real.items()},
         samples={context: [read(texts) for texts in groups] for context, groups in sampled.samples.items()},
         base=[read(texts) for texts in sampled.base],
         strengths={
@@ -172,3 +177,8 @@ def _evidence(
         attribute_names=() if judged is None else judged.names,
         perplexities=scores,
     )
+
+
+def _stripped(texts: Sequence[str]) -> list[str]:
+    """Texts without the space between prompt and completion: some tokenizers lose it where a completion is alone."""
+    return [text.lstrip(" ") for text in texts]

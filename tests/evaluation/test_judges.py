@@ -8,6 +8,7 @@ import torch
 
 from hf_causal_context import ConceptSet, Context
 from hf_causal_context.cli import main
+from hf_causal_context.evaluation import text_evaluator
 from hf_causal_context.evaluation.evidence import EvaluationInputs
 from hf_causal_context.evaluation.judges import Judged, load_judge
 from hf_causal_context.evaluation.readings import Measurements
@@ -46,6 +47,12 @@ def test_a_judge_reads_samples_and_real_texts(quick):  # noqa: F811
     assert leakage.data[place[0]][place[1]] == pytest.approx(1.0)
     formal, loud = report.strength_curves
     assert (formal.attribute, len(loud.attribute)) == (None, len(loud.strengths))
+
+
+def test_an_answer_of_no_use_is_an_error_before_samples_are_drawn(monkeypatch):
+    monkeypatch.setattr(text_evaluator, "sample_all_texts", lambda *arguments: pytest.fail("sampled"))
+    with pytest.raises(ValueError, match="Its numbers must be finite"):
+        evaluate_texts(adapted(), word_tokenizer(), data_of(), **FAST, judge=lambda text: {"loud": float("nan")})
 
 
 def test_the_command_takes_a_dotted_name(adapter, folder, tmp_path, quick, monkeypatch, capsys):  # noqa: F811
