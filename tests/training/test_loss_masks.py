@@ -129,8 +129,10 @@ def test_a_mask_outside_of_the_middle_square_is_refused_by_its_name(make, root):
     mask = np.zeros((16, 48), dtype=np.uint8)
     mask[:, :8] = 255
     Image.fromarray(mask).save(root / "thick" / "0.mask.png")
-    with pytest.raises(ValueError, match=r"the mask of .*thick/0.png is white only where the image is cut off. Cut"):
-        make("stable_diffusion")
+    message = r"the mask of .*thick/0.png is white only where the image is cut off. Cut"
+    for name in ("stable_diffusion", "ddpm"):
+        with pytest.raises(ValueError, match=message):
+            make(name)
 
 
 def test_a_run_trains_with_masks(root, pipeline_folder, tmp_path):

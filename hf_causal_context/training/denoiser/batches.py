@@ -107,6 +107,9 @@ class DenoiserBatches:
                 self._encode_captions({*captions, *([""] if arguments.caption_dropout else [])})
             if base.is_latent:
                 self._keep_latents(rows)
+            elif data.has_masks and rank == 0:  # else one that shows nothing would end the run at its step
+                for number in ProgressBar(range(len(rows)), desc="look at masks"):
+                    self._prepared.__getitems__([number])
 
     @cached_property
     def _prepared(self) -> PreparedRows:
