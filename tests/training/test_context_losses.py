@@ -9,10 +9,12 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from hf_causal_context.bases.tokens import Tokenization
 from hf_causal_context.training.arguments import TrainingArguments
 from hf_causal_context.training.context_losses import LOSSES
 from hf_causal_context.training.denoiser import losses as denoiser_losses
 from hf_causal_context.training.finetune import train
+from hf_causal_context.training.language import losses as language_losses
 from hf_causal_context.training.language import train_text
 
 from .small import adapter_weights, settings, write_folders
@@ -174,3 +176,13 @@ def test_the_rows_of_a_validation_are_bounded(contexts, monkeypatch):
     assert sum(asked) <= max(512, 4 * contexts)
     assert min(asked) >= 4
     assert max(asked) <= 32
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_texts_are_drawn_from_all_rows_of_a_context(held_out, monkeypatch):
+    monkeypatch.setattr(language_losses, "_HELD_OUT_ROWS" if held_out else "_TRAINED_ROWS", 1)
+    data, tokenize = text_data(held_out=held_out), Tokenization(word_tokenizer(), "text")
+    context = "formal+loud" if held_out else "formal"
+    drawn = [language_losses.rows_to_measure(data, tokenize, seed, None)[context] for seed in range(9)]
+    assert {len(rows) for rows in drawn} == {1}
+    assert len({tuple(rows[0].ids) for rows in drawn}) > 1

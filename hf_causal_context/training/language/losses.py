@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, cast
@@ -37,7 +36,7 @@ def few_tokens(
     seed: int,
     rows: Sequence[TokenRow] | None = None,
 ) -> list[TokenRow]:
-    """The tokens of up to `num` rows of a context that is trained on; `rows` are those of all rows where known."""
+    """The tokens of up to `num` rows of a context; `rows` are those of all rows that are trained on, where known."""
     if rows is None:
         return list(tokenized(cast(Any, few_rows(data, context, num, seed)), tokenize))
     return [rows[number] for number in numbers_of_context(cast(Dataset, data.rows), context, num, seed)]
@@ -46,13 +45,13 @@ def few_tokens(
 def rows_to_measure(
     data: InterventionalData, tokenize: Tokenization, seed: int, rows: Sequence[TokenRow] | None
 ) -> dict[str, list[TokenRow]]:
-    """The first rows of the held-out contexts; where there are none, a few rows of each context that is trained on.
+    """Some rows of the held-out contexts; where there are none, a few rows of each context that is trained on.
 
     Raises:
         ValueError: for a stream without rows of a context, or rows that cannot be tokenized.
     """
     if data.held_out:
-        few = {c: list(tokenized(itertools.islice(own, _HELD_OUT_ROWS), tokenize)) for c, own in data.held_out.items()}
+        few = {c: few_tokens(data, c, _HELD_OUT_ROWS, tokenize, seed) for c in data.held_out}
     else:
         few = {c: few_tokens(data, c, _TRAINED_ROWS, tokenize, seed, rows) for c in data.contexts}
     if empty := [context for context, own in few.items() if not own]:
