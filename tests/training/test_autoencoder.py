@@ -564,6 +564,8 @@ class TestErrors:
                 train_autoencoder(arguments(tmp_path, **{name: True}), images(), model=autoencoder())
         with pytest.raises(ValueError, match="--mode=frozen starts from an autoencoder. Give it: --base"):
             train_autoencoder(arguments(tmp_path, mode="frozen"), images())
+        with pytest.raises(ValueError, match="--train_batch_size=1: batch norm compares the images of a batch. Give 2"):
+            train_autoencoder(arguments(tmp_path, train_batch_size=1), images())
         with pytest.raises(ValueError, match="The run has 3 optimizer steps, all of them within --lr_warmup_steps=200"):
             train_autoencoder(arguments(tmp_path, lr_warmup_steps=200), images())
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...bases.names import check_there, why_unread
 from ...contexts import ConceptSet
@@ -238,7 +239,7 @@ def mean_loss(objective: AutoencoderObjective, model: ContextAutoencoder, images
 
 
 def _check_settings(model: ContextAutoencoder, arguments: AutoencoderArguments) -> None:
-    """Refuse a model that is not as the arguments say, and grids of what no image file shows."""
+    """Refuse a model that is not as the arguments say, batches it does not learn from, and grids that no file shows."""
     settings = {
         "published": (model.published, arguments.published),
         "ignore_contexts": (model.ignore_contexts, arguments.ignore_contexts),
@@ -247,6 +248,8 @@ def _check_settings(model: ContextAutoencoder, arguments: AutoencoderArguments) 
     for name, (own, given) in settings.items():
         if own != given:
             raise UserValueError(f"The autoencoder has {name}={own}, the arguments {given}. Give both the same.")
+    if arguments.train_batch_size == 1 and any(isinstance(part, _BatchNorm) for part in model.modules()):
+        raise UserValueError("--train_batch_size=1: batch norm compares the images of a batch. Give 2 or more.")
     if arguments.num_validation_images and model.backbone.channels not in (1, 3):
         raise UserValueError(
             f"Grids of samples show gray or RGB images, and the autoencoder's have {model.backbone.channels} channels. "
