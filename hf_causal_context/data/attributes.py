@@ -93,6 +93,7 @@ def from_attributes(
     caption_column: str | None = None,
     mask_column: str | None = None,
     pair_column: str | None = None,
+    observational_name: str = "obs",
     held_out_contexts: Iterable[ContextLike] = (),
     training_contexts: Iterable[ContextLike] | None = None,
 ) -> InterventionalData:
@@ -109,6 +110,7 @@ def from_attributes(
         caption_column=caption_column,
         mask_column=mask_column,
         pair_column=pair_column,
+        observational_name=observational_name,
         held_out_contexts=held_out_contexts,
         training_contexts=training_contexts,
     )
@@ -121,6 +123,7 @@ def texts_from_attributes(
     *,
     context_column: str = "context",
     text_column: str = "text",
+    observational_name: str = "obs",
     held_out_contexts: Iterable[ContextLike] = (),
     training_contexts: Iterable[ContextLike] | None = None,
 ) -> InterventionalData:
@@ -134,6 +137,7 @@ def texts_from_attributes(
         concepts=tuple(rules),
         context_column=context_column,
         text_column=text_column,
+        observational_name=observational_name,
         held_out_contexts=held_out_contexts,
         training_contexts=training_contexts,
     )

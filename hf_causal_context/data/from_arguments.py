@@ -136,6 +136,7 @@ def _open_images(arguments: DataArguments) -> Rows:
 
 def _choice(arguments: ContextDataArguments) -> dict[str, Any]:
     return {
+        "observational_name": arguments.observational_name,
         "held_out_contexts": arguments.held_out_contexts,
         "training_contexts": arguments.training_contexts,
     }
@@ -144,7 +145,6 @@ def _choice(arguments: ContextDataArguments) -> dict[str, Any]:
 def _folder_options(arguments: ContextDataArguments) -> dict[str, Any]:
     return {
         "concepts": arguments.concepts,
-        "observational_name": arguments.observational_name,
         "streaming": arguments.streaming,
         **_choice(arguments),
     }
@@ -154,7 +154,6 @@ def _dataset_options(arguments: ContextDataArguments) -> dict[str, Any]:
     return {
         "concepts": arguments.concepts,
         "context_column": arguments.context_column,
-        "observational_name": arguments.observational_name,
         **_choice(arguments),
     }
 

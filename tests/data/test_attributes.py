@@ -2,6 +2,8 @@ import pytest
 from datasets import ClassLabel, Dataset, Features
 
 from hf_causal_context.data import SELECTION_WARNING, contexts_from_attributes, from_attributes
+from hf_causal_context.data.arguments import TextDataArguments
+from hf_causal_context.data.from_arguments import load_text_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:Contexts are made by selecting")
 
@@ -109,3 +111,14 @@ def test_from_attributes():
     assert data.counts == {"": 1, "glasses": 1, "smiling": 1}
     assert data.rows["caption"][:] == ["red", "gray", "red"]
     assert data.held_out["glasses+smiling"]["image"][:] == [3]
+
+
+def test_rules_know_what_the_observational_set_is_called(tmp_path):
+    faces().save_to_disk(tmp_path / "faces")
+    given = {"dataset_name": str(tmp_path / "faces"), "text_column": "hair", "observational_name": "plain"}
+    smiling = {"attribute_rules": ["smiling: Smiling == 1", "glasses: Glasses == 1"]}
+    chosen = {"training_contexts": ["plain", "smiling"]}
+    data = load_text_data(TextDataArguments(**given, **smiling, **chosen))
+    assert data.counts == {"": 1, "smiling": 1}
+    with pytest.raises(ValueError, match="The concept 'plain' has the name of the observational context"):
+        load_text_data(TextDataArguments(**given, attribute_rules=["plain: Smiling == 1"]))
