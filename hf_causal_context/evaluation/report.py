@@ -39,6 +39,8 @@ def write_report(report: EvaluationReport, folder: Path) -> list[Path]:
         print(f"No report.png: {error}", flush=True)
     if (grid := samples_grid(report)) is not None:
         paths.append(_write(folder / "samples.png", grid.save))
+    for name in {"report.png", "samples.png"} - {path.name for path in paths}:
+        (folder / name).unlink(missing_ok=True)  # of an earlier report
     return paths
 
 

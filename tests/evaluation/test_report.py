@@ -63,6 +63,8 @@ def test_without_matplotlib_the_rest_is_written(found, tmp_path, monkeypatch, ca
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ("report.png", "samples.png"):  # of an earlier report, of images
+        (tmp_path / name).write_text("earlier")
     assert [path.name for path in write_report(found, tmp_path)] == ["report.json", "report.md"]
     assert f"No report.png: Plots need matplotlib: {installation('plot')}\n" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md"}
