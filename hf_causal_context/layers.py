@@ -167,6 +167,8 @@ class CausalLayer(nn.Module):
     mixes with: o z_o. Masks are then strengths (B, 1 + K) with o in front.
     """
 
+    shift: Tensor  # (K, W, W), of those that mix; no parameter any more where FSDP or DataParallel put a copy there
+
     def __init__(self, num_concepts: int, width: int, anchored: bool = False, observational_rank: int = 0) -> None:
         super().__init__()
         self.num_concepts = num_concepts
@@ -200,7 +202,7 @@ class CausalLayer(nn.Module):
         """
         first = layers[0]
         N, R = first.observational_rank, first.num_concepts * first.width
-        weight = next(first.parameters())
+        weight = first.shift
         mask = F.per_feature(mask.to(weight.dtype), weight.new_empty(1, N + R), N)
         own = mask[:, N:]
         asked = torch.cat([own, torch.zeros_like(own[:1])]) if first.anchored else own

@@ -1,8 +1,11 @@
 """Gradients under checkpointing, in two processes and in compiled graphs."""
 
+import importlib
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -10,6 +13,8 @@ from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
 from hf_causal_context import intervene
+from hf_causal_context.adapter.conditioning.matrices import causal_matrices
+from hf_causal_context.adapter.lookup import adapted_layers
 
 from ..architectures import ARCHITECTURES
 from .small import CONCEPTS, MIXED, VARIANTS, Mlp, adapted, gpt2, inputs
@@ -120,6 +125,75 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     for kind in ("whole", "sharded", "on_pieces"):
         for rank in range(2):
             assert_same(load_file(tmp_path / f"{kind}-{rank}.safetensors"), expected)
+
+
+def test_no_matrices_are_made_of_pieces_of_weights():
+    """FSDP1 holds them as flat pieces of any length until a layer runs."""
+    layers = list(adapted_layers(adapted(mechanism="structural")).values())
+    strengths = torch.ones(1, 1 + len(CONCEPTS))
+    assert causal_matrices(layers, "default", strengths).keys() == {"first", "second"}
+    for weight in layers[0].causal("default").parameters():
+        weight.data = weight.data.flatten()[:5]
+    assert causal_matrices(layers, "default", strengths).keys() == {"second"}
+
+
+class TestDataParallel:
+    """Which transformers' Trainer uses, unasked, on a machine with several GPUs."""
+
+    @pytest.fixture
+    def run(self, monkeypatch):
+        """`DataParallel`, which needs GPUs: PyTorch's own copies of a model, on threads, with halves of a batch."""
+        torchs = importlib.import_module("torch.nn.parallel.replicate")
+        monkeypatch.setattr(torchs, "_get_device_index", lambda device, _: device)
+        monkeypatch.setattr(
+            torchs,
+            "_broadcast_coalesced_reshape",
+            lambda tensors, devices, detach: [[tensor.view_as(tensor) for tensor in tensors] for _ in devices],
+        )
+
+        def run(model, x, **arguments):
+            halves = [{name: value.chunk(2)[half] for name, value in arguments.items()} for half in range(2)]
+            futures = [Future() for _ in halves]
+
+            def work(future, replica, part, arguments):
+                try:
+                    future.set_result(replica(part, **arguments))
+                except Exception as error:
+                    future.set_exception(error)
+
+            each = zip(futures, torchs.replicate(model, [0, 1]), x.chunk(2), halves, strict=True)
+            threads = [Thread(target=work, args=args) for args in each]
+            for thread in threads:
+                thread.start()
+                thread.join()
+            return torch.cat([future.result() for future in futures])
+
+        return run
+
+    @pytest.mark.parametrize("variant", ["independent", "reduced, anchored", "structural"])
+    @pytest.mark.parametrize("tokens", [1, 200])
+    def test_it_has_the_contexts_and_the_gradients_of_the_model(self, run, variant, tokens):
+        model = adapted(**VARIANTS[variant]).train()
+        x = inputs(4 * tokens).view(4, tokens, 10)
+        mask = torch.tensor([[1.0, 0, 0], [0, 0, 0], [0, -0.5, 2], [1, 1, 0]])
+        expected = gradients(model, lambda: model(x, context=mask).square().mean())
+        for _ in range(2):
+            assert_same(gradients(model, lambda: run(model, x, context=mask).square().mean()), expected)
+        model.eval()
+        with intervene(model, "thick"):
+            torch.testing.assert_close(run(model, x), model(x))
+        torch.testing.assert_close(model(x, context="thick"), model(x, context=mask[:1]))
+        torch.testing.assert_close(run(model, x), model(x))
+
+    def test_contexts_that_it_does_not_cut_are_refused(self, run):
+        model = adapted()
+        with intervene(model, MIXED), pytest.raises(ValueError, match="DataParallel cuts the batch into parts"):
+            run(model, inputs())
+        with (
+            intervene(model, MIXED[:2], images_per_prompt=2),
+            pytest.raises(ValueError, match=r"Pass the contexts as a mask, model\(..., context=mask\)"),
+        ):
+            run(model, inputs())
 
 
 class TestCompile:

@@ -174,7 +174,7 @@ class Conditioning:
         if frame is None or matrix is None or frame.owner is not self:
             return None
         without = torch.is_grad_enabled() and not matrix.requires_grad
-        if without and next(layer.causal(adapter_name).parameters()).requires_grad:
+        if without and layer.causal(adapter_name).shift.requires_grad:
             return None  # it was made without gradients, by a forward that computes without them at first
         return match_layer_rows(matrix, num_rows, layer.name, frame.ragged, stacked=is_stacked(frame.model, layer.name))
 
@@ -239,7 +239,10 @@ class Conditioning:
     def _enter_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not torch.compiler.is_compiling():
+        cut = getattr(
+            model, "_is_replica", False
+        )  # for a part of the batch, by DataParallel: with copies of all layers
+        if not torch.compiler.is_compiling() and not cut:
             self._model = weakref.ref(model)  # a copy has another
             if not self.alive:
                 check_unasked(self.request())
@@ -268,6 +271,12 @@ class Conditioning:
             )
         if frame.request is not None:
             self._check_still_valid(frame.request)
+            if cut and frame.request.is_mixed and not isinstance(context, Tensor):
+                raise UserValueError(
+                    "DataParallel cuts the batch into parts, and rows with contexts of their own cannot be told apart "
+                    "in them. Pass the contexts as a mask, model(..., context=mask), which it cuts alike; or use "
+                    "DistributedDataParallel."
+                )
             frame.device, frame.num_rows, frame.ragged, frame.tokens = input_rows(model, args, kwargs)
             if regions := frame.request.regions():
                 frame.places = places(model, args, kwargs, regions)

@@ -40,8 +40,8 @@ def causal_matrices(
     device = strengths.device
     groups: defaultdict[object, list[MixingLayer]] = defaultdict(list)
     for layer in layers:
-        weight = next(layer.causal(adapter_name).parameters(), None)
-        if type(weight) is nn.Parameter and weight.device == device:
+        weight = getattr(layer.causal(adapter_name), "shift", None)
+        if type(weight) is nn.Parameter and weight.ndim == 3 and weight.device == device:  # FSDP1's pieces are flat
             groups[*layer.causal(adapter_name).kind, weight.dtype].append(layer)
     found = {}
     dtype = autocast_dtype(device)
