@@ -23,7 +23,7 @@ from ..functional import linear, row_linear, views_of_rows
 from ..layers import CausalLayer, ExpressiveLayer, OutputLayer, RepresentationLayer
 from .conditioning.hooks import Conditioning
 from .conditioning.regional import in_regions
-from .conditioning.request import completed, for_mechanism
+from .conditioning.request import for_mechanism
 from .config import CausalContextConfig
 from .lora_conversion import ConvertsToLora
 from .merged_context import HoldsMergedContexts, strengths_to_merge
@@ -97,8 +97,8 @@ class CausalContextLayer(ConvertsToLora, HoldsMergedContexts, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off this layer; whoever does so does it on all of them."""
         super().delete_adapter(adapter_name)
-        known_of = self.conditioning
-        for known in (known_of.concepts, known_of.observational_ranks, known_of.calibrations, known_of.elsewhere):
+        of = self.conditioning
+        for known in (of.concepts, of.observational_ranks, of.calibrations, of.merged, of.elsewhere):
             known.pop(adapter_name, None)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
@@ -227,6 +227,9 @@ class CausalContextLayer(ConvertsToLora, HoldsMergedContexts, BaseTunerLayer):
             if name in self.causal_context_down:
                 self.merge_strengths(name, strengths_to_merge(self.conditioning, name, self.training), safe_merge)
 
+    def conditioning_of_model(self) -> Conditioning:
+        return self.conditioning
+
     def merged_weight(self, adapter_name: str, strengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weight = self._mergeable_weight(adapter_name)
         self.merged_scaling[adapter_name] = self.scaling[adapter_name]
@@ -244,6 +247,7 @@ class CausalContextLayer(ConvertsToLora, HoldsMergedContexts, BaseTunerLayer):
             if name in self.causal_context_down:
                 weight = self._mergeable_weight(name)
                 strengths, scaling = self.merged_strengths.pop(name), self.merged_scaling.pop(name)
+                self.conditioning.merged.pop(name, None)
                 weight.data = weight.data - self.get_delta_weight(name, strengths, scaling).to(weight)
 
     def _mergeable_weight(self, adapter_name: str) -> nn.Parameter:
@@ -258,23 +262,6 @@ class CausalContextLayer(ConvertsToLora, HoldsMergedContexts, BaseTunerLayer):
                 "Keep it as an adapter."
             )
         return cast(nn.Parameter, weight)
-
-    def check_merged_context(self, strengths: dict[str, Tensor]) -> None:
-        """Refuse a context, as strengths (rows, 1 + K) of each adapter, that differs from the one in the weights.
-
-        Raises:
-            ValueError: while an adapter is merged for another context.
-        """
-        for name, asked in strengths.items():
-            merged = self.merged_strengths.get(name)
-            if merged is None:
-                continue
-            if not bool((completed(asked, len(self.concepts[name])) == merged.to(asked)).all()):
-                context = self.concepts[name].contexts(merged)[0]
-                raise UserValueError(
-                    f"Adapter {name!r} is merged for the context {str(context)!r}; another one would change nothing. "
-                    "Call unmerge_adapter() (of a pipeline, unfuse_lora()) first."
-                )
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Scale an adapter's output relative to its default (as diffusers does for LoRA)."""

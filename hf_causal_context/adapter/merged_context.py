@@ -49,6 +49,10 @@ class HoldsMergedContexts:
     merged_strengths: dict[str, Tensor]  # of each adapter in the weight
     set_aside: dict[str, Tensor]  # of those that were taken out while adapters are switched off
 
+    def conditioning_of_model(self) -> Conditioning:
+        """Return what the layers of the model share."""
+        raise NotImplementedError
+
     def merged_weight(self, adapter_name: str, strengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the weight, what it is with an adapter in a context, of strengths (1, 1 + K), and what of it is new.
 
@@ -68,6 +72,7 @@ class HoldsMergedContexts:
             raise UserValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
         weight.data = merged
         self.merged_strengths[adapter_name] = strengths.detach().clone()
+        self.conditioning_of_model().merged[adapter_name] = self.merged_strengths[adapter_name]
         self.merged_adapters.append(adapter_name)
 
     def take_out(self) -> None:

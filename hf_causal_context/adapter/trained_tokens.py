@@ -91,8 +91,13 @@ class ContextTokens(HoldsMergedContexts, TrainableTokensLayer):
         index = torch.tensor(self.token_indices[adapter_name], device=weight.device)
         return weight, weight.data.index_copy(0, index, rows.to(weight)), rows
 
+    def conditioning_of_model(self) -> Conditioning:
+        return self.contexts
+
     def unmerge(self) -> None:
         """Write the base's rows into the weight again."""
+        for name in self.merged_strengths:
+            self.contexts.merged.pop(name, None)
         self.merged_strengths, self.set_aside = {}, {}
         super().unmerge()
 

@@ -150,6 +150,49 @@ def test_merge_and_unmerge(variant, safe_merge):
     assert not merged._forward_hooks
 
 
+class TestMergedBesideAnAdapterThatIsNot:
+    @staticmethod
+    def both(first, second):
+        """Adapters "default" and "other", on these modules, both active."""
+        model = adapted(target_modules=[first])
+        model.add_adapter("other", config(("bright", "round"), target_modules=[second]))
+        model.base_model.set_adapter(["default", "other"])
+        return model.eval()
+
+    def test_a_context_for_it_is_refused_on_the_same_module(self):
+        model, x = self.both("first", "first"), inputs()
+        with intervene(model, {"thick": 1, "bright": 2}):
+            expected = model(x)
+            model.merge_adapter(["default"])
+            with pytest.raises(ValueError, match="'other', which does not act beside .*: 'default'"):
+                model(x)
+            with (
+                intervene(model, "bright=2", adapter_name="other"),
+                pytest.warns(UserWarning, match="additionally merging other"),
+            ):
+                model.merge_adapter(["other"])
+            torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+        model.unmerge_adapter()
+        with intervene(model, "thick"):
+            expected = model(x)
+            model.merge_adapter(["default"])
+            torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("merged", ["default", "other"])
+    def test_on_another_module_it_acts_and_the_merged_one_keeps_its_context(self, merged):
+        model, x = self.both("first", "second"), inputs()
+        context = {"thick": 1, "bright": 2}
+        with intervene(model, context):
+            expected = model(x)
+            model.merge_adapter([merged])
+            torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+        with pytest.raises(ValueError, match=f"'{merged}' is merged for the context .*; another"):
+            model(x, context={"slant": 1, "round": 1})
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(x, context=context), expected, rtol=1e-5, atol=1e-5)
+        model(x, context={"slant": 1, "round": 1})
+
+
 class TestAMergedContextAndAdaptersSwitchedOff:
     @pytest.fixture
     def merged(self):

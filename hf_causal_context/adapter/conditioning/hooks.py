@@ -29,7 +29,16 @@ from ..calibration import Calibration
 from .frame import Frame, rows_in_doubt
 from .in_force import STATE, innermost_request
 from .matrices import MixingLayer, autocast_dtype, causal_matrices
-from .presence import check_active, check_known, check_observational_part, check_unasked, check_whole, holds
+from .presence import (
+    check_active,
+    check_known,
+    check_merged_context,
+    check_not_merged_over,
+    check_observational_part,
+    check_unasked,
+    check_whole,
+    holds,
+)
 from .recomputation import carry_frames_into_recomputation, in_backward, unknown_recomputation
 from .regions import places
 from .request import (
@@ -57,8 +66,6 @@ class AdaptedLayer(MixingLayer, Protocol):
     @property
     def merged(self) -> bool: ...  # whether adapters are merged into the weight
 
-    def check_merged_context(self, strengths: dict[str, Tensor]) -> None: ...
-
 
 # Arguments of pipelines and denoisers that carry a dictionary to attention processors.
 _ATTENTION_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
@@ -76,6 +83,7 @@ class Conditioning:
         self.open_requests = 0  # in all tasks and threads
         self.observational_ranks: dict[str, int] = {}
         self.calibrations: dict[str, Calibration] = {}
+        self.merged: dict[str, Tensor] = {}  # adapters in weights, of whatever layers -> their strengths (1, 1 + K)
         self.elsewhere: dict[str, list[str]] = {}  # adapter -> components of a pipeline that have parts of it, too
         self._model: weakref.ref[nn.Module] | None = None
         # The number of changes when the model was looked through, and its adapted layers.
@@ -239,9 +247,7 @@ class Conditioning:
     def _enter_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        cut = getattr(
-            model, "_is_replica", False
-        )  # for a part of the batch, by DataParallel: with copies of all layers
+        cut = getattr(model, "_is_replica", False)  # a copy with copies of all layers, by DataParallel
         if not torch.compiler.is_compiling() and not cut:
             self._model = weakref.ref(model)  # a copy has another
             if not self.alive:
@@ -270,7 +276,7 @@ class Conditioning:
                 stacklevel=2,
             )
         if frame.request is not None:
-            self._check_still_valid(frame.request)
+            self._check_still_valid(model, frame.request)
             if cut and frame.request.is_mixed and not isinstance(context, Tensor):
                 raise UserValueError(
                     "DataParallel cuts the batch into parts, and rows with contexts of their own cannot be told apart "
@@ -294,15 +300,25 @@ class Conditioning:
         if frame is not None and frame.owner is self:
             STATE.box.frame = frame.outer
 
-    def _check_still_valid(self, request: Request) -> None:
+    def _check_still_valid(self, model: nn.Module, request: Request) -> None:
         # Adapters may have been activated or merged since the context was set.
         if request.named is not None:
             check_active([request.named], self.layer.active_adapters)
         elif request.checked_for != tuple(self.layer.active_adapters):
             check_active(self.concepts, self.layer.active_adapters)
             self._check_names(request.contexts, self.active_adapters())
-        if self.layer.merged:
-            self.layer.check_merged_context({name: context.strengths for name, context in request.adapters.items()})
+        if self.merged:
+            self._check_merged(request.adapters)
+            apart = {name: request.adapters.get(name) for name in self.active_adapters() if name not in self.merged}
+            asked = [name for name, context in apart.items() if context and context.changes_something]
+            for layer in self._layers(model) if asked else ():
+                if layer.merged:
+                    check_not_merged_over(asked, layer.concepts, self.merged)
+
+    def _check_merged(self, contexts: Mapping[str, AdapterContext]) -> None:
+        for name, context in contexts.items():
+            if (merged := self.merged.get(name)) is not None:
+                check_merged_context(name, self.concepts[name], merged, context.completed)
 
     def _check_names(self, contexts: tuple[Context, ...], addressed: dict[str, ConceptSet]) -> None:
         others = {name: concepts for name, concepts in self.concepts.items() if name not in addressed}
@@ -355,7 +371,7 @@ class Conditioning:
             return AdapterContext(concepts, strengths, uniform, images_per_prompt, guidance_copies, False)
 
         adapters = {name: encode(concepts) for name, concepts in addressed.items()}
-        self.layer.check_merged_context({name: context.strengths for name, context in adapters.items()})
+        self._check_merged(adapters)
         if adapter_name is not None:
             return Request(self, adapters, None, None, named=adapter_name)
         return Request(self, adapters, None, encode, contexts, tuple(self.layer.active_adapters))

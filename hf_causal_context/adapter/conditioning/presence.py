@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
+from ...contexts import ConceptSet
 from ...errors import UserValueError
 from ...messages.wording import quoted
 
@@ -62,3 +63,23 @@ def check_observational_part(addressed: Collection[str], ranks: Mapping[str, int
             f"{'has' if len(addressed) == 1 else 'have'} none (observational_rank=0). Leave it out, or train the "
             "adapter with such a part."
         )
+
+
+def check_merged_context(name: str, concepts: ConceptSet, merged: Tensor, asked: Tensor) -> None:
+    """Refuse (ValueError) a context that differs from the one in the weights, as strengths (rows, 1 + K) of both."""
+    if not bool((asked == merged.to(asked)).all()):
+        raise UserValueError(
+            f"Adapter {name!r} is merged for the context {str(concepts.contexts(merged)[0])!r}; another one would "
+            "change nothing. Call unmerge_adapter() (of a pipeline, unfuse_lora()) first."
+        )
+
+
+def check_not_merged_over(asked: Iterable[str], on_layer: Collection[str], merged: Iterable[str]) -> None:
+    """Refuse (ValueError) contexts for adapters on a layer into whose weight others are merged."""
+    for name in asked:
+        if name in on_layer:
+            raise UserValueError(
+                f"A context is set for adapter {name!r}, which does not act beside adapters that are merged into "
+                f"weights: {quoted(merged)}. Merge it, too, inside `with intervene(model, context, adapter_name="
+                f"{name!r}):`, or call unmerge_adapter() (of a pipeline, unfuse_lora()) first."
+            )

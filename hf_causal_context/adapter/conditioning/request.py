@@ -51,6 +51,16 @@ class AdapterContext:
             self.strengths = self.strengths.to(device)
         return self
 
+    @property
+    def completed(self) -> Tensor:
+        """The strengths (S, 1 + K)."""
+        return completed(self.strengths, len(self.concepts))
+
+    @property
+    def changes_something(self) -> bool:
+        """Whether an adapter does anything in it."""
+        return bool(self.completed.any())
+
     def outside_forward(self, num_rows: int, call: Call | None, layer_name: str) -> Tensor:
         """Return the strengths for N rows of a layer in a part that runs on its own, such as a VAE's decoder.
 
