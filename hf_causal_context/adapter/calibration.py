@@ -7,7 +7,6 @@ Where nothing was measured, below the first knot and beyond the last one, a step
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..errors import UserValueError
 from ..messages.wording import short_repr
 
 MAX_KNOTS = 100
+MAX_NUMBER = 1e6
 
 Knots: TypeAlias = Sequence[Sequence[float]]
 # Concept -> its map, None for one without; concepts of other adapters are not in it.
@@ -87,8 +87,8 @@ def check_calibration(calibration: object, concepts: Sequence[str]) -> None:
     for name, knots in calibration.items():
         if not _are_knots(knots):
             raise UserValueError(
-                f"calibration[{name!r}]={short_repr(knots)} must be up to {MAX_KNOTS} pairs of finite numbers (dial, "
-                "strength), both rising, from (0, 0) on and with (1, 1)."
+                f"calibration[{name!r}]={short_repr(knots)} must be up to {MAX_KNOTS} pairs of numbers (dial, "
+                f"strength), both rising, from (0, 0) on, with (1, 1), and up to {MAX_NUMBER:,.0f}."
             )
 
 
@@ -98,7 +98,7 @@ def _are_knots(knots: object) -> bool:
     if not all(isinstance(knot, list | tuple) and len(knot) == 2 for knot in knots):
         return False
     numbers = [number for knot in knots for number in knot]
-    if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+    if not all(type(number) in (int, float) and abs(number) <= MAX_NUMBER for number in numbers):
         return False
     rising = all(a < c and b < d for (a, b), (c, d) in pairwise(knots))
     pairs = [tuple(knot) for knot in knots]

@@ -132,6 +132,7 @@ def test_concepts_without_a_calibration_take_0_and_1_only():
         {"thick": [[0, 0], [0.5, 0.7], [0.6, 0.7], [1, 1]]},
         {"thick": [[0, 0.1], [1, 1]]},
         {"thick": [[0, 0], [1, 1], [float("inf"), 2]]},
+        {"thick": [[0, 0], [1, 1], [2, 10**400]]},
         {"thick": [[0, 0], ["1", 1]]},
         {"thick": [[0, 0], [1, 1, 1]]},
         {"thick": [[i, i] for i in range(101)]},
