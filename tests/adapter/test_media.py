@@ -108,6 +108,20 @@ def test_media_that_samples_have_different_numbers_of_need_one_context(build, in
         model(**values, context=CONTEXTS)
 
 
+@pytest.mark.parametrize("by_name", [(), ("pixel_values",)], ids=["both", "texts"])
+def test_so_do_those_that_are_given_by_position(by_name):
+    model, pixels = llava(r".*vision.*q_proj").get_base_model(), torch.randn(2, 3, 8, 8)
+    named = dict.fromkeys(by_name, pixels)
+    for counts in ((4, 4), (8, 0)):
+        positional = [texts(*counts)["input_ids"], pixels][: 2 - len(named)]
+        assert (model(*positional, **named, context="thick").logits - model(*positional, **named).logits).any()
+        if counts == (4, 4):
+            model(*positional, **named, context=CONTEXTS)
+        else:
+            with pytest.raises(ValueError, match=RAGGED):
+                model(*positional, **named, context=CONTEXTS)
+
+
 class TestGenerate:
     """It encodes the media before it calls the model."""
 

@@ -6,6 +6,7 @@ input, K concepts. Strengths have 1 + K columns: of the observational part, then
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -236,9 +237,16 @@ def input_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         if isinstance(value, Tensor) and value.ndim > 0:
             rows = value.shape[0]
             tokens = rows if value.ndim == 2 and value.is_floating_point() else rows * _TOKENS  # vectors have one
-            return value.device, rows, has_ragged_media(model, kwargs, rows), tokens
+            return value.device, rows, has_ragged_media(model, _by_name(model, args, kwargs), rows), tokens
         if isinstance(value, list | tuple) and value and all(isinstance(item, Tensor) for item in value):
             return value[0].device, len(value), True, len(value) * _TOKENS  # tensors of their own lengths
     raise UserValueError(
         "The model was called without a tensor, so its rows cannot be matched to contexts. Pass the inputs as tensors."
     )
+
+
+def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a model of transformers by their names, by which media are known."""
+    if not args or not hasattr(model, "main_input_name"):
+        return kwargs
+    return {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
