@@ -545,6 +545,26 @@ class TestSeveralAdapters:
             model.set_adapter("third")
             assert not torch.equal(model.eval()(inputs()), Mlp()(inputs()))
 
+    @pytest.mark.parametrize(
+        ("active", "concepts", "message"),
+        [
+            (
+                ["default", "third"],
+                ("thick", "slant"),
+                "does not say for which of the active adapters 'default', 'third'",
+            ),
+            (["third"], ("a", "b"), "has columns for 'thick', 'slant', and adapter 'third', .* has 'a', 'b'"),
+        ],
+    )
+    def test_so_is_a_mask_whose_columns_have_no_names(self, model, active, concepts, message):
+        model.add_adapter("third", config(concepts=concepts, target_modules=["first"]))
+        model.base_model.set_adapter("default")
+        with intervene(model, torch.tensor([[1.0, 0]])):
+            model.eval()(inputs())
+            model.base_model.set_adapter(active)
+            with pytest.raises(ValueError, match=message):
+                model(inputs())
+
     def test_delete(self, model):
         x = inputs()
         expected = model(x, context="thick")

@@ -44,6 +44,7 @@ from .regions import places
 from .request import (
     AdapterContext,
     Request,
+    check_mask_is_for,
     check_names,
     check_one_adapter_per_mask,
     completed,
@@ -306,7 +307,10 @@ class Conditioning:
             check_active([request.named], self.layer.active_adapters)
         elif request.checked_for != tuple(self.layer.active_adapters):
             check_active(self.concepts, self.layer.active_adapters)
-            self._check_names(request.contexts, self.active_adapters())
+            if request.contexts:
+                self._check_names(request.contexts, self.active_adapters())
+            else:
+                check_mask_is_for(self.active_adapters(), request.adapters)
         if self.merged:
             self._check_merged(request.adapters)
             apart = {name: request.adapters.get(name) for name in self.active_adapters() if name not in self.merged}

@@ -214,6 +214,19 @@ def check_one_adapter_per_mask(mask: Tensor, addressed: dict[str, ConceptSet]) -
         )
 
 
+def check_mask_is_for(active: dict[str, ConceptSet], given: Mapping[str, AdapterContext]) -> None:
+    """Refuse (ValueError) a mask that was given for an adapter with other concepts than those that are active now."""
+    for context in given.values():
+        check_one_adapter_per_mask(context.strengths, active)
+        for name, concepts in active.items():
+            if concepts.names != context.concepts.names:
+                raise UserValueError(
+                    f"The mask that is set has columns for {quoted(context.concepts)}, and adapter {name!r}, which was "
+                    f"activated since, has {quoted(concepts)}. Set a mask for it: open the `with intervene(...)` block "
+                    "after set_adapter(...)."
+                )
+
+
 def check_names(
     contexts: Sequence[Context],
     addressed: dict[str, ConceptSet],
