@@ -8,9 +8,10 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
@@ -38,6 +39,7 @@ _T5_ATTENTION = ("q", "v")  # also of its kin that the table lacks, such as UMT5
 _READ_BESIDE = re.compile(r"self\.(\w+)\.weight(?:\.squeeze\(| @|\[:, 0)")
 _READ = re.compile(r"(?<!_\()self\.(\w+)\.weight(?=[],)]|\.(?:t|unsqueeze|type)\()")
 _USED = r"self\.{}\b(?!\.(?:weight|bias)\b)(?!\s*=[^=])"
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TOWER = re.compile("vision|visual|image|audio")  # in the paths of what reads, beside what writes
 # What fused experts were before, where their names differ.
 _FUSED_EXPERTS = {"gate_up_proj": ("gate_up_proj", "gate_proj", "up_proj")}
@@ -97,8 +99,8 @@ def check_targets(model: nn.Module, config: CausalContextConfig, adapted: Sequen
         adapted: paths of the modules that it asks for; none at all is PEFT's error.
 
     Raises:
-        ValueError: for projections that are fused, modules of which the model only reads the weight, and modules in two
-            places.
+        ValueError: for projections that are fused, convolutions of a kind of their own, modules of which the model only
+            reads the weight, and modules in two places.
         TargetModulesError: for experts that are parameters, and names and layers that no module belongs to.
     """
     name = type(model).__name__
@@ -116,6 +118,13 @@ def check_targets(model: nn.Module, config: CausalContextConfig, adapted: Sequen
             "of nn.TransformerEncoderLayer), so an adapter on it would have no effect. Call "
             "torch.backends.mha.set_fastpath_enabled(False) first, or leave out "
             f"{_leaves(fast)}."
+        )
+    own = [path for path in adapted if _convolves_otherwise(model.get_submodule(path))]
+    if own:
+        raise UserValueError(
+            f"{own[0]!r} of {name} is a {type(_without_adapters(model.get_submodule(own[0]))).__name__}, which pads or "
+            "turns its input before it convolves, and an adapter on it would convolve what it is given. Leave out "
+            f"{_leaves(own)}."
         )
     if config.inference_mode:  # a stored adapter acts as it did in its training: its weights name its modules
         return
@@ -190,6 +199,30 @@ def _is_on_fast_path(model: nn.Module, path: str) -> bool:
 def _is_only_read(model: nn.Module, path: str) -> bool:
     parent, _, name = path.rpartition(".")
     return name in _read_weights(type(model.get_submodule(parent)))
+
+
+def _without_adapters(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _convolves_otherwise(module: nn.Module) -> bool:
+    """Whether the class of a convolution does something to its input, so that other sizes come out than of torch's."""
+    base: Any = _without_adapters(module)
+    torchs = next((cls for cls in _CONVOLUTIONS if isinstance(base, cls)), None)
+    if torchs is None or type(base).forward is torchs.forward:
+        return False
+    like = copy.copy(base)
+    like._parameters = {
+        name: weight if weight is None else nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+        for name, weight in base._parameters.items()
+    }
+    size = [reach * (kernel - 1) + 5 for reach, kernel in zip(base.dilation, base.kernel_size, strict=True)]
+    size[-1] += base.in_channels  # it would not do as the number of channels
+    x = torch.empty(1, base.in_channels, *size, dtype=base.weight.dtype, device="meta")
+    try:
+        return type(base).forward(like, x).shape != torchs.forward(like, x).shape
+    except (RuntimeError, TypeError, ValueError):
+        return True
 
 
 @lru_cache

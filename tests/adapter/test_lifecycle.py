@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSafeConv3d
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from peft import (
     AutoPeftModelForCausalLM,
     PeftModel,
@@ -16,6 +18,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, GitConfig, GitForCausalLM, GPT2LMHeadModel
+from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderCTCHead
 
 from hf_causal_context import intervene
 from hf_causal_context.adapter.layer import CausalContextLayer
@@ -451,3 +454,19 @@ class TestTargets:
         attention = nn.Sequential(nn.MultiheadAttention(4, 1))
         with pytest.raises(ValueError, match="not inside nn.MultiheadAttention"):
             get_peft_model(attention, config(target_modules=["out_proj"]))
+
+    @pytest.mark.parametrize(
+        "kind", [WanCausalConv3d(4, 4, 3, padding=1), ParakeetEncoderCTCHead(4, 4, 1)], ids=["pad", "turn"]
+    )
+    def test_convolutions_that_pad_or_turn_their_input_are_refused(self, kind):
+        model = nn.Sequential(nn.Sequential(kind))
+        message = rf"'0.0' of Sequential is a {type(kind).__name__}, which pads or turns .* Leave out '0'\."
+        with pytest.raises(ValueError, match=message):
+            get_peft_model(model, config(target_modules=["0.0"]))
+        assert not any(isinstance(m, CausalContextLayer) for m in model.modules())
+
+    @pytest.mark.parametrize("cls", [CogVideoXSafeConv3d, nn.Conv3d])
+    def test_those_that_do_as_torchs_are_adapted(self, cls):
+        model = get_peft_model(nn.Sequential(cls(4, 4, 3, padding=1, dilation=2)), config(target_modules=["0"])).eval()
+        x = torch.randn(1, 4, 5, 6, 7)
+        assert model(x, context="thick").shape == model(x).shape
