@@ -208,10 +208,10 @@ def _without_adapters(module: nn.Module) -> nn.Module:
 def _convolves_otherwise(module: nn.Module) -> bool:
     """Whether the class of a convolution does something to its input, so that other sizes come out than of torch's."""
     base: Any = _without_adapters(module)
-    torchs = next((cls for cls in _CONVOLUTIONS if isinstance(base, cls)), None)
+    torchs: Any = next((cls for cls in _CONVOLUTIONS if isinstance(base, cls)), None)
     if torchs is None or type(base).forward is torchs.forward:
         return False
-    like = copy.copy(base)
+    like: Any = copy.copy(base)
     like._parameters = {
         name: weight if weight is None else nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
         for name, weight in base._parameters.items()
