@@ -141,7 +141,7 @@ class CausalContextLayer(ConvertsToLora, HoldsMergedContexts, BaseTunerLayer):
         if matrix is None:
             c = self.causal(adapter_name)(z, self.conditioning.repeated(strengths, adapter_name, z))
         else:
-            c = row_linear(z, matrix)
+            c = row_linear(z, matrix.to(z.dtype))  # a part of a model may switch autocast off
         c = c if (scaling := self.scaling[adapter_name]) == 1 else c * scaling
         result = up(in_regions(self, adapter_name, z, c), partial(self._add, result))
         return result if batched else result[0]

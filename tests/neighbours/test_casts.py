@@ -10,6 +10,7 @@ from diffusers import FirstBlockCacheConfig
 
 from hf_causal_context import intervene, load_context_adapter, unload_context_adapter
 
+from ..adapter.small import Mlp, adapted, inputs
 from ..test_pipelines import CLOSE, CONTEXTS, build, denoiser, run, write_adapter
 from .test_style_loras import merged, with_style, write_style
 
@@ -92,6 +93,20 @@ def test_fp8_beside_a_style(made, tmp_path):
     load_context_adapter(styled, folder)
     with intervene(pipe, CONTEXTS), intervene(styled, CONTEXTS):
         assert torch.equal(run(name, pipe), run(name, styled))
+
+
+@pytest.mark.parametrize("mechanism", ["independent", "reduced", "structural"])
+def test_a_part_that_switches_autocast_off(mechanism):
+    class Precise(Mlp):
+        def forward(self, x):
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x.float())
+
+    model, x = adapted(Precise(), target_modules=["first", "second"], mechanism=mechanism), inputs(400)
+    with torch.no_grad(), intervene(model, "thick"):
+        expected = model(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.testing.assert_close(model(x), expected, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("order", ["cache first", "cache last"])
