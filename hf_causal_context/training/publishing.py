@@ -7,6 +7,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from .._files import sibling
 from ..bases.names import resolve_base_name
 from ..hub.folder import save
 from ..hub.repository import check_pushable, push
@@ -38,7 +39,7 @@ def _publish(arguments: AdapterArguments, folder: Path, repo_id: str) -> None:
     try:
         made = save(
             folder,
-            folder.with_name(f"{folder.resolve().name}-hub"),
+            sibling(folder, "-hub"),
             pretrained_model_name_or_path=arguments.pretrained_model_name_or_path,
             revision=arguments.revision,
             dtype=_DTYPES.get(arguments.mixed_precision or "", "float32"),

@@ -43,6 +43,14 @@ def test_a_trained_adapter_is_pushed_whole(hub, given):
     assert load("user/strokes").unet.peft_config["default"].concepts == ("slant", "thick")
 
 
+def test_a_run_in_the_current_folder_is_pushed_too(hub, given, tmp_path, monkeypatch):
+    run = tmp_path / "here"
+    run.mkdir()
+    monkeypatch.chdir(run)
+    train(TrainingArguments(**given | {"output_dir": "."}))
+    assert "adapter_config.json" in hub.server.repositories["user/here"].contents()
+
+
 def test_a_language_model_too(hub, tmp_path):
     base = tmp_path / "base"
     language_model("llama").save_pretrained(base)
