@@ -22,7 +22,8 @@ AXES: dict[str, list[dict[str, Any]]] = {
     "beta": [{"beta": beta} for beta in (0.5, 1.0, 2.0, 4.0)],
     "group_penalty": [{"group_penalty": weight} for weight in (0.0, 1.0, 10.0, 100.0)],
     "l2_penalty": [{"l2_penalty": weight} for weight in (0.0, 1.0, 10.0, 100.0)],
-    "updates": [{"max_train_steps": 1500 * 2**n} for n in range(6)],
+    "mean_penalty": [{"mean_penalty": weight} for weight in (0.0, 2.5, 25.0, 100.0)],
+    "updates": [{"max_train_steps": 1500 * 2**n} for n in range(7)],
 }
 
 

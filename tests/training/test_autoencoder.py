@@ -148,7 +148,7 @@ class TestObjective:
         assert mean.grad.flatten().tolist() == [0, 0, 8, 4]
 
     def test_the_penalty_of_means_is_on_where_contexts_act(self, tmp_path):
-        assert arguments(tmp_path).mean_penalty == 10
+        assert arguments(tmp_path).mean_penalty == 25
         for name in ("published", "without_context_module", "ignore_contexts"):
             assert arguments(tmp_path, **{name: True}).mean_penalty == 0
             assert arguments(tmp_path, **{name: True}, mean_penalty=2.0).mean_penalty == 2
@@ -158,7 +158,7 @@ class TestObjective:
         batch = self.batch()
         batch.context[2] = batch.context[1]
         losses = (
-            AutoencoderObjective(model, mean_penalty=w)(
+            AutoencoderObjective(model, beta=2, mean_penalty=w)(
                 model, replace(batch, generator=torch.Generator().manual_seed(2))
             )
             for w in (0, 6)
@@ -166,7 +166,7 @@ class TestObjective:
         without, with_penalty = losses
         mean = model.encode(batch.images, batch.context).mean
         product = (mean[1] * mean[2]).sum()
-        expected = torch.stack([torch.zeros(()), 3 * product, 3 * product, torch.zeros(())])
+        expected = torch.stack([torch.zeros(()), 6 * product, 6 * product, torch.zeros(())])
         assert product.abs() > 1e-6
         torch.testing.assert_close(with_penalty - without, expected, rtol=0, atol=1e-4)
 

@@ -49,8 +49,8 @@ class AutoencoderArguments(OptimizationArguments, DataArguments):
     l2_penalty: float = argument(0.0, "Weight of the causal weights' squares.")
     mean_penalty: float | None = argument(
         None,
-        "Weight of the squared mean of the coordinates in each context, which should be 0: keeps what an intervention "
-        "changes in its own concept. By default 10, and 0 with --published and in ablations.",
+        "Weight, times beta, of half the squared mean of the coordinates in each context, which should be 0: keeps "
+        "what an intervention changes in its own concept. By default 25, and 0 with --published and in ablations.",
     )
     validation_fraction: float = argument(0.3, "Share of the rows that is kept for validation.")
     early_stopping_patience: int | None = argument(None, "Validations without a better loss after which to stop.")
@@ -68,7 +68,7 @@ class AutoencoderArguments(OptimizationArguments, DataArguments):
         super().__post_init__()
         if self.mean_penalty is None:
             plain = self.published or self.without_context_module or self.ignore_contexts
-            self.mean_penalty = 0.0 if plain else 10.0
+            self.mean_penalty = 0.0 if plain else 25.0
         if self.base is None:
             self.resolution = 64 if self.resolution is None else self.resolution
             self.channels = 3 if self.channels is None else self.channels

@@ -43,7 +43,8 @@ class AutoencoderObjective(Objective):
         beta: weight of the KL divergence.
         group_penalty: weight of the sum of Frobenius norms of the causal weights' blocks, one for a pair of concepts.
         l2_penalty: weight of the sum of their squares.
-        mean_penalty: weight of half the squared mean of the coordinates in each context; see `squared_means`.
+        mean_penalty: weight, times beta, of half the squared mean of the coordinates in each context: the part of the
+            KL divergence in which contexts differ; see `squared_means`.
 
     Raises:
         ValueError: for a likelihood that the base's output does not fit, or penalties without causal weights.
@@ -74,10 +75,10 @@ class AutoencoderObjective(Objective):
     def __call__(self, model: nn.Module, batch: ImageBatch) -> Tensor:
         """Losses (B,), one per sample."""
         output, kl, mean = model(batch.images, batch.context, batch.generator)
-        losses = self.errors(output, batch.images) + self.beta * kl.float() + self.penalty()
+        divergence = kl.float()
         if self.mean_penalty:
-            losses = losses + self.mean_penalty / 2 * squared_means(mean.float(), batch.context)
-        return losses
+            divergence = divergence + self.mean_penalty / 2 * squared_means(mean.float(), batch.context)
+        return self.errors(output, batch.images) + self.beta * divergence + self.penalty()
 
     def parts(self, model: nn.Module, batch: ImageBatch) -> tuple[Tensor, Tensor]:
         """Reconstruction error and KL divergence of every sample, (B,) each, in nats."""
