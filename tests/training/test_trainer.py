@@ -299,7 +299,7 @@ class TestErrorsBeforeTraining:
             ({"context_weights": ["obs"]}, "--context_weights 'obs' must be a context and a number"),
             ({"validation_contexts": ["obs", "thick+size"]}, "Unknown concept 'size' in context 'size\\+thick'"),
             ({"held_out_contexts": ["size"]}, "names 'size', which has no rows"),
-            ({"snr_gamma": -1.0}, "--snr_gamma=-1.0 must be at least 0"),
+            ({"snr_gamma": -1.0}, "--snr_gamma=-1.0 must be positive"),
             ({"lr_scheduler": "cosin"}, "--lr_scheduler=cosin is unknown. Allowed: constant, .*cosine"),
             ({"mixed_precision": "bf8"}, "--mixed_precision=bf8 is unknown. Allowed: no, fp16, bf16"),
             ({"mixed_precision": "fp16"}, "--mixed_precision=fp16 needs a GPU. On the CPU use bf16 or no"),
