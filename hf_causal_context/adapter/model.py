@@ -115,9 +115,10 @@ class CausalContextModel(BaseTuner):
         if str(peft_config.target_modules).lower() == "all-linear":
             peft_config.target_modules = all_linear(model, peft_config)
         adapted = []
-        wrapped = {key for key, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-        for key, module in model.named_modules():
-            inside = any(parent in wrapped for parent in _parents(key))
+        modules = dict(model.named_modules())
+        wrapped = {key for key, module in modules.items() if isinstance(module, BaseTunerLayer)}
+        for key, module in modules.items():
+            inside = bool(wrapped) and any(parent in wrapped for parent in _parents(key))
             if not key or inside or not self._check_target_module_exists(peft_config, key):
                 continue
             if adapted_class(module) is None:
