@@ -15,7 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import CausalContextConfig
-from .layer import adapted_class, geometry
+from .layer import adapted_class, geometry, unwrapped
 from .peft_type import PREFIX
 from .storage.layout import AdapterError, StoredTensor, not_whole
 from .targets import default_target_modules
@@ -72,8 +72,7 @@ def _difference(modules: Mapping[str, nn.Module], key: str, shape: tuple[int, ..
     module = modules.get(path)
     if module is None:
         return f"it has weights for {path!r}, which is not there"
-    if isinstance(module, BaseTunerLayer):
-        module = module.get_base_layer()
+    module = unwrapped(module)
     if adapted_class(module) is None:
         return f"it has weights for {path!r}, which is a {type(module).__name__}"
     inputs, outputs, kernel = geometry(module)

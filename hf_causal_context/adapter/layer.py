@@ -350,10 +350,14 @@ class ConvNd(nn.Module, CausalContextLayer):
         return super().merge_refusal(adapter_name)
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return a module as it is without adapters."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
 def adapted_class(module: nn.Module) -> type[Linear] | type[TransposedLinear] | type[ConvNd] | None:
     """Return the form of the adapter for a module, None if there is none."""
-    if isinstance(module, BaseTunerLayer):
-        module = module.get_base_layer()
+    module = unwrapped(module)
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return None  # nn.MultiheadAttention uses its weight without calling it
     if isinstance(module, nn.Linear):

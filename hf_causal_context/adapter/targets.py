@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
@@ -20,7 +20,7 @@ from ..errors import UserError, UserValueError
 from ..messages.wording import quoted
 from .config import CausalContextConfig
 from .fusion import is_fused
-from .layer import adapted_class
+from .layer import adapted_class, unwrapped
 
 # diffusers names the projections of attention alike in all its denoisers and autoencoders; the second row are the
 # projections of the text stream in joint attention (SD3, Flux), the third are those of HiDream, and the last is of
@@ -122,7 +122,7 @@ def check_targets(model: nn.Module, config: CausalContextConfig, adapted: Sequen
     own = [path for path in adapted if _convolves_otherwise(model.get_submodule(path))]
     if own:
         raise UserValueError(
-            f"{own[0]!r} of {name} is a {type(_without_adapters(model.get_submodule(own[0]))).__name__}, which pads or "
+            f"{own[0]!r} of {name} is a {type(unwrapped(model.get_submodule(own[0]))).__name__}, which pads or "
             "turns its input before it convolves, and an adapter on it would convolve what it is given. Leave out "
             f"{_leaves(own)}."
         )
@@ -201,13 +201,9 @@ def _is_only_read(model: nn.Module, path: str) -> bool:
     return name in _read_weights(type(model.get_submodule(parent)))
 
 
-def _without_adapters(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
 def _convolves_otherwise(module: nn.Module) -> bool:
     """Whether the class of a convolution does something to its input, so that other sizes come out than of torch's."""
-    base: Any = _without_adapters(module)
+    base: Any = unwrapped(module)
     torchs: Any = next((cls for cls in _CONVOLUTIONS if isinstance(base, cls)), None)
     if torchs is None or type(base).forward is torchs.forward:
         return False

@@ -111,9 +111,10 @@ def train_autoencoder(
             write_grid(accelerator, arguments.output_dir, rows, labels, step)
         return error + arguments.beta * kl
 
-    earlier, counts, digest = earlier_run(arguments), images.counts, images.digest
+    earlier = earlier_run(arguments)
 
     def begin(first: int) -> dict[str, float]:
+        counts, digest = images.counts, images.digest
         tell_changed_data(counts, digest, earlier)
         record_images(counts, digest, Path(arguments.output_dir))
         return {}
