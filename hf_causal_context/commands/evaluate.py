@@ -57,11 +57,13 @@ class Arguments(BaseWeights, AnyDataArguments):
     num_samples: int | None = argument(None, "Samples per context and seed group: 256 images, or 64 texts.")
     num_seeds: int = argument(3, "Seed groups; two or more give confidence intervals.")
     num_inference_steps: int = argument(25, "Denoising steps.")
-    prompt: str | None = argument(None, "For bases that take text; texts follow those of their rows by default.")
+    prompt: str | None = argument(
+        None, "For bases that take text: by default the training's. Texts follow those of their rows by default."
+    )
     max_new_tokens: int | None = argument(None, "Length of sample texts; by default that of the real ones.")
     class_label: int | None = argument(None, "For class-conditional bases.")
     guidance_scale: float | None = argument(None, "By default the pipeline's.")
-    resolution: int | None = argument(None, "Side of the images in pixels; by default the base's.")
+    resolution: int | None = argument(None, "Side of the images in pixels; by default the training's.")
     batch_size: int | None = argument(None, "Samples at once: 8 images, or 32 texts.")
     feature_extractor: str | None = argument(
         None, "For FID and KID: a transformers vision model, such as facebook/dinov2-small."
@@ -184,13 +186,24 @@ def _evaluate_images(
         data,
         contexts=contexts,
         num_inference_steps=arguments.num_inference_steps,
-        prompt=arguments.prompt,
         class_label=arguments.class_label,
         guidance_scale=arguments.guidance_scale,
-        resolution=arguments.resolution,
         feature_extractor=extractor,
+        **trained_with(adapter, arguments),
         **options,
     )
+
+
+def trained_with(adapter: StoredAdapter, arguments: Arguments) -> dict[str, Any]:
+    """Return the prompt and the side that are asked for, or else those of the training, where they are recorded."""
+    recorded = adapter.beside(ARGUMENTS)
+    prompt, side = recorded.get("instance_prompt") or recorded.get("validation_prompt"), recorded.get("resolution")
+    own = {
+        "prompt": prompt if prompt and isinstance(prompt, str) else None,  # bases without text have an empty one
+        "resolution": side if isinstance(side, int) else None,
+    }
+    given = {name: getattr(arguments, name) for name in own}
+    return own | {name: value for name, value in given.items() if value is not None}
 
 
 def _evaluate_texts(

@@ -15,6 +15,7 @@ from hf_causal_context import CausalContextConfig, Context
 from hf_causal_context.adapter.layer import CausalContextLayer
 from hf_causal_context.bases.loading import load_base
 from hf_causal_context.cli import main
+from hf_causal_context.commands.evaluate import Arguments, trained_with
 from hf_causal_context.data import from_dataset, load_folders
 from hf_causal_context.evaluation import asked, classifiers, evaluator, metrics, real_rows
 from hf_causal_context.evaluation.evaluator import evaluate
@@ -22,6 +23,7 @@ from hf_causal_context.evaluation.markdown import markdown
 from hf_causal_context.evaluation.readings import Reader
 from hf_causal_context.evaluation.real_rows import read_real_rows
 from hf_causal_context.evaluation.sampling import adapters_disabled
+from hf_causal_context.inference.adapted import StoredAdapter
 from hf_causal_context.inference.sampling import generate, generate_jobs
 
 from ..training.conftest import pipeline_folder  # noqa: F401 (a fixture)
@@ -206,6 +208,33 @@ def test_contexts_choose_the_combinations(adapter, images, tmp_path):
     values = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [context["context"] for context in values["contexts"]] == ["", "slant", "thick", "slant+thick=0.5"]
     assert values["contexts"][-1]["num_real"] == 0
+
+
+def test_samples_are_as_the_training_was_unless_asked_for_otherwise(images, pipeline_folder, tmp_path):  # noqa: F811
+    base_folder = pipeline_folder("stable_diffusion")
+    config = CausalContextConfig(concepts=("thick", "slant"), target_modules=["to_q"])
+    model = get_peft_model(load_base(base_folder).denoiser, config)
+    model.peft_config["default"].base_model_name_or_path = base_folder
+    adapter = tmp_path / "adapter"
+    model.save_pretrained(adapter)
+    recorded = {"instance_prompt": "a digit", "validation_prompt": "a face", "resolution": 8}
+    (adapter / "training_arguments.json").write_text(json.dumps(recorded))
+
+    assert main(command(str(adapter), images, tmp_path / "out")) == 0
+    used = json.loads((tmp_path / "out" / "report.json").read_text())["settings"]
+    assert (used["prompt"], used["resolution"]) == ("a digit", 8)
+
+    def options(**given):
+        arguments = Arguments(adapter=str(adapter), output_dir="-", **given)
+        return trained_with(StoredAdapter.open(str(adapter)), arguments)
+
+    assert options(prompt="", resolution=16) == {"prompt": "", "resolution": 16}
+    (adapter / "training_arguments.json").write_text(json.dumps(recorded | {"instance_prompt": "", "resolution": None}))
+    assert options() == {"prompt": "a face", "resolution": None}
+    (adapter / "training_arguments.json").write_text(json.dumps({"instance_prompt": "", "validation_prompt": ""}))
+    assert options() == {"prompt": None, "resolution": None}
+    (adapter / "training_arguments.json").unlink()
+    assert options() == {"prompt": None, "resolution": None}
 
 
 def test_the_command_takes_a_feature_extractor(adapter, images, tmp_path):
