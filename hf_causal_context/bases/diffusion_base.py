@@ -270,7 +270,7 @@ class DiffusionBase:
         if not self.is_latent:
             return pixels
         with _not_half(self.pipe.vae) as vae:
-            latents = self._encode(pixels.to(vae.device, vae.dtype))
+            latents = self._encode(pixels.to(_computed_on(vae), vae.dtype))
         return self._normalize(latents).to(pixels.dtype)
 
     @torch.no_grad()
@@ -278,7 +278,7 @@ class DiffusionBase:
         """What the denoiser models (B, C, H, W), latents or images -> images in [0, 1]; undoes `encode_images`."""
         if self.is_latent:
             with _not_half(self.pipe.vae) as vae:
-                latents = self._denormalize(data).to(vae.device, vae.dtype)
+                latents = self._denormalize(data).to(_computed_on(vae), vae.dtype)
                 data = self._decode(latents).to(data.dtype)
         return (data / 2 + 0.5).clamp(0, 1)
 
@@ -354,6 +354,12 @@ def _not_half(vae: Any) -> Iterator[Any]:
     finally:
         if half:
             vae.to(torch.float16)
+
+
+def _computed_on(vae: Any) -> torch.device | str | int:
+    """Offloading moves an autoencoder to another device when it is called, and not what it is called with."""
+    device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None)
+    return vae.device if device is None else device
 
 
 def _stacked(rows: list[Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ import re
 import diffusers
 import pytest
 import torch
+from accelerate import cpu_offload_with_hook
 from peft import get_peft_model
 
 from hf_causal_context import CausalContextConfig
@@ -106,6 +107,15 @@ def test_half_precision_encoders_run_in_single_precision(pipeline_folder):
     latents = base.encode_images(torch.rand(1, 3, 16, 16))
     assert latents.dtype == torch.float32
     assert base.pipe.vae.dtype == torch.float16
+
+
+def test_offloaded_encoders_get_images_where_they_are_computed(pipeline_folder):
+    """As by `enable_model_cpu_offload`: an encoder is moved when it is called. "meta" stands for a GPU."""
+    base = load_base(pipeline_folder("stable_diffusion"))
+    cpu_offload_with_hook(base.pipe.vae, "meta")
+    assert base.encode_images(torch.rand(1, 3, 16, 16)).device.type == "meta"
+    base.pipe.vae.to_empty(device="cpu")  # as the hook of the next component does
+    assert base.decode_images(torch.rand(1, 4, 8, 8)).device.type == "meta"
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 16, 16), (2, 3, 15, 16), (3, 16, 16)])
