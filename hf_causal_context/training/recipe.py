@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -250,6 +251,8 @@ class FineTuning(ABC, Generic[AnyArguments]):
         self._data = self._data if self._data is not None else self.load_data()
         if self.data.streaming and self.arguments.max_train_steps is None:
             raise UserValueError("A stream has no known length, so it has no epochs. Give --max_train_steps.")
+        if self.data.streaming:
+            replace(self.arguments, streaming=True)  # refuses what streams do not allow; `data` may be one, too
         digest = ""
         if self.accelerator.is_main_process:
             report = check_data(self.data, num_frames=getattr(self.arguments, "num_frames", None))

@@ -81,7 +81,7 @@ def add_reweighted_contexts(
         CheckpointError: when the file cannot be written.
         FileNotFoundError: in a process that does not see the main process's output folder.
     """
-    assert isinstance(data.rows, Dataset)  # the arguments refuse streams
+    assert isinstance(data.rows, Dataset)  # the recipe refuses streams
     contexts: list[str] = data.rows["context"][:]
     wanted = wanted_combinations(arguments.reweighted_contexts, data.concepts)
     if not (wanted := without_rows(wanted, data.contexts, "reweighted", accelerator.print)):

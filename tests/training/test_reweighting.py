@@ -201,6 +201,8 @@ def test_a_combination_with_rows_of_its_own_needs_none(given, tmp_path):
 def test_what_cannot_be_reweighted_is_an_error(given, tmp_path):
     with pytest.raises(ValueError, match="draws rows by number, which a stream has not. Leave --streaming or it out"):
         add(given, streaming=True)
+    with pytest.raises(ValueError, match="draws rows by number, which a stream has not"):
+        train(TrainingArguments(**given), data=load_folders(given["train_data_dir"], streaming=True))
     with pytest.raises(ValueError, match="Unknown concept 'round'"):
         add(given, reweighted_contexts=["round+thick"])
     train(TrainingArguments(**given | {"max_train_steps": 1, "reweighted_contexts": []}))
