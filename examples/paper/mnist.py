@@ -44,6 +44,7 @@ def mnist_world(scale: str, folder: Path, hierarchical: bool = False) -> World:
         digits, _ = load_mnist(folder, "train")
         return ImageSet.of_arrays({context: images(digits, context) for context in trained}, concepts)
 
+    @cache  # all methods are compared with the same images, and making them takes long
     def real(context: Context, num: int, seed: int) -> torch.Tensor:
         digits, _ = load_mnist(folder, "test")
         chosen = at_most(np.random.default_rng(seed).permutation(len(digits)), num)
