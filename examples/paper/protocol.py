@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hf_causal_context import ConceptSet, Context
 from hf_causal_context.evaluation.metrics import sliced_wasserstein
+from hf_causal_context.messages.progress import ProgressBar
 from hf_causal_context.models.context_autoencoder import ContextAutoencoder
 from hf_causal_context.training.autoencoder.arguments import AutoencoderArguments
 from hf_causal_context.training.autoencoder.images import ImageSet, to_floats
@@ -160,7 +161,7 @@ def measure(world: World, draw: Callable[[Context, int], Tensor], seed: int) -> 
     """Distances of samples from real images: metric -> context -> number; "attributes" -> name -> context -> number."""
     distinct, published = {}, {}
     attributes: defaultdict[str, dict[str, float]] = defaultdict(dict)
-    for number, context in enumerate(world.judged):
+    for number, context in enumerate(ProgressBar(world.judged, desc="measure", unit="context")):
         own = 1000 * seed + 10 * number  # so that contexts do not share their noise
         real = world.real(context, NUM_SAMPLES, own)
         samples = draw(context, own).cpu()

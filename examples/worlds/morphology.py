@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from hf_causal_context.contexts import ContextLike, as_context
 from hf_causal_context.errors import UserValueError
+from hf_causal_context.messages.progress import ProgressBar
 from hf_causal_context.messages.wording import quoted
 
 CONCEPTS = ("scaled", "shear", "shift", "swelling", "thickening", "thinning")
@@ -79,7 +80,7 @@ def apply(images: NDArray[np.uint8], context: ContextLike) -> NDArray[np.uint8]:
         )
     operations = [operation for name, operation in _OPERATIONS.items() if name in strengths]
     changed = images.copy()
-    for digit in changed.reshape(-1, SIDE, SIDE):
+    for digit in ProgressBar(changed.reshape(-1, SIDE, SIDE), desc=f"draw {as_context(context)}", unit="image"):
         for operation in operations:
             digit[...] = operation(digit)
     return changed
