@@ -34,15 +34,17 @@ from .baselines import BASELINES
 NUM_SAMPLES, BATCH = 1280, 64
 PROJECTIONS = 50
 
+_PLAIN = {"without_context_module": True, "mean_penalty": 0.0}
+
 # Ablations, methods and baselines of the paper; those with a mode start from "base pooled" of the same seed.
 METHODS: dict[str, dict[str, Any]] = {
-    "base": {"without_context_module": True},
-    "base pooled": {"without_context_module": True},
-    "CM pooled": {"ignore_contexts": True},
+    "base": _PLAIN,
+    "base pooled": _PLAIN,
+    "CM pooled": {"ignore_contexts": True, "mean_penalty": 0.0},
     "CM end-to-end": {},
     "CM frozen": {"mode": "frozen"},
     "CM fine-tune": {"mode": "fine-tune"},
-    **{name: {"without_context_module": True} for name in BASELINES},
+    **dict.fromkeys(BASELINES, _PLAIN),
 }
 
 
