@@ -23,7 +23,7 @@ from .command import parser, run_table
 from .protocol import World, at_most
 
 HELD_OUT = (Context("shear", "thickening"), Context("scaled", "thinning"))
-# More of the penalty suppresses what several operations change, such as thickness: README.md, "Seeds".
+# With a beta of 4 more of the penalty suppresses what several operations change, such as thickness: README.md, "Seeds".
 SCALES = {
     "full": {"num_train_epochs": 100, "mean_penalty": 2.5},
     "small": {"max_train_steps": 4_000, "train_batch_size": 64, "beta": 4.0, "mean_penalty": 2.5},

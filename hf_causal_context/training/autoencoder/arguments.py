@@ -50,8 +50,8 @@ class AutoencoderArguments(OptimizationArguments, DataArguments):
     mean_penalty: float | None = argument(
         None,
         "Weight, times beta, of half the squared mean of the coordinates in each context, which should be 0: keeps "
-        "what an intervention changes in its own concept. By default 25, and 0 with --published and in ablations. Less "
-        "where several interventions change the same attribute.",
+        "what an intervention changes in its own concept. By default 25, and 0 with --published and in ablations. "
+        "Less, or no beta above 1, where several interventions change the same attribute.",
     )
     validation_fraction: float = argument(0.3, "Share of the rows that is kept for validation.")
     early_stopping_patience: int | None = argument(None, "Validations without a better loss after which to stop.")
