@@ -34,17 +34,15 @@ from .baselines import BASELINES
 NUM_SAMPLES, BATCH = 1280, 64
 PROJECTIONS = 50
 
-_PLAIN = {"without_context_module": True, "mean_penalty": 0.0}
-
 # Ablations, methods and baselines of the paper; those with a mode start from "base pooled" of the same seed.
 METHODS: dict[str, dict[str, Any]] = {
-    "base": _PLAIN,
-    "base pooled": _PLAIN,
-    "CM pooled": {"ignore_contexts": True, "mean_penalty": 0.0},
+    "base": {"without_context_module": True},
+    "base pooled": {"without_context_module": True},
+    "CM pooled": {"ignore_contexts": True},
     "CM end-to-end": {},
     "CM frozen": {"mode": "frozen"},
     "CM fine-tune": {"mode": "fine-tune"},
-    **dict.fromkeys(BASELINES, _PLAIN),
+    **{name: {"without_context_module": True} for name in BASELINES},
 }
 
 
@@ -78,6 +76,8 @@ def run(world: World, method: str, seed: int, folder: Path, changes: dict[str, A
     name = method.replace(" ", "-")
     run_folder = folder / f"{name}-{seed}"
     settings = world.settings | METHODS[method.partition(",")[0]] | changes
+    if any(settings.get(name) for name in ("published", "without_context_module", "ignore_contexts")):
+        settings.pop("mean_penalty", None)  # a world's is for our own context module; these have none by default
     if settings.get("mode") in ("frozen", "fine-tune"):
         settings["base"] = str(folder / f"base-pooled-{seed}")
         settings.pop("architecture", None)  # it is the base's
